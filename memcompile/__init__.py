@@ -1,0 +1,35 @@
+"""memcompile: a torch.compile backend that gives any Transformer a large trainable memory.
+
+    import memcompile
+    model = torch.compile(model, backend="memcompile", memory_layers=3)
+
+Importing the package adds the backend to `torch.compile`; every other backend stays as it is.
+"""
+
+from memcompile.compile import install_front_door
+from memcompile.config import MemoryConfig
+from memcompile.errors import CaptureError, MemcompileError, OptionError, PlanError
+from memcompile.explain import Explanation, explain
+from memcompile.passes.detect import find_ffns
+from memcompile.planning import config_from, plan
+from memcompile.runtime.optimizers import install_step_hooks
+from memcompile.sites import FfnSite
+from memcompile.version import __version__
+
+__all__ = [
+    "CaptureError",
+    "Explanation",
+    "FfnSite",
+    "MemcompileError",
+    "MemoryConfig",
+    "OptionError",
+    "PlanError",
+    "__version__",
+    "config_from",
+    "explain",
+    "find_ffns",
+    "plan",
+]
+
+install_front_door()
+install_step_hooks()

@@ -1,0 +1,128 @@
+"""MemoryConfig: every option of a memory, validated, frozen and serialisable. Knows no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from memcompile.errors import OptionError
+from memcompile.sites import FfnSite
+
+LayerChoice = int | Sequence[int | str] | Callable[[FfnSite], bool]
+
+MAX_KEYS = 46340  # n_keys**2 slots must be addressable by an int32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig:
+    """What the memory looks like and which FFNs it replaces.
+
+    Defaults follow "Memory Layers at Scale" (arXiv 2412.09764).
+
+    Args:
+        memory_layers: how many FFNs to replace, placed centred and evenly strided over the depth (3 of 24
+            gives blocks 4, 12, 20); or the indices or names of the FFNs; or a filter ``f(site) -> bool``.
+            Indices and names are those that :func:`memcompile.explain` shows.
+        n_keys: half-keys on each side; the memory has ``n_keys ** 2`` slots. None chooses the power of two
+            between 64 and 1024 that keeps the values within four times the model's own parameters.
+        heads: independent queries a token.
+        top_k: slots retrieved by each head; at most ``n_keys``.
+        key_dim: width of one head's query, even; each half-key has ``key_dim / 2`` entries. None is half of
+            the model's width.
+        value_dim: width of a value row. None is the model's width.
+        gate: True is Memory+ (a silu gate that depends on the input, then an output projection);
+            False is plain Memory (an output projection only where ``value_dim`` differs from the width).
+        qk_norm: scale both halves of the query and every half-key to unit norm, with a learned temperature a
+            head. For large memories on small base models, which train unstably without it.
+        values_lr: constant learning rate of the values, whatever the optimizer and its schedule use for the
+            rest; None follows the rest.
+
+    Raises:
+        OptionError: naming the option, what it got and what it takes.
+    """
+
+    memory_layers: LayerChoice = 3
+    n_keys: int | None = None
+    heads: int = 4
+    top_k: int = 32
+    key_dim: int | None = None
+    value_dim: int | None = None
+    gate: bool = True
+    qk_norm: bool = False
+    values_lr: float | None = 1e-3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "memory_layers", _checked_layers(self.memory_layers))
+        for name in ("heads", "top_k"):
+            _check_int(name, getattr(self, name), minimum=1)
+        for name in ("n_keys", "key_dim", "value_dim"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), minimum=1, or_none=True)
+        for name in ("gate", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.key_dim is not None and self.key_dim % 2:
+            raise OptionError(f"key_dim must be even (two half-keys share it), got {self.key_dim}")
+        if self.n_keys is not None and self.n_keys > MAX_KEYS:
+            raise OptionError(f"n_keys must be at most {MAX_KEYS} (n_keys**2 slots fit an int32), got {self.n_keys}")
+        if self.n_keys is not None and self.top_k > self.n_keys:
+            raise OptionError(f"top_k={self.top_k} exceeds n_keys={self.n_keys}: lower top_k or raise n_keys")
+        lr = self.values_lr
+        if lr is not None and (isinstance(lr, bool) or not isinstance(lr, numbers.Real) or not 0 <= lr < float("inf")):
+            raise OptionError(f"values_lr must be a learning rate >= 0 or None, got {lr!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain JSON types; a filter has none, so plans record the names that it chose."""
+        layers = self.memory_layers
+        if callable(layers):
+            raise OptionError("a memory_layers filter cannot be serialised: name the layers that it chooses")
+        return self.as_options() | {"memory_layers": layers if isinstance(layers, int) else list(layers)}
+
+    def as_options(self) -> dict[str, Any]:
+        """The fields by name, a filter included."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> MemoryConfig:
+        """The inverse of :meth:`to_dict`; unknown options are errors that suggest the nearest name."""
+        check_names(options)
+        return cls(**options)
+
+
+OPTION_NAMES = tuple(f.name for f in dataclasses.fields(MemoryConfig))
+
+
+def check_names(options: Mapping[str, Any], also_known: Sequence[str] = ()) -> None:
+    """Raises OptionError for the first name that is neither an option of ours nor in ``also_known``."""
+    for name in options:
+        if name not in OPTION_NAMES and name not in also_known:
+            near = difflib.get_close_matches(name, [*OPTION_NAMES, *also_known], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(OPTION_NAMES)}"
+            raise OptionError(f"unknown memcompile option {name!r}: {hint}")
+
+
+def _check_int(name: str, value: object, minimum: int, or_none: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        wanted = f"an integer >= {minimum}" + (" or None" if or_none else "")
+        raise OptionError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _checked_layers(layers: object) -> LayerChoice:
+    wanted = "memory_layers must be a number of layers, a list of FFN indices or names, or a filter"
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        if layers < 1:
+            raise OptionError(f"{wanted}; got {layers}, which leaves nothing to replace")
+        return layers
+    if callable(layers):
+        return layers
+    if isinstance(layers, Sequence) and not isinstance(layers, str):
+        if not layers:
+            raise OptionError(f"{wanted}; got an empty list")
+        for item in layers:
+            if isinstance(item, bool) or not isinstance(item, (int, str)):
+                raise OptionError(f"{wanted}; the list holds {item!r}")
+        return tuple(layers)
+    raise OptionError(f"{wanted}; got {layers!r}")

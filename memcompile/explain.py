@@ -1,0 +1,182 @@
+"""explain(): what was found in a model, what was chosen and why the rest was not, as a value that prints as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from memcompile.lowering import memory_lookup
+from memcompile.passes.detect import find_ffns
+from memcompile.runtime.layer import LayerTensors, MemoryLayer
+from memcompile.runtime.pool import MemoryPool, pool_of
+from memcompile.runtime.wrappers import unwrap
+from memcompile.sites import FfnSite
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExplainedSite:
+    """One FFN candidate.
+
+    Attributes:
+        index: its number among the blocks that can be replaced, as ``memory_layers=[...]`` takes it; None for a
+            refused one.
+        site: the block itself.
+        chosen: whether it is a memory now.
+        reason: why it is not, where it is not.
+        flops_before: FLOPs a token of the dense block (matrix products, a multiply-add is two).
+        flops_after: FLOPs a token of what stands there now.
+    """
+
+    index: int | None
+    site: FfnSite
+    chosen: bool
+    reason: str
+    flops_before: int
+    flops_after: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class Explanation:
+    """What memcompile sees in a model.
+
+    Attributes:
+        model: the model's class.
+        planned: whether it has a memory.
+        rows: every FFN candidate in execution order.
+        parameters_before: the model's parameters without memory.
+        parameters_after: the parameters it has now.
+        memory: sizes of the memory in words; empty without one.
+        notes: what else a user should know.
+    """
+
+    model: str
+    planned: bool
+    rows: tuple[ExplainedSite, ...]
+    parameters_before: int
+    parameters_after: int
+    memory: str
+    notes: tuple[str, ...]
+
+    @property
+    def flops_before(self) -> int:
+        """FLOPs a token in all feed-forward blocks, before."""
+        return sum(row.flops_before * row.site.calls for row in self.rows)
+
+    @property
+    def flops_after(self) -> int:
+        """FLOPs a token in feed-forward blocks and memory layers, now."""
+        return sum(row.flops_after * row.site.calls for row in self.rows)
+
+    def __repr__(self) -> str:
+        header = ["#", "block", "pattern", "width", "hidden", "calls", "FLOPs/token", "memory"]
+        table = [header, *(self._cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        chosen = sum(row.chosen for row in self.rows)
+        title = f"memcompile: {self.model}, {len(self.rows)} feed-forward block(s) found, {chosen} replaced by memory"
+        if not self.rows:
+            lines = ["no linear > activation > linear block on a residual stream was seen"]
+        totals = (
+            [f"parameters {self.parameters_before:,} -> {self.parameters_after:,}"]
+            if self.planned
+            else [f"parameters {self.parameters_before:,}; not planned yet, see memcompile.plan"]
+        )
+        if self.planned:
+            totals.append(f"FLOPs a token in these blocks {self.flops_before:,} -> {self.flops_after:,}")
+            totals.append(self.memory)
+        return "\n".join([title, *lines, *totals, *(f"note: {note}" for note in self.notes)])
+
+    def _cells(self, row: ExplainedSite) -> list[str]:
+        site = row.site
+        flops = f"{row.flops_before:,}" + (f" -> {row.flops_after:,}" if row.chosen else "")
+        state = "yes" if row.chosen else f"no: {row.reason}"
+        index = "-" if row.index is None else str(row.index)
+        sizes = [f"{site.width:,}", f"{site.hidden:,}", str(site.calls)]
+        return [index, site.name or site.down, _shortened(site.pattern), *sizes, flops, state]
+
+
+def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
+    """Every feed-forward candidate of ``model`` with its place, pattern and sizes, whether it is a memory, and if
+    not why; parameters and FLOPs before and after. Changes nothing.
+
+    Args:
+        model: planned or not, wrapped or not.
+        example_inputs: as for :func:`memcompile.plan`; read only where the model is not planned yet.
+    """
+    root, _ = unwrap(model)
+    pool = pool_of(root)
+    sites = pool.sites if pool is not None else find_ffns(root, example_inputs)
+    owner = pool.root if pool is not None else root
+    after = sum(p.numel() for p in owner.parameters())
+    before = after
+    if pool is not None:
+        added = sum(p.numel() for _, p in pool.memory_parameters())
+        before = after - added + pool.removed_parameters
+    return Explanation(
+        model=type(owner).__name__,
+        planned=pool is not None,
+        rows=tuple(_rows(sites, pool)),
+        parameters_before=before,
+        parameters_after=after,
+        memory=_memory(pool) if pool is not None else "",
+        notes=tuple(_notes(owner)),
+    )
+
+
+def _rows(sites: Sequence[FfnSite], pool: MemoryPool | None) -> list[ExplainedSite]:
+    rows, index = [], 0
+    for site in sites:
+        chosen = pool is not None and site.down in pool.layers
+        after = _layer_flops(pool.layers[site.down]) if chosen and pool is not None else site.flops
+        rows.append(
+            ExplainedSite(
+                index=None if site.refusal else index,
+                site=site,
+                chosen=chosen,
+                reason=site.refusal or ("" if chosen else "not chosen by memory_layers"),
+                flops_before=site.flops,
+                flops_after=after,
+            )
+        )
+        index += site.refusal is None
+    return rows
+
+
+def _layer_flops(layer: MemoryLayer) -> int:
+    """Counted, not derived: one token through the layer on the meta device."""
+    tensors = cast(LayerTensors, tuple(t if t is None else torch.empty_like(t, device="meta") for t in layer.tensors()))
+    token = torch.empty(1, layer.width, dtype=layer.query_weight.dtype, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        memory_lookup(token, *tensors, heads=layer.heads, top_k=layer.top_k)
+    return counter.get_total_flops()
+
+
+def _memory(pool: MemoryPool) -> str:
+    c = pool.config
+    assert c.n_keys is not None
+    rate = f"constant learning rate {c.values_lr:g}" if c.values_lr is not None else "the optimizer's learning rate"
+    return (
+        f"memory: {c.n_keys**2:,} slots ({c.n_keys} half-keys a side) x {c.value_dim} in {len(pool.layers)} layer(s), "
+        f"{c.heads} heads x top {c.top_k}, key_dim {c.key_dim}; values {pool.values.dtype} with {rate}".replace(
+            "torch.", ""
+        )
+    )
+
+
+def _notes(root: nn.Module) -> list[str]:
+    if isinstance(root, (nn.Sequential, nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+        return [
+            f"Dynamo skips the forward of a bare {type(root).__name__} called through model.compile(): use the module "
+            f"that torch.compile(model) returns; run otherwise, the memory is the same but eager"
+        ]
+    return []
+
+
+def _shortened(pattern: str, limit: int = 44) -> str:
+    return pattern if len(pattern) <= limit else pattern[: limit - 10] + " ... " + pattern[-5:]

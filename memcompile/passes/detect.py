@@ -1,0 +1,199 @@
+"""Pass 3, detect: the feed-forward blocks of a model, each proved or refused with its reason. One detector for all."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from memcompile.passes.normalize import normalize, operator_name
+from memcompile.passes.projection import find_projections
+from memcompile.passes.region import Refusal, Region, find_region, prove_closed, prove_token_wise
+from memcompile.passes.residual import Sink, prove_residual, prove_unrouted
+from memcompile.passes.trace import Capture, trace
+from memcompile.sites import FfnSite
+from memcompile.token_wise import CASTS, RESHAPES
+
+log = logging.getLogger(__name__)
+
+
+def find_ffns(model: nn.Module, example_inputs: Any = None) -> list[FfnSite]:
+    """The feed-forward blocks of ``model`` in execution order, matched on FX graphs and never by name.
+
+    Nothing is computed: the model runs on fake tensors. A block found only where it cannot be proved safe to
+    replace carries the reason in ``refusal``.
+
+    Args:
+        model: any module; its parameters may be on the meta device.
+        example_inputs: a tuple of positional or a dict of keyword arguments for one forward. Needed only where
+            no guess at the inputs runs and the submodules alone do not show every block.
+    """
+    found: list[_Candidate] = []
+    for capture in trace(model, example_inputs):
+        normalize(capture.graph)
+        found.extend(_candidates(capture))
+    _refuse_unproved_boundaries(found)
+    _refuse_shared_sources(found)
+    sites = _merge_calls(found, model)
+    for site in sites:
+        log.debug("%s %s: %s", "refused" if site.refusal else "found", site.down, site.refusal or site.pattern)
+    return sites
+
+
+@dataclasses.dataclass
+class _Candidate:
+    region: Region
+    capture: Capture
+    sink: Sink = Sink.RESIDUAL
+    refusal: str | None = None
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        return tuple(self.capture.parameters[p] for p in self.region.all_parameters)
+
+    @property
+    def signature(self) -> tuple:
+        return (self.region.down.width_out, self.region.down.width_in, _pattern(self.region))
+
+
+def _candidates(capture: Capture) -> Iterator[_Candidate]:
+    projections = find_projections(capture)
+    for down in projections.values():
+        region = find_region(down, projections, capture)
+        if region is None:
+            continue
+        candidate = _Candidate(region, capture)
+        try:
+            prove_token_wise(region)
+            prove_closed(region)
+            prove_unrouted(region, projections)
+            candidate.sink = prove_residual(region, capture)
+        except Refusal as refusal:
+            candidate.refusal = str(refusal)
+        if candidate.refusal is None or _resembles_ffn(region):
+            yield candidate
+
+
+def _resembles_ffn(region: Region) -> bool:
+    """Whether a refused candidate is worth a line in a report: attention's projections seen through a residual
+    stream look like blocks without a hidden width of their own, and are noise there.
+    """
+    down = region.down
+    return down.width_in > down.width_out or (down.width_in == down.width_out and len(region.nodes) <= 3)
+
+
+def _refuse_unproved_boundaries(found: list[_Candidate]) -> None:
+    """A block that fills its whole graph shows no residual. Its like elsewhere in the model is the evidence:
+    layers repeat, heads do not.
+    """
+    alike = collections.Counter(c.signature for c in found if c.refusal is None)
+    for candidate in found:
+        if candidate.refusal is None and candidate.sink is Sink.BOUNDARY:
+            if not candidate.capture.path:
+                candidate.refusal = "its output leaves the model before it joins a residual stream: a head, not an FFN"
+            elif alike[candidate.signature] < 2:
+                candidate.refusal = (
+                    "its residual stream is not visible and no other block is like it: pass example_inputs"
+                )
+
+
+def _refuse_shared_sources(found: list[_Candidate]) -> None:
+    readers = collections.Counter(c.region.source for c in found if c.refusal is None)
+    for candidate in found:
+        if candidate.refusal is None and readers[candidate.region.source] > 1:
+            candidate.refusal = "several blocks read one source: parallel branches or experts, not one FFN"
+
+
+def _merge_calls(found: list[_Candidate], model: nn.Module) -> list[FfnSite]:
+    """One site for all calls of the same parameters, refused if any call is, or if they are read elsewhere."""
+    calls: dict[tuple[str, ...], list[_Candidate]] = {}
+    for candidate in found:
+        calls.setdefault(candidate.replaced, []).append(candidate)
+    owners = collections.Counter(name for replaced in calls for name in replaced)
+    sites = []
+    for replaced, candidates in calls.items():
+        refusal = next((c.refusal for c in candidates if c.refusal), None)
+        refusal = refusal or _parameter_refusal(replaced, candidates, owners, model)
+        region, capture = candidates[0].region, candidates[0].capture
+        up = tuple(capture.parameters[p.weight] for p in region.up)
+        down = capture.parameters[region.down.weight]
+        sites.append(
+            FfnSite(
+                name=_common_owner([*up, down]),
+                up=up,
+                down=down,
+                width=region.down.width_out,
+                hidden=region.down.width_in,
+                pattern=_pattern(region),
+                flops=sum(2 * p.width_in * p.width_out for p in (*region.up, region.down)),
+                calls=len(candidates),
+                replaced=replaced,
+                refusal=refusal,
+            )
+        )
+    return sites
+
+
+def _parameter_refusal(
+    replaced: tuple[str, ...], candidates: list[_Candidate], owners: collections.Counter, model: nn.Module
+) -> str | None:
+    """Why these parameters cannot be taken out of the model, None where they can."""
+    region = candidates[0].region
+    if len({p.weight for p in (*region.up, region.down)}) <= len(region.up):
+        return "two of its projections share one weight"
+    aliases = collections.defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases[id(parameter)].add(name)
+    for name in replaced:
+        parameter = model.get_parameter(name)
+        if owners[name] > 1:
+            return f"{name} also belongs to another block"
+        if not _is_one_attribute(model, aliases[id(parameter)]):
+            return f"{name} is tied to {min(aliases[id(parameter)] - {name})}"
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+            return f"{name} is a {type(parameter).__name__} of {parameter.dtype}: sharded or quantised weights stay"
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return f"{name} has gradient hooks, which would be lost"
+    inside = frozenset[fx.Node]().union(*(c.region.all_nodes for c in candidates))
+    for placeholder in [p for c in candidates for p in c.region.all_parameters]:
+        for user in placeholder.users:
+            if user not in inside:
+                return f"one of its weights is also read by {operator_name(user)} outside of the block"
+    return _hook_refusal(replaced, model)
+
+
+def _is_one_attribute(model: nn.Module, names: set[str]) -> bool:
+    """Whether the names are one attribute of one module, reached by several paths (a block that layers share)."""
+    owners = {(id(model.get_submodule(path)), leaf) for path, _, leaf in (n.rpartition(".") for n in names)}
+    return len(owners) == 1
+
+
+def _hook_refusal(replaced: tuple[str, ...], model: nn.Module) -> str | None:
+    owner = _common_owner(replaced)
+    for name in replaced:
+        path = name.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if path != owner and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+            return f"module {path!r} has hooks, which would no longer see the projection"
+    return None
+
+
+def _common_owner(parameters: Sequence[str]) -> str:
+    """Path of the innermost module that holds all of them."""
+    paths = [name.split(".")[:-1] for name in parameters]
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+def _pattern(region: Region) -> str:
+    quiet = CASTS | RESHAPES | {"getitem"}
+    between = [operator_name(node) for node in region.nodes if operator_name(node) not in quiet]
+    return " > ".join([*["linear"] * len(region.up), *between, "linear"])

@@ -1,0 +1,84 @@
+"""Pass 2, normalize: bring a captured graph into the form that the matcher reads. Decides nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from memcompile.token_wise import canonical
+
+
+def normalize(graph: fx.Graph) -> None:
+    """Rewires, in place, every later use of a mutated tensor to the operator that mutated it; replaces operands
+    that give only a shape or dtype by that shape or dtype; drops dead code.
+
+    Afterwards an in-place operator reads like its functional form: its node is the value, its first argument
+    the value before. Mutations stay in program order, so the graph still computes what it did.
+    """
+    for node in graph.nodes:
+        _drop_metadata_operand(node)
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not is_in_place(node):
+            continue
+        mutated = node.args[0]
+        if isinstance(mutated, fx.Node) and mutated.op != "placeholder":
+            later = [user for user in mutated.users if position[user] > position[node]]
+            for user in later:
+                user.replace_input_with(mutated, node)
+    graph.eliminate_dead_code()
+
+
+def _drop_metadata_operand(node: fx.Node) -> None:
+    value = fake_value(node)
+    if value is None or node.target not in _METADATA_FORMS:
+        return
+    node.target, attribute = _METADATA_FORMS[node.target]
+    node.args = (node.args[0], getattr(value, attribute))
+
+
+_METADATA_FORMS = {
+    torch.ops.aten.type_as.default: (torch.ops.aten.to.dtype, "dtype"),
+    torch.ops.aten.view_as.default: (torch.ops.aten.view.default, "shape"),
+    torch.ops.aten.reshape_as.default: (torch.ops.aten.reshape.default, "shape"),
+    torch.ops.aten.expand_as.default: (torch.ops.aten.expand.default, "shape"),
+}
+
+
+def operator_name(node: fx.Node) -> str:
+    """``linear``, ``mul``, ``getitem`` ...: the operator without namespace, overload and in-place mark."""
+    if node.op != "call_function":
+        return node.op
+    if isinstance(node.target, torch._ops.OpOverload):
+        return canonical(node.target._schema.name.split("::")[1])
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether the operator writes into its first argument."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.args:
+        return False
+    first = node.target._schema.arguments[0]
+    return first.alias_info is not None and first.alias_info.is_write
+
+
+def fake_value(node: fx.Node) -> torch.Tensor | None:
+    """The fake tensor that the node produced, None where it produced something else."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def features(node: fx.Node) -> int:
+    """The last dimension, 1 for a scalar, 0 where the node is no tensor."""
+    value = fake_value(node)
+    if value is None:
+        return 0
+    return int(value.shape[-1]) if value.dim() else 1
+
+
+def tokens(node: fx.Node) -> int:
+    """How many feature vectors the node holds: the product of all dimensions but the last."""
+    value = fake_value(node)
+    if value is None:
+        return 0
+    return value.shape[:-1].numel() if value.dim() else 1

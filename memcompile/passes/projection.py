@@ -1,0 +1,106 @@
+"""Projections: every spelling of ``x @ W + b`` with whole, plain parameters, in one form."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import fx
+
+from memcompile.passes.normalize import fake_value, operator_name
+from memcompile.passes.trace import Capture
+from memcompile.token_wise import CASTS
+
+_TRANSPOSES = frozenset({"t", "transpose", "permute", "numpy_T", "mT"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """``node = input @ weight + bias``.
+
+    Attributes:
+        node: the node whose value is the projection, the bias included.
+        nodes: every node that belongs to it: the product, the bias addition, casts and transposes of weights.
+        input: the activation that is projected.
+        weight: placeholder of the weight parameter.
+        bias: placeholder of the bias parameter, if any.
+        width_in, width_out: features before and after.
+    """
+
+    node: fx.Node
+    nodes: frozenset[fx.Node]
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    width_in: int
+    width_out: int
+
+
+def find_projections(capture: Capture) -> dict[fx.Node, Projection]:
+    """Every projection of the graph by its result; a bias added by a separate ``add`` moves the result there."""
+    found: dict[fx.Node, Projection] = {}
+    for node in capture.graph.nodes:
+        projection = _projection(node, capture)
+        if projection is not None:
+            projection = _with_added_bias(projection, capture)
+            found[projection.node] = projection
+    return found
+
+
+def _projection(node: fx.Node, capture: Capture) -> Projection | None:
+    name = operator_name(node)
+    bias: object = None
+    if name == "linear":
+        activation, weight, transposed = node.args[0], node.args[1], True
+        bias = node.args[2] if len(node.args) > 2 else None
+    elif name == "addmm" and not node.kwargs:
+        bias, activation, weight = node.args[:3]
+        transposed = False
+    elif name in ("matmul", "mm"):
+        activation, weight = node.args[:2]
+        transposed = False
+    else:
+        return None
+    if not isinstance(activation, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    parameter, between = _parameter(weight, capture)
+    shape = fake_value(weight)
+    if parameter is None or shape is None or shape.dim() != 2 or activation in capture.parameters:
+        return None
+    width_out, width_in = shape.shape if transposed else reversed(shape.shape)
+    nodes = {node, *between}
+    bias_parameter = None
+    if isinstance(bias, fx.Node):
+        bias_parameter, between = _parameter(bias, capture)
+        if bias_parameter is None:
+            return None
+        nodes |= between
+    return Projection(node, frozenset(nodes), activation, parameter, bias_parameter, int(width_in), int(width_out))
+
+
+def _parameter(node: fx.Node, capture: Capture) -> tuple[fx.Node | None, set[fx.Node]]:
+    """The parameter behind casts and transposes, if there is one, and the nodes between."""
+    between: set[fx.Node] = set()
+    while node not in capture.parameters:
+        name = operator_name(node)
+        if (name not in CASTS and name not in _TRANSPOSES) or not isinstance(node.args[0], fx.Node):
+            return None, between
+        between.add(node)
+        node = node.args[0]
+    return node, between
+
+
+def _with_added_bias(projection: Projection, capture: Capture) -> Projection:
+    """``x @ W`` followed by ``+ b`` with a parameter of the output's width is one projection."""
+    users = list(projection.node.users)
+    if projection.bias is not None or len(users) != 1 or operator_name(users[0]) != "add" or users[0].kwargs:
+        return projection
+    (add,) = users
+    others = [arg for arg in add.args if arg is not projection.node]
+    if len(others) != 1 or not isinstance(others[0], fx.Node):
+        return projection
+    bias, between = _parameter(others[0], capture)
+    value = fake_value(others[0])
+    if bias is None or value is None or tuple(value.shape) != (projection.width_out,):
+        return projection
+    nodes = projection.nodes | {add} | between
+    return dataclasses.replace(projection, node=add, nodes=nodes, bias=bias)

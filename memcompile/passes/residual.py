@@ -1,0 +1,115 @@
+"""The proof that an FFN's output joins the residual stream of its source: what tells an FFN from a head or a router."""
+
+from __future__ import annotations
+
+import enum
+
+from torch import fx
+
+from memcompile.passes.normalize import fake_value, features, operator_name
+from memcompile.passes.projection import Projection
+from memcompile.passes.region import Refusal, Region
+from memcompile.passes.trace import Capture
+from memcompile.token_wise import ARITHMETIC, CASTS, DROPOUTS, FEATURE_REDUCTIONS, NORMS, RESHAPES
+
+_STREAM = ARITHMETIC | CASTS | DROPOUTS | NORMS | RESHAPES | FEATURE_REDUCTIONS | {"pow", "getitem"}
+_SELECTIONS = frozenset({"topk", "argmax", "sort", "argsort", "one_hot", "max"})
+_GATHERS = frozenset({"index", "index_select", "gather", "take", "masked_select"})
+_ROUTER_REACH = 12  # nodes from a router's projection to its selection
+
+
+class Sink(enum.Enum):
+    """Where the output of an FFN goes."""
+
+    RESIDUAL = "joins the residual stream"
+    BOUNDARY = "leaves the captured graph"
+
+
+def prove_residual(region: Region, capture: Capture) -> Sink:
+    """Raises Refusal unless the output is added to the stream that the source was taken from. BOUNDARY where
+    the graph ends first, which proves nothing: the caller has to look for other evidence.
+    """
+    stream = _stream_of(region.source, capture)
+    current = region.down.node
+    while True:
+        users = list(current.users)
+        if not users:
+            raise Refusal("its output is not used")
+        if any(user.op == "output" for user in users):
+            return Sink.BOUNDARY
+        after_norm = _norm_spelt_out(current, users)
+        if after_norm is not None:
+            current = after_norm
+            continue
+        if len(users) > 1:
+            names = ", ".join(sorted({operator_name(user) for user in users}))
+            raise Refusal(f"its output has several consumers ({names})")
+        (user,) = users
+        name = operator_name(user)
+        if name in ("add", "sub"):
+            others = [a for a in user.all_input_nodes if a is not current]
+            if any(not stream.isdisjoint(_stream_of(other, capture)) for other in others):
+                if not _same_shape(user, current):
+                    raise Refusal("its output is broadcast over the stream: it conditions tokens, it is not their FFN")
+                return Sink.RESIDUAL
+        if name not in _STREAM and name != "cat":
+            raise Refusal(f"its output goes to {name}, not to the residual stream that it read")
+        current = user
+
+
+def prove_unrouted(region: Region, projections: dict[fx.Node, Projection]) -> None:
+    """Raises Refusal for experts and their like: tokens picked by index, or a router on the same source."""
+    name = operator_name(region.source)
+    if name in _GATHERS:
+        raise Refusal(f"its tokens are picked by {name}: an expert of a mixture, not a dense FFN")
+    for reader in region.source.users:
+        if reader in projections and reader not in region.all_nodes and _selects(reader):
+            raise Refusal("a router reads the same source: an expert of a mixture, not a dense FFN")
+
+
+def _stream_of(node: fx.Node, capture: Capture) -> set[fx.Node]:
+    """The node and its ancestors through additions, scales, norms, views: not through projections or attention."""
+    seen: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current in seen or current in capture.parameters or current in capture.buffers:
+            continue
+        if fake_value(current) is not None and features(current) > 1:
+            seen.add(current)
+        if operator_name(current) in _STREAM:
+            pending.extend(current.all_input_nodes)
+    return seen
+
+
+def _norm_spelt_out(node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
+    """``y * rsqrt(mean(y ** 2) + eps)``: the product, where the users of ``y`` are just that."""
+    products = [user for user in users if operator_name(user) in ("mul", "div") and _same_shape(user, node)]
+    if len(users) != 2 or len(products) != 1:
+        return None
+    (statistic,) = [user for user in users if user is not products[0]]
+    for _ in range(8):
+        if statistic is products[0]:
+            return products[0]
+        if operator_name(statistic) not in _STREAM or len(statistic.users) != 1:
+            return None
+        (statistic,) = statistic.users
+    return None
+
+
+def _selects(router: fx.Node) -> bool:
+    pending, seen = [(router, 0)], {router}
+    while pending:
+        node, distance = pending.pop()
+        for user in node.users:
+            if operator_name(user) in _SELECTIONS:
+                return True
+            if user not in seen and distance < _ROUTER_REACH and operator_name(user) not in NORMS:
+                seen.add(user)
+                pending.append((user, distance + 1))
+    return False
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    value_a, value_b = fake_value(a), fake_value(b)
+    return value_a is not None and value_b is not None and value_a.shape == value_b.shape

@@ -1,0 +1,90 @@
+"""Pass 6, verify: a captured graph of a planned model runs the memory, exactly as planned. Changes nothing."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+
+import torch
+from torch import fx
+
+from memcompile.errors import CaptureError
+
+OP_NAME = "memcompile.memory_lookup"
+
+
+def verify(
+    graph_module: fx.GraphModule,
+    inputs: Sequence[object],
+    layers: Mapping[Hashable, Mapping[str, torch.Tensor]],
+    calls: Mapping[Hashable, int] | None,
+) -> collections.Counter[Hashable]:
+    """Checks one captured graph; returns how often each layer's lookup stands in it.
+
+    Args:
+        graph_module: a graph captured by Dynamo; bodies of higher-order operators (activation checkpointing) are
+            looked into.
+        inputs: the values of its placeholders, parameters among them.
+        layers: key of each memory layer -> its parameters by name.
+        calls: how often each layer runs in one forward, where the graph holds the whole forward; None for a part.
+
+    Raises:
+        CaptureError: a lookup that is no layer's, a layer's parameter that something else reads, or a layer that
+            does not run as often as planned.
+    """
+    owner = {id(p): name for name, parameters in layers.items() for p in parameters.values()}
+    found: collections.Counter[Hashable] = collections.Counter()
+    for node, binding in _nodes(graph_module, dict(zip(_placeholders(graph_module), inputs, strict=False))):
+        read = {owner[id(v)] for v in (binding.get(a) for a in node.all_input_nodes) if id(v) in owner}
+        if is_lookup(node):
+            if len(read) != 1:
+                raise CaptureError(
+                    f"memcompile: {node.name} reads the parameters of {len(read)} memory layers, not of one"
+                )
+            found.update(read)
+        elif read and not _passes_on(node):
+            raise CaptureError(
+                f"memcompile: {node.name} ({node.target}) reads parameters of a memory layer, "
+                f"which only {OP_NAME} may; compile the model itself, not a function that reads its parameters"
+            )
+    if calls is not None and found != collections.Counter(calls):
+        raise CaptureError(
+            f"memcompile: planned {dict(calls)} lookups, captured {dict(found)}: the forward took another path "
+            f"than when it was planned; plan it with example_inputs of the kind that it runs on"
+        )
+    return found
+
+
+def is_lookup(node: fx.Node) -> bool:
+    """Whether the node is one call of the op."""
+    return node.op == "call_function" and str(node.target).removesuffix(".default") == OP_NAME
+
+
+def _nodes(
+    graph_module: fx.GraphModule, binding: dict[fx.Node, object]
+) -> Iterator[tuple[fx.Node, dict[fx.Node, object]]]:
+    """Every operator, with the values of the placeholders that it can see."""
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and "." not in str(node.target):
+            binding[node] = getattr(graph_module, str(node.target), None)
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        yield node, binding
+        for body in _bodies(node, binding):
+            operands = [a for a in node.all_input_nodes if not isinstance(binding.get(a), fx.GraphModule)]
+            inner = dict(zip(_placeholders(body), (binding.get(a) for a in operands), strict=False))
+            yield from _nodes(body, inner)
+
+
+def _bodies(node: fx.Node, binding: Mapping[fx.Node, object]) -> list[fx.GraphModule]:
+    values = (binding.get(a) for a in node.all_input_nodes)
+    return [value for value in values if isinstance(value, fx.GraphModule)]
+
+
+def _passes_on(node: fx.Node) -> bool:
+    """Higher-order operators hand their operands to a body, which is looked into itself."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def _placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
+    return graph_module.graph.find_nodes(op="placeholder")

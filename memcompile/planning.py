@@ -1,0 +1,145 @@
+"""plan(): detect, place, install. The one way in which a model becomes memory-augmented."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from memcompile.config import MemoryConfig, check_names
+from memcompile.errors import OptionError, PlanError
+from memcompile.explain import Explanation, explain
+from memcompile.passes.detect import find_ffns
+from memcompile.passes.place import place
+from memcompile.runtime.checkpoint import plan_in
+from memcompile.runtime.ddp import rebuild
+from memcompile.runtime.install import install
+from memcompile.runtime.optimizers import adopt_optimizers
+from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
+from memcompile.runtime.wrappers import is_sharded, unwrap
+from memcompile.sites import FfnSite
+
+log = logging.getLogger(__name__)
+
+
+def plan(
+    model: nn.Module, *, memory: MemoryConfig | None = None, example_inputs: Any = None, **options: Any
+) -> Explanation:
+    """Replaces feed-forward blocks of ``model`` by memory layers, in place.
+
+    The model's new parameters exist when the call returns; everything that runs the model afterwards (compiled,
+    eager, exported, checkpointed) runs the memory. Optimizers that hold the replaced parameters are adopted. A
+    second call with the same options, or with none, changes nothing.
+
+    Args:
+        model: any module; may be wrapped by DDP, DataParallel or ``torch.compile``. Plan before ``fully_shard``.
+        memory: every option at once; or give them as keywords, see :class:`memcompile.MemoryConfig`.
+        example_inputs: a tuple of positional or a dict of keyword arguments of one forward, for models whose
+            inputs cannot be guessed. Never computed with: only shapes and dtypes are read.
+        options: fields of :class:`memcompile.MemoryConfig`.
+
+    Returns:
+        What was found and chosen; its ``repr`` is a table.
+
+    Raises:
+        OptionError: an unknown option, or a wrong type or value.
+        PlanError: no or too few feed-forward blocks, already planned with other options, already sharded.
+    """
+    start = time.perf_counter()
+    requested = _config(memory, options)
+    root, parallel = unwrap(model)
+    given = options if memory is None else requested.as_options()
+    if _is_planned(root, given):
+        return explain(model)
+    if is_sharded(root):
+        raise PlanError(
+            f"{type(root).__name__} is already sharded: plan before fully_shard() and distribute_tensor(), "
+            f"so that the memory's parameters are sharded with the rest"
+        )
+    sites = find_ffns(root, example_inputs)
+    chosen = place(sites, requested.memory_layers)
+    config = _resolve(requested, chosen, root)
+    pool = MemoryPool(root=root, config=config, requested=requested, sites=tuple(sites))
+    removed = install(pool, chosen)
+    adopt_optimizers(removed, pool)
+    del removed
+    for ddp in parallel:
+        rebuild(ddp)
+    explanation = explain(model)
+    log.info("planned in %.2f s\n%r", time.perf_counter() - start, explanation)
+    return explanation
+
+
+def config_from(state_dict: Mapping[str, Any]) -> MemoryConfig:
+    """The options of the memory that a checkpoint was saved with, for ``plan(model, memory=...)``.
+
+    Raises:
+        PlanError: the checkpoint holds no memory, or its plan is damaged.
+    """
+    saved = plan_in(state_dict)
+    if saved is None:
+        raise PlanError("the state dict holds no memory: it was saved from a model that was not planned")
+    return MemoryConfig.from_dict({**saved["config"], "memory_layers": saved["layers"]})
+
+
+def _config(memory: MemoryConfig | None, options: Mapping[str, Any]) -> MemoryConfig:
+    if memory is None:
+        return MemoryConfig.from_dict(options)
+    if not isinstance(memory, MemoryConfig):
+        raise OptionError(f"memory must be a memcompile.MemoryConfig, got {memory!r}")
+    if options:
+        check_names(options)
+        raise OptionError(f"give memory=MemoryConfig(...) or the options {sorted(options)}, not both")
+    return memory
+
+
+def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether the model, or one that it is part of, has the memory asked for; other options are an error."""
+    pool = pool_of(root)
+    if pool is None:
+        inner = pools_inside(root)
+        if inner:
+            names = [next(n for n, m in root.named_modules() if m is pool.root) for pool in inner]
+            raise PlanError(
+                f"parts of {type(root).__name__} already have a memory ({', '.join(map(repr, names))}): plan the "
+                f"whole model once, or compile the parts alone"
+            )
+        return False
+    asked = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    differing = {k: v for k, v in asked.items() if v != getattr(pool.requested, k)}
+    if differing:
+        now = {k: getattr(pool.requested, k) for k in differing}
+        raise PlanError(
+            f"{type(pool.root).__name__} already has a memory planned with {now}, now asked for {differing}: "
+            f"build the model anew to plan it otherwise, or leave the options out"
+        )
+    return True
+
+
+def _resolve(requested: MemoryConfig, chosen: list[FfnSite], root: nn.Module) -> MemoryConfig:
+    """Fills in the sizes that follow from the model."""
+    width = max(site.width for site in chosen)
+    value_dim = requested.value_dim or width
+    n_keys = requested.n_keys or _default_keys(sum(p.numel() for p in root.parameters()), value_dim)
+    key_dim = requested.key_dim or max(2, width // 4 * 2)
+    try:
+        return dataclasses.replace(
+            requested,
+            memory_layers=[site.down for site in chosen],
+            n_keys=n_keys,
+            key_dim=key_dim,
+            value_dim=value_dim,
+        )
+    except OptionError as error:
+        raise OptionError(f"{error} (n_keys={n_keys} was chosen for a model of this size)") from error
+
+
+def _default_keys(parameters: int, value_dim: int) -> int:
+    """The power of two in [64, 1024] whose square times ``value_dim`` stays within four times the model."""
+    affordable = math.isqrt(max(1, 4 * parameters // value_dim))
+    return min(1024, max(64, 2 ** (affordable.bit_length() - 1)))

@@ -1,0 +1,117 @@
+"""State dicts of planned models: the plan travels with the weights, and dense checkpoints still load."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memcompile.errors import PlanError
+from memcompile.runtime.pool import VALUES_NAME, MemoryPool, pool_of
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+_PLAN_KEY = "memory._extra_state"
+
+
+def install_checkpoint_hook(root: nn.Module) -> None:
+    """Checks what ``root.load_state_dict()`` is given, before anything is copied."""
+    root.register_load_state_dict_pre_hook(_check_state_dict)  # type: ignore[no-untyped-call]
+
+
+def encode_plan(pool: MemoryPool) -> Tensor:
+    """The plan as a uint8 tensor of JSON: the extra state of each memory layer.
+
+    A tensor, because every checkpoint format stores one (safetensors holds nothing else); extra state and not a
+    buffer, because nothing averages, casts, broadcasts or moves extra state.
+    """
+    return torch.tensor(list(json.dumps(_plan_of(pool)).encode()), dtype=torch.uint8)
+
+
+def plan_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The plan that a checkpoint was saved with: its ``config`` and the ``layers`` replaced. None if it is dense.
+
+    Raises:
+        PlanError: the plan is there, but damaged or of a later version.
+    """
+    entry = next((value for name, value in state_dict.items() if name.endswith(_PLAN_KEY)), None)
+    return None if entry is None else _decode(entry)
+
+
+def _check_state_dict(
+    root: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    pool = pool_of(root)
+    assert pool is not None, "the hook is installed on planned models alone"
+    own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+    saved = plan_in(own)
+    if saved is not None:
+        _check_same_plan(saved, _plan_of(pool))
+    elif not any(_is_memory(name[len(prefix) :], pool) for name in own):
+        _fill_from_dense(pool, state_dict, prefix)
+
+
+def _fill_from_dense(pool: MemoryPool, state_dict: dict[str, Any], prefix: str) -> None:
+    """A dense checkpoint has no memory to load: the memory stays as it is, and the replaced FFNs are not used."""
+    dropped = [name for site in pool.chosen for name in site.replaced if prefix + name in state_dict]
+    for name in dropped:
+        del state_dict[prefix + name]
+    for name, value in pool.root.state_dict().items():
+        if _is_memory(name, pool):
+            state_dict[prefix + name] = value
+    log.warning(
+        "memcompile: loading a dense checkpoint into a model with memory: %d weights of replaced FFNs (%s) are not "
+        "used, and the memory keeps its present values",
+        len(dropped),
+        ", ".join(site.name or site.down for site in pool.chosen),
+    )
+
+
+def _is_memory(name: str, pool: MemoryPool) -> bool:
+    holders = tuple(f"{path}.memory." if path else "memory." for path in (d.rpartition(".")[0] for d in pool.layers))
+    return name == VALUES_NAME or name.startswith(holders)
+
+
+def _check_same_plan(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    sizes = {k: v for k, v in own["config"].items() if k not in ("memory_layers", "values_lr")}
+    differing = [
+        f"{k}={saved['config'].get(k)!r} (here {v!r})" for k, v in sizes.items() if saved["config"].get(k) != v
+    ]
+    if saved["layers"] != own["layers"]:
+        differing.append(f"layers {saved['layers']} (here {own['layers']})")
+    if differing:
+        raise PlanError(
+            f"the checkpoint was saved with another memory: {', '.join(differing)}. Plan the model as the "
+            f"checkpoint was: memcompile.plan(model, memory=memcompile.config_from(state_dict))"
+        )
+
+
+def _plan_of(pool: MemoryPool) -> dict[str, Any]:
+    return {
+        "memcompile": FORMAT,
+        "config": pool.config.to_dict(),
+        "layers": [site.down for site in pool.chosen],
+    }
+
+
+def _decode(entry: Any) -> dict[str, Any]:
+    try:
+        plan = json.loads(bytes(entry.tolist()))
+        saved_format = plan["memcompile"]
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
+        raise PlanError(f"the plan in the checkpoint ({_PLAN_KEY}) is damaged: {error}") from error
+    if saved_format > FORMAT:
+        raise PlanError(f"the checkpoint's plan has format {saved_format}, this memcompile reads {FORMAT}: upgrade it")
+    return plan

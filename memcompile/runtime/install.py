@@ -1,0 +1,74 @@
+"""Puts memory layers into a model in the place of its chosen FFNs, and takes the FFNs' parameters out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from memcompile.errors import PlanError
+from memcompile.runtime.checkpoint import install_checkpoint_hook
+from memcompile.runtime.layer import MemoryLayer
+from memcompile.runtime.pool import VALUES_NAME, MemoryPool
+from memcompile.runtime.stand_ins import ReplacedParameter, Role
+from memcompile.sites import FfnSite
+
+LAYER_NAME = "memory"
+
+
+def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
+    """Creates the values and one `MemoryLayer` a site, and replaces the FFNs' parameters by stand-ins.
+
+    A layer is registered as ``memory`` on the module that held the down-projection's weight, so that its
+    parameters read ``...mlp.down_proj.memory.half_keys``.
+
+    Returns:
+        The parameters that left the model.
+
+    Raises:
+        PlanError: the model already uses one of the names, or its FFNs lie on different devices. The model is
+            unchanged then.
+    """
+    root = pool.root
+    _check(root, chosen)
+    down = root.get_parameter(chosen[0].down)
+    pool.create_values(down.dtype, down.device)
+    removed = []
+    for site in chosen:
+        down = root.get_parameter(site.down)
+        layer = MemoryLayer(pool, site.name or site.down, site.width, down.dtype, down.device)
+        holder = root.get_submodule(site.down.rpartition(".")[0])
+        layer.train(holder.training)
+        for name in site.replaced:
+            removed.append(_replace(root, name, site, layer))
+        holder.add_module(LAYER_NAME, layer)
+        pool.layers[site.down] = layer
+    pool.removed_parameters = sum(parameter.numel() for parameter in removed)
+    install_checkpoint_hook(root)
+    return removed
+
+
+def _replace(root: nn.Module, name: str, site: FfnSite, layer: MemoryLayer) -> nn.Parameter:
+    path, _, attribute = name.rpartition(".")
+    holder = root.get_submodule(path)
+    parameter = root.get_parameter(name)
+    del holder._parameters[attribute]
+    role = Role.UP if name in site.up else Role.DOWN if name == site.down else Role.OTHER
+    width = parameter.numel() // site.width if role is Role.UP else 0
+    setattr(holder, attribute, ReplacedParameter(name, role, width, layer, parameter.shape))
+    return parameter
+
+
+def _check(root: nn.Module, chosen: list[FfnSite]) -> None:
+    if hasattr(root, VALUES_NAME):
+        raise PlanError(f"{type(root).__name__} already has an attribute {VALUES_NAME!r}: rename it")
+    devices: dict[torch.device, str] = {}
+    for site in chosen:
+        holder = root.get_submodule(site.down.rpartition(".")[0])
+        if hasattr(holder, LAYER_NAME):
+            raise PlanError(f"the module that holds {site.down!r} already has an attribute {LAYER_NAME!r}: rename it")
+        devices.setdefault(root.get_parameter(site.down).device, site.name or site.down)
+    if len(devices) > 1:
+        raise PlanError(
+            f"the chosen blocks lie on different devices ({', '.join(f'{n!r} on {d}' for d, n in devices.items())}), "
+            f"but share one table of values: choose blocks of one device by memory_layers=[...]"
+        )

@@ -1,0 +1,98 @@
+"""The pool: one table of values that every memory layer of a model reads, registered once, on the model itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from memcompile.config import MemoryConfig
+from memcompile.sites import FfnSite
+
+if TYPE_CHECKING:
+    from memcompile.runtime.layer import MemoryLayer
+
+VALUES_NAME = "memory_values"
+_POOL_ATTRIBUTE = "_memcompile_pool"
+
+
+@dataclasses.dataclass(eq=False)
+class MemoryPool:
+    """What a planned model knows of its memory.
+
+    The values are a parameter of the root, so that ``root.parameters()`` and ``state_dict()`` hold them once
+    under a stable name, wherever the layers that read them sit. The pool reads them through the root at each
+    use: ``load_state_dict(assign=True)``, ``to_empty`` and sharding replace parameters.
+
+    Attributes:
+        root: the planned model.
+        config: the options, with every size resolved (None only for ``values_lr``).
+        requested: the options as the user gave them.
+        sites: every FFN that was found, in execution order, refused ones included.
+        layers: the memory layer of each replaced FFN, by the name of its down-projection's weight.
+        removed_parameters: how many numbers the replaced FFNs held.
+    """
+
+    root: nn.Module
+    config: MemoryConfig
+    requested: MemoryConfig
+    sites: tuple[FfnSite, ...]
+    layers: dict[str, MemoryLayer] = dataclasses.field(default_factory=dict)
+    removed_parameters: int = 0
+
+    def __post_init__(self) -> None:
+        _LIVE.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A deep copy or an unpickled model is a planned model of its own."""
+        self.__dict__.update(state)
+        _LIVE.add(self)
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The table [n_keys**2, value_dim]."""
+        return getattr(self.root, VALUES_NAME)
+
+    def create_values(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Registers the values on the root, drawn from N(0, value_dim**-1/2)."""
+        n_keys, value_dim = self.config.n_keys, self.config.value_dim
+        assert n_keys is not None and value_dim is not None
+        values = torch.empty(n_keys**2, value_dim, dtype=dtype, device=device)
+        nn.init.normal_(values, std=value_dim**-0.5)
+        self.root.register_parameter(VALUES_NAME, nn.Parameter(values))
+        object.__setattr__(self.root, _POOL_ATTRIBUTE, self)
+
+    def memory_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The values and the parameters of every memory layer, by their full names in the model."""
+        own = {id(self.values)} | {id(p) for layer in self.layers.values() for p in layer.parameters()}
+        return ((name, p) for name, p in self.root.named_parameters() if id(p) in own)
+
+    @property
+    def chosen(self) -> list[FfnSite]:
+        """The replaced FFNs, in execution order."""
+        return [site for site in self.sites if site.down in self.layers]
+
+
+_LIVE: weakref.WeakSet[MemoryPool] = weakref.WeakSet()
+
+
+def live_pools() -> Iterator[MemoryPool]:
+    """Every planned model that is alive."""
+    return iter(tuple(_LIVE))
+
+
+def pool_of(module: nn.Module) -> MemoryPool | None:
+    """The pool of a planned model or of any part of one; None for a model that is not planned."""
+    own = module.__dict__.get(_POOL_ATTRIBUTE)
+    if own is not None:
+        return own
+    return next((pool for pool in live_pools() if any(m is module for m in pool.root.modules())), None)
+
+
+def pools_inside(module: nn.Module) -> list[MemoryPool]:
+    """The pools of planned submodules, the module itself excluded."""
+    return [m.__dict__[_POOL_ATTRIBUTE] for m in module.modules() if m is not module and _POOL_ATTRIBUTE in m.__dict__]

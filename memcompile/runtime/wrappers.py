@@ -1,0 +1,34 @@
+"""What wraps a model: compiled modules, data parallelism, sharding."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from memcompile.runtime._torch import OptimizedModule
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, list[DistributedDataParallel]]:
+    """The model inside ``torch.compile``, DDP and DataParallel wrappers, and the DDP wrappers met."""
+    ddp = []
+    while True:
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, (DistributedDataParallel, DataParallel)):
+            if isinstance(model, DistributedDataParallel):
+                ddp.append(model)
+            model = model.module
+        else:
+            return model, ddp
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP or tensor parallelism already split the model's parameters."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    sharded_modules = any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())
+    return sharded_modules or any(isinstance(p, DTensor) for p in model.parameters())
