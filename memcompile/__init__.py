@@ -12,6 +12,7 @@ from memcompile.errors import CaptureError, MemcompileError, OptionError, PlanEr
 from memcompile.explain import Explanation, explain
 from memcompile.passes.detect import find_ffns
 from memcompile.planning import config_from, plan
+from memcompile.runtime.checkpoint import install_load_guard
 from memcompile.runtime.optimizers import install_step_hooks
 from memcompile.sites import FfnSite
 from memcompile.version import __version__
@@ -32,4 +33,5 @@ __all__ = [
 ]
 
 install_front_door()
+install_load_guard()
 install_step_hooks()

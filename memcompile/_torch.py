@@ -1,18 +1,32 @@
 """The private PyTorch API of the front door, imported here and nowhere else beside it.
 
-Tried with torch 2.11, 2.13 and 2.15.
+Tried with torch 2.11, 2.13 and 2.15. Inductor is imported at the first compilation, as torch.compile itself does.
 """
 
-from torch._dynamo import list_backends, register_backend
-from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options, list_options
-from torch._inductor.compile_fx import compile_fx
+from __future__ import annotations
 
-__all__ = [
-    "compile_fx",
-    "inductor_config",
-    "list_backends",
-    "list_mode_options",
-    "list_options",
-    "register_backend",
-]
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from torch import fx
+from torch._dynamo import list_backends, register_backend
+
+__all__ = ["compile_fx", "inductor_options", "list_backends", "register_backend"]
+
+
+def inductor_options() -> list[str]:
+    """Every name that ``torch.compile(options=...)`` takes for Inductor."""
+    from torch._inductor import list_options
+
+    return list_options()
+
+
+def compile_fx(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, patches: dict[str, Any]
+) -> Callable:
+    """Inductor, with the options of a ``torch.compile`` mode and then ``patches`` in force."""
+    from torch._inductor import compile_fx as module
+    from torch._inductor import list_mode_options
+
+    options = dict(list_mode_options(mode)) if mode else {}
+    return cast(Callable, module.compile_fx(graph_module, example_inputs, config_patches=options | patches))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
 
-from memcompile._torch import compile_fx, list_mode_options
+from memcompile._torch import compile_fx
 from memcompile.errors import PlanError
 from memcompile.lowering import cache_key_patches
 from memcompile.passes.verify import is_lookup, verify
@@ -38,13 +38,7 @@ class Backend:
     def __name__(self) -> str:
         return "memcompile"
 
-    def __call__(
-        self,
-        graph_module: fx.GraphModule,
-        example_inputs: Sequence[Any],
-        mode: str | None = None,
-        **kwargs: Any,
-    ) -> Callable:
+    def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable:
         pools = list(live_pools()) if self.pool is None else [self.pool]
         layers: dict[Hashable, dict[str, torch.nn.Parameter]] = {
             (id(pool), name): dict(layer.named_parameters()) for pool in pools for name, layer in pool.layers.items()
@@ -53,7 +47,7 @@ class Backend:
             {(id(pool), site.down): site.calls for pool in pools for site in pool.chosen} if self.whole else None
         )
         verify(graph_module, example_inputs, layers, calls)
-        return _lower(graph_module, example_inputs, mode, repr([pool.config for pool in pools]), **kwargs)
+        return _lower(graph_module, example_inputs, repr([pool.config for pool in pools]), **kwargs)
 
 
 def memcompile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable:
@@ -64,7 +58,7 @@ def memcompile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kw
     """
     if not any(is_lookup(node) for module in graph_module.modules() for node in _nodes(module)):
         raise PlanError(_NOT_PLANNED)
-    return _lower(graph_module, example_inputs, kwargs.pop("mode", None), "", **kwargs)
+    return _lower(graph_module, example_inputs, key="", **kwargs)
 
 
 def _nodes(module: torch.nn.Module) -> Sequence[fx.Node]:
@@ -74,12 +68,8 @@ def _nodes(module: torch.nn.Module) -> Sequence[fx.Node]:
 def _lower(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],
-    mode: str | None,
     key: str,
+    mode: str | None = None,
     options: dict[str, Any] | None = None,
-    dynamic: bool | None = None,
 ) -> Callable:
-    patches = dict(list_mode_options(mode, dynamic)) if mode else {}
-    patches |= options or {}
-    patches |= cache_key_patches(key)
-    return cast(Callable, compile_fx(graph_module, example_inputs, config_patches=patches))
+    return compile_fx(graph_module, example_inputs, mode, {**(options or {}), **cache_key_patches(key)})

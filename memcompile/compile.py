@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memcompile._torch import list_backends, list_options, register_backend
+from memcompile._torch import inductor_options, list_backends, register_backend
 from memcompile.backend import Backend
 from memcompile.backend import memcompile as named_backend
 from memcompile.config import OPTION_NAMES, check_names
@@ -73,7 +73,7 @@ def _split(kwargs: dict[str, Any], torch_keywords: frozenset[str]) -> tuple[dict
 
 @functools.lru_cache
 def _inductor_names() -> tuple[str, ...]:
-    return tuple({name.split(".")[0] for name in list_options()})
+    return tuple({name.split(".")[0] for name in inductor_options()})
 
 
 def _plan(model: Any, ours: dict[str, Any], fullgraph: bool) -> Backend:

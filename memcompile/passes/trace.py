@@ -117,14 +117,21 @@ def _label(path: str) -> str:
     return f"module {path!r}" if path else "the model"
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Undoes what a forward pass may leave behind: caches stored on modules, lazily made buffers, random state."""
+    """Undoes what a forward pass may leave behind: caches stored on modules, lazily made buffers, random state.
+
+    Hooks stay silent meanwhile: they are the user's own code with effects of its own, and no fake tensor is for it.
+    """
     containers = (dict, list, set)
     saved = []
     for module in model.modules():
         state = dict(module.__dict__)
         saved.append((module, state, {k: v.copy() for k, v in state.items() if type(v) in containers}))
+        module.__dict__.update({hooks: type(state[hooks])() for hooks in _HOOKS})
     python_state, torch_state = random.getstate(), torch.get_rng_state()
     try:
         yield

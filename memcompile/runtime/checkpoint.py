@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -11,17 +12,39 @@ import torch
 from torch import Tensor, nn
 
 from memcompile.errors import PlanError
-from memcompile.runtime.pool import VALUES_NAME, MemoryPool, pool_of
+from memcompile.runtime.pool import LAYER_NAME, VALUES_NAME, MemoryPool, pool_of, pools_inside
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-_PLAN_KEY = "memory._extra_state"
+_PLAN_KEY = f"{LAYER_NAME}._extra_state"
 
 
 def install_checkpoint_hook(root: nn.Module) -> None:
     """Checks what ``root.load_state_dict()`` is given, before anything is copied."""
     root.register_load_state_dict_pre_hook(_check_state_dict)  # type: ignore[no-untyped-call]
+
+
+def install_load_guard() -> None:
+    """Makes every module refuse a checkpoint with memory if it has none itself, before anything is copied.
+
+    `load_state_dict(strict=False)` would otherwise leave random dense FFNs where the memory was, and the strict error
+    lists keys without saying that planning first is the fix. Idempotent.
+    """
+    original = nn.Module.load_state_dict
+    if getattr(original, "_memcompile_guard", None) is not original:
+
+        @functools.wraps(original)
+        def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if pool_of(self) is None and not pools_inside(self) and plan_in(state_dict) is not None:
+                raise PlanError(
+                    f"the checkpoint holds a memory, but {type(self).__name__} has none: plan it first, "
+                    f"memcompile.plan(model, memory=memcompile.config_from(state_dict)), then load"
+                )
+            return original(self, state_dict, *args, **kwargs)
+
+        load_state_dict._memcompile_guard = load_state_dict  # type: ignore[attr-defined]
+        nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
 
 def encode_plan(pool: MemoryPool) -> Tensor:
@@ -80,8 +103,8 @@ def _fill_from_dense(pool: MemoryPool, state_dict: dict[str, Any], prefix: str) 
 
 
 def _is_memory(name: str, pool: MemoryPool) -> bool:
-    holders = tuple(f"{path}.memory." if path else "memory." for path in (d.rpartition(".")[0] for d in pool.layers))
-    return name == VALUES_NAME or name.startswith(holders)
+    layers = tuple(f"{down.rpartition('.')[0]}.{LAYER_NAME}.".lstrip(".") for down in pool.layers)
+    return name == VALUES_NAME or name.startswith(layers)
 
 
 def _check_same_plan(saved: dict[str, Any], own: dict[str, Any]) -> None:

@@ -8,11 +8,9 @@ from torch import nn
 from memcompile.errors import PlanError
 from memcompile.runtime.checkpoint import install_checkpoint_hook
 from memcompile.runtime.layer import MemoryLayer
-from memcompile.runtime.pool import VALUES_NAME, MemoryPool
+from memcompile.runtime.pool import LAYER_NAME, VALUES_NAME, MemoryPool
 from memcompile.runtime.stand_ins import ReplacedParameter, Role
 from memcompile.sites import FfnSite
-
-LAYER_NAME = "memory"
 
 
 def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
@@ -25,26 +23,37 @@ def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
         The parameters that left the model.
 
     Raises:
-        PlanError: the model already uses one of the names, or its FFNs lie on different devices. The model is
-            unchanged then.
+        PlanError: the model already uses one of the names, or its FFNs lie on different devices.
+
+    The model changes only after everything new exists: an error, or a table too large for the memory, leaves it
+    as it was.
     """
     root = pool.root
     _check(root, chosen)
     down = root.get_parameter(chosen[0].down)
-    pool.create_values(down.dtype, down.device)
-    removed = []
-    for site in chosen:
-        down = root.get_parameter(site.down)
-        layer = MemoryLayer(pool, site.name or site.down, site.width, down.dtype, down.device)
-        holder = root.get_submodule(site.down.rpartition(".")[0])
-        layer.train(holder.training)
-        for name in site.replaced:
-            removed.append(_replace(root, name, site, layer))
-        holder.add_module(LAYER_NAME, layer)
+    values = pool.create_values(down.dtype, down.device)
+    layers = [_create_layer(pool, site) for site in chosen]
+
+    removed: list[nn.Parameter] = []
+    pool.attach(values)
+    install_checkpoint_hook(root)
+    for site, layer in zip(chosen, layers, strict=True):
+        removed.extend(_replace(root, name, site, layer) for name in site.replaced)
+        _holder(root, site).add_module(LAYER_NAME, layer)
         pool.layers[site.down] = layer
     pool.removed_parameters = sum(parameter.numel() for parameter in removed)
-    install_checkpoint_hook(root)
     return removed
+
+
+def _create_layer(pool: MemoryPool, site: FfnSite) -> MemoryLayer:
+    down = pool.root.get_parameter(site.down)
+    layer = MemoryLayer(pool, site.name or site.down, site.width, down.dtype, down.device)
+    return layer.train(_holder(pool.root, site).training)
+
+
+def _holder(root: nn.Module, site: FfnSite) -> nn.Module:
+    """The module that holds the down-projection's weight."""
+    return root.get_submodule(site.down.rpartition(".")[0])
 
 
 def _replace(root: nn.Module, name: str, site: FfnSite, layer: MemoryLayer) -> nn.Parameter:
@@ -63,8 +72,7 @@ def _check(root: nn.Module, chosen: list[FfnSite]) -> None:
         raise PlanError(f"{type(root).__name__} already has an attribute {VALUES_NAME!r}: rename it")
     devices: dict[torch.device, str] = {}
     for site in chosen:
-        holder = root.get_submodule(site.down.rpartition(".")[0])
-        if hasattr(holder, LAYER_NAME):
+        if hasattr(_holder(root, site), LAYER_NAME):
             raise PlanError(f"the module that holds {site.down!r} already has an attribute {LAYER_NAME!r}: rename it")
         devices.setdefault(root.get_parameter(site.down).device, site.name or site.down)
     if len(devices) > 1:

@@ -16,7 +16,8 @@ from memcompile.sites import FfnSite
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
-VALUES_NAME = "memory_values"
+VALUES_NAME = "memory_values"  # on the root
+LAYER_NAME = "memory"  # on each module that held a replaced down-projection
 _POOL_ATTRIBUTE = "_memcompile_pool"
 
 
@@ -44,9 +45,6 @@ class MemoryPool:
     layers: dict[str, MemoryLayer] = dataclasses.field(default_factory=dict)
     removed_parameters: int = 0
 
-    def __post_init__(self) -> None:
-        _LIVE.add(self)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A deep copy or an unpickled model is a planned model of its own."""
         self.__dict__.update(state)
@@ -57,14 +55,18 @@ class MemoryPool:
         """The table [n_keys**2, value_dim]."""
         return getattr(self.root, VALUES_NAME)
 
-    def create_values(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Registers the values on the root, drawn from N(0, value_dim**-1/2)."""
+    def create_values(self, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+        """A table drawn from N(0, value_dim**-1/2), not registered yet."""
         n_keys, value_dim = self.config.n_keys, self.config.value_dim
         assert n_keys is not None and value_dim is not None
         values = torch.empty(n_keys**2, value_dim, dtype=dtype, device=device)
-        nn.init.normal_(values, std=value_dim**-0.5)
-        self.root.register_parameter(VALUES_NAME, nn.Parameter(values))
+        return nn.Parameter(nn.init.normal_(values, std=value_dim**-0.5))
+
+    def attach(self, values: nn.Parameter) -> None:
+        """Registers the values on the root; from here on the model is planned."""
+        self.root.register_parameter(VALUES_NAME, values)
         object.__setattr__(self.root, _POOL_ATTRIBUTE, self)
+        _LIVE.add(self)
 
     def memory_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The values and the parameters of every memory layer, by their full names in the model."""
@@ -81,8 +83,8 @@ _LIVE: weakref.WeakSet[MemoryPool] = weakref.WeakSet()
 
 
 def live_pools() -> Iterator[MemoryPool]:
-    """Every planned model that is alive."""
-    return iter(tuple(_LIVE))
+    """Every planned model that is alive; what a deep copy that failed half way left behind is none."""
+    return (pool for pool in tuple(_LIVE) if pool.root.__dict__.get(_POOL_ATTRIBUTE) is pool)
 
 
 def pool_of(module: nn.Module) -> MemoryPool | None:

@@ -88,6 +88,8 @@ class ReplacedParameter(_StandIn):
         raise CaptureError(f"memcompile: {self.name}, which a memory replaced, is multiplied from the left")
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):  # copy and pickle ask a bare instance for these
+            raise AttributeError(attribute)
         raise AttributeError(
             f"{attribute!r} of {self.name}: this parameter was replaced by a memory "
             f"(memcompile.explain(model) lists which); exclude its block from memory_layers to keep it"

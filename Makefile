@@ -1,0 +1,37 @@
+# Two commands: `make demo` and `make test`. Each creates .venv as needed; see CONTRIBUTING.md for the others.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/facts.py
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --durations 10
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/compile_time.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.examples: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[examples]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[examples,test]'
+	touch $@
