@@ -51,7 +51,6 @@ class Explanation:
         parameters_before: the model's parameters without memory.
         parameters_after: the parameters it has now.
         memory: sizes of the memory in words; empty without one.
-        notes: what else a user should know.
     """
 
     model: str
@@ -60,7 +59,6 @@ class Explanation:
     parameters_before: int
     parameters_after: int
     memory: str
-    notes: tuple[str, ...]
 
     @property
     def flops_before(self) -> int:
@@ -74,31 +72,22 @@ class Explanation:
 
     def __repr__(self) -> str:
         header = ["#", "block", "pattern", "width", "hidden", "calls", "FLOPs/token", "memory"]
-        table = [header, *(self._cells(row) for row in self.rows)]
+        table = [header, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        chosen = sum(row.chosen for row in self.rows)
-        title = f"memcompile: {self.model}, {len(self.rows)} feed-forward block(s) found, {chosen} replaced by memory"
         if not self.rows:
             lines = ["no linear > activation > linear block on a residual stream was seen"]
-        totals = (
-            [f"parameters {self.parameters_before:,} -> {self.parameters_after:,}"]
-            if self.planned
-            else [f"parameters {self.parameters_before:,}; not planned yet, see memcompile.plan"]
-        )
-        if self.planned:
-            totals.append(f"FLOPs a token in these blocks {self.flops_before:,} -> {self.flops_after:,}")
-            totals.append(self.memory)
-        return "\n".join([title, *lines, *totals, *(f"note: {note}" for note in self.notes)])
-
-    def _cells(self, row: ExplainedSite) -> list[str]:
-        site = row.site
-        flops = f"{row.flops_before:,}" + (f" -> {row.flops_after:,}" if row.chosen else "")
-        state = "yes" if row.chosen else f"no: {row.reason}"
-        index = "-" if row.index is None else str(row.index)
-        sizes = [f"{site.width:,}", f"{site.hidden:,}", str(site.calls)]
-        return [index, site.name or site.down, _shortened(site.pattern), *sizes, flops, state]
+        found = f"memcompile: {self.model}, {len(self.rows)} feed-forward block(s) found"
+        if not self.planned:
+            return "\n".join([f"{found}, not planned yet", *lines, f"parameters {self.parameters_before:,}"])
+        totals = [
+            f"parameters {self.parameters_before:,} -> {self.parameters_after:,}",
+            f"FLOPs a token in these blocks {self.flops_before:,} -> {self.flops_after:,}",
+            self.memory,
+        ]
+        chosen = sum(row.chosen for row in self.rows)
+        return "\n".join([f"{found}, {chosen} replaced by memory", *lines, *totals])
 
 
 def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
@@ -125,7 +114,6 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
         parameters_before=before,
         parameters_after=after,
         memory=_memory(pool) if pool is not None else "",
-        notes=tuple(_notes(owner)),
     )
 
 
@@ -139,7 +127,7 @@ def _rows(sites: Sequence[FfnSite], pool: MemoryPool | None) -> list[ExplainedSi
                 index=None if site.refusal else index,
                 site=site,
                 chosen=chosen,
-                reason=site.refusal or ("" if chosen else "not chosen by memory_layers"),
+                reason=site.refusal or ("not chosen by memory_layers" if pool is not None and not chosen else ""),
                 flops_before=site.flops,
                 flops_after=after,
             )
@@ -169,13 +157,13 @@ def _memory(pool: MemoryPool) -> str:
     )
 
 
-def _notes(root: nn.Module) -> list[str]:
-    if isinstance(root, (nn.Sequential, nn.TransformerEncoder, nn.TransformerEncoderLayer)):
-        return [
-            f"Dynamo skips the forward of a bare {type(root).__name__} called through model.compile(): use the module "
-            f"that torch.compile(model) returns; run otherwise, the memory is the same but eager"
-        ]
-    return []
+def _cells(row: ExplainedSite) -> list[str]:
+    site = row.site
+    flops = f"{row.flops_before:,}" + (f" -> {row.flops_after:,}" if row.chosen else "")
+    state = "yes" if row.chosen else f"no: {row.reason}" if row.reason else "can be"
+    index = "-" if row.index is None else str(row.index)
+    sizes = [f"{site.width:,}", f"{site.hidden:,}", str(site.calls)]
+    return [index, site.name or site.down, _shortened(site.pattern), *sizes, flops, state]
 
 
 def _shortened(pattern: str, limit: int = 44) -> str:

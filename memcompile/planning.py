@@ -47,9 +47,11 @@ def plan(
         What was found and chosen; its ``repr`` is a table.
 
     Raises:
-        OptionError: an unknown option, or a wrong type or value.
+        OptionError: an unknown option, a wrong type or value, or a model that is no module.
         PlanError: no or too few feed-forward blocks, already planned with other options, already sharded.
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"plan() takes an nn.Module, got {model!r}")
     start = time.perf_counter()
     requested = _config(memory, options)
     root, parallel = unwrap(model)

@@ -132,8 +132,10 @@ def _plan_of(pool: MemoryPool) -> dict[str, Any]:
 def _decode(entry: Any) -> dict[str, Any]:
     try:
         plan = json.loads(bytes(entry.tolist()))
-        saved_format = plan["memcompile"]
-    except (AttributeError, ValueError, KeyError, TypeError) as error:
+        saved_format, config, layers = plan["memcompile"], plan["config"], plan["layers"]
+        if not (isinstance(saved_format, int) and isinstance(config, dict) and isinstance(layers, list)):
+            raise TypeError(f"unexpected types in {plan}")
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise PlanError(f"the plan in the checkpoint ({_PLAN_KEY}) is damaged: {error}") from error
     if saved_format > FORMAT:
         raise PlanError(f"the checkpoint's plan has format {saved_format}, this memcompile reads {FORMAT}: upgrade it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -13,20 +14,26 @@ def rebuild(ddp: DistributedDataParallel) -> None:
     The object stays the one that the user holds. The old reducer must be gone first: its hooks on the removed
     parameters would wait for gradients that never come.
     """
-    module, training = ddp.module, ddp.training
+    module, training, comm_hooks = ddp.module, ddp.training, ddp._comm_hooks
+    module_hooks = {name: vars(ddp)[name] for name in vars(nn.Module()) if "hook" in name}
     options = {
         "device_ids": ddp.device_ids,
         "output_device": ddp.output_device,
         "dim": ddp.dim,
-        "broadcast_buffers": ddp.broadcast_buffers,
         "process_group": ddp.process_group,
-        "bucket_cap_mb": ddp.bucket_bytes_cap / 2**20,
+        "bucket_cap_mb": None if ddp.bucket_bytes_cap_default else ddp.bucket_bytes_cap / 2**20,
         "find_unused_parameters": ddp.find_unused_parameters,
         "gradient_as_bucket_view": ddp.gradient_as_bucket_view,
         "static_graph": ddp.static_graph,
+        "skip_all_reduce_unused_params": ddp.skip_all_reduce_unused_params,
     }
+    if not ddp.broadcast_buffers:  # naming the default would warn: the option is deprecated
+        options["broadcast_buffers"] = False
     del ddp.reducer
     del ddp.logger
     gc.collect()
     DistributedDataParallel.__init__(ddp, module, **options)
+    vars(ddp).update(module_hooks)
     ddp.training = training
+    for hook, state in comm_hooks:
+        ddp.register_comm_hook(state, hook)

@@ -42,7 +42,17 @@ def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
         _holder(root, site).add_module(LAYER_NAME, layer)
         pool.layers[site.down] = layer
     pool.removed_parameters = sum(parameter.numel() for parameter in removed)
+    _keep_padded(root, layers)
     return removed
+
+
+def _keep_padded(root: nn.Module, layers: list[MemoryLayer]) -> None:
+    """In eval mode `nn.TransformerEncoder` packs a padded batch into a nested tensor for all of its layers, and asks
+    only the first of them whether it can take one.
+    """
+    for module in root.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(layer in module.modules() for layer in layers):
+            module.use_nested_tensor = False
 
 
 def _create_layer(pool: MemoryPool, site: FfnSite) -> MemoryLayer:

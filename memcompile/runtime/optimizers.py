@@ -6,10 +6,11 @@ a group, and checkpoints of optimizers are matched by group.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -25,19 +26,28 @@ log = logging.getLogger(__name__)
 def adopt_optimizers(removed: Iterable[nn.Parameter], pool: MemoryPool) -> int:
     """Takes the removed parameters out of every live optimizer that holds them and puts the memory's in.
 
-    A memory parameter joins the group of the removed weights if it is a matrix, and that of the removed biases if
-    it is a vector (nanoGPT and Hugging Face keep them apart for weight decay). Groups keep their number, order and
-    options. Returns how many optimizers were adopted.
+    A memory parameter joins the group that held the first removed weight if it is a matrix, and the first removed
+    bias if it is a vector (nanoGPT and Hugging Face keep them apart for weight decay; Muon even in an optimizer of
+    their own). Groups keep their number, order and options. Returns how many optimizers were adopted.
     """
-    removed_ids = {id(p) for p in removed}
-    added = dict(pool.memory_parameters())
+    removed = list(removed)
+    held_in: dict[int, list[dict[str, Any]]] = {id(p): [] for p in removed}  # the groups that held each
     adopted = 0
     for optimizer in _live_optimizers():
-        held = [g for g in optimizer.param_groups if any(id(p) in removed_ids for p in g["params"])]
+        held = [(p, g) for g in optimizer.param_groups for p in g["params"] if id(p) in held_in]
         if held:
-            _exchange(optimizer, removed_ids, added)
+            for parameter, group in held:
+                held_in[id(parameter)].append(group)
+            _take_out(optimizer, held_in.keys())
             adopted += 1
             log.info("adopted %s: the replaced FFNs left it, the memory joined it", type(optimizer).__name__)
+    known = [p for p in removed if held_in[id(p)]]
+    for name, parameter in pool.memory_parameters() if known else ():
+        alike = [p for p in known if (p.dim() > 1) == (parameter.dim() > 1)] or known
+        for group in held_in[id(alike[0])]:
+            group["params"].append(parameter)
+            if "param_names" in group:
+                group["param_names"].append(name)
     return adopted
 
 
@@ -46,25 +56,17 @@ def _live_optimizers() -> list[Optimizer]:
     return [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
 
 
-def _exchange(optimizer: Optimizer, removed_ids: set[int], added: dict[str, nn.Parameter]) -> None:
-    home: dict[bool, dict[str, Any]] = {}  # group of the removed matrices (True) and vectors (False)
+def _take_out(optimizer: Optimizer, removed_ids: Container[int]) -> None:
     for group in optimizer.param_groups:
-        keep = []
-        for index, parameter in enumerate(group["params"]):
+        keep = [index for index, parameter in enumerate(group["params"]) if id(parameter) not in removed_ids]
+        for parameter in group["params"]:
             if id(parameter) in removed_ids:
-                home.setdefault(parameter.dim() > 1, group)
                 optimizer.state.pop(parameter, None)
-            else:
-                keep.append(index)
         for key in _per_parameter(group):
             group[key][:] = [group[key][index] for index in keep]
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in added.items():
-        if id(parameter) not in held:
-            group = home.get(parameter.dim() > 1) or next(iter(home.values()))
-            group["params"].append(parameter)
-            if "param_names" in group:
-                group["param_names"].append(name)
+    if isinstance(optimizer, torch.optim.LBFGS):  # its history and its size are of all parameters as one vector
+        optimizer.state.clear()
+        optimizer._numel_cache = None
 
 
 # --- the values' own learning rate -----------------------------------------------------------------------------
@@ -73,11 +75,34 @@ _SPLIT_FROM = "memcompile_split_from"  # marks a group that lives for one step: 
 _guarded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
-def _split_values(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Before a step: moves values with a learning rate of their own into groups that live for this step."""
+def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Splits the values off for the step. A closure runs with the user's groups: it may read them, and may raise."""
+    _split_values(optimizer)
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure) or not any(_SPLIT_FROM in group for group in optimizer.param_groups):
+        return None
+
+    @functools.wraps(closure)
+    def with_groups_joined() -> Any:
+        _join_values(optimizer)
+        loss = closure()
+        _split_values(optimizer)
+        return loss
+
+    return (
+        ((args[0], with_groups_joined, *args[2:]), kwargs)
+        if len(args) > 1
+        else (args, {**kwargs, "closure": with_groups_joined})
+    )
+
+
+def _split_values(optimizer: Optimizer) -> None:
+    """Moves values with a learning rate of their own into groups that live for one step."""
     _join_values(optimizer)  # a step that raised left its groups behind
     rates = {id(pool.values): pool.config.values_lr for pool in live_pools() if pool.config.values_lr is not None}
     if not rates or isinstance(optimizer, torch.optim.LBFGS):  # LBFGS steps along one direction: it has one rate
+        return
+    if isinstance(getattr(optimizer, "optim", None), Optimizer):  # ZeRO steps another optimizer: that one is split
         return
     for index, group in enumerate(list(optimizer.param_groups)):
         positions = [i for i, p in enumerate(group["params"]) if id(p) in rates]
@@ -118,5 +143,5 @@ def _like(lr: Any, rate: float) -> Any:
 
 def install_step_hooks() -> None:
     """Registers the hooks for every optimizer of the process, once."""
-    register_optimizer_step_pre_hook(_split_values)
+    register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_join_values)

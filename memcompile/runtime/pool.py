@@ -45,6 +45,13 @@ class MemoryPool:
     layers: dict[str, MemoryLayer] = dataclasses.field(default_factory=dict)
     removed_parameters: int = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A filter may be a lambda, which cannot be pickled; the config names the blocks that it chose."""
+        requested = self.requested
+        if callable(requested.memory_layers):
+            requested = dataclasses.replace(requested, memory_layers=self.config.memory_layers)
+        return {**self.__dict__, "requested": requested}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A deep copy or an unpickled model is a planned model of its own."""
         self.__dict__.update(state)

@@ -13,6 +13,7 @@ fused path, which stands back from any weight that has `__torch_function__`, all
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
 _PASSED_ON = ACTIVATIONS | ARITHMETIC | CASTS | DROPOUTS | NORMS
+# Where an operator takes the dimension it works along, and what it takes without one.
+_DIMENSION: dict[str, tuple[int, int | None]] = {
+    name: (2 if "norm" in name else 1, None) for name in FEATURE_REDUCTIONS
+}
+_DIMENSION["glu"] = (1, -1)
 _OPERAND = {"linear": 0, "addmm": 1, "matmul": 0, "mm": 0}  # which argument a projection projects
 
 
@@ -140,6 +146,8 @@ class HiddenActivation(_StandIn):
             raise self._mixes("view(dtype)")
         if sizes[-1] not in (-1, self.hidden):
             raise self._mixes(f"view{tuple(sizes)}")
+        if sizes[-1] == -1 and math.prod(sizes[:-1]) != self.x.shape[:-1].numel():
+            raise self._mixes(f"view{tuple(sizes)}")
         return HiddenActivation(self.x.reshape(*sizes[:-1], self.x.shape[-1]), self.hidden, self.layer)
 
     reshape = _unsafe_view = view
@@ -206,11 +214,25 @@ for _name in ("add", "sub", "mul", "pow", "truediv"):
         setattr(HiddenActivation, _spelling, _forward_operator(canonical(f"__{_name}__")))
 for _spelling in ("__neg__", "__matmul__"):
     setattr(HiddenActivation, _spelling, _forward_operator(canonical(_spelling)))
+HiddenActivation.__abs__ = _forward_operator("abs")  # type: ignore[attr-defined]
+
+
+def _refused_operator(spelling: str) -> Callable:
+    def method(self: HiddenActivation, *args: Any) -> Any:
+        raise self._mixes(f"`{spelling}`")
+
+    return method
+
+
+# Without these Python would answer itself: an object is true, and equals no number.
+for _name in "eq ne lt le gt ge bool int float len setitem rmatmul floordiv mod and or xor invert".split():
+    setattr(HiddenActivation, f"__{_name}__", _refused_operator(f"__{_name}__"))
 
 
 def _dispatch(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Runs operator ``name`` on arguments of which at least one is a stand-in."""
-    operands = [*args, *kwargs.values()]
+    given = (*args, *kwargs.values())
+    operands = [a for arg in given for a in (arg if isinstance(arg, (list, tuple)) else (arg,))]
     if name in PROJECTIONS:
         return _project(name, args, kwargs)
     hidden = [a for a in operands if isinstance(a, HiddenActivation)]
@@ -229,9 +251,14 @@ def _project(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     weights = [a for a in (*args, *kwargs.values()) if isinstance(a, ReplacedParameter) and a.role is not Role.OTHER]
     activation = args[_OPERAND[name]] if len(args) > _OPERAND[name] else kwargs.get("input")
     if len(weights) != 1:
-        if isinstance(activation, HiddenActivation):
-            raise activation._mixes("a projection that was not part of the FFN")
-        raise CaptureError(f"memcompile: {name} mixes parameters of a replaced FFN with others")
+        for stand_in in (activation, *args, *kwargs.values()):
+            if isinstance(stand_in, HiddenActivation):
+                raise stand_in._mixes("a projection that was not part of the FFN")
+        replaced = [a.name for a in (*args, *kwargs.values()) if isinstance(a, ReplacedParameter)]
+        raise CaptureError(
+            f"memcompile: {name} mixes {' and '.join(replaced)}, which a memory replaced, with other operands; "
+            f"exclude the block from memory_layers"
+        )
     (weight,) = weights
     if weight.role is Role.UP:
         if not isinstance(activation, Tensor):
@@ -249,8 +276,15 @@ def _pass_on(name: str, hidden: list[HiddenActivation], args: tuple, kwargs: dic
     first = hidden[0]
     if any(other.layer is not first.layer for other in hidden):
         raise first._mixes(f"{name} with the hidden activation of another FFN")
+    if name in _DIMENSION:
+        position, absent = _DIMENSION[name]
+        dim = kwargs.get("dim", args[position] if len(args) > position else absent)
+        if dim not in (-1, first.ndim - 1, [-1], [first.ndim - 1], (-1,), (first.ndim - 1,)):
+            raise first._mixes(f"{name} over dimension {dim}")
     if name in FEATURE_REDUCTIONS:
         return HiddenActivation(first.x, 1, first.layer)
+    if name in NORMS and len(kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())) != 1:
+        raise first._mixes(f"{name} over tokens")
     if name in ("chunk", "split", "flatten", "reshape", "unsqueeze"):
         return getattr(first, name)(*args[1:], **kwargs)
     if name == "glu":
