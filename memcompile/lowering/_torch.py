@@ -1,0 +1,92 @@
+"""The private PyTorch API that this layer uses, and nothing else: the one place to look when PyTorch moves.
+
+Tried on torch 2.11, 2.13 and 2.15. Inductor is imported inside functions: it takes longer than all the rest.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
+
+__all__ = [
+    "GraphPass",
+    "autograd_kernel",
+    "below_autograd",
+    "configured_pre_passes",
+    "functorch_is_active",
+    "graph_pass_base",
+    "run_graph_pass",
+]
+
+# Any callable on a graph: what Inductor's `post_grad_custom_pre_pass` may hold.
+GraphPass = Callable[..., None]
+
+
+def functorch_is_active() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, functionalize) is on the stack."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+@contextmanager
+def below_autograd() -> Iterator[None]:
+    """Run operators under the autograd layer that is being handled, with the layers outside it intact.
+
+    An `autograd.Function` switches both modes of differentiation off around its forward. Under nested
+    torch.func transforms this would also hide the call from the outer transforms, which then return a
+    wrong derivative and no error; so both are switched on again.
+    """
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), _set_fwd_grad_enabled(True):
+        yield
+
+
+def autograd_kernel(name: str, **methods: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's Autograd kernel: `apply` of an autograd.Function with these static methods.
+
+    When it runs, the dispatcher has already picked the torch.func level. `torch.autograd.Function` would pick it
+    once more, through a higher-order operator that has no Autograd kernel, and raise; its base class does not.
+    """
+    members = {method: staticmethod(function) for method, function in methods.items()}
+    # The one thing that `Function` adds and compiled autograd asks for.
+    members["_compiled_autograd_key"] = staticmethod(torch.autograd.Function._compiled_autograd_key)
+    function: Any = type(name, (_SingleLevelFunction,), members)
+
+    def kernel(*args: Any) -> Any:
+        with enable_single_level_autograd_function():
+            return function.apply(*args)
+
+    return kernel
+
+
+def graph_pass_base() -> type:
+    """The class that a graph pass with a cache key derives from.
+
+    From 2.13 on a pass may ask whether the graph is one of inference; a pass that wraps others asks for them.
+    """
+    from torch._inductor import custom_graph_pass
+
+    return getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", custom_graph_pass.CustomGraphPass)
+
+
+def configured_pre_passes() -> Sequence[GraphPass]:
+    """The passes in Inductor's `post_grad_custom_pre_pass`: none, one, or (from 2.13 on) a list of them."""
+    from torch._inductor import config
+
+    setting: Any = config.post_grad_custom_pre_pass
+    if setting is None:
+        return ()
+    return tuple(setting) if isinstance(setting, (list, tuple)) else (setting,)
+
+
+def run_graph_pass(graph_pass: GraphPass, graph: torch.fx.Graph, is_inference: bool) -> None:
+    """Call `graph_pass` as Inductor would."""
+    from torch._inductor import custom_graph_pass
+
+    inference_aware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
+    if inference_aware is not None and isinstance(graph_pass, inference_aware):
+        graph_pass(graph, is_inference)
+    else:
+        graph_pass(graph)

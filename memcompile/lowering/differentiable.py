@@ -1,0 +1,56 @@
+"""How an operator of ours gets its kernel, its fake, its vmap rule and its derivative.
+
+The derivative is an `autograd.Function` registered as the operator's Autograd kernel, entered on every call.
+`torch.library.register_autograd` enters its Function only when an input requires a gradient, and so returns a
+silent zero for forward-mode differentiation; ours raises.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memcompile.lowering._torch import autograd_kernel, below_autograd
+from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
+
+
+def register_operator(
+    name: str,
+    *,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any],
+    setup_context: Callable[[Any, Any, Any], None],
+    backward: Callable[..., Any],
+    under_autograd: Callable[..., Any] | None = None,
+) -> None:
+    """Give the operator `name` all of its rules.
+
+    Args:
+        name: a key of `schema.SCHEMAS`.
+        kernel: one implementation for all devices, in operations of PyTorch.
+        fake: shapes and dtypes of the outputs.
+        vmap: a rule as `torch.library.register_vmap` takes it.
+        setup_context, backward: as in `torch.autograd.Function`. `backward` is built of differentiable
+            operations, so that derivatives of any order exist.
+        under_autograd: what runs below autograd, the operator itself by default. An operator that gives its
+            body here is taken apart whenever it is traced with autograd, and keeps its derivative.
+    """
+    run = under_autograd or operator(name)
+
+    def forward(*args: Any) -> Any:
+        with below_autograd():
+            return run(*args)
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{NAMESPACE}::{name} has no forward-mode derivative. "
+            "Use reverse mode: backward(), torch.func.grad, vjp or jacrev."
+        )
+
+    title = "".join(part.capitalize() for part in name.split("_"))
+    differentiable = autograd_kernel(title, forward=forward, setup_context=setup_context, backward=backward, jvp=jvp)
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, differentiable, "Autograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)

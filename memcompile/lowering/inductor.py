@@ -1,0 +1,59 @@
+"""Inductor's on-disk caches, told about this package: changed code here must not hit an old entry.
+
+FxGraphCache and AOTAutogradCache key on the graph and on PyTorch, not on the Python of out-of-tree operators.
+They do key on the `uuid()` of a custom graph pass; `cache_key_patches` gives them one. Importing this file
+imports Inductor, so `memcompile.lowering` does so only when one of its names is asked for.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memcompile.lowering._torch import GraphPass, configured_pre_passes, graph_pass_base, run_graph_pass
+from memcompile.version import __version__
+
+
+@lru_cache
+def source_digest() -> str:
+    """SHA-256 of every source file of `memcompile.lowering`, by name and content."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+            digest.update(content)
+    return digest.hexdigest()
+
+
+class CacheKeyPass(graph_pass_base()):  # type: ignore[misc]
+    """Changes nothing itself; its uuid names this package's version, its sources and the options."""
+
+    def __init__(self, options: str, wrapped: Sequence[GraphPass] = ()) -> None:
+        self.key = ("memcompile", __version__, source_digest(), options)
+        self.wrapped = tuple(wrapped)
+
+    def __call__(self, graph: torch.fx.Graph, is_inference: bool = False) -> None:
+        for graph_pass in self.wrapped:
+            run_graph_pass(graph_pass, graph, is_inference)
+
+    def uuid(self) -> Any:
+        """A key, or None (no caching, by Inductor's convention) when a wrapped pass has none."""
+        keys = [graph_pass.uuid() if hasattr(graph_pass, "uuid") else None for graph_pass in self.wrapped]
+        return None if None in keys else (*self.key, *keys)
+
+
+def cache_key_patches(options: str) -> dict[str, Any]:
+    """Config patches for `compile_fx` that make Inductor's caches key on this package and on `options`.
+
+    Args:
+        options: whatever changes the code that is generated, as a string.
+
+    The user's own `post_grad_custom_pre_pass` still runs, and its uuid stays part of the key.
+    """
+    own = [graph_pass for graph_pass in configured_pre_passes() if not isinstance(graph_pass, CacheKeyPass)]
+    return {"post_grad_custom_pre_pass": CacheKeyPass(options, own)}

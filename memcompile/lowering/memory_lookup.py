@@ -1,0 +1,171 @@
+"""`memcompile::memory_lookup`: a memory layer as one operator: projections, a search and a gather.
+
+It is composite: one node in Dynamo's graph, taken apart by AOTAutograd into GEMMs and pointwise operations,
+which Inductor fuses, and the operators `product_key_topk`, `weighted_gather` and their derivatives.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memcompile.lowering.product_key_topk import check_top_k
+from memcompile.lowering.schema import LIBRARY, operator
+
+
+def memory_lookup(
+    x: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor | None,
+    half_keys: Tensor,
+    values: Tensor,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    out_weight: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    temperature: Tensor | None = None,
+    *,
+    heads: int,
+    top_k: int,
+) -> Tensor:
+    """A product-key memory layer (Lample et al. 2019; Memory Layers at Scale, arXiv 2412.09764, section 3).
+
+    A head's query is cut in halves q1, q2, each scored against n half-keys. Slot i * n + j scores
+    q1 . k1[i] + q2 . k2[j]; the `top_k` best of the n * n slots are found exactly, a softmax over them gives
+    their weights, and the weighted rows of `values` are summed over all heads. With `gate_weight` the sum y
+    becomes y * silu(gate(x)) (Memory+); with `out_weight` it is projected.
+
+    Scores and softmax are computed in float32 (float64 where the query is), under autocast too, because lower
+    precisions reorder the slots. The projections follow autocast.
+
+    Args:
+        x: [..., d]; any leading dimensions, of any size.
+        query_weight: [heads * key_dim, d], and query_bias: [heads * key_dim] or None.
+        half_keys: [2, heads, n, key_dim / 2].
+        values: [n * n, value_dim], of any floating dtype; it may differ from the rest.
+        gate_weight: [value_dim, d] or None for no gate, and gate_bias: [value_dim] or None.
+        out_weight: [d_out, value_dim] or None for no projection, and out_bias: [d_out] or None.
+        temperature: [heads] or None. With it, each half of a query and each half-key is scaled to unit norm,
+            and a head's scores are multiplied by its temperature.
+        heads: number of heads.
+        top_k: slots read by a head, at most n.
+
+    Returns:
+        [..., d_out], or [..., value_dim] with no projection, in the dtype of `F.linear(x, query_weight)`.
+
+    Raises:
+        ValueError: a shape or an option does not fit; the message names the argument.
+        NotImplementedError: on forward-mode differentiation. Reverse mode works to any order.
+    """
+    return operator("memory_lookup")(
+        x, query_weight, query_bias, half_keys, values,
+        gate_weight, gate_bias, out_weight, out_bias, temperature, heads, top_k,
+    )  # fmt: skip
+
+
+def _composite(
+    x: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor | None,
+    half_keys: Tensor,
+    values: Tensor,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    temperature: Tensor | None,
+    heads: int,
+    top_k: int,
+) -> Tensor:
+    _check_search(x, query_weight, query_bias, half_keys, temperature, heads, top_k)
+    _check_read(x, half_keys, values, gate_weight, gate_bias, out_weight, out_bias)
+    half_dim, value_dim = half_keys.shape[3], values.shape[1]
+    tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    query = F.linear(tokens, query_weight, query_bias)  # [tokens, heads * key_dim]
+    layer_dtype = query.dtype
+    search_dtype = torch.promote_types(layer_dtype, torch.float32)
+
+    halves = query.to(search_dtype).reshape(-1, heads, 2, half_dim)
+    half_keys = half_keys.to(search_dtype)
+    if temperature is not None:
+        # A score is linear in the query, so its half-queries carry the temperature.
+        halves = F.normalize(halves, dim=-1) * temperature.to(search_dtype)[:, None, None]
+        half_keys = F.normalize(half_keys, dim=-1)
+    logits, slots = operator("product_key_search")(halves.flatten(-2), half_keys, top_k)  # [tokens, heads, k]
+    weights = logits.softmax(dim=-1)
+
+    y = operator("weighted_gather")(values, slots.flatten(1), weights.flatten(1))  # [tokens, value_dim]
+    y = y.to(layer_dtype)
+    if gate_weight is not None:
+        y = y * F.silu(F.linear(tokens, gate_weight, gate_bias))
+    if out_weight is not None:
+        y = F.linear(y, out_weight, out_bias)
+    d_out = value_dim if out_weight is None else out_weight.shape[0]
+    return y.reshape(*x.shape[:-1], d_out)
+
+
+def _expect_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name}: expected {meaning} = {list(shape)}, got {list(tensor.shape)}")
+
+
+def _check_search(
+    x: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor | None,
+    half_keys: Tensor,
+    temperature: Tensor | None,
+    heads: int,
+    top_k: int,
+) -> None:
+    if x.dim() < 1:
+        raise ValueError("x: expected [..., d], got a scalar")
+    if heads < 1:
+        raise ValueError(f"heads: expected at least 1, got {heads}")
+    if query_weight.dim() != 2 or query_weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"query_weight: expected [heads * key_dim, d = {x.shape[-1]}], got {list(query_weight.shape)}")
+    rows = query_weight.shape[0]
+    if rows == 0 or rows % heads != 0:
+        raise ValueError(f"query_weight: {rows} rows do not divide into heads = {heads} queries")
+    key_dim = rows // heads
+    if key_dim % 2 != 0:
+        raise ValueError(f"query_weight: key_dim must be even, got {rows} rows / {heads} heads = {key_dim}")
+    _expect_shape("query_bias", query_bias, (rows,), "[heads * key_dim]")
+    if half_keys.dim() != 4:
+        raise ValueError(f"half_keys: expected [2, heads, n_keys, key_dim / 2], got {list(half_keys.shape)}")
+    n_keys = half_keys.shape[2]
+    _expect_shape("half_keys", half_keys, (2, heads, n_keys, key_dim // 2), "[2, heads, n_keys, key_dim / 2]")
+    _expect_shape("temperature", temperature, (heads,), "[heads]")
+    check_top_k(top_k, n_keys)
+
+
+def _check_read(
+    x: Tensor,
+    half_keys: Tensor,
+    values: Tensor,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+) -> None:
+    n_keys = half_keys.shape[2]
+    if values.dim() != 2 or values.shape[0] != n_keys * n_keys:
+        raise ValueError(f"values: expected [n_keys**2 = {n_keys * n_keys}, value_dim], got {list(values.shape)}")
+    value_dim = values.shape[1]
+    if gate_weight is None and gate_bias is not None:
+        raise ValueError("gate_bias: given without gate_weight")
+    _expect_shape("gate_weight", gate_weight, (value_dim, x.shape[-1]), "[value_dim, d]")
+    _expect_shape("gate_bias", gate_bias, (value_dim,), "[value_dim]")
+    if out_weight is None:
+        if out_bias is not None:
+            raise ValueError("out_bias: given without out_weight")
+        return
+    if out_weight.dim() != 2 or out_weight.shape[1] != value_dim:
+        raise ValueError(f"out_weight: expected [d_out, value_dim = {value_dim}], got {list(out_weight.shape)}")
+    _expect_shape("out_bias", out_bias, (out_weight.shape[0],), "[d_out]")
+
+
+# vmap takes the operator apart as autograd does; without the second line it would loop over the batch.
+for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+    LIBRARY.impl("memory_lookup", _composite, _key)  # type: ignore[no-untyped-call]

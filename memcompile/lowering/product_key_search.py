@@ -1,0 +1,113 @@
+"""`memcompile::product_key_search`: scores, their k best slots, and a backward that never builds the scores.
+
+Traced with autograd, the operator comes apart into GEMMs, which Inductor keeps, and `product_key_topk`. Its
+backward is a gather and a scatter over the half-keys that were hit.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memcompile.lowering._torch import functorch_is_active
+from memcompile.lowering.batching import batch_first, fold_into_tokens, unfold_tokens
+from memcompile.lowering.differentiable import register_operator
+from memcompile.lowering.product_key_topk import check_top_k
+from memcompile.lowering.schema import operator
+
+
+def _check(query: Tensor, half_keys: Tensor, top_k: int) -> None:
+    if half_keys.dim() != 4 or half_keys.shape[0] != 2:
+        raise ValueError(f"half_keys: expected [2, heads, n_keys, key_dim / 2], got {list(half_keys.shape)}")
+    if query.dim() != 3 or query.shape[1] != half_keys.shape[1] or query.shape[2] != 2 * half_keys.shape[3]:
+        raise ValueError(
+            f"query: expected [tokens, heads, key_dim] with heads = {half_keys.shape[1]} and "
+            f"key_dim = {2 * half_keys.shape[3]} as half_keys has them, got {list(query.shape)}"
+        )
+    if query.dtype != half_keys.dtype or query.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            "query and half_keys: expected float32 or float64, the same for both "
+            f"(lower precisions reorder the scores), got {query.dtype} and {half_keys.dtype}"
+        )
+    check_top_k(top_k, half_keys.shape[2])
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Autocast off on `device`; the CPU's switch stands in for a device that knows no autocast (meta)."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type if available else "cpu", enabled=False)
+
+
+def _kernel(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    _check(query, half_keys, top_k)
+    tokens, heads, key_dim = query.shape
+    halves = query.reshape(tokens, heads, 2, key_dim // 2).permute(2, 1, 0, 3)  # [2, heads, tokens, key_dim / 2]
+    with without_autocast(query.device):
+        scores = halves @ half_keys.mT  # [2, heads, tokens, n_keys]
+    logits, slots = operator("product_key_topk")(scores.transpose(1, 2), top_k)
+    return logits, slots
+
+
+def _under_autograd(query: Tensor, half_keys: Tensor, top_k: int) -> Any:
+    # The next torch.func transform needs the operator whole, or it would differentiate the dense scores.
+    run = operator("product_key_search") if functorch_is_active() else _kernel
+    return run(query, half_keys, top_k)
+
+
+def _fake(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    _check(query, half_keys, top_k)
+    shape = (query.shape[0], query.shape[1], top_k)
+    return query.new_empty(shape), query.new_empty(shape, dtype=torch.int32)
+
+
+def _vmap(info: Any, in_dims: Any, query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Any, Any]:
+    batch, op = info.batch_size, operator("product_key_search")
+    if in_dims[1] is None:
+        logits, slots = op(fold_into_tokens(query, in_dims[0], batch), half_keys, top_k)
+        return (unfold_tokens(logits, batch), unfold_tokens(slots, batch)), (0, 0)
+    # Every element of the batch has keys of its own: they become heads.
+    heads = half_keys.movedim(in_dims[1], 0).shape[2]
+    keys = half_keys.movedim(in_dims[1], 1).flatten(1, 2)  # [2, batch * heads, n_keys, key_dim / 2]
+    folded = batch_first(query, in_dims[0], batch).movedim(0, 1).flatten(1, 2)  # [tokens, batch * heads, key_dim]
+    logits, slots = op(folded, keys, top_k)
+    return (logits.unflatten(1, (batch, heads)), slots.unflatten(1, (batch, heads))), (1, 1)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    query, half_keys, _ = inputs
+    ctx.save_for_backward(query, half_keys, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_logits: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None]:
+    query, half_keys, slots = ctx.saved_tensors
+    tokens, heads, key_dim = query.shape
+    sides, _, n_keys, half_dim = half_keys.shape
+    bags, top_k = tokens * heads * sides, slots.shape[-1]
+    # One row a half-key, in the order of half_keys: row = (side * heads + head) * n_keys + key.
+    side = torch.arange(sides, device=slots.device, dtype=slots.dtype)[None, :, None]
+    head = torch.arange(heads, device=slots.device, dtype=slots.dtype)[:, None, None]
+    keys = torch.stack([slots // n_keys, slots % n_keys], dim=2)  # [tokens, heads, 2, k]
+    rows = ((side * heads + head) * n_keys + keys).reshape(bags, top_k)
+    weights = grad_logits[:, :, None].expand(-1, -1, sides, -1).reshape(bags, top_k)
+
+    grad_query = grad_half_keys = None
+    if ctx.needs_input_grad[0]:
+        table = half_keys.reshape(sides * heads * n_keys, half_dim)
+        grad_query = operator("weighted_gather")(table, rows, weights).reshape(tokens, heads, key_dim)
+    if ctx.needs_input_grad[1]:
+        halves = query.reshape(bags, half_dim)
+        scattered = operator("weighted_scatter")(rows, weights, halves, sides * heads * n_keys)
+        grad_half_keys = scattered.reshape(half_keys.shape)
+    return grad_query, grad_half_keys, None
+
+
+register_operator(
+    "product_key_search",
+    kernel=_kernel,
+    fake=_fake,
+    vmap=_vmap,
+    setup_context=_setup_context,
+    backward=_backward,
+    under_autograd=_under_autograd,
+)

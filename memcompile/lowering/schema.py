@@ -1,0 +1,32 @@
+"""Every operator of memcompile: its name and its signature. What each computes is in the file of its name."""
+
+import torch
+
+NAMESPACE = "memcompile"
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+
+SCHEMAS = {
+    "memory_lookup": (
+        "(Tensor x, Tensor query_weight, Tensor? query_bias, Tensor half_keys, Tensor values, "
+        "Tensor? gate_weight, Tensor? gate_bias, Tensor? out_weight, Tensor? out_bias, "
+        "Tensor? temperature, int heads, int top_k) -> Tensor"
+    ),
+    "product_key_search": "(Tensor query, Tensor half_keys, int top_k) -> (Tensor logits, Tensor slots)",
+    "product_key_topk": "(Tensor scores, int top_k) -> (Tensor logits, Tensor slots)",
+    "weighted_gather": "(Tensor values, Tensor slots, Tensor weights) -> Tensor",
+    "gather_dot": "(Tensor values, Tensor slots, Tensor grad) -> Tensor",
+    "weighted_scatter": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> Tensor",
+}
+
+# Every kernel reads its inputs at any strides, so Inductor need not copy them into a layout of eager's.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
+for _name, _signature in SCHEMAS.items():
+    LIBRARY.define(_name + _signature, tags=_TAGS)  # type: ignore[no-untyped-call]
+
+
+def operator(name: str) -> torch._ops.OpOverload:
+    """The overload `torch.ops.memcompile.<name>.default`."""
+    overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return overload

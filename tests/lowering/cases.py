@@ -1,0 +1,137 @@
+"""Small memory layers to test with, strategies that draw them, and a look inside: which slots were read."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TENSOR_NAMES = (
+    "x",
+    "query_weight",
+    "query_bias",
+    "half_keys",
+    "values",
+    "gate_weight",
+    "gate_bias",
+    "out_weight",
+    "out_bias",
+    "temperature",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One layer: its sizes, which parts it has, the dtype of its tensors, and whether they are contiguous."""
+
+    leading: tuple[int, ...] = (5,)
+    width: int = 12
+    heads: int = 2
+    top_k: int = 4
+    n_keys: int = 7
+    half_dim: int = 3
+    value_dim: int = 10
+    out_dim: int | None = 9
+    bias: bool = True
+    gate: bool = True
+    qk_norm: bool = False
+    dtype: torch.dtype = torch.float32
+    strided: bool = False
+    seed: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"heads": self.heads, "top_k": self.top_k}
+
+    def tensors(self) -> list[Tensor | None]:
+        """The arguments of memory_lookup before `heads`, as leaves that require gradients."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def leaf(*shape: int, scale: float = 1.0) -> Tensor:
+            wide = (*shape[:-1], 2 * shape[-1]) if self.strided else shape
+            tensor = (torch.randn(wide, generator=generator, dtype=torch.float64) * scale).to(self.dtype)
+            if self.strided:
+                tensor = tensor[..., ::2]
+            return tensor.requires_grad_()
+
+        rows, thin = self.heads * 2 * self.half_dim, self.width**-0.5
+        return [
+            leaf(*self.leading, self.width),
+            leaf(rows, self.width, scale=thin),
+            leaf(rows) if self.bias else None,
+            leaf(2, self.heads, self.n_keys, self.half_dim),
+            leaf(self.n_keys**2, self.value_dim),
+            leaf(self.value_dim, self.width, scale=thin) if self.gate else None,
+            leaf(self.value_dim) if self.gate and self.bias else None,
+            leaf(self.out_dim, self.value_dim, scale=thin) if self.out_dim else None,
+            leaf(self.out_dim) if self.out_dim and self.bias else None,
+            leaf(self.heads, scale=3.0) if self.qk_norm else None,
+        ]
+
+
+@st.composite
+def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Case:
+    """Layers of odd sizes, with every part on or off, k up to n, and no tokens at all now and then."""
+    n_keys = draw(st.integers(1, 9))
+    leading = draw(
+        st.one_of(st.tuples(st.integers(0, 9)), st.tuples(st.integers(0, 3), st.integers(1, 3)), st.just(()))
+    )
+    qk_norm = draw(st.booleans())
+    # In one dimension a unit vector is 1 or -1: gradients are zero.
+    least = 2 if qk_norm else 1
+    return Case(
+        leading=leading,
+        width=draw(st.integers(least, 13)),
+        heads=draw(st.integers(1, 3)),
+        top_k=draw(st.one_of(st.just(n_keys), st.integers(1, n_keys))),
+        n_keys=n_keys,
+        half_dim=draw(st.integers(least, 7)),
+        value_dim=draw(st.integers(1, 19)),
+        out_dim=draw(st.one_of(st.none(), st.integers(1, 11))),
+        bias=draw(st.booleans()),
+        gate=draw(st.booleans()),
+        qk_norm=qk_norm,
+        dtype=draw(st.sampled_from(dtypes)),
+        strided=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+VARIANTS = {
+    "plain": Case(gate=False, out_dim=None, bias=False),
+    "gate": Case(out_dim=None),
+    "out": Case(gate=False),
+    "full": Case(qk_norm=True),
+}
+
+
+def in_dtype(case: Case, dtype: torch.dtype) -> Case:
+    return replace(case, dtype=dtype)
+
+
+def leaves(tensors: list[Tensor | None], dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    """The same values as fresh leaves, in another dtype when one is given."""
+    return [None if t is None else t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for t in tensors]
+
+
+def gradients(output: Tensor, tensors: list[Tensor | None], grad: Tensor) -> dict[str, Tensor]:
+    """The gradient of every tensor that is there, by name."""
+    named = [(name, t) for name, t in zip(TENSOR_NAMES, tensors, strict=True) if t is not None]
+    found = torch.autograd.grad(output, [t for _, t in named], grad.to(output.dtype))
+    return dict(zip([name for name, _ in named], found, strict=True))
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps what `product_key_topk` was given and what it chose."""
+
+    scores: Tensor
+    logits: Tensor
+    slots: Tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.memcompile.product_key_topk.default:
+            self.scores, (self.logits, self.slots) = args[0].clone(), out
+        return out

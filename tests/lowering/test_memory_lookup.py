@@ -1,0 +1,219 @@
+"""memory_lookup against the float64 reference, forward and backward; its shapes, dtypes, errors and saved tensors."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from memcompile.lowering import memory_lookup, memory_lookup_reference, product_key_topk_reference
+from memcompile.lowering.reference import scores_reference
+from tests.lowering.cases import (
+    TENSOR_NAMES,
+    VARIANTS,
+    Case,
+    Recorder,
+    cases,
+    gradients,
+    in_dtype,
+    leaves,
+)
+from tests.tolerance import assert_as_accurate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@settings(max_examples=100)
+@given(cases(dtypes=DTYPES))
+def test_any_shape(case):
+    """The choice is exact, the output as accurate as the rule asks, and the maths and its gradients are the
+    reference's, seen in float64: on a handful of numbers rounding errors are too much a matter of luck."""
+    tensors = case.tensors()
+    with Recorder() as seen:
+        output = memory_lookup(*tensors, **case.options)
+    assert seen.scores.dtype == torch.float32
+    assert torch.equal(seen.slots.long(), product_key_topk_reference(seen.scores, case.top_k)[1])
+    _, plain, exact, _ = reference_at(tensors, seen.slots, case)
+    assert_as_accurate(output, plain, exact, "output")
+
+    twin = leaves(tensors, torch.float64)
+    with Recorder() as seen:
+        output = memory_lookup(*twin, **case.options)
+    _, _, exact, exact_tensors = reference_at(twin, seen.slots, case)
+    torch.testing.assert_close(output, exact, rtol=1e-10, atol=1e-10)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    expected = gradients(exact, exact_tensors, grad)
+    torch.testing.assert_close(gradients(output, twin, grad), expected, rtol=1e-10, atol=1e-10)
+
+
+def reference_at(tensors, slots, case):
+    """The reference at given slots in the tensors' own dtype and in float64: (leaves, output) of each."""
+    plain_tensors, exact_tensors = leaves(tensors), leaves(tensors, torch.float64)
+    plain = memory_lookup_reference(*plain_tensors, **case.options, slots=slots)
+    exact = memory_lookup_reference(*exact_tensors, **case.options, slots=slots)
+    return plain_tensors, plain, exact, exact_tensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_as_accurate_as_plain_pytorch(variant, dtype):
+    """Two precisions may choose differently between slots that nearly tie, so the scores are compared first and
+    the rest of the layer with given slots. Eight layers at once: the largest error of many is a steady measure."""
+    triples: dict[str, list[tuple]] = {}
+    for seed in range(8):
+        case = replace(VARIANTS[variant], dtype=dtype, seed=seed, leading=(17,), half_dim=9, value_dim=21, heads=3)
+        tensors = case.tensors()
+        with Recorder() as seen:
+            output = memory_lookup(*tensors, **case.options)
+        plain_tensors, plain, exact, exact_tensors = reference_at(tensors, seen.slots, case)
+        plain_scores, exact_scores = (
+            scores_reference(t[0], t[1], t[2], t[3], t[9], case.heads) for t in (plain_tensors, exact_tensors)
+        )
+        found = {"scores": (seen.scores, plain_scores.float(), exact_scores), "output": (output, plain, exact)}
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        actual = gradients(output, tensors, grad)
+        plain_found = gradients(plain, plain_tensors, grad)
+        exact_found = gradients(exact, exact_tensors, grad)
+        found |= {f"gradient of {n}": (actual[n], plain_found[n], exact_found[n]) for n in actual}
+        for name, triple in found.items():
+            triples.setdefault(name, []).append(triple)
+    for name, layers in triples.items():
+        assert_as_accurate(*(torch.stack(tensors) for tensors in zip(*layers, strict=True)), name=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float64_is_the_reference_itself(variant):
+    case = in_dtype(VARIANTS[variant], torch.float64)
+    tensors = case.tensors()
+    actual = memory_lookup(*tensors, **case.options)
+    torch.testing.assert_close(actual, memory_lookup_reference(*tensors, **case.options), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck(variant):
+    small = {"leading": (2,), "width": 2, "half_dim": 2, "n_keys": 3, "top_k": 2, "value_dim": 2}
+    case = replace(in_dtype(VARIANTS[variant], torch.float64), **small)
+    case = replace(case, out_dim=2 if case.out_dim else None)
+    tensors = case.tensors()
+    there = [t for t in tensors if t is not None]
+
+    def run(*given_tensors):
+        iterator = iter(given_tensors)
+        return memory_lookup(*[None if t is None else next(iterator) for t in tensors], **case.options)
+
+    torch.autograd.gradcheck(run, there)
+    # One random direction instead of every pair of entries: ten times faster.
+    torch.autograd.gradgradcheck(run, there, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"), [("plain", torch.float32), ("full", torch.float32), ("full", torch.bfloat16)]
+)
+def test_opcheck(variant, dtype):
+    case = in_dtype(VARIANTS[variant], dtype)
+    arguments = (*case.tensors(), case.heads, case.top_k)
+    torch.library.opcheck(torch.ops.memcompile.memory_lookup.default, arguments)
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (2, 0, 3), (2, 3), (1, 2, 1, 3)])
+def test_leading_dimensions(leading):
+    case = Case(leading=leading)
+    x, *rest = case.tensors()
+    output = memory_lookup(x, *rest, **case.options)
+    assert output.shape == (*leading, case.out_dim)
+    flat = memory_lookup(x.reshape(math.prod(leading), case.width), *rest, **case.options)
+    torch.testing.assert_close(output.reshape(flat.shape), flat)
+    output.sum().backward()
+    assert all(t.grad is not None and t.grad.shape == t.shape for t in (x, *rest) if t is not None)
+
+
+@pytest.mark.parametrize("layer", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pool", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_values_may_have_a_dtype_of_their_own(variant, layer, pool):
+    case = in_dtype(VARIANTS[variant], layer)
+    tensors = case.tensors()
+    tensors[4] = tensors[4].detach().to(pool).requires_grad_()
+    output = memory_lookup(*tensors, **case.options)
+    assert output.dtype == layer
+    output.float().sum().backward()
+    for tensor in tensors:
+        assert tensor is None or tensor.grad.dtype == tensor.dtype
+
+
+def test_a_nan_token_is_nan_alone():
+    case = Case(leading=(4,), qk_norm=True)
+    x, *rest = (None if t is None else t.detach() for t in case.tensors())
+    clean = memory_lookup(x, *rest, **case.options)
+    for poison in (math.nan, math.inf):
+        spoiled = x.clone()
+        spoiled[2, 0] = poison
+        output = memory_lookup(spoiled, *rest, **case.options)
+        assert output[2].isnan().all()
+        torch.testing.assert_close(output[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+def test_frozen_values_get_no_gradient_and_the_rest_does():
+    case = Case()
+    tensors = case.tensors()
+    tensors[4].requires_grad_(False)
+    memory_lookup(*tensors, **case.options).sum().backward()
+    assert tensors[4].grad is None
+    assert tensors[3].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_saved_for_backward_are_slots_and_weights_never_rows_or_scores(qk_norm):
+    case = Case(leading=(64,), n_keys=40, top_k=8, value_dim=96, heads=2, qk_norm=qk_norm)
+    tensors = case.tensors()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        memory_lookup(*tensors, **case.options)
+    given_storages = {t.untyped_storage().data_ptr() for t in tensors if t is not None}
+    ours = [t for t in saved if t.untyped_storage().data_ptr() not in given_storages]
+    slots = [t for t in ours if t.dtype == torch.int32]
+    assert slots
+    assert all(t.numel() == 64 * 2 * 8 for t in slots)
+    gathered, scores = 64 * 2 * 8 * 96, 64 * 2 * 40
+    keys = tensors[3].numel()
+    activations = 64 * max(case.width, 96, case.out_dim)
+    assert max(activations, keys) < gathered
+    for tensor in ours:
+        assert tensor.numel() < gathered
+        assert tensor.shape[-1] != 40 or tensor.numel() < scores
+
+
+ERRORS = {
+    "x: expected [..., d], got a scalar": {"x": torch.zeros(())},
+    "heads: expected at least 1, got 0": {"heads": 0},
+    "query_weight: expected [heads * key_dim, d = 12], got [12, 11]": {"query_weight": torch.zeros(12, 11)},
+    "query_weight: 13 rows do not divide into heads = 2": {"query_weight": torch.zeros(13, 12)},
+    "query_weight: 0 rows": {"query_weight": torch.zeros(0, 12)},
+    "query_weight: key_dim must be even, got 10 rows / 2 heads = 5": {"query_weight": torch.zeros(10, 12)},
+    "query_bias: expected [heads * key_dim] = [12], got [11]": {"query_bias": torch.zeros(11)},
+    "half_keys: expected [2, heads, n_keys, key_dim / 2], got [2, 7, 3]": {"half_keys": torch.zeros(2, 7, 3)},
+    "half_keys: expected [2, heads, n_keys, key_dim / 2] = [2, 2, 7, 3], got [2, 1, 7, 3]": {
+        "half_keys": torch.zeros(2, 1, 7, 3)
+    },
+    "values: expected [n_keys**2 = 49, value_dim], got [48, 10]": {"values": torch.zeros(48, 10)},
+    "gate_weight: expected [value_dim, d] = [10, 12], got [12, 10]": {"gate_weight": torch.zeros(12, 10)},
+    "gate_bias: expected [value_dim] = [10], got [12]": {"gate_bias": torch.zeros(12)},
+    "gate_bias: given without gate_weight": {"gate_weight": None},
+    "out_weight: expected [d_out, value_dim = 10], got [9, 11]": {"out_weight": torch.zeros(9, 11)},
+    "out_bias: expected [d_out] = [9], got [10]": {"out_bias": torch.zeros(10)},
+    "out_bias: given without out_weight": {"out_weight": None},
+    "temperature: expected [heads] = [2], got [1]": {"temperature": torch.zeros(1)},
+    "top_k: expected 1 <= top_k <= n_keys = 7, got 8": {"top_k": 8},
+    "top_k: expected 1 <= top_k <= n_keys = 7, got 0": {"top_k": 0},
+    "46341**2 slots do not fit int32": {"half_keys": torch.zeros(2, 2, 46341, 3)},
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_name_the_argument(message):
+    case = Case(qk_norm=True)
+    arguments = dict(zip(TENSOR_NAMES, case.tensors(), strict=True)) | case.options | ERRORS[message]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        memory_lookup(**arguments)
