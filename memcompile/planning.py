@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from memcompile.config import MemoryConfig, check_names
+from memcompile.config import OPTION_NAMES, MemoryConfig, check_names
 from memcompile.errors import OptionError, PlanError
 from memcompile.explain import Explanation, explain
 from memcompile.passes.detect import find_ffns
@@ -86,7 +86,12 @@ def config_from(state_dict: Mapping[str, Any]) -> MemoryConfig:
     saved = plan_in(state_dict)
     if saved is None:
         raise PlanError("the state dict holds no memory: it was saved from a model that was not planned")
-    return MemoryConfig.from_dict({**saved["config"], "memory_layers": saved["layers"]})
+    try:
+        return MemoryConfig(
+            **{name: saved["config"][name] for name in OPTION_NAMES} | {"memory_layers": saved["layers"]}
+        )
+    except (KeyError, OptionError) as error:
+        raise PlanError(f"the plan in the checkpoint is damaged: {error}") from error
 
 
 def _config(memory: MemoryConfig | None, options: Mapping[str, Any]) -> MemoryConfig:

@@ -27,28 +27,34 @@ def adopt_optimizers(removed: Iterable[nn.Parameter], pool: MemoryPool) -> int:
     """Takes the removed parameters out of every live optimizer that holds them and puts the memory's in.
 
     A memory parameter joins the group that held the first removed weight if it is a matrix, and the first removed
-    bias if it is a vector (nanoGPT and Hugging Face keep them apart for weight decay; Muon even in an optimizer of
-    their own). Groups keep their number, order and options. Returns how many optimizers were adopted.
+    bias, or else a group of vectors alone, if it is a vector (nanoGPT and Hugging Face keep them apart for weight
+    decay; Muon even in an optimizer of their own). Groups keep their number, order and options. Returns how many optimizers were adopted.
     """
     removed = list(removed)
     held_in: dict[int, list[dict[str, Any]]] = {id(p): [] for p in removed}  # the groups that held each
-    adopted = 0
+    adopted: list[Optimizer] = []
     for optimizer in _live_optimizers():
         held = [(p, g) for g in optimizer.param_groups for p in g["params"] if id(p) in held_in]
         if held:
             for parameter, group in held:
                 held_in[id(parameter)].append(group)
             _take_out(optimizer, held_in.keys())
-            adopted += 1
+            adopted.append(optimizer)
             log.info("adopted %s: the replaced FFNs left it, the memory joined it", type(optimizer).__name__)
     known = [p for p in removed if held_in[id(p)]]
     for name, parameter in pool.memory_parameters() if known else ():
-        alike = [p for p in known if (p.dim() > 1) == (parameter.dim() > 1)] or known
-        for group in held_in[id(alike[0])]:
+        alike = next((p for p in known if (p.dim() > 1) == (parameter.dim() > 1)), None)
+        vectors = _groups_of_vectors(adopted) if parameter.dim() <= 1 else []
+        for group in held_in[id(alike)] if alike is not None else vectors[:1] or held_in[id(known[0])]:
             group["params"].append(parameter)
             if "param_names" in group:
                 group["param_names"].append(name)
-    return adopted
+    return len(adopted)
+
+
+def _groups_of_vectors(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if group["params"]]
+    return [group for group in groups if all(p.dim() <= 1 for p in group["params"])]
 
 
 def _live_optimizers() -> list[Optimizer]:

@@ -225,7 +225,7 @@ def _refused_operator(spelling: str) -> Callable:
 
 
 # Without these Python would answer itself: an object is true, and equals no number.
-for _name in "eq ne lt le gt ge bool int float len setitem rmatmul floordiv mod and or xor invert".split():
+for _name in "eq ne lt le gt ge bool int float len setitem floordiv mod and or xor invert".split():
     setattr(HiddenActivation, f"__{_name}__", _refused_operator(f"__{_name}__"))
 
 
