@@ -138,7 +138,12 @@ def _rows(sites: Sequence[FfnSite], pool: MemoryPool | None) -> list[ExplainedSi
 
 def _layer_flops(layer: MemoryLayer) -> int:
     """Counted, not derived: one token through the layer on the meta device."""
-    tensors = cast(LayerTensors, tuple(t if t is None else torch.empty_like(t, device="meta") for t in layer.tensors()))
+
+    def meta(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        # by its shape: a DTensor's is that of the whole tensor
+        return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    tensors = cast(LayerTensors, tuple(map(meta, layer.tensors())))
     token = torch.empty(1, layer.width, dtype=layer.query_weight.dtype, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         memory_lookup(token, *tensors, heads=layer.heads, top_k=layer.top_k)

@@ -9,14 +9,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
+from memcompile.passes.layout import prove_features_last, stream_read
 from memcompile.passes.normalize import normalize, operator_name
 from memcompile.passes.projection import find_projections
 from memcompile.passes.region import Refusal, Region, find_region, prove_closed, prove_token_wise
 from memcompile.passes.residual import Sink, prove_residual, prove_unrouted
-from memcompile.passes.trace import Capture, trace
+from memcompile.passes.trace import HOOKS, Capture, trace
 from memcompile.sites import FfnSite
-from memcompile.token_wise import CASTS, RESHAPES
+from memcompile.token_wise import CASTS, NORMS, RESHAPES
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +36,13 @@ def find_ffns(model: nn.Module, example_inputs: Any = None) -> list[FfnSite]:
             no guess at the inputs runs and the submodules alone do not show every block.
     """
     found: list[_Candidate] = []
-    for capture in trace(model, example_inputs):
+    captures = trace(model, example_inputs)
+    for capture in captures:
         normalize(capture.graph)
         found.extend(_candidates(capture))
-    _refuse_unproved_boundaries(found)
-    _refuse_shared_sources(found)
-    sites = _merge_calls(found, model)
+    _refuse_unproved_boundaries(found, model)
+    _refuse_parallel_branches(found)
+    sites = _merge_calls(found, captures, model)
     for site in sites:
         log.debug("%s %s: %s", "refused" if site.refusal else "found", site.down, site.refusal or site.pattern)
     return sites
@@ -70,7 +74,8 @@ def _candidates(capture: Capture) -> Iterator[_Candidate]:
         try:
             prove_token_wise(region)
             prove_closed(region)
-            prove_unrouted(region, projections)
+            prove_features_last(region, capture, projections)
+            prove_unrouted(region, capture, projections)
             candidate.sink = prove_residual(region, capture)
         except Refusal as refusal:
             candidate.refusal = str(refusal)
@@ -86,29 +91,52 @@ def _resembles_ffn(region: Region) -> bool:
     return down.width_in > down.width_out or (down.width_in == down.width_out and len(region.nodes) <= 3)
 
 
-def _refuse_unproved_boundaries(found: list[_Candidate]) -> None:
-    """A block that fills its whole graph shows no residual. Its like elsewhere in the model is the evidence:
-    layers repeat, heads do not.
+def _refuse_unproved_boundaries(found: list[_Candidate], model: nn.Module) -> None:
+    """A block that fills its whole graph shows no residual. Its like elsewhere in the model, each alone in a module
+    that has a norm, are the evidence: layers repeat and normalise their stream, heads and experts do not.
     """
     alike = collections.Counter(c.signature for c in found if c.refusal is None)
     for candidate in found:
-        if candidate.refusal is None and candidate.sink is Sink.BOUNDARY:
-            if not candidate.capture.path:
-                candidate.refusal = "its output leaves the model before it joins a residual stream: a head, not an FFN"
-            elif alike[candidate.signature] < 2:
-                candidate.refusal = (
-                    "its residual stream is not visible and no other block is like it: pass example_inputs"
-                )
+        if candidate.refusal is not None or candidate.sink is not Sink.BOUNDARY:
+            continue
+        if not candidate.capture.path:
+            candidate.refusal = "its output leaves the model before it joins a residual stream: a head, not an FFN"
+        elif alike[candidate.signature] < 2 or not _stands_alone_beside_a_norm(candidate, found, model):
+            candidate.refusal = (
+                "its residual stream is not visible, and it does not stand alone beside a norm in repeated layers: "
+                "pass example_inputs"
+            )
 
 
-def _refuse_shared_sources(found: list[_Candidate]) -> None:
-    readers = collections.Counter(c.region.source for c in found if c.refusal is None)
+def _stands_alone_beside_a_norm(candidate: _Candidate, found: list[_Candidate], model: nn.Module) -> bool:
+    """Whether the module that runs the block has a norm (a child with vectors alone, where the block does not start
+    with one) and no other candidate nor a bank of expert weights in it.
+    """
+    path = candidate.capture.path.rpartition(".")[0]
+    while path and isinstance(model.get_submodule(path), (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        path = path.rpartition(".")[0]  # these have no forward of their own
+    caller, width = model.get_submodule(path), candidate.region.down.width_out
+    inside = {c.replaced for c in found if not path or c.capture.path.startswith(f"{path}.")}
+    bank = any(p.dim() > 2 for m in caller.modules() if not isinstance(m, _ConvNd) for p in m.parameters(recurse=False))
+    children = [list(child.parameters()) for child in caller.children()]
+    norm = operator_name(candidate.region.source) in NORMS or any(
+        own and all(p.shape == (width,) for p in own) for own in children
+    )
+    return norm and not bank and inside == {candidate.replaced}
+
+
+def _refuse_parallel_branches(found: list[_Candidate]) -> None:
+    readers = collections.defaultdict(set)
     for candidate in found:
-        if candidate.refusal is None and readers[candidate.region.source] > 1:
-            candidate.refusal = "several blocks read one source: parallel branches or experts, not one FFN"
+        if candidate.refusal is None:
+            readers[stream_read(candidate.region.source, candidate.capture)].add(candidate.replaced)
+    for candidate in found:
+        stream = stream_read(candidate.region.source, candidate.capture)
+        if candidate.refusal is None and len(readers[stream]) > 1:
+            candidate.refusal = "several blocks read one stream: parallel branches or experts, not one FFN"
 
 
-def _merge_calls(found: list[_Candidate], model: nn.Module) -> list[FfnSite]:
+def _merge_calls(found: list[_Candidate], captures: Sequence[Capture], model: nn.Module) -> list[FfnSite]:
     """One site for all calls of the same parameters, refused if any call is, or if they are read elsewhere."""
     calls: dict[tuple[str, ...], list[_Candidate]] = {}
     for candidate in found:
@@ -117,7 +145,7 @@ def _merge_calls(found: list[_Candidate], model: nn.Module) -> list[FfnSite]:
     sites = []
     for replaced, candidates in calls.items():
         refusal = next((c.refusal for c in candidates if c.refusal), None)
-        refusal = refusal or _parameter_refusal(replaced, candidates, owners, model)
+        refusal = refusal or _parameter_refusal(replaced, candidates, captures, owners, model)
         region, capture = candidates[0].region, candidates[0].capture
         up = tuple(capture.parameters[p.weight] for p in region.up)
         down = capture.parameters[region.down.weight]
@@ -139,7 +167,11 @@ def _merge_calls(found: list[_Candidate], model: nn.Module) -> list[FfnSite]:
 
 
 def _parameter_refusal(
-    replaced: tuple[str, ...], candidates: list[_Candidate], owners: collections.Counter, model: nn.Module
+    replaced: tuple[str, ...],
+    candidates: list[_Candidate],
+    captures: Sequence[Capture],
+    owners: collections.Counter,
+    model: nn.Module,
 ) -> str | None:
     """Why these parameters cannot be taken out of the model, None where they can."""
     region = candidates[0].region
@@ -150,6 +182,8 @@ def _parameter_refusal(
         aliases[id(parameter)].add(name)
     for name in replaced:
         parameter = model.get_parameter(name)
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), ParametrizationList):
+            return f"{name} is parametrized"
         if owners[name] > 1:
             return f"{name} also belongs to another block"
         if not _is_one_attribute(model, aliases[id(parameter)]):
@@ -159,7 +193,7 @@ def _parameter_refusal(
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             return f"{name} has gradient hooks, which would be lost"
     inside = frozenset[fx.Node]().union(*(c.region.all_nodes for c in candidates))
-    for placeholder in [p for c in candidates for p in c.region.all_parameters]:
+    for placeholder in [p for capture in captures for p, name in capture.parameters.items() if name in replaced]:
         for user in placeholder.users:
             if user not in inside:
                 return f"one of its weights is also read by {operator_name(user)} outside of the block"
@@ -177,7 +211,7 @@ def _hook_refusal(replaced: tuple[str, ...], model: nn.Module) -> str | None:
     for name in replaced:
         path = name.rpartition(".")[0]
         module = model.get_submodule(path)
-        if path != owner and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+        if path != owner and any(getattr(module, hooks) for hooks in HOOKS):
             return f"module {path!r} has hooks, which would no longer see the projection"
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
@@ -10,7 +12,8 @@ from memcompile.token_wise import canonical
 
 def normalize(graph: fx.Graph) -> None:
     """Rewires, in place, every later use of a mutated tensor to the operator that mutated it; replaces operands
-    that give only a shape or dtype by that shape or dtype; drops dead code.
+    that give only a shape or dtype by that shape or dtype; drops dead views. Other dead code stays: its result may
+    have been kept on a module or by a hook.
 
     Afterwards an in-place operator reads like its functional form: its node is the value, its first argument
     the value before. Mutations stay in program order, so the graph still computes what it did.
@@ -26,7 +29,7 @@ def normalize(graph: fx.Graph) -> None:
             later = [user for user in mutated.users if position[user] > position[node]]
             for user in later:
                 user.replace_input_with(mutated, node)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: not is_view(node) or operator_name(node) == "detach")
 
 
 def _drop_metadata_operand(node: fx.Node) -> None:
@@ -60,6 +63,16 @@ def is_in_place(node: fx.Node) -> bool:
         return False
     first = node.target._schema.arguments[0]
     return first.alias_info is not None and first.alias_info.is_write
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the operator only returns a view of its first argument, or one of several."""
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or is_in_place(node):
+        return False
+    returns = node.target._schema.returns
+    return len(returns) > 0 and returns[0].alias_info is not None
 
 
 def fake_value(node: fx.Node) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import fx
 
-from memcompile.passes.normalize import fake_value, features, is_in_place, operator_name, tokens
+from memcompile.passes.normalize import fake_value, features, is_in_place, is_view, operator_name, tokens
 from memcompile.passes.projection import Projection
 from memcompile.passes.trace import Capture
 from memcompile.token_wise import (
@@ -111,14 +111,16 @@ def prove_token_wise(region: Region) -> None:
             raise Refusal(f"{operator_name(node)} reshapes the hidden activation to {_shape(node)}")
     for parameter in region.parameters:
         value = fake_value(parameter)
-        if value is None or value.numel() not in (1, features(parameter)):
-            raise Refusal(f"a matrix {_shape(parameter)} enters between its projections")
-    if not any(_is_nonlinear(node) for node in region.nodes):
+        if value is None or value.numel() not in (1, hidden, 2 * hidden) or value.numel() != features(parameter):
+            raise Refusal(f"a parameter {_shape(parameter)} that is no vector of hidden features enters between them")
+    if not any(_is_nonlinear(node) for node in _hidden_path(region)):
         raise Refusal("there is no nonlinearity between its projections: a low-rank factorisation, not an FFN")
 
 
 def prove_closed(region: Region) -> None:
-    """Raises Refusal where something outside the block reads its inside, or writes to its source meanwhile."""
+    """Raises Refusal where something outside the block reads its inside, or where its source is written to before
+    the block ends: the memory reads the source at the end.
+    """
     inside = region.all_nodes
     for node in inside - {region.down.node}:
         for user in node.users:
@@ -127,6 +129,9 @@ def prove_closed(region: Region) -> None:
     for node in region.nodes:
         if is_in_place(node) and node.args[0] not in inside:
             raise Refusal(f"{operator_name(node)} writes in place to a tensor outside of the block")
+    for node in _aliases(region.source):
+        if is_in_place(node) and region.up[0].node < node < region.down.node:
+            raise Refusal(f"{operator_name(node)} writes in place to its source before the block ends")
 
 
 def strip_views(node: fx.Node) -> fx.Node:
@@ -173,9 +178,36 @@ def _acts_on_features(node: fx.Node) -> bool:
     return operator_name(node) in FEATURE_SPLITS or bool(values.get("keepdim"))
 
 
+def _hidden_path(region: Region) -> set[fx.Node]:
+    """The nodes between the projections that carry the hidden activation; what only feeds a norm's statistics
+    (one number a token) is not among them.
+    """
+    between, path, pending = set(region.nodes), set[fx.Node](), [region.down.input]
+    while pending:
+        node = pending.pop()
+        if node in between and node not in path and features(node) != 1:
+            path.add(node)
+            pending.extend(node.all_input_nodes)
+    return path
+
+
+def _aliases(node: fx.Node) -> set[fx.Node]:
+    """Every node that shares memory with ``node``."""
+
+    def shares(node: fx.Node) -> bool:
+        return is_view(node) or is_in_place(node)
+
+    while shares(node):
+        node = node.all_input_nodes[0]
+    found, pending = set[fx.Node](), [node]
+    while pending:
+        node = pending.pop()
+        found.add(node)
+        pending.extend(u for u in node.users if u not in found and shares(u) and u.all_input_nodes[0] is node)
+    return found
+
+
 def _is_nonlinear(node: fx.Node) -> bool:
-    if features(node) == 1:
-        return False  # a norm's statistics, not the hidden activation
     name = operator_name(node)
     if name == "mul":
         operands = [a for a in node.args if isinstance(a, fx.Node) and features(a) > 1 and tokens(a) > 1]

@@ -6,7 +6,8 @@ import enum
 
 from torch import fx
 
-from memcompile.passes.normalize import fake_value, features, operator_name
+from memcompile.passes.layout import stream_read
+from memcompile.passes.normalize import fake_value, features, operator_name, tokens
 from memcompile.passes.projection import Projection
 from memcompile.passes.region import Refusal, Region
 from memcompile.passes.trace import Capture
@@ -15,6 +16,7 @@ from memcompile.token_wise import ARITHMETIC, CASTS, DROPOUTS, FEATURE_REDUCTION
 _STREAM = ARITHMETIC | CASTS | DROPOUTS | NORMS | RESHAPES | FEATURE_REDUCTIONS | {"pow", "getitem"}
 _SELECTIONS = frozenset({"topk", "argmax", "sort", "argsort", "one_hot", "max"})
 _GATHERS = frozenset({"index", "index_select", "gather", "take", "masked_select"})
+_PENALTIES = frozenset({"pow", "square", "abs", "norm", "linalg_vector_norm", "mse_loss"})
 _ROUTER_REACH = 12  # nodes from a router's projection to its selection
 
 
@@ -46,25 +48,30 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
             raise Refusal(f"its output has several consumers ({names})")
         (user,) = users
         name = operator_name(user)
-        if name in ("add", "sub"):
-            others = [a for a in user.all_input_nodes if a is not current]
-            if any(not stream.isdisjoint(_stream_of(other, capture)) for other in others):
-                if not _same_shape(user, current):
-                    raise Refusal("its output is broadcast over the stream: it conditions tokens, it is not their FFN")
-                return Sink.RESIDUAL
+        others = [a for a in user.all_input_nodes if a is not current]
+        meets_stream = any(not stream.isdisjoint(_stream_of(other, capture)) for other in others)
+        if meets_stream and name in ("add", "sub"):
+            if not _same_shape(user, current):
+                raise Refusal("its output is broadcast over the stream: it conditions tokens, it is not their FFN")
+            if all(operator_name(reader) in _PENALTIES for reader in user.users):
+                raise Refusal("its sum with the stream only feeds a penalty: an autoencoder, not an FFN")
+            return Sink.RESIDUAL
+        if meets_stream and name in ("mul", "div") and any(_same_shape(other, current) for other in others):
+            raise Refusal("its output scales the stream that it read: a gate, not an FFN")
         if name not in _STREAM and name != "cat":
             raise Refusal(f"its output goes to {name}, not to the residual stream that it read")
         current = user
 
 
-def prove_unrouted(region: Region, projections: dict[fx.Node, Projection]) -> None:
-    """Raises Refusal for experts and their like: tokens picked by index, or a router on the same source."""
+def prove_unrouted(region: Region, capture: Capture, projections: dict[fx.Node, Projection]) -> None:
+    """Raises Refusal for experts and their like: tokens picked by index, or a router on the same stream."""
     name = operator_name(region.source)
     if name in _GATHERS:
         raise Refusal(f"its tokens are picked by {name}: an expert of a mixture, not a dense FFN")
-    for reader in region.source.users:
-        if reader in projections and reader not in region.all_nodes and _selects(reader):
-            raise Refusal("a router reads the same source: an expert of a mixture, not a dense FFN")
+    stream, inside = stream_read(region.source, capture), region.all_nodes
+    for reader, projection in projections.items():
+        if reader not in inside and stream_read(projection.input, capture) is stream and _selects(reader):
+            raise Refusal("a router reads the same stream: an expert of a mixture, not a dense FFN")
 
 
 def _stream_of(node: fx.Node, capture: Capture) -> set[fx.Node]:
@@ -91,7 +98,7 @@ def _norm_spelt_out(node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
     for _ in range(8):
         if statistic is products[0]:
             return products[0]
-        if operator_name(statistic) not in _STREAM or len(statistic.users) != 1:
+        if operator_name(statistic) not in _STREAM or tokens(statistic) != tokens(node) or len(statistic.users) != 1:
             return None
         (statistic,) = statistic.users
     return None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -18,7 +20,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.func import functional_call
 
-from memcompile.passes._torch import FakeTensorMode, make_fx
+from memcompile.passes._torch import FakeTensor, FakeTensorMode, make_fx
 from memcompile.passes.guess import Arguments, guess_arguments
 
 log = logging.getLogger(__name__)
@@ -31,8 +33,8 @@ class Capture:
     Attributes:
         path: the module's path in the model; ``""`` for the whole model.
         graph: aten operators before autograd (`make_fx(pre_dispatch=True)`), fake values in ``meta["val"]``.
-        parameters: the parameter's full name for each placeholder that stands for one. Tied names are
-            represented by the first of them.
+        parameters: the parameter's full name in the model for each placeholder that stands for one. Tied names
+            are represented by the model's first, in every capture.
         buffers: the placeholders that stand for buffers.
     """
 
@@ -47,19 +49,22 @@ def trace(model: nn.Module, example_inputs: Any = None) -> list[Capture]:
     ``example_inputs``: a tuple of positional or a dict of keyword arguments), else those of the largest
     submodules that do, in registration order.
     """
-    with _untouched(model), _quiet():
-        captures = list(_trace_largest(model, "", _as_arguments(example_inputs)))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    with _quiet(), _forgotten():
+        captures = list(_trace_largest(model, "", names, _as_arguments(example_inputs)))
     if [c.path for c in captures] != [""]:
         log.debug("whole-model trace did not run; traced submodules: %s", [c.path for c in captures])
     return captures
 
 
-def _trace_largest(module: nn.Module, path: str, given: Arguments | None) -> Iterator[Capture]:
+def _trace_largest(module: nn.Module, path: str, names: dict[int, str], given: Arguments | None) -> Iterator[Capture]:
     if not any(p.dim() >= 2 for p in module.parameters()):
         return
     for arguments in [given] if given is not None else guess_arguments(module):
         try:
-            yield _trace_once(module, path, arguments)
+            with _untouched(module):
+                capture = _trace_once(module, path, names, arguments)
+            yield capture
             return
         except Exception as error:  # a guess may fail in any way that the owner's code can
             if given is not None:
@@ -70,15 +75,16 @@ def _trace_largest(module: nn.Module, path: str, given: Arguments | None) -> Ite
                 )
             log.debug("%s does not trace on %s: %s", _label(path), arguments, error)
     if given is not None:
-        yield from _trace_largest(module, path, None)
+        yield from _trace_largest(module, path, names, None)
         return
     for name, child in module.named_children():
-        yield from _trace_largest(child, f"{path}.{name}" if path else name, None)
+        yield from _trace_largest(child, f"{path}.{name}" if path else name, names, None)
 
 
-def _trace_once(module: nn.Module, path: str, arguments: Arguments) -> Capture:
+def _trace_once(module: nn.Module, path: str, names: dict[int, str], arguments: Arguments) -> Capture:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     device = next(module.parameters()).device
+    full_names = [names[id(p)] for p in module.parameters()]
     parameters = {name: mode.from_tensor(p) for name, p in module.named_parameters()}
     buffers = {name: mode.from_tensor(b) for name, b in module.named_buffers()}
 
@@ -95,8 +101,7 @@ def _trace_once(module: nn.Module, path: str, arguments: Arguments) -> Capture:
         args, kwargs = pytree.tree_map(fake, (arguments.args, arguments.kwargs))
         graph = make_fx(run, pre_dispatch=True)(parameters, buffers, args, kwargs).graph
     placeholders = graph.find_nodes(op="placeholder")
-    prefix = f"{path}." if path else ""
-    named = {node: prefix + name for node, name in zip(placeholders, parameters, strict=False)}
+    named = dict(zip(placeholders, full_names, strict=False))
     rest = placeholders[len(parameters) :]
     return Capture(path, graph, named, frozenset(rest[: len(buffers)]))
 
@@ -117,21 +122,26 @@ def _label(path: str) -> str:
     return f"module {path!r}" if path else "the model"
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Undoes what a forward pass may leave behind: caches stored on modules, lazily made buffers, random state.
+    """Undoes what a forward pass may leave behind: caches stored on modules, lazily made buffers, random state, and
+    the fake parameters that `functional_call` leaves in a module that is reached by two paths.
 
     Hooks stay silent meanwhile: they are the user's own code with effects of its own, and no fake tensor is for it.
     """
     containers = (dict, list, set)
-    saved = []
+    saved, tensors = [], []
     for module in model.modules():
         state = dict(module.__dict__)
         saved.append((module, state, {k: v.copy() for k, v in state.items() if type(v) in containers}))
-        module.__dict__.update({hooks: type(state[hooks])() for hooks in _HOOKS})
+        module.__dict__.update({hooks: type(state[hooks])() for hooks in HOOKS})
+        # What is no parameter and no buffer is not faked, and operators on constants alone do run. A table of
+        # more than a few MiB is not copied: none is seen that a forward writes without an activation.
+        small = (v for v in state.values() if type(v) is torch.Tensor and v.numel() <= 2**20)
+        tensors += [(tensor, tensor._version, tensor.detach().clone()) for tensor in small]
     python_state, torch_state = random.getstate(), torch.get_rng_state()
     try:
         yield
@@ -144,6 +154,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(state)
             for name, content in contents.items():
                 _restore(state[name], content)
+        for tensor, version, content in tensors:
+            if tensor._version != version:
+                tensor.detach().copy_(content)
 
 
 def _restore(container: Any, content: Any) -> None:
@@ -152,6 +165,18 @@ def _restore(container: Any, content: Any) -> None:
     else:
         container.clear()
         container.update(content)
+
+
+@contextlib.contextmanager
+def _forgotten() -> Iterator[None]:
+    """Empties every `functools.lru_cache` that kept a fake tensor: a later call would return it to the real model."""
+    try:
+        yield
+    finally:
+        for cached in [f for f in gc.get_objects() if type(f) is functools._lru_cache_wrapper]:
+            results = gc.get_referents(cached)  # of a cache without bounds they are the values of a dict
+            if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(results)):
+                cached.cache_clear()
 
 
 @contextlib.contextmanager

@@ -26,9 +26,10 @@ log = logging.getLogger(__name__)
 def adopt_optimizers(removed: Iterable[nn.Parameter], pool: MemoryPool) -> int:
     """Takes the removed parameters out of every live optimizer that holds them and puts the memory's in.
 
-    A memory parameter joins the group that held the first removed weight if it is a matrix, and the first removed
-    bias, or else a group of vectors alone, if it is a vector (nanoGPT and Hugging Face keep them apart for weight
-    decay; Muon even in an optimizer of their own). Groups keep their number, order and options. Returns how many optimizers were adopted.
+    A memory parameter joins the group that held the first removed weight if it is a matrix. A vector joins the group
+    of the first removed bias, else a group of vectors alone (nanoGPT and Hugging Face keep them apart for weight
+    decay; Muon even in an optimizer of their own), else the matrices. Groups keep their number, order and options.
+    Returns how many optimizers were adopted.
     """
     removed = list(removed)
     held_in: dict[int, list[dict[str, Any]]] = {id(p): [] for p in removed}  # the groups that held each

@@ -1,0 +1,137 @@
+"""The backend: what it is called with, what it hands to Inductor, and the keys of Inductor's caches."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import memcompile
+from memcompile import CaptureError, PlanError
+from memcompile.backend import memcompile as named_backend
+from memcompile.passes.verify import is_lookup
+from tests.models import GATED_HIDDEN, HIDDEN, WIDTH, ZOO, Block, Transformer, plain_ffn, tiny_gpt
+
+SIZES = {"n_keys": 8, "top_k": 4, "heads": 2}
+TOKENS = torch.randint(50, (3, 5))
+# Dynamo cannot trace `h @ w` between two stand-ins: it has no handler for operator.matmul of Python objects.
+MATMUL = pytest.mark.xfail(strict=True, reason="Dynamo does not trace matmul of two stand-ins")
+COMPILABLE = [pytest.param(name, marks=MATMUL) if name == "raw_parameters" else name for name in ZOO]
+
+
+def nodes(lowered):
+    modules = [module for graph, _ in lowered for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+    return [node for module in modules for node in module.graph.nodes]
+
+
+def widths(lowered):
+    values = [node.meta.get("example_value") for node in nodes(lowered) if node.op == "call_function"]
+    return {v.shape[-1] for v in values if isinstance(v, torch.Tensor) and v.dim()}
+
+
+@pytest.mark.parametrize("name", COMPILABLE)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_selected_ffn_is_one_node(name, training, lowered):
+    model, inputs = ZOO[name]()
+    model.train(training)
+    explanation = memcompile.plan(model, memory_layers=lambda site: True, **SIZES)
+    compiled = torch.compile(model, backend="memcompile", fullgraph=True)
+    output = compiled(*inputs)
+    assert len(lowered) == 1
+    assert sum(map(is_lookup, nodes(lowered))) == sum(row.site.calls for row in explanation.rows) == 4
+    assert not widths(lowered) & {HIDDEN, GATED_HIDDEN, 2 * GATED_HIDDEN}
+    if not training or not any(isinstance(m, nn.Dropout) and m.p for m in model.modules()):
+        torch.testing.assert_close(output, model(*inputs))
+
+
+@pytest.mark.parametrize("name", [name for name in COMPILABLE if name != "shared"])
+def test_the_other_ffns_stay_dense(name, lowered):
+    model, inputs = ZOO[name]()
+    explanation = memcompile.plan(model, memory_layers=[1], **SIZES)
+    torch.compile(model, backend="memcompile", fullgraph=True)(*inputs)
+    assert sum(map(is_lookup, nodes(lowered))) == 1
+    assert explanation.rows[0].site.hidden in widths(lowered)
+
+
+class Broken(Block):
+    """A graph break in each block, so that Dynamo compiles one block and reuses it for all."""
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        torch._dynamo.graph_break()
+        return x + self.ffn(self.norm2(x))
+
+
+def test_graph_breaks_run_each_block_as_planned(lowered):
+    model = Transformer([Broken(WIDTH, plain_ffn(WIDTH, HIDDEN)) for _ in range(4)])
+    memcompile.plan(model, memory_layers=[1, 3], **SIZES)
+    expected = model(TOKENS)
+    assert torch.equal(torch.compile(model, backend="memcompile")(TOKENS), expected)
+    assert len(lowered) > 1
+
+
+def test_fullgraph_checks_that_every_layer_runs(lowered):
+    class Early(Transformer):
+        leave = False
+
+        def forward(self, tokens):
+            x = self.tokens(tokens)
+            for block in self.blocks[: 1 if self.leave else None]:
+                x = block(x)
+            return self.head(x)
+
+    model = Early([Block(WIDTH, plain_ffn(WIDTH, HIDDEN)) for _ in range(2)])
+    memcompile.plan(model, memory_layers=2, **SIZES)
+    compiled = torch.compile(model, backend="memcompile", fullgraph=True)
+    compiled(TOKENS)
+    model.leave = True
+    with pytest.raises(Exception, match="the forward took another path than when it was planned") as caught:
+        compiled(TOKENS)
+    assert isinstance(getattr(caught.value, "inner_exception", caught.value), CaptureError)
+
+
+def test_the_name_alone_wants_a_planned_graph(lowered):
+    module = torch.fx.symbolic_trace(nn.Linear(3, 4))
+    with pytest.raises(PlanError, match="`import memcompile` did not come before"):
+        named_backend(module, [torch.ones(2, 3)])
+    assert not lowered
+
+
+def test_the_name_alone_lowers_a_planned_graph(lowered):
+    model = tiny_gpt()
+    memcompile.plan(model, memory_layers=2, **SIZES)
+    compiled = torch.compile.original(model, backend="memcompile")
+    assert torch.equal(compiled(TOKENS), model(TOKENS))
+    assert len(lowered) == 1
+
+
+def cache_key(lowered, **options):
+    lowered.clear()
+    torch.compiler.reset()
+    torch.compile(tiny_gpt(), backend="memcompile", **SIZES | options)(TOKENS)
+    ((_, patches),) = lowered
+    return repr(patches["post_grad_custom_pre_pass"].uuid())
+
+
+def test_the_cache_key_covers_the_configuration(lowered):
+    base = cache_key(lowered)
+    assert cache_key(lowered) == base
+    others = [
+        cache_key(lowered, top_k=2),
+        cache_key(lowered, memory_layers=[0, 1, 2]),
+        cache_key(lowered, qk_norm=True),
+        cache_key(lowered, gate=False),
+        cache_key(lowered, key_dim=8),
+    ]
+    assert len({base, *others}) == 6
+
+
+def test_backends_of_one_plan_are_equal():
+    """Dynamo recompiles where the backend differs."""
+    model = tiny_gpt()
+    with mock.patch.object(torch.compile, "original") as original:
+        for _ in range(2):
+            torch.compile(model, backend="memcompile", memory_layers=2, **SIZES)
+    first, second = (call.kwargs["backend"] for call in original.call_args_list)
+    assert first == second and hash(first) == hash(second)
+    assert first.__name__ == "memcompile"

@@ -1,0 +1,153 @@
+"""MemoryConfig: defaults, validation of every option, and JSON."""
+
+import dataclasses
+import json
+import math
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import memcompile
+from memcompile import MemoryConfig, OptionError
+from tests.models import tiny_gpt
+
+
+def test_defaults_are_those_of_the_paper():
+    assert dataclasses.asdict(MemoryConfig()) == {
+        "memory_layers": 3,
+        "n_keys": None,
+        "heads": 4,
+        "top_k": 32,
+        "key_dim": None,
+        "value_dim": None,
+        "gate": True,
+        "qk_norm": False,
+        "values_lr": 1e-3,
+    }
+
+
+def test_it_is_a_value():
+    config = MemoryConfig(memory_layers=[1, 2], heads=2)
+    assert config == MemoryConfig(memory_layers=(1, 2), heads=2)
+    assert hash(config) == hash(MemoryConfig(memory_layers=(1, 2), heads=2))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.heads = 8
+    with pytest.raises(TypeError):
+        MemoryConfig(3)
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+WRONG = [
+    ("memory_layers", 0, "which leaves nothing to replace"),
+    ("memory_layers", -1, "which leaves nothing to replace"),
+    ("memory_layers", True, "got True"),
+    ("memory_layers", 2.0, "got 2.0"),
+    ("memory_layers", None, "got None"),
+    ("memory_layers", "layers.0.mlp", "got 'layers.0.mlp'"),
+    ("memory_layers", [], "got an empty list"),
+    ("memory_layers", [0, 1.5], "the list holds 1.5"),
+    ("memory_layers", [False], "the list holds False"),
+    ("memory_layers", {1, 2}, r"got \{1, 2\}"),
+    ("n_keys", 0, "n_keys must be an integer >= 1 or None, got 0"),
+    ("n_keys", 64.0, "n_keys must be an integer >= 1 or None, got 64.0"),
+    ("n_keys", True, "n_keys must be an integer"),
+    ("n_keys", 46341, "n_keys must be at most 46340"),
+    ("n_keys", 16, "top_k=32 exceeds n_keys=16: lower top_k or raise n_keys"),
+    ("heads", 0, "heads must be an integer >= 1, got 0"),
+    ("heads", None, "heads must be an integer >= 1, got None"),
+    ("heads", "4", "heads must be an integer >= 1, got '4'"),
+    ("top_k", 0, "top_k must be an integer >= 1, got 0"),
+    ("top_k", None, "top_k must be an integer >= 1, got None"),
+    ("key_dim", 7, r"key_dim must be even \(two half-keys share it\), got 7"),
+    ("key_dim", -2, "key_dim must be an integer >= 1 or None"),
+    ("value_dim", 0, "value_dim must be an integer >= 1 or None"),
+    ("gate", 1, "gate must be True or False, got 1"),
+    ("gate", None, "gate must be True or False, got None"),
+    ("qk_norm", "yes", "qk_norm must be True or False, got 'yes'"),
+    ("values_lr", -1e-3, "values_lr must be a learning rate >= 0 or None"),
+    ("values_lr", math.inf, "values_lr must be"),
+    ("values_lr", math.nan, "values_lr must be"),
+    ("values_lr", True, "values_lr must be"),
+    ("values_lr", "1e-3", "values_lr must be"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "message"), WRONG, ids=[f"{o}={v!r}" for o, v, _ in WRONG])
+def test_wrong_values_are_errors_that_name_the_option(option, value, message):
+    with pytest.raises(OptionError, match=f"{message}") as caught:
+        MemoryConfig(**{option: value})
+    assert option in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("memory_layers", 1),
+        ("memory_layers", ("a", -1, 0)),
+        ("n_keys", 46340),
+        ("n_keys", 32),
+        ("key_dim", 2),
+        ("value_dim", 1),
+        ("values_lr", 0),
+        ("values_lr", None),
+        ("heads", 1),
+    ],
+)
+def test_limits_themselves_are_allowed(option, value):
+    assert getattr(MemoryConfig(**{option: value}), option) == value
+
+
+def test_unknown_options_suggest_the_nearest():
+    with pytest.raises(OptionError, match="unknown memcompile option 'memory_layer': did you mean 'memory_layers'"):
+        MemoryConfig.from_dict({"memory_layer": 3})
+    with pytest.raises(OptionError, match="unknown memcompile option 'zzz': options are memory_layers, n_keys, heads"):
+        MemoryConfig.from_dict({"zzz": 3})
+
+
+configs = st.builds(
+    MemoryConfig,
+    memory_layers=st.integers(1, 9) | st.lists(st.integers(-9, 9) | st.text(max_size=5), min_size=1, max_size=4),
+    n_keys=st.none() | st.integers(32, 1024),
+    heads=st.integers(1, 8),
+    top_k=st.integers(1, 32),
+    key_dim=st.none() | st.integers(1, 64).map(lambda n: 2 * n),
+    value_dim=st.none() | st.integers(1, 64),
+    gate=st.booleans(),
+    qk_norm=st.booleans(),
+    values_lr=st.none() | st.floats(0, 1),
+)
+
+
+@given(configs)
+def test_json_round_trip(config):
+    assert MemoryConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_filter_stays_out_of_json():
+    config = MemoryConfig(memory_layers=lambda site: True)
+    with pytest.raises(OptionError, match="filter cannot be serialised: name the layers"):
+        config.to_dict()
+    assert MemoryConfig(**config.as_options()) == config
+
+
+def test_the_config_travels_in_the_state_dict():
+    model = tiny_gpt()
+    memcompile.plan(model, memory_layers=[0, -1], n_keys=16, top_k=8, heads=2, qk_norm=True)
+    config = memcompile.config_from(model.state_dict())
+    assert config == MemoryConfig(
+        memory_layers=["blocks.0.ffn.2.weight", "blocks.3.ffn.2.weight"],
+        n_keys=16,
+        top_k=8,
+        heads=2,
+        key_dim=16,
+        value_dim=32,
+        qk_norm=True,
+    )
+    again = tiny_gpt()
+    memcompile.plan(again, memory=config)
+    again.load_state_dict(model.state_dict())
+    with pytest.raises(memcompile.PlanError, match="holds no memory"):
+        memcompile.config_from(tiny_gpt().state_dict())
