@@ -3,7 +3,10 @@
 The facts are airport codes and their cities (`JFK>New York`) from the package airportsdata. `Transformer` is
 ordinary PyTorch and knows nothing of memcompile; the memory is one line in `build`. Both runs see the same data
 in the same order under the same optimizer, schedule and number of steps, and the memory may not spend more FLOPs
-a token than the FFN that it replaces. Prints a table; writes facts.png and facts.json.
+a token than the dense model does. Prints a table; writes facts.png and facts.json.
+
+The claim is about equal data and FLOPs, not about time: these matrices are so small that on a CPU a step with
+memory takes three times as long, and the dense model, given 3,400 steps instead of 1,000, learns every fact too.
 """
 
 from __future__ import annotations
@@ -224,7 +227,7 @@ def draw(runs: dict[str, History], facts: Facts, path: Path) -> None:
             axes.plot(step, percent[-1], "o", color=COLOURS[name], clip_on=False)
             bold = {"color": COLOURS[name], "fontsize": 13, "fontweight": "bold", "va": "center"}
             axes.annotate(f"{percent[-1]:.1f}%", (step, percent[-1]), (9, 0), textcoords="offset points", **bold)
-        title = f"{len(facts.tokens):,} airport codes and their cities, learnt by one small Transformer"
+        title = f"{len(facts.tokens):,} airport codes and their cities (airportsdata), one small Transformer"
         axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=12)
         axes.set_xlabel(f"training steps (of {BATCH} facts)")
         axes.set_ylabel("facts recalled exactly (%)")

@@ -9,9 +9,9 @@ Importing the package adds the backend to `torch.compile`; every other backend s
 from memcompile.compile import install_front_door
 from memcompile.config import MemoryConfig
 from memcompile.errors import CaptureError, MemcompileError, OptionError, PlanError
-from memcompile.explain import Explanation, explain
+from memcompile.explain import ExplainedSite, Explanation, explain
 from memcompile.passes.detect import find_ffns
-from memcompile.planning import config_from, plan
+from memcompile.planning import config_from, plan, reset_parameters
 from memcompile.runtime.checkpoint import install_load_guard
 from memcompile.runtime.optimizers import install_step_hooks
 from memcompile.sites import FfnSite
@@ -19,6 +19,7 @@ from memcompile.version import __version__
 
 __all__ = [
     "CaptureError",
+    "ExplainedSite",
     "Explanation",
     "FfnSite",
     "MemcompileError",
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "find_ffns",
     "plan",
+    "reset_parameters",
 ]
 
 install_front_door()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from memcompile._torch import compile_fx
 from memcompile.errors import PlanError
 from memcompile.lowering import cache_key_patches
-from memcompile.passes.verify import is_lookup, verify
+from memcompile.passes.verify import verify
 from memcompile.runtime.pool import MemoryPool, live_pools
 
 _NOT_PLANNED = (
@@ -40,29 +39,25 @@ class Backend:
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable:
         pools = list(live_pools()) if self.pool is None else [self.pool]
-        layers: dict[Hashable, dict[str, torch.nn.Parameter]] = {
-            (id(pool), name): dict(layer.named_parameters()) for pool in pools for name, layer in pool.layers.items()
+        layers = {
+            down if self.pool is not None else f"{type(pool.root).__name__} {index}: {down}": list(layer.parameters())
+            for index, pool in enumerate(pools)
+            for down, layer in pool.layers.items()
         }
-        calls: dict[Hashable, int] | None = (
-            {(id(pool), site.down): site.calls for pool in pools for site in pool.chosen} if self.whole else None
-        )
+        calls = {site.down: site.calls for pool in pools for site in pool.chosen} if self.whole else None
         verify(graph_module, example_inputs, layers, calls)
         return _lower(graph_module, example_inputs, repr([pool.config for pool in pools]), **kwargs)
 
 
 def memcompile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable:
-    """The backend by its name alone, for graphs of a model that `memcompile.plan` changed.
+    """The backend by its name alone: what a ``torch.compile`` that is not wrapped calls, for any planned model.
 
     Raises:
-        PlanError: the graph holds no memory: the model was never planned.
+        PlanError: no model is planned, so this one runs dense.
     """
-    if not any(is_lookup(node) for module in graph_module.modules() for node in _nodes(module)):
+    if not any(True for _ in live_pools()):
         raise PlanError(_NOT_PLANNED)
-    return _lower(graph_module, example_inputs, key="", **kwargs)
-
-
-def _nodes(module: torch.nn.Module) -> Sequence[fx.Node]:
-    return list(module.graph.nodes) if isinstance(module, fx.GraphModule) else ()
+    return Backend(None, whole=False)(graph_module, example_inputs, **kwargs)
 
 
 def _lower(
@@ -72,4 +67,6 @@ def _lower(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Callable:
-    return compile_fx(graph_module, example_inputs, mode, {**(options or {}), **cache_key_patches(key)})
+    patches = dict(options or {})
+    patches |= cache_key_patches(key, patches.get("post_grad_custom_pre_pass"))
+    return compile_fx(graph_module, example_inputs, mode, patches)

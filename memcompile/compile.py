@@ -88,7 +88,8 @@ def _plan(model: Any, ours: dict[str, Any], fullgraph: bool) -> Backend:
     root, wrappers = unwrap(module)
     pool = pool_of(root)
     assert pool is not None
-    return Backend(pool, whole=fullgraph and root is pool.root and not wrappers)
+    is_forward = model is module or getattr(model, "__name__", "") in ("forward", "_call_impl")
+    return Backend(pool, whole=fullgraph and is_forward and root is pool.root and not wrappers)
 
 
 def _function_backend(function: Any, ours: dict[str, Any]) -> Backend:

@@ -73,6 +73,7 @@ class MemoryConfig:
         lr = self.values_lr
         if lr is not None and (isinstance(lr, bool) or not isinstance(lr, numbers.Real) or not 0 <= lr < float("inf")):
             raise OptionError(f"values_lr must be a learning rate >= 0 or None, got {lr!r}")
+        object.__setattr__(self, "values_lr", lr if lr is None else float(lr))
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON types; a filter has none, so plans record the names that it chose."""

@@ -17,7 +17,7 @@ from memcompile.explain import Explanation, explain
 from memcompile.passes.detect import find_ffns
 from memcompile.passes.place import place
 from memcompile.runtime.checkpoint import plan_in
-from memcompile.runtime.ddp import rebuild
+from memcompile.runtime.ddp import check_rebuildable, rebuild
 from memcompile.runtime.install import install
 from memcompile.runtime.optimizers import adopt_optimizers
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
@@ -32,12 +32,12 @@ def plan(
 ) -> Explanation:
     """Replaces feed-forward blocks of ``model`` by memory layers, in place.
 
-    The model's new parameters exist when the call returns; everything that runs the model afterwards (compiled,
-    eager, exported, checkpointed) runs the memory. Optimizers that hold the replaced parameters are adopted. A
-    second call with the same options, or with none, changes nothing.
+    The model's new parameters exist when the call returns, trainable, in a frozen model too; everything that runs the
+    model afterwards (compiled, eager, exported, checkpointed) runs the memory. Optimizers that hold the replaced
+    parameters are adopted. A second call with the same options, or with none, changes nothing.
 
     Args:
-        model: any module; may be wrapped by DDP, DataParallel or ``torch.compile``. Plan before ``fully_shard``.
+        model: any module; may be wrapped by DDP or ``torch.compile``. Plan before ``fully_shard``.
         memory: every option at once; or give them as keywords, see :class:`memcompile.MemoryConfig`.
         example_inputs: a tuple of positional or a dict of keyword arguments of one forward, for models whose
             inputs cannot be guessed. Never computed with: only shapes and dtypes are read.
@@ -63,6 +63,8 @@ def plan(
             f"{type(root).__name__} is already sharded: plan before fully_shard() and distribute_tensor(), "
             f"so that the memory's parameters are sharded with the rest"
         )
+    for wrapper in parallel:
+        check_rebuildable(wrapper)
     sites = find_ffns(root, example_inputs)
     chosen = place(sites, requested.memory_layers)
     config = _resolve(requested, chosen, root)
@@ -70,11 +72,25 @@ def plan(
     removed = install(pool, chosen)
     adopt_optimizers(removed, pool)
     del removed
-    for ddp in parallel:
-        rebuild(ddp)
+    for wrapper in parallel:
+        rebuild(wrapper)
     explanation = explain(model)
     log.info("planned in %.2f s\n%r", time.perf_counter() - start, explanation)
     return explanation
+
+
+def reset_parameters(model: nn.Module) -> None:
+    """Draws the memory of a planned model anew, values and layers: after ``to_empty()``, or to start over.
+
+    Raises:
+        PlanError: the model has no memory.
+    """
+    pool = pool_of(unwrap(model)[0])
+    if pool is None:
+        raise PlanError(f"{type(model).__name__} has no memory: plan it first")
+    pool.reset_values(pool.values)
+    for layer in pool.layers.values():
+        layer.reset_parameters()
 
 
 def config_from(state_dict: Mapping[str, Any]) -> MemoryConfig:
@@ -117,8 +133,7 @@ def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
                 f"whole model once, or compile the parts alone"
             )
         return False
-    asked = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    differing = {k: v for k, v in asked.items() if v != getattr(pool.requested, k)}
+    differing = {name: value for name, value in given.items() if not _is_as_planned(pool, name, value)}
     if differing:
         now = {k: getattr(pool.requested, k) for k in differing}
         raise PlanError(
@@ -126,6 +141,14 @@ def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
             f"build the model anew to plan it otherwise, or leave the options out"
         )
     return True
+
+
+def _is_as_planned(pool: MemoryPool, name: str, value: Any) -> bool:
+    """Whether an option asks for what is there: in the words of the plan, or for the same blocks and sizes."""
+    value = tuple(value) if isinstance(value, list) else value
+    if value in (getattr(pool.requested, name), getattr(pool.config, name)):
+        return True
+    return name == "memory_layers" and place(pool.sites, value) == pool.chosen
 
 
 def _resolve(requested: MemoryConfig, chosen: list[FfnSite], root: nn.Module) -> MemoryConfig:

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -247,3 +248,36 @@ def test_a_planned_model_may_be_sharded_and_planned_again(mesh):
     memcompile.plan(model, memory_layers=1, **SIZES)
     fully_shard(model, mesh)
     assert chosen(memcompile.plan(model)) == ["blocks.2.ffn"]
+
+
+def test_the_same_plan_in_other_words_is_no_other_plan():
+    model = tiny_gpt()
+    memcompile.plan(model, memory_layers=2, **SIZES)
+    names = list(pool_of(model).layers)
+    for same in (2, [1, 3], names, lambda site: site.down in names):
+        memcompile.plan(model, memory_layers=same, **SIZES)
+    resumed = tiny_gpt()
+    memcompile.plan(resumed, memory=memcompile.config_from(model.state_dict()))
+    memcompile.plan(resumed, memory_layers=2, **SIZES)
+    for other in (1, [0, 3]):
+        with pytest.raises(PlanError, match="already has a memory"):
+            memcompile.plan(model, memory_layers=other, **SIZES)
+
+
+def test_reset_parameters_after_meta():
+    with torch.device("meta"):
+        model = tiny_gpt()
+    memcompile.plan(model, memory_layers=1, **SIZES)
+    model.to_empty(device="cpu")
+    torch.nn.init.constant_(model.memory_values, float("nan"))
+    memcompile.reset_parameters(model)
+    values = model.memory_values
+    torch.testing.assert_close(values.std().item(), values.shape[1] ** -0.5, rtol=0.1, atol=0)
+    with pytest.raises(PlanError, match="has no memory"):
+        memcompile.reset_parameters(tiny_gpt())
+
+
+def test_values_lr_of_any_real_type_travels():
+    config = MemoryConfig(values_lr=numpy.float32(0.5))
+    assert MemoryConfig.from_dict(config.to_dict()) == config
+    assert type(config.values_lr) is float

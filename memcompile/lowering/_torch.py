@@ -71,11 +71,11 @@ def graph_pass_base() -> type:
     return getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", custom_graph_pass.CustomGraphPass)
 
 
-def configured_pre_passes() -> Sequence[GraphPass]:
-    """The passes in Inductor's `post_grad_custom_pre_pass`: none, one, or (from 2.13 on) a list of them."""
+def configured_pre_passes(given: Any = None) -> Sequence[GraphPass]:
+    """The passes of `given`, or else of Inductor's `post_grad_custom_pre_pass`: none, one, or (from 2.13 on) a list."""
     from torch._inductor import config
 
-    setting: Any = config.post_grad_custom_pre_pass
+    setting: Any = config.post_grad_custom_pre_pass if given is None else given
     if setting is None:
         return ()
     return tuple(setting) if isinstance(setting, (list, tuple)) else (setting,)

@@ -47,13 +47,15 @@ class CacheKeyPass(graph_pass_base()):  # type: ignore[misc]
         return None if None in keys else (*self.key, *keys)
 
 
-def cache_key_patches(options: str) -> dict[str, Any]:
+def cache_key_patches(options: str, given: Any = None) -> dict[str, Any]:
     """Config patches for `compile_fx` that make Inductor's caches key on this package and on `options`.
 
     Args:
         options: whatever changes the code that is generated, as a string.
+        given: a `post_grad_custom_pre_pass` of this compilation, one or a list; None is what Inductor's
+            configuration holds.
 
-    The user's own `post_grad_custom_pre_pass` still runs, and its uuid stays part of the key.
+    The user's own pass still runs, and its uuid stays part of the key.
     """
-    own = [graph_pass for graph_pass in configured_pre_passes() if not isinstance(graph_pass, CacheKeyPass)]
+    own = [graph_pass for graph_pass in configured_pre_passes(given) if not isinstance(graph_pass, CacheKeyPass)]
     return {"post_grad_custom_pre_pass": CacheKeyPass(options, own)}

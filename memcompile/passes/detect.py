@@ -211,9 +211,18 @@ def _hook_refusal(replaced: tuple[str, ...], model: nn.Module) -> str | None:
     for name in replaced:
         path = name.rpartition(".")[0]
         module = model.get_submodule(path)
-        if path != owner and any(getattr(module, hooks) for hooks in HOOKS):
+        if path != owner and _has_hooks(module):
             return f"module {path!r} has hooks, which would no longer see the projection"
+    for path, module in model.get_submodule(owner).named_modules(prefix=owner):
+        # An activation or a dropout between the projections has no parameters; attention beside them has.
+        between = not any(True for _ in module.parameters()) or any(name.startswith(f"{path}.") for name in replaced)
+        if path != owner and between and _has_hooks(module):
+            return f"module {path!r} has hooks, which would no longer see the hidden activation"
     return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in HOOKS)
 
 
 def _common_owner(parameters: Sequence[str]) -> str:

@@ -8,14 +8,13 @@ from typing import Any
 from torch import fx
 
 from memcompile.passes.normalize import fake_value, features, operator_name, tokens
-from memcompile.passes.projection import Projection
+from memcompile.passes.projection import TRANSPOSES, Projection
 from memcompile.passes.region import Refusal, Region
 from memcompile.passes.trace import Capture
 from memcompile.token_wise import ACTIVATIONS, ARITHMETIC, CASTS, DROPOUTS, FEATURE_SPLITS, NORMS, RESHAPES
 
 _ELEMENTWISE = ACTIVATIONS | ARITHMETIC | CASTS | DROPOUTS | NORMS | {"cat"}
 _STEMS = {"embedding": -1, "conv1d": -2, "conv2d": -3, "conv3d": -4}  # and where their features are
-_TRANSPOSES = frozenset({"transpose", "permute", "t", "numpy_T", "mT"})
 _SAME_DIMENSIONS = FEATURE_SPLITS | {"expand", "getitem"}
 
 
@@ -75,7 +74,7 @@ def _origins(node: fx.Node, dim: int) -> Iterator[tuple[fx.Node, int]]:
     if name in _ELEMENTWISE:
         same = (a for a, shape in operands if len(shape) >= -dim and (shape[dim] == value.shape[dim] or name == "cat"))
         yield from ((operand, dim) for operand in same)
-    elif name in _TRANSPOSES:
+    elif name in TRANSPOSES:
         yield operands[0][0], _before_transpose(node, dim, value.dim())
     elif name in RESHAPES:
         operand, shape = operands[0]

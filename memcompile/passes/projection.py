@@ -10,7 +10,7 @@ from memcompile.passes.normalize import fake_value, operator_name
 from memcompile.passes.trace import Capture
 from memcompile.token_wise import CASTS
 
-_TRANSPOSES = frozenset({"t", "transpose", "permute", "numpy_T", "mT"})
+TRANSPOSES = frozenset({"t", "transpose", "permute", "numpy_T", "mT"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _parameter(node: fx.Node, capture: Capture) -> tuple[fx.Node | None, set[fx.
     between: set[fx.Node] = set()
     while node not in capture.parameters:
         name = operator_name(node)
-        if (name not in CASTS and name not in _TRANSPOSES) or not isinstance(node.args[0], fx.Node):
+        if (name not in CASTS and name not in TRANSPOSES) or not isinstance(node.args[0], fx.Node):
             return None, between
         between.add(node)
         node = node.args[0]

@@ -173,10 +173,11 @@ def _forgotten() -> Iterator[None]:
     try:
         yield
     finally:
-        for cached in [f for f in gc.get_objects() if type(f) is functools._lru_cache_wrapper]:
-            results = gc.get_referents(cached)  # of a cache without bounds they are the values of a dict
+        caches = [f for f in gc.get_objects() if type(f) is functools._lru_cache_wrapper]
+        for cache in [c for c in caches if c.cache_info().currsize]:
+            results = gc.get_referents(cache)  # of a cache without bounds they are the values of a dict
             if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(results)):
-                cached.cache_clear()
+                cache.cache_clear()
 
 
 @contextlib.contextmanager

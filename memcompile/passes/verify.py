@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
 
 from memcompile.errors import CaptureError
+from memcompile.passes._torch import FakeTensor
 
 OP_NAME = "memcompile.memory_lookup"
 
@@ -16,24 +17,24 @@ OP_NAME = "memcompile.memory_lookup"
 def verify(
     graph_module: fx.GraphModule,
     inputs: Sequence[object],
-    layers: Mapping[Hashable, Mapping[str, torch.Tensor]],
-    calls: Mapping[Hashable, int] | None,
-) -> collections.Counter[Hashable]:
+    layers: Mapping[str, Sequence[torch.Tensor]],
+    calls: Mapping[str, int] | None,
+) -> collections.Counter[str]:
     """Checks one captured graph; returns how often each layer's lookup stands in it.
 
     Args:
         graph_module: a graph captured by Dynamo; bodies of higher-order operators (activation checkpointing) are
             looked into.
         inputs: the values of its placeholders, parameters among them.
-        layers: key of each memory layer -> its parameters by name.
+        layers: name of each memory layer -> its parameters.
         calls: how often each layer runs in one forward, where the graph holds the whole forward; None for a part.
 
     Raises:
         CaptureError: a lookup that is no layer's, a layer's parameter that something else reads, or a layer that
             does not run as often as planned.
     """
-    owner = {id(p): name for name, parameters in layers.items() for p in parameters.values()}
-    found: collections.Counter[Hashable] = collections.Counter()
+    owner = _owners(layers, inputs)
+    found: collections.Counter[str] = collections.Counter()
     for node, binding in _nodes(graph_module, dict(zip(_placeholders(graph_module), inputs, strict=False))):
         read = {owner[id(v)] for v in (binding.get(a) for a in node.all_input_nodes) if id(v) in owner}
         if is_lookup(node):
@@ -53,6 +54,22 @@ def verify(
             f"than when it was planned; plan it with example_inputs of the kind that it runs on"
         )
     return found
+
+
+def _owners(layers: Mapping[str, Sequence[torch.Tensor]], inputs: Sequence[object]) -> dict[int, str]:
+    """The layer that each parameter belongs to, by the parameter's identity.
+
+    DDPOptimizer hands over the parts of a graph with fake inputs. A fake mode makes one fake tensor of each real one,
+    so a parameter is also known by its fake twin.
+    """
+    fake = next((value for value in inputs if isinstance(value, FakeTensor)), None)
+    owner = {}
+    for name, parameters in layers.items():
+        for parameter in parameters:
+            owner[id(parameter)] = name
+            if fake is not None:
+                owner[id(fake.fake_mode.from_tensor(parameter))] = name
+    return owner
 
 
 def is_lookup(node: fx.Node) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 _PLAN_KEY = f"{LAYER_NAME}._extra_state"
+_MAGIC = b'{"memcompile"'  # how every encoded plan starts
 
 
 def install_checkpoint_hook(root: nn.Module) -> None:
@@ -36,7 +37,7 @@ def install_load_guard() -> None:
 
         @functools.wraps(original)
         def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-            if pool_of(self) is None and not pools_inside(self) and plan_in(state_dict) is not None:
+            if pool_of(self) is None and not pools_inside(self) and any(map(_is_plan, _entries(state_dict))):
                 raise PlanError(
                     f"the checkpoint holds a memory, but {type(self).__name__} has none: plan it first, "
                     f"memcompile.plan(model, memory=memcompile.config_from(state_dict)), then load"
@@ -62,8 +63,17 @@ def plan_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         PlanError: the plan is there, but damaged or of a later version.
     """
-    entry = next((value for name, value in state_dict.items() if name.endswith(_PLAN_KEY)), None)
+    entry = next(_entries(state_dict), None)
     return None if entry is None else _decode(entry)
+
+
+def _entries(state_dict: Mapping[str, Any]) -> Iterator[Any]:
+    return (value for name, value in state_dict.items() if f".{name}".endswith(f".{_PLAN_KEY}"))
+
+
+def _is_plan(entry: Any) -> bool:
+    """Whether an entry is ours for certain: a stranger's module named ``memory`` may have extra state too."""
+    return isinstance(entry, Tensor) and entry.dtype == torch.uint8 and bytes(entry.tolist()).startswith(_MAGIC)
 
 
 def _check_state_dict(
@@ -89,6 +99,8 @@ def _check_state_dict(
 def _fill_from_dense(pool: MemoryPool, state_dict: dict[str, Any], prefix: str) -> None:
     """A dense checkpoint has no memory to load: the memory stays as it is, and the replaced FFNs are not used."""
     dropped = [name for site in pool.chosen for name in site.replaced if prefix + name in state_dict]
+    if not dropped:  # neither memory nor FFNs: a part of a model, loaded with strict=False
+        return
     for name in dropped:
         del state_dict[prefix + name]
     for name, value in pool.root.state_dict().items():

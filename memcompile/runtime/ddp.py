@@ -7,6 +7,18 @@ import gc
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from memcompile.errors import PlanError
+
+
+def check_rebuildable(ddp: DistributedDataParallel) -> None:
+    """Raises PlanError for options that a DDP object cannot be initialised with a second time."""
+    lost = [name for name in ("mixed_precision", "_delay_all_reduce_params") if getattr(ddp, name, None)]
+    if lost:
+        raise PlanError(
+            f"this DDP was built with {' and '.join(name.strip('_') for name in lost)}, which cannot be carried over "
+            f"to the memory's parameters: plan or compile the model first, then wrap it in DDP"
+        )
+
 
 def rebuild(ddp: DistributedDataParallel) -> None:
     """Initialises the same DDP object anew, with the options it has; rank 0's memory is broadcast.

@@ -28,8 +28,8 @@ def adopt_optimizers(removed: Iterable[nn.Parameter], pool: MemoryPool) -> int:
 
     A memory parameter joins the group that held the first removed weight if it is a matrix. A vector joins the group
     of the first removed bias, else a group of vectors alone (nanoGPT and Hugging Face keep them apart for weight
-    decay; Muon even in an optimizer of their own), else the matrices. Groups keep their number, order and options.
-    Returns how many optimizers were adopted.
+    decay; Muon even in an optimizer of their own), else the matrices. Within a group it stands where the model's
+    order of parameters puts it. Groups keep their number, order and options. Returns how many optimizers were adopted.
     """
     removed = list(removed)
     held_in: dict[int, list[dict[str, Any]]] = {id(p): [] for p in removed}  # the groups that held each
@@ -43,14 +43,22 @@ def adopt_optimizers(removed: Iterable[nn.Parameter], pool: MemoryPool) -> int:
             adopted.append(optimizer)
             log.info("adopted %s: the replaced FFNs left it, the memory joined it", type(optimizer).__name__)
     known = [p for p in removed if held_in[id(p)]]
+    position = {id(parameter): index for index, parameter in enumerate(pool.root.parameters())}
     for name, parameter in pool.memory_parameters() if known else ():
         alike = next((p for p in known if (p.dim() > 1) == (parameter.dim() > 1)), None)
         vectors = _groups_of_vectors(adopted) if parameter.dim() <= 1 else []
         for group in held_in[id(alike)] if alike is not None else vectors[:1] or held_in[id(known[0])]:
-            group["params"].append(parameter)
-            if "param_names" in group:
-                group["param_names"].append(name)
+            _insert_in_model_order(group, parameter, name, position)
     return len(adopted)
+
+
+def _insert_in_model_order(group: dict[str, Any], parameter: nn.Parameter, name: str, position: dict[int, int]) -> None:
+    """Puts the parameter where an optimizer built after planning has it: checkpoints match parameters by position."""
+    places = [position.get(id(p), -1) for p in group["params"]]
+    index = next((i for i, place in enumerate(places) if place > position[id(parameter)]), len(places))
+    group["params"].insert(index, parameter)
+    if "param_names" in group:
+        group["param_names"].insert(index, name)
 
 
 def _groups_of_vectors(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:

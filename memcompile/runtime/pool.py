@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memcompile.config import MemoryConfig
 from memcompile.sites import FfnSite
@@ -67,7 +67,13 @@ class MemoryPool:
         n_keys, value_dim = self.config.n_keys, self.config.value_dim
         assert n_keys is not None and value_dim is not None
         values = torch.empty(n_keys**2, value_dim, dtype=dtype, device=device)
-        return nn.Parameter(nn.init.normal_(values, std=value_dim**-0.5))
+        self.reset_values(values)
+        return nn.Parameter(values)
+
+    @staticmethod
+    def reset_values(values: Tensor) -> None:
+        """Draws ``values [slots, value_dim]`` from N(0, value_dim**-1/2)."""
+        nn.init.normal_(values, std=values.shape[1] ** -0.5)
 
     def attach(self, values: nn.Parameter) -> None:
         """Registers the values on the root; from here on the model is planned."""

@@ -44,6 +44,15 @@ _DIMENSION["glu"] = (1, -1)
 _OPERAND = {"linear": 0, "addmm": 1, "matmul": 0, "mm": 0}  # which argument a projection projects
 
 
+_INITIALISERS = frozenset(
+    f"{name}_"
+    for name in (
+        "uniform normal trunc_normal constant ones zeros xavier_uniform xavier_normal kaiming_uniform kaiming_normal "
+        "orthogonal"
+    ).split()
+)
+
+
 class Role(enum.Enum):
     """What a replaced parameter was to its FFN."""
 
@@ -86,9 +95,17 @@ class ReplacedParameter(_StandIn):
         return self
 
     to = type = type_as = float = half = bfloat16 = double = contiguous = detach = _itself
+    uniform_ = normal_ = trunc_normal_ = fill_ = zero_ = copy_ = _itself
+    data = property(_itself)
     t = transpose = permute = view = reshape = unsqueeze = squeeze = _itself
     T = property(_itself)
     mT = property(_itself)  # noqa: N815
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
 
     def __matmul__(self, other: Any) -> Any:
         raise CaptureError(f"memcompile: {self.name}, which a memory replaced, is multiplied from the left")
@@ -137,6 +154,14 @@ class HiddenActivation(_StandIn):
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
+    @property
+    def is_cuda(self) -> bool:
+        return self.x.is_cuda
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.x.requires_grad
+
     def is_floating_point(self) -> bool:
         return True
 
@@ -165,6 +190,16 @@ class HiddenActivation(_StandIn):
     def chunk(self, chunks: int, dim: int = 0) -> tuple[HiddenActivation, ...]:
         return self.split(-(-self.hidden // chunks), dim)
 
+    def tensor_split(self, sections: int, dim: int = 0) -> tuple[HiddenActivation, ...]:
+        if not isinstance(sections, int) or self.hidden % sections:
+            raise self._mixes(f"tensor_split({sections})")
+        return self.split(self.hidden // sections, dim)
+
+    def narrow(self, dim: int, start: int, length: int) -> HiddenActivation:
+        if dim not in (-1, self.ndim - 1):
+            raise self._mixes("narrow over tokens")
+        return HiddenActivation(self.x, length, self.layer)
+
     def split(self, split_size: int | Sequence[int], dim: int = 0) -> tuple[HiddenActivation, ...]:
         if dim not in (-1, self.ndim - 1):
             raise self._mixes("a split over tokens")
@@ -174,17 +209,18 @@ class HiddenActivation(_StandIn):
         return tuple(HiddenActivation(self.x, part, self.layer) for part in split_size)
 
     def __getitem__(self, index: Any) -> HiddenActivation:
-        """``h[..., :n]``: a part of the features."""
-        if isinstance(index, tuple) and len(index) == 2 and index[0] is Ellipsis and isinstance(index[1], slice):
-            part = len(range(*index[1].indices(self.hidden)))
-            return HiddenActivation(self.x, part, self.layer)
+        """``h[..., :n]`` or ``h[:, :, :n]``: a part of the features."""
+        if isinstance(index, tuple) and isinstance(index[-1], slice):
+            leading = index[:-1]
+            whole = leading == (Ellipsis,) or (len(index) == self.ndim and all(i == slice(None) for i in leading))
+            if whole:
+                return HiddenActivation(self.x, len(range(*index[-1].indices(self.hidden))), self.layer)
         raise self._mixes(f"indexing by {index!r}")
 
     def _mixes(self, what: str) -> CaptureError:
         return CaptureError(
             f"memcompile: {what} reached the hidden activation of an FFN that a memory replaced "
-            f"({self.layer.name}). It is not token-wise, and was not there when the model was planned; "
-            f"exclude the block from memory_layers"
+            f"({self.layer.name}), and only token-wise operators may stand there; exclude the block from memory_layers"
         )
 
     def __getattr__(self, attribute: str) -> Any:
@@ -239,12 +275,21 @@ def _dispatch(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     if hidden:
         return _pass_on(name, hidden, args, kwargs)
     replaced = [a for a in operands if isinstance(a, ReplacedParameter)]
-    if name == "add" and replaced[0].role is Role.OTHER:  # the bias of a down-projection, added on its own
-        return next(a for a in operands if isinstance(a, Tensor))
+    others = [a for a in operands if isinstance(a, Tensor)]
+    if name in _INITIALISERS and not others:  # a loop that initialises every module's weights finds nothing to do
+        return replaced[0]
+    if name == "add" and len(others) == 1 and _is_down_bias(replaced[0], others[0]):
+        return others[0]
     raise CaptureError(
         f"memcompile: {replaced[0].name} was replaced by a memory, but {name} reads it; "
         f"exclude its block from memory_layers to keep the parameter"
     )
+
+
+def _is_down_bias(parameter: ReplacedParameter, output: Tensor) -> bool:
+    """Whether ``output + parameter`` adds a down-projection's bias on its own: no other vector of an FFN is as wide."""
+    width = parameter.layer.width
+    return parameter.role is Role.OTHER and parameter.shape == (width,) and output.shape[-1] == width
 
 
 def _project(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -285,7 +330,7 @@ def _pass_on(name: str, hidden: list[HiddenActivation], args: tuple, kwargs: dic
         return HiddenActivation(first.x, 1, first.layer)
     if name in NORMS and len(kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())) != 1:
         raise first._mixes(f"{name} over tokens")
-    if name in ("chunk", "split", "flatten", "reshape", "unsqueeze"):
+    if name in ("chunk", "split", "tensor_split", "narrow", "flatten", "reshape", "unsqueeze"):
         return getattr(first, name)(*args[1:], **kwargs)
     if name == "glu":
         return HiddenActivation(first.x, first.hidden // 2, first.layer)

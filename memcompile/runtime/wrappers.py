@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from memcompile.errors import PlanError
 from memcompile.runtime._torch import OptimizedModule
 
 
@@ -18,6 +19,10 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, list[DistributedDataParallel]]:
         elif isinstance(model, (DistributedDataParallel, DataParallel)):
             if isinstance(model, DistributedDataParallel):
                 ddp.append(model)
+            elif len(model.device_ids) > 1:
+                raise PlanError(
+                    "nn.DataParallel copies the model at each step, which a memory does not survive: use DDP"
+                )
             model = model.module
         else:
             return model, ddp

@@ -532,3 +532,12 @@ def test_inline_blocks_do_not_see_hooks_of_their_attention():
     model = Transformer([InlineGatedBlock(WIDTH, GATED_HIDDEN) for _ in range(2)])
     model.blocks[0].attention.register_forward_hook(lambda module, args, output: None)
     assert [s.refusal for s in find_ffns(model)] == [None, None]
+
+
+@pytest.mark.parametrize("path", ["ffn.1", "ffn.2"])
+def test_hooks_between_the_projections(path):
+    model = tiny_gpt(layers=2)
+    model.blocks[0].get_submodule(path).register_forward_hook(lambda module, args, output: output)
+    first, second = find_ffns(model)
+    assert re.search(rf"module 'blocks.0.{path}' has hooks", first.refusal)
+    assert second.refusal is None

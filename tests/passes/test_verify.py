@@ -20,7 +20,8 @@ class Captured:
         self.model = model if model is not None else tiny_gpt()
         memcompile.plan(self.model, memory_layers=2, **MEMORY)
         pool = pool_of(self.model)
-        self.layers = {name: dict(layer.named_parameters()) for name, layer in pool.layers.items()}
+        self.parameters = {name: dict(layer.named_parameters()) for name, layer in pool.layers.items()}
+        self.layers = {name: list(layer.values()) for name, layer in self.parameters.items()}
         self.calls = {s.down: s.calls for s in pool.chosen}
         self.graphs = []
         torch.compile(function or self.model, backend=self.keep, fullgraph=True)(torch.randint(50, (3, 5)))
@@ -77,7 +78,7 @@ def test_a_lookup_too_many(captured):
 
 def test_layers_exchanged(captured):
     """The first block reads the half-keys of the second."""
-    first, second = (dict(layer) for layer in captured.layers.values())
+    first, second = captured.parameters.values()
     lookup = captured.lookups()[0]
     lookup.replace_input_with(captured.placeholder(first["half_keys"]), captured.placeholder(second["half_keys"]))
     with pytest.raises(CaptureError, match="reads the parameters of 2 memory layers, not of one"):
@@ -96,7 +97,7 @@ def test_a_lookup_of_no_layer(captured):
 
 @pytest.mark.parametrize("name", ["query_weight", "half_keys", "gate_weight", "out_bias"])
 def test_another_reader_of_a_layer(captured, name):
-    layer = captured.layers["blocks.1.ffn.2.weight"]
+    layer = captured.parameters["blocks.1.ffn.2.weight"]
     placeholder = captured.placeholder(layer[name])
     with captured.module.graph.inserting_before(captured.lookups()[0]):
         captured.module.graph.call_function(torch.sum, (placeholder,))
@@ -147,7 +148,7 @@ def test_calls_of_a_shared_layer_are_counted():
     graphs = []
     torch.compile(model, backend=lambda m, i: graphs.append((m, i)) or m.forward)(torch.randint(50, (3, 5)))
     ((module, inputs),) = graphs
-    layers = {name: dict(layer.named_parameters()) for name, layer in pool.layers.items()}
+    layers = {name: list(layer.parameters()) for name, layer in pool.layers.items()}
     assert verify(module, inputs, layers, {"blocks.0.ffn.2.weight": 4}) == {"blocks.0.ffn.2.weight": 4}
     with pytest.raises(CaptureError, match="planned"):
         verify(module, inputs, layers, {"blocks.0.ffn.2.weight": 3})

@@ -269,3 +269,17 @@ def test_a_copied_model_trains_on_its_own():
     assert moved.any()
     assert_same(snapshot(model), before)
     assert model.memory_values.grad is None
+
+
+def test_a_strangers_memory_is_not_ours():
+    class Memory(nn.Module):
+        def get_extra_state(self):
+            return torch.tensor([1, 2, 3], dtype=torch.uint8)
+
+        def set_extra_state(self, state):
+            self.loaded = state
+
+    model = nn.Module()
+    model.memory, model.long_memory = Memory(), Memory()
+    model.load_state_dict(model.state_dict())
+    assert torch.equal(model.memory.loaded, model.long_memory.loaded)

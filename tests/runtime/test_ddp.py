@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +27,7 @@ from tests.runtime.distributed import run_on_ranks
 
 PLAN = {"memory_layers": [1], **MEMORY}
 STEPS = 2
+GRAPHS: list[torch.fx.GraphModule] = []  # what reached Inductor in this process
 
 
 def dense(rank: int) -> nn.Module:
@@ -65,6 +67,19 @@ def compile_then_ddp(rank: int) -> dict[str, Any]:
     optimizer = optimizer_of(model)  # nanoGPT's order: optimizer, compile, DDP
     ddp = DistributedDataParallel(torch.compile(model, backend="memcompile", **PLAN))
     return train(ddp, model, optimizer, rank)
+
+
+def compile_then_ddp_in_buckets(rank: int) -> dict[str, Any]:
+    """Small buckets: DDPOptimizer cuts the graph, and hands its parts over with fake inputs."""
+    model = dense(rank)
+    optimizer = optimizer_of(model)
+    GRAPHS.clear()
+    first_bucket, dist._DEFAULT_FIRST_BUCKET_BYTES = dist._DEFAULT_FIRST_BUCKET_BYTES, 1024
+    try:
+        ddp = DistributedDataParallel(torch.compile(model, backend="memcompile", **PLAN), bucket_cap_mb=0.004)
+        return train(ddp, model, optimizer, rank) | {"graphs": len(GRAPHS)}
+    finally:
+        dist._DEFAULT_FIRST_BUCKET_BYTES = first_bucket
 
 
 def ddp_then_compile(rank: int) -> dict[str, Any]:
@@ -142,13 +157,24 @@ def plan_then_shard(rank: int) -> dict[str, Any]:
     return {key: {n: t.full_tensor() for n, t in tensors.items()} for key, tensors in result.items()}
 
 
-SCENARIOS = (compile_then_ddp, ddp_then_compile, ddp_then_plan, accumulation, sharded, plan_then_shard)
+SCENARIOS = (
+    compile_then_ddp,
+    compile_then_ddp_in_buckets,
+    ddp_then_compile,
+    ddp_then_plan,
+    accumulation,
+    sharded,
+    plan_then_shard,
+)
+
+
+def run_eagerly(graph_module: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Callable:
+    GRAPHS.append(graph_module)
+    return graph_module.forward
 
 
 def run_all(rank: int) -> dict[str, Any]:
-    memcompile.backend.compile_fx = lambda graph_module, *args, **kwargs: (
-        graph_module.forward
-    )  # Inductor is not the point
+    memcompile.backend.compile_fx = run_eagerly  # Inductor is not the point
     results: dict[str, Any] = {}
     for scenario in SCENARIOS:
         try:
@@ -183,13 +209,19 @@ def assert_equal_up_to_rounding(actual: dict[str, Tensor], expected: dict[str, T
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-13, msg=name)
 
 
-@pytest.mark.parametrize("scenario", [compile_then_ddp, ddp_then_compile, ddp_then_plan, plan_then_shard])
+@pytest.mark.parametrize(
+    "scenario", [compile_then_ddp, compile_then_ddp_in_buckets, ddp_then_compile, ddp_then_plan, plan_then_shard]
+)
 def test_both_ranks_train_as_one_process_does(scenario, ranks, expected):
     first, second = result(ranks, scenario)
     for key in ("gradients", "parameters"):
         assert_same(first[key], second[key])
         assert_equal_up_to_rounding(first[key], expected[key])
     assert expected["gradients"]["memory_values"].any()
+
+
+def test_the_graph_was_cut_into_buckets(ranks):
+    assert all(r["graphs"] > 1 for r in result(ranks, compile_then_ddp_in_buckets))
 
 
 def test_ddp_stays_the_object_that_the_user_holds(ranks):

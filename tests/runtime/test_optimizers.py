@@ -273,6 +273,19 @@ def test_matrices_and_vectors_join_the_groups_of_their_kind():
         assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters() if is_kind(p)}
 
 
+def test_an_adopted_optimizer_has_the_order_of_a_new_one():
+    """Checkpoints of optimizers match parameters by position."""
+    model, adopted = gpt_and(lambda model: AdamW(model.parameters(), lr=1e-3))
+    memcompile.plan(model, memory_layers=[1], **MEMORY)
+    assert held(adopted) == [id(p) for p in model.parameters()]
+    backward(model)
+    adopted.step()
+    resumed = AdamW(model.parameters(), lr=1e-3)
+    resumed.load_state_dict(adopted.state_dict())
+    for parameter in model.parameters():
+        assert torch.equal(resumed.state[parameter]["exp_avg"], adopted.state[parameter]["exp_avg"])
+
+
 def without_ffn_biases() -> nn.Module:
     model = tiny_gpt(layers=2)
     for block in model.blocks:

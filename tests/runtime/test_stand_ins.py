@@ -165,7 +165,8 @@ def test_the_hidden_activations_of_two_ffns_do_not_mix(x):
         (lambda ffn, x: torch.linalg.norm(ffn.up.weight), "up.weight"),
         (lambda ffn, x: ffn.up.weight @ x.mT, "up.weight"),
         (lambda ffn, x: F.linear(x, torch.ones(HIDDEN, WIDTH), ffn.up.bias), "up.bias"),
-        (lambda ffn, x: nn.init.normal_(ffn.up.weight), "up.weight"),
+        (lambda ffn, x: torch.zeros(HIDDEN) + ffn.up.bias, "up.bias"),
+        (lambda ffn, x: x + ffn.up.bias, "up.bias"),
         (lambda ffn, x: torch.cat([ffn.up.bias, ffn.up.bias]), "up.bias"),
     ],
 )
@@ -178,12 +179,20 @@ def test_attributes_of_a_replaced_parameter(ffn):
     weight = ffn.up.weight
     assert isinstance(weight, ReplacedParameter)
     assert (weight.shape, weight.dtype, weight.device) == ((HIDDEN, WIDTH), torch.float32, torch.device("cpu"))
-    for attribute in ("data", "grad", "requires_grad", "numel"):
+    for attribute in ("grad", "requires_grad", "numel"):
         assert not hasattr(weight, attribute)
-    with pytest.raises(AttributeError, match=r"'data' of blocks\.1\.ffn\.up\.weight.*replaced by a memory"):
-        weight.data  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'grad' of blocks\.1\.ffn\.up\.weight.*replaced by a memory"):
+        weight.grad  # noqa: B018
     ffn.double()
     assert weight.dtype == torch.float64
+
+
+def test_loops_that_initialise_every_module_pass_by(ffn):
+    for module in (ffn.up, ffn.down):
+        module.reset_parameters()
+        nn.init.xavier_uniform_(module.weight)
+        module.weight.data.normal_(std=0.02)
+        nn.init.zeros_(module.bias)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
