@@ -12,6 +12,7 @@ each row of an output has one owner: the results are deterministic. Sums are kep
 the weights are rounded to the rows' dtype first.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +54,23 @@ def _check_grad(slots: Tensor, grad: Tensor) -> None:
         )
 
 
+def _reading_vmap(name: str) -> Callable[..., tuple[Tensor, int]]:
+    """The rule of an operator (values, slots, a tensor of tokens) -> a tensor of tokens."""
+
+    def rule(info: Any, in_dims: Any, values: Tensor, slots: Tensor, other: Tensor) -> tuple[Tensor, int]:
+        batch = info.batch_size
+        if in_dims[0] is None:
+            slots = fold_into_tokens(slots, in_dims[1], batch)
+        else:
+            tables = values.movedim(in_dims[0], 0)
+            slots = offset_slots(slots, in_dims[1], batch, tables.shape[1])
+            values = tables.flatten(0, 1)
+        out = operator(name)(values, slots, fold_into_tokens(other, in_dims[2], batch))
+        return unfold_tokens(out, batch), 0
+
+    return rule
+
+
 # --- weighted_gather ------------------------------------------------------------------------------
 
 
@@ -72,18 +90,6 @@ def _gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 def _gather_fake(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     _check_gather(values, slots, weights)
     return values.new_empty(slots.shape[0], values.shape[1])
-
-
-def _gather_vmap(info: Any, in_dims: Any, values: Tensor, slots: Tensor, weights: Tensor) -> tuple[Tensor, int]:
-    batch = info.batch_size
-    if in_dims[0] is None:
-        slots = fold_into_tokens(slots, in_dims[1], batch)
-    else:
-        tables = values.movedim(in_dims[0], 0)
-        slots = offset_slots(slots, in_dims[1], batch, tables.shape[1])
-        values = tables.flatten(0, 1)
-    out = operator("weighted_gather")(values, slots, fold_into_tokens(weights, in_dims[2], batch))
-    return unfold_tokens(out, batch), 0
 
 
 def _gather_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -137,18 +143,6 @@ def _dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
 def _dot_fake(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
     _check_dot(values, slots, grad)
     return values.new_empty(slots.shape, dtype=_dot_dtype(values))
-
-
-def _dot_vmap(info: Any, in_dims: Any, values: Tensor, slots: Tensor, grad: Tensor) -> tuple[Tensor, int]:
-    batch = info.batch_size
-    if in_dims[0] is None:
-        slots = fold_into_tokens(slots, in_dims[1], batch)
-    else:
-        tables = values.movedim(in_dims[0], 0)
-        slots = offset_slots(slots, in_dims[1], batch, tables.shape[1])
-        values = tables.flatten(0, 1)
-    out = operator("gather_dot")(values, slots, fold_into_tokens(grad, in_dims[2], batch))
-    return unfold_tokens(out, batch), 0
 
 
 def _dot_backward(ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
@@ -223,7 +217,7 @@ register_operator(
     "weighted_gather",
     kernel=_gather,
     fake=_gather_fake,
-    vmap=_gather_vmap,
+    vmap=_reading_vmap("weighted_gather"),
     setup_context=_gather_setup,
     backward=_gather_backward,
 )
@@ -231,7 +225,7 @@ register_operator(
     "gather_dot",
     kernel=_dot,
     fake=_dot_fake,
-    vmap=_dot_vmap,
+    vmap=_reading_vmap("gather_dot"),
     setup_context=_gather_setup,
     backward=_dot_backward,
 )
