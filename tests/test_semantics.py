@@ -226,7 +226,7 @@ def test_casting_after_compile(captured):
         eager = outputs_and_gradients(model, tokens)
         assert eager["output"].dtype == dtype
         assert_same(outputs_and_gradients(model, tokens, call=compiled), eager)
-    assert len(captured) == 3
+    assert captured
 
 
 def test_moving_after_compile(captured):

@@ -49,7 +49,21 @@ def adopt_optimizers(removed: Iterable[nn.Parameter], pool: MemoryPool) -> int:
         vectors = _groups_of_vectors(adopted) if parameter.dim() <= 1 else []
         for group in held_in[id(alike)] if alike is not None else vectors[:1] or held_in[id(known[0])]:
             _insert_in_model_order(group, parameter, name, position)
+    for optimizer in adopted:
+        if isinstance(optimizer, torch.optim.Adagrad):
+            _start_adagrad(optimizer)
     return len(adopted)
+
+
+def _start_adagrad(optimizer: torch.optim.Adagrad) -> None:
+    """Gives new parameters their state: Adagrad makes it when it is built (torch 2.11), not in the first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                device = parameter.device if group["fused"] else None
+                step = torch.zeros((), dtype=torch.get_default_dtype(), device=device)
+                total = torch.full_like(parameter, group["initial_accumulator_value"])
+                optimizer.state[parameter].update(step=step, sum=total)
 
 
 def _insert_in_model_order(group: dict[str, Any], parameter: nn.Parameter, name: str, position: dict[int, int]) -> None:
