@@ -48,7 +48,7 @@ def _spellings() -> dict[str, str]:
     spellings |= {f"{name}_": name for name in known}
     for operator, name in {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "pow": "pow"}.items():
         spellings |= {f"__{prefix}{operator}__": name for prefix in ("", "r", "i")}
-    spellings |= {"__neg__": "neg", "__matmul__": "matmul", "__rmatmul__": "matmul"}
+    spellings |= {"__neg__": "neg", "__abs__": "abs", "__matmul__": "matmul", "__rmatmul__": "matmul"}
     spellings |= {"swish": "silu", "multiply": "mul", "divide": "div", "subtract": "sub", "absolute": "abs"}
     return spellings
 

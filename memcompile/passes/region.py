@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from torch import fx
 
@@ -143,8 +144,8 @@ def strip_views(node: fx.Node) -> fx.Node:
     return node
 
 
-def _common_source(up: object) -> fx.Node | None:
-    sources = {strip_views(projection.input) for projection in up}  # type: ignore[attr-defined]
+def _common_source(up: Iterable[Projection]) -> fx.Node | None:
+    sources = {strip_views(projection.input) for projection in up}
     return sources.pop() if len(sources) == 1 else None
 
 

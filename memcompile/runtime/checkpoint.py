@@ -37,7 +37,7 @@ def install_load_guard() -> None:
 
         @functools.wraps(original)
         def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-            if pool_of(self) is None and not pools_inside(self) and any(map(_is_plan, _entries(state_dict))):
+            if any(map(_is_plan, _entries(state_dict))) and pool_of(self) is None and not pools_inside(self):
                 raise PlanError(
                     f"the checkpoint holds a memory, but {type(self).__name__} has none: plan it first, "
                     f"memcompile.plan(model, memory=memcompile.config_from(state_dict)), then load"
@@ -73,7 +73,9 @@ def _entries(state_dict: Mapping[str, Any]) -> Iterator[Any]:
 
 def _is_plan(entry: Any) -> bool:
     """Whether an entry is ours for certain: a stranger's module named ``memory`` may have extra state too."""
-    return isinstance(entry, Tensor) and entry.dtype == torch.uint8 and bytes(entry.tolist()).startswith(_MAGIC)
+    if not isinstance(entry, Tensor) or entry.dtype != torch.uint8 or entry.is_meta:
+        return False
+    return bytes(entry.flatten()[: len(_MAGIC)].tolist()) == _MAGIC
 
 
 def _check_state_dict(

@@ -248,9 +248,8 @@ for _name in sorted(_PASSED_ON | FEATURE_REDUCTIONS):
 for _name in ("add", "sub", "mul", "pow", "truediv"):
     for _spelling in (f"__{_name}__", f"__r{_name}__", f"__i{_name}__"):
         setattr(HiddenActivation, _spelling, _forward_operator(canonical(f"__{_name}__")))
-for _spelling in ("__neg__", "__matmul__"):
+for _spelling in ("__neg__", "__abs__", "__matmul__"):
     setattr(HiddenActivation, _spelling, _forward_operator(canonical(_spelling)))
-HiddenActivation.__abs__ = _forward_operator("abs")  # type: ignore[attr-defined]
 
 
 def _refused_operator(spelling: str) -> Callable:

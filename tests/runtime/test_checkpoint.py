@@ -274,7 +274,7 @@ def test_a_copied_model_trains_on_its_own():
 def test_a_strangers_memory_is_not_ours():
     class Memory(nn.Module):
         def get_extra_state(self):
-            return torch.tensor([1, 2, 3], dtype=torch.uint8)
+            return torch.tensor([[1, 2, 3]], dtype=torch.uint8)
 
         def set_extra_state(self, state):
             self.loaded = state
