@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint fuzz bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.examples
@@ -18,6 +18,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz --examples 5000 --processes $(WORKERS)
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/compile_time.py

@@ -11,21 +11,30 @@ from typing import Any
 from memcompile.errors import OptionError
 from memcompile.sites import FfnSite
 
-LayerChoice = int | Sequence[int | str] | Callable[[FfnSite], bool]
+LayerChoice = int | str | Sequence[int | str] | Callable[[FfnSite], bool]
 
+PLACEMENTS = ("replace", "add")
 MAX_KEYS = 46340  # n_keys**2 slots must be addressable by an int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryConfig:
-    """What the memory looks like and which FFNs it replaces.
+    """What the memory looks like, and which FFNs it replaces or is added to.
 
     Defaults follow "Memory Layers at Scale" (arXiv 2412.09764).
 
     Args:
-        memory_layers: how many FFNs to replace, placed centred and evenly strided over the depth (3 of 24
-            gives blocks 4, 12, 20); or the indices or names of the FFNs; or a filter ``f(site) -> bool``.
-            Indices and names are those that :func:`memcompile.explain` shows.
+        memory_layers: which FFNs become memory. A number places that many, centred and evenly strided over the
+            depth (3 of 24 gives blocks 4, 12, 20; between two blocks the later one). Where a model has several
+            stacks (:attr:`FfnSite.stack`: encoder and decoder), the number is divided over them in proportion to
+            their blocks, by largest remainder; a tie goes to the stack that runs later. Or a name, a glob
+            (``"decoder.*"``), or a list of indices, names and globs; ``"all"`` for every block that can be
+            replaced; a filter ``f(site) -> bool``. Indices and names are those that :func:`memcompile.explain`
+            shows; a block that runs several times (shared weights) counts once.
+        placement: "replace" puts the memory in the place of the FFN, whose parameters leave the model. "add" keeps
+            the FFN and adds the memory of its input to its output. The memory's output projection is then zero at
+            first, and there is one in a plain Memory too, so that the model starts as it was: the projection learns
+            from the first step on, the rest of the memory from the second.
         n_keys: half-keys on each side; the memory has ``n_keys ** 2`` slots. None chooses the power of two
             between 64 and 1024 that keeps the values within four times the model's own parameters.
         heads: independent queries a token.
@@ -34,7 +43,8 @@ class MemoryConfig:
             the model's width.
         value_dim: width of a value row. None is the model's width.
         gate: True is Memory+ (a silu gate that depends on the input, then an output projection);
-            False is plain Memory (an output projection only where ``value_dim`` differs from the width).
+            False is plain Memory (an output projection only where ``value_dim`` differs from the width, or
+            where the memory is added).
         qk_norm: scale both halves of the query and every half-key to unit norm, with a learned temperature a
             head. For large memories on small base models, which train unstably without it.
         values_lr: constant learning rate of the values, whatever the optimizer and its schedule use for the
@@ -45,6 +55,7 @@ class MemoryConfig:
     """
 
     memory_layers: LayerChoice = 3
+    placement: str = "replace"
     n_keys: int | None = None
     heads: int = 4
     top_k: int = 32
@@ -56,6 +67,8 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory_layers", _checked_layers(self.memory_layers))
+        if self.placement not in PLACEMENTS:
+            raise OptionError(f"placement must be 'replace' or 'add', got {self.placement!r}")
         for name in ("heads", "top_k"):
             _check_int(name, getattr(self, name), minimum=1)
         for name in ("n_keys", "key_dim", "value_dim"):
@@ -80,7 +93,7 @@ class MemoryConfig:
         layers = self.memory_layers
         if callable(layers):
             raise OptionError("a memory_layers filter cannot be serialised: name the layers that it chooses")
-        return self.as_options() | {"memory_layers": layers if isinstance(layers, int) else list(layers)}
+        return self.as_options() | {"memory_layers": layers if isinstance(layers, (int, str)) else list(layers)}
 
     def as_options(self) -> dict[str, Any]:
         """The fields by name, a filter included."""
@@ -112,14 +125,14 @@ def _check_int(name: str, value: object, minimum: int, or_none: bool = False) ->
 
 
 def _checked_layers(layers: object) -> LayerChoice:
-    wanted = "memory_layers must be a number of layers, a list of FFN indices or names, or a filter"
+    wanted = "memory_layers must be a number of layers, a name or glob, 'all', a list of indices or names, or a filter"
     if isinstance(layers, int) and not isinstance(layers, bool):
         if layers < 1:
             raise OptionError(f"{wanted}; got {layers}, which leaves nothing to replace")
         return layers
-    if callable(layers):
+    if callable(layers) or (isinstance(layers, str) and layers):
         return layers
-    if isinstance(layers, Sequence) and not isinstance(layers, str):
+    if isinstance(layers, Sequence) and not isinstance(layers, (str, bytes)):
         if not layers:
             raise OptionError(f"{wanted}; got an empty list")
         for item in layers:

@@ -26,7 +26,7 @@ class ExplainedSite:
         index: its number among the blocks that can be replaced, as ``memory_layers=[...]`` takes it; None for a
             refused one.
         site: the block itself.
-        chosen: whether it is a memory now.
+        chosen: whether it has a memory now, in its place or added to it.
         reason: why it is not, where it is not.
         flops_before: FLOPs a token of the dense block (matrix products, a multiply-add is two).
         flops_after: FLOPs a token of what stands there now.
@@ -47,6 +47,7 @@ class Explanation:
     Attributes:
         model: the model's class.
         planned: whether it has a memory.
+        placement: whether the memory replaces blocks ("replace") or is added to them ("add").
         rows: every FFN candidate in execution order.
         parameters_before: the model's parameters without memory.
         parameters_after: the parameters it has now.
@@ -55,6 +56,7 @@ class Explanation:
 
     model: str
     planned: bool
+    placement: str
     rows: tuple[ExplainedSite, ...]
     parameters_before: int
     parameters_after: int
@@ -87,7 +89,8 @@ class Explanation:
             self.memory,
         ]
         chosen = sum(row.chosen for row in self.rows)
-        return "\n".join([f"{found}, {chosen} replaced by memory", *lines, *totals])
+        done = f"memory added to {chosen}" if self.placement == "add" else f"{chosen} replaced by memory"
+        return "\n".join([f"{found}, {done}", *lines, *totals])
 
 
 def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
@@ -110,6 +113,7 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
     return Explanation(
         model=type(owner).__name__,
         planned=pool is not None,
+        placement=pool.config.placement if pool is not None else "replace",
         rows=tuple(_rows(sites, pool)),
         parameters_before=before,
         parameters_after=after,
@@ -121,7 +125,9 @@ def _rows(sites: Sequence[FfnSite], pool: MemoryPool | None) -> list[ExplainedSi
     rows, index = [], 0
     for site in sites:
         chosen = pool is not None and site.down in pool.layers
-        after = _layer_flops(pool.layers[site.down]) if chosen and pool is not None else site.flops
+        after = site.flops
+        if chosen and pool is not None:
+            after = _layer_flops(pool.layers[site.down]) + (site.flops if pool.adds else 0)
         rows.append(
             ExplainedSite(
                 index=None if site.refusal else index,

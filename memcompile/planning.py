@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +12,9 @@ from torch import nn
 from memcompile.config import OPTION_NAMES, MemoryConfig, check_names
 from memcompile.errors import OptionError, PlanError
 from memcompile.explain import Explanation, explain
+from memcompile.lowering.parameters import draw_values
 from memcompile.passes.detect import find_ffns
+from memcompile.passes.graphs import is_captured
 from memcompile.passes.place import place
 from memcompile.runtime.checkpoint import plan_in
 from memcompile.runtime.ddp import check_rebuildable, rebuild
@@ -22,7 +22,7 @@ from memcompile.runtime.install import install
 from memcompile.runtime.optimizers import adopt_optimizers
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.wrappers import is_sharded, unwrap
-from memcompile.sites import FfnSite
+from memcompile.sizes import resolve
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 def plan(
     model: nn.Module, *, memory: MemoryConfig | None = None, example_inputs: Any = None, **options: Any
 ) -> Explanation:
-    """Replaces feed-forward blocks of ``model`` by memory layers, in place.
+    """Replaces feed-forward blocks of ``model`` by memory layers, or adds memory to them, in place.
 
     The model's new parameters exist when the call returns, trainable, in a frozen model too; everything that runs the
     model afterwards (compiled, eager, exported, checkpointed) runs the memory. Optimizers that hold the replaced
@@ -55,6 +55,11 @@ def plan(
     start = time.perf_counter()
     requested = _config(memory, options)
     root, parallel = unwrap(model)
+    if is_captured(root):
+        raise PlanError(
+            "a captured graph is not changed in place: memcompile.passes.rewrite(graph_module, sites) returns one with "
+            "memory, for sites of memcompile.find_ffns(graph_module); compile that with any other backend"
+        )
     given = options if memory is None else requested.as_options()
     if _is_planned(root, given):
         return explain(model)
@@ -67,11 +72,9 @@ def plan(
         check_rebuildable(wrapper)
     sites = find_ffns(root, example_inputs)
     chosen = place(sites, requested.memory_layers)
-    config = _resolve(requested, chosen, root)
+    config = resolve(requested, chosen, sum(p.numel() for p in root.parameters()))
     pool = MemoryPool(root=root, config=config, requested=requested, sites=tuple(sites))
-    removed = install(pool, chosen)
-    adopt_optimizers(removed, pool)
-    del removed
+    adopt_optimizers(install(pool, chosen), pool)
     for wrapper in parallel:
         rebuild(wrapper)
     explanation = explain(model)
@@ -88,7 +91,7 @@ def reset_parameters(model: nn.Module) -> None:
     pool = pool_of(unwrap(model)[0])
     if pool is None:
         raise PlanError(f"{type(model).__name__} has no memory: plan it first")
-    pool.reset_values(pool.values)
+    draw_values(pool.values)
     for layer in pool.layers.values():
         layer.reset_parameters()
 
@@ -149,27 +152,3 @@ def _is_as_planned(pool: MemoryPool, name: str, value: Any) -> bool:
     if value in (getattr(pool.requested, name), getattr(pool.config, name)):
         return True
     return name == "memory_layers" and place(pool.sites, value) == pool.chosen
-
-
-def _resolve(requested: MemoryConfig, chosen: list[FfnSite], root: nn.Module) -> MemoryConfig:
-    """Fills in the sizes that follow from the model."""
-    width = max(site.width for site in chosen)
-    value_dim = requested.value_dim or width
-    n_keys = requested.n_keys or _default_keys(sum(p.numel() for p in root.parameters()), value_dim)
-    key_dim = requested.key_dim or max(2, width // 4 * 2)
-    try:
-        return dataclasses.replace(
-            requested,
-            memory_layers=[site.down for site in chosen],
-            n_keys=n_keys,
-            key_dim=key_dim,
-            value_dim=value_dim,
-        )
-    except OptionError as error:
-        raise OptionError(f"{error} (n_keys={n_keys} was chosen for a model of this size)") from error
-
-
-def _default_keys(parameters: int, value_dim: int) -> int:
-    """The power of two in [64, 1024] whose square times ``value_dim`` stays within four times the model."""
-    affordable = math.isqrt(max(1, 4 * parameters // value_dim))
-    return min(1024, max(64, 2 ** (affordable.bit_length() - 1)))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+
+VALUES_NAME = "memory_values"  # the parameter of the root that all layers read
+LAYER_NAME = "memory"  # on each module that holds, or held, a chosen FFN's down-projection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +22,8 @@ class FfnSite:
         pattern: the operators met from source to sink, e.g. ``linear > gelu > linear``.
         flops: FLOPs a token of its projections (a multiply-add is two).
         calls: how often one forward of the model runs the block.
-        replaced: every parameter that the block alone reads: weights, biases, inner norms.
+        replaced: every parameter that the block alone reads: weights, biases, inner norms. They leave the model
+            where the memory replaces the block, and stay where it is added.
         refusal: None, or the sentence that says why the block is left alone.
     """
 
@@ -32,3 +37,13 @@ class FfnSite:
     calls: int = 1
     replaced: tuple[str, ...] = ()
     refusal: str | None = None
+
+    @property
+    def stack(self) -> str:
+        """The repeated container that the block sits in: the path before the first number in ``name``.
+
+        ``encoder.block.3.layer.1.DenseReluDense`` is of ``encoder.block``. A number that ends an attribute counts too:
+        ``block3.mlp`` is of ``block``. Without a number it is the parent's path, so that siblings make one stack.
+        """
+        number = re.search(r"\d+(?=\.|$)", self.name)
+        return self.name.rpartition(".")[0] if number is None else self.name[: number.start()].rstrip("._")

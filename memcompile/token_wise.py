@@ -7,32 +7,46 @@ underscore of in-place forms are stripped before either looks here.
 
 from __future__ import annotations
 
-ACTIVATIONS = frozenset(
-    """relu relu6 gelu silu mish elu selu celu leaky_relu prelu rrelu rrelu_with_noise sigmoid tanh hardswish
-    hardtanh hardsigmoid softplus softsign logsigmoid log_sigmoid hardshrink softshrink tanhshrink threshold
-    erf exp expm1 log1p square abs sin cos clamp clip clamp_min clamp_max sinh cosh atan asinh glu pow
-    maximum minimum where""".split()
+# Each element of the result depends on one element of each operand: what `torch.Tag.pointwise` marks, and the
+# activations that are composed of such operators.
+POINTWISE = frozenset(
+    """abs acos acosh add addcdiv addcmul asin asinh atan atan2 atanh ceil celu clamp clamp_max clamp_min clip cos cosh
+    div elu eq erf erfc erfinv exp exp2 expm1 float_power floor fmax fmin fmod frac ge gelu gt hardshrink hardsigmoid
+    hardswish hardtanh heaviside isfinite isinf isnan le leaky_relu lerp lgamma log log10 log1p log2 log_sigmoid
+    logaddexp logical_and logical_not logical_or logical_xor logit logsigmoid lt masked_fill maximum minimum mish mul
+    nan_to_num ne neg positive pow prelu reciprocal relu relu6 remainder round rrelu rrelu_with_noise rsqrt rsub selu
+    sgn sigmoid sign silu sin sinc sinh softplus softshrink softsign sqrt square sub tan tanh tanhshrink threshold
+    true_divide trunc where xlogy""".split()
 )
 
-ARITHMETIC = frozenset("add sub mul div true_divide neg rsub addcmul lerp sqrt rsqrt reciprocal".split())
+# Linear in the hidden activation as long as their other operands are not made of it.
+LINEAR = frozenset(
+    "add addcdiv addcmul div lerp masked_fill mul nan_to_num neg positive rsub sub true_divide where".split()
+)
 
 CASTS = frozenset(
     "to _to_copy float half bfloat16 double type type_as contiguous clone alias detach lift_fresh_copy".split()
 )
 
-DROPOUTS = frozenset("dropout native_dropout feature_dropout alpha_dropout dropout1d".split())
+DROPOUTS = frozenset("dropout native_dropout feature_dropout alpha_dropout feature_alpha_dropout dropout1d".split())
 
 NORMS = frozenset("layer_norm rms_norm native_layer_norm _fused_rms_norm".split())
 
-# Reductions are token-wise over the feature dimension alone: a norm that the model spells out.
-FEATURE_REDUCTIONS = frozenset("mean var std sum amax norm linalg_vector_norm vector_norm".split())
+# Reductions are token-wise over feature dimensions alone: a norm that the model spells out.
+FEATURE_REDUCTIONS = frozenset("mean var std sum amax amin norm linalg_vector_norm vector_norm".split())
 
-# Views are token-wise as long as features stay last.
-RESHAPES = frozenset("view reshape flatten unflatten squeeze unsqueeze _unsafe_view view_as reshape_as".split())
+# Views are token-wise as long as they keep tokens before features.
+RESHAPES = frozenset(
+    "view reshape flatten unflatten squeeze unsqueeze _unsafe_view view_as reshape_as expand expand_as".split()
+)
 
-FEATURE_SPLITS = frozenset("chunk split split_with_sizes tensor_split slice narrow".split())
+FEATURE_SPLITS = frozenset("chunk split split_with_sizes tensor_split slice narrow unbind select".split())
 
-PROJECTIONS = frozenset("linear addmm matmul mm".split())
+FEATURE_JOINS = frozenset({"cat", "stack"})
+
+TRANSPOSES = frozenset("t transpose permute movedim swapaxes numpy_T mT".split())
+
+PROJECTIONS = frozenset("linear addmm matmul mm einsum".split())
 
 
 def canonical(name: str) -> str:
@@ -43,13 +57,21 @@ def canonical(name: str) -> str:
 
 
 def _spellings() -> dict[str, str]:
-    known = ACTIVATIONS | ARITHMETIC | CASTS | DROPOUTS | NORMS | FEATURE_REDUCTIONS | RESHAPES | FEATURE_SPLITS
+    known = POINTWISE | CASTS | DROPOUTS | NORMS | FEATURE_REDUCTIONS | RESHAPES | FEATURE_SPLITS | FEATURE_JOINS
+    known |= TRANSPOSES | {"glu"}
     spellings = {name: name for name in known | PROJECTIONS}
     spellings |= {f"{name}_": name for name in known}
     for operator, name in {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "pow": "pow"}.items():
         spellings |= {f"__{prefix}{operator}__": name for prefix in ("", "r", "i")}
-    spellings |= {"__neg__": "neg", "__abs__": "abs", "__matmul__": "matmul", "__rmatmul__": "matmul"}
+    spellings |= {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+    spellings |= {"__neg__": "neg", "__pos__": "positive", "__abs__": "abs", "__invert__": "logical_not"}
+    spellings |= {"__and__": "logical_and", "__or__": "logical_or", "__matmul__": "matmul", "__rmatmul__": "matmul"}
     spellings |= {"swish": "silu", "multiply": "mul", "divide": "div", "subtract": "sub", "absolute": "abs"}
+    spellings |= {"greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne"}
+    spellings |= {"concat": "cat", "concatenate": "cat", "swapdims": "swapaxes", "moveaxis": "movedim"}
+    spellings |= {"special_expit": "sigmoid", "special_erf": "erf", "special_expm1": "expm1", "negative": "neg"}
+    spellings |= {"arctan": "atan", "arcsinh": "asinh", "bitwise_and": "logical_and", "bitwise_or": "logical_or"}
+    spellings |= {"bitwise_not": "logical_not"}
     return spellings
 
 

@@ -17,6 +17,7 @@ from tests.models import tiny_gpt
 def test_defaults_are_those_of_the_paper():
     assert dataclasses.asdict(MemoryConfig()) == {
         "memory_layers": 3,
+        "placement": "replace",
         "n_keys": None,
         "heads": 4,
         "top_k": 32,
@@ -45,11 +46,14 @@ WRONG = [
     ("memory_layers", True, "got True"),
     ("memory_layers", 2.0, "got 2.0"),
     ("memory_layers", None, "got None"),
-    ("memory_layers", "layers.0.mlp", "got 'layers.0.mlp'"),
+    ("memory_layers", "", "got ''"),
+    ("memory_layers", b"all", "got b'all'"),
     ("memory_layers", [], "got an empty list"),
     ("memory_layers", [0, 1.5], "the list holds 1.5"),
     ("memory_layers", [False], "the list holds False"),
     ("memory_layers", {1, 2}, r"got \{1, 2\}"),
+    ("placement", "beside", "placement must be 'replace' or 'add', got 'beside'"),
+    ("placement", None, "placement must be 'replace' or 'add', got None"),
     ("n_keys", 0, "n_keys must be an integer >= 1 or None, got 0"),
     ("n_keys", 64.0, "n_keys must be an integer >= 1 or None, got 64.0"),
     ("n_keys", True, "n_keys must be an integer"),
@@ -87,6 +91,9 @@ def test_wrong_values_are_errors_that_name_the_option(option, value, message):
     [
         ("memory_layers", 1),
         ("memory_layers", ("a", -1, 0)),
+        ("memory_layers", "all"),
+        ("memory_layers", "decoder.*"),
+        ("placement", "add"),
         ("n_keys", 46340),
         ("n_keys", 32),
         ("key_dim", 2),
@@ -103,13 +110,18 @@ def test_limits_themselves_are_allowed(option, value):
 def test_unknown_options_suggest_the_nearest():
     with pytest.raises(OptionError, match="unknown memcompile option 'memory_layer': did you mean 'memory_layers'"):
         MemoryConfig.from_dict({"memory_layer": 3})
-    with pytest.raises(OptionError, match="unknown memcompile option 'zzz': options are memory_layers, n_keys, heads"):
+    with pytest.raises(
+        OptionError, match="unknown memcompile option 'zzz': options are memory_layers, placement, n_keys, heads"
+    ):
         MemoryConfig.from_dict({"zzz": 3})
 
 
 configs = st.builds(
     MemoryConfig,
-    memory_layers=st.integers(1, 9) | st.lists(st.integers(-9, 9) | st.text(max_size=5), min_size=1, max_size=4),
+    memory_layers=st.integers(1, 9)
+    | st.text(min_size=1, max_size=5)
+    | st.lists(st.integers(-9, 9) | st.text(max_size=5), min_size=1, max_size=4),
+    placement=st.sampled_from(["replace", "add"]),
     n_keys=st.none() | st.integers(32, 1024),
     heads=st.integers(1, 8),
     top_k=st.integers(1, 32),

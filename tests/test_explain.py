@@ -57,6 +57,23 @@ memory: 64 slots (8 half-keys a side) x 32 in 2 layer(s), 2 heads x top 4, key_d
     )
 
 
+def test_after_adding():
+    model = tiny_gpt(layers=2)
+    explanation = memcompile.plan(model, memory_layers=1, placement="add", **SIZES)
+    assert_expected_inline(
+        repr(explanation),
+        """\
+memcompile: Transformer, 2 feed-forward block(s) found, memory added to 1
+#  block         pattern                 width  hidden  calls  FLOPs/token       memory
+-  ------------  ----------------------  -----  ------  -----  ----------------  -------------------------------
+0  blocks.0.ffn  linear > gelu > linear  32     128     1      16,384            no: not chosen by memory_layers
+1  blocks.1.ffn  linear > gelu > linear  32     128     1      16,384 -> 23,568  yes
+parameters 30,720 -> 36,192
+FLOPs a token in these blocks 32,768 -> 39,952
+memory: 64 slots (8 half-keys a side) x 32 in 1 layer(s), 2 heads x top 4, key_dim 16; values float32 with constant learning rate 0.001""",
+    )
+
+
 def test_without_candidates():
     assert_expected_inline(
         repr(explain(nn.Linear(3, 4))),

@@ -32,6 +32,10 @@ def chosen(explanation):
         (["blocks.1.ffn"], [1]),
         (["blocks.1.ffn.2.weight", 0], [0, 1]),
         (lambda site: site.name != "blocks.2.ffn", [0, 1, 3]),
+        ("all", [0, 1, 2, 3]),
+        ("blocks.[1-2].*", [1, 2]),
+        ("blocks.1.ffn", [1]),
+        (["blocks.0.*", -1], [0, 3]),
     ],
 )
 def test_the_choice_of_layers(layers, expected):
@@ -262,6 +266,30 @@ def test_the_same_plan_in_other_words_is_no_other_plan():
     for other in (1, [0, 3]):
         with pytest.raises(PlanError, match="already has a memory"):
             memcompile.plan(model, memory_layers=other, **SIZES)
+
+
+@pytest.mark.parametrize(("words", "others"), [("all", "blocks.[12].*"), ("*.[13].*", "all")])
+def test_words_are_resolved_to_names(words, others):
+    model = tiny_gpt()
+    memcompile.plan(model, memory_layers=words, **SIZES)
+    config = memcompile.config_from(model.state_dict())
+    assert config.memory_layers == tuple(pool_of(model).layers)
+    resumed = tiny_gpt()
+    memcompile.plan(resumed, memory=config)
+    for planned in (model, resumed):
+        memcompile.plan(planned, memory_layers=words, **SIZES)
+        with pytest.raises(PlanError, match="already has a memory"):
+            memcompile.plan(planned, memory_layers=others)
+
+
+def test_another_placement_is_another_plan():
+    model = tiny_gpt()
+    memcompile.plan(model, memory_layers=1, placement="add", **SIZES)
+    memcompile.plan(model, placement="add")
+    with pytest.raises(
+        PlanError, match=r"planned with \{'placement': 'add'\}, now asked for \{'placement': 'replace'\}"
+    ):
+        memcompile.plan(model, placement="replace")
 
 
 def test_reset_parameters_after_meta():

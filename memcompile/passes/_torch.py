@@ -4,6 +4,15 @@ Tried with torch 2.11, 2.13 and 2.15.
 """
 
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-__all__ = ["FakeTensor", "FakeTensorMode", "make_fx"]
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "FakeTensorProp",
+    "PyTreeCodeGen",
+    "get_proxy_mode",
+    "make_fx",
+]

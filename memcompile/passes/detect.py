@@ -12,12 +12,15 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from memcompile.passes.graphs import Parameters, Scope, is_captured, read
 from memcompile.passes.layout import prove_features_last, stream_read
 from memcompile.passes.normalize import normalize, operator_name
 from memcompile.passes.projection import find_projections
-from memcompile.passes.region import Refusal, Region, find_region, prove_closed, prove_token_wise
+from memcompile.passes.region import Refusal, Region, find_region, prove_closed, prove_one_source
 from memcompile.passes.residual import Sink, prove_residual, prove_unrouted
-from memcompile.passes.trace import HOOKS, Capture, trace
+from memcompile.passes.sandbox import HOOKS
+from memcompile.passes.token_wise import prove_token_wise
+from memcompile.passes.trace import Capture, trace
 from memcompile.sites import FfnSite
 from memcompile.token_wise import CASTS, NORMS, RESHAPES
 
@@ -31,25 +34,71 @@ def find_ffns(model: nn.Module, example_inputs: Any = None) -> list[FfnSite]:
     replace carries the reason in ``refusal``.
 
     Args:
-        model: any module; its parameters may be on the meta device.
+        model: any module; its parameters may be on the meta device. A captured graph of ATen operators
+            (``torch.export.export(model, args).module()``) is read as it is.
         example_inputs: a tuple of positional or a dict of keyword arguments for one forward. Needed only where
             no guess at the inputs runs and the submodules alone do not show every block.
     """
-    found: list[_Candidate] = []
-    captures = trace(model, example_inputs)
+    if isinstance(model, fx.GraphModule) and is_captured(model):
+        return find_in_graph(model)
+    return [block.site for block in find_blocks(trace(model, example_inputs), model)]
+
+
+def find_in_graph(graph_module: fx.GraphModule, parameters: Parameters | None = None) -> list[FfnSite]:
+    """The feed-forward blocks of a captured graph of ATen operators, found as in a model. Nothing runs.
+
+    Args:
+        graph_module: from ``torch.export.export(model, args).module()``, or from ``make_fx`` with the weights among
+            the inputs.
+        parameters: which inputs are weights: a dict from the placeholders to the names that the sites shall have, or
+            a list of placeholders, named as they are. By default they are the module's own parameters; without any,
+            the inputs that are read as weights, named by their keys where they are passed in a dict.
+
+    Raises:
+        OptionError: ``parameters`` names an input that is not there.
+        PlanError: the graph is not of ATen operators, or does not say which shapes it has.
+    """
+    return [block.site for block in find_in_scopes(read(graph_module, parameters))]
+
+
+def find_in_scopes(scopes: Sequence[Scope]) -> list[Block]:
+    """The blocks in captured graphs, in execution order."""
+    order = {node: position for scope in scopes for node, position in scope.order.items()}
+    blocks = find_blocks([scope.capture for scope in scopes], None)
+    return sorted(blocks, key=lambda block: min(order[call.region.down.node] for call in block.calls))
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A site, and all calls of it in the graphs."""
+
+    site: FfnSite
+    calls: Sequence[Candidate]
+
+
+def find_blocks(captures: Sequence[Capture], model: nn.Module | None) -> list[Block]:
+    """The blocks in the graphs, which are normalized in place.
+
+    Args:
+        model: the module that the graphs were traced from, whose ties and hooks count too; None where the graphs are
+            all there is.
+    """
+    found: list[Candidate] = []
     for capture in captures:
         normalize(capture.graph)
         found.extend(_candidates(capture))
     _refuse_unproved_boundaries(found, model)
     _refuse_parallel_branches(found)
-    sites = _merge_calls(found, captures, model)
-    for site in sites:
+    blocks = _merge_calls(found, captures, model)
+    for site in [block.site for block in blocks]:
         log.debug("%s %s: %s", "refused" if site.refusal else "found", site.down, site.refusal or site.pattern)
-    return sites
+    return blocks
 
 
 @dataclasses.dataclass
-class _Candidate:
+class Candidate:
+    """One call of a block: where in which graph, and why it may not be replaced."""
+
     region: Region
     capture: Capture
     sink: Sink = Sink.RESIDUAL
@@ -64,15 +113,16 @@ class _Candidate:
         return (self.region.down.width_out, self.region.down.width_in, _pattern(self.region))
 
 
-def _candidates(capture: Capture) -> Iterator[_Candidate]:
+def _candidates(capture: Capture) -> Iterator[Candidate]:
     projections = find_projections(capture)
     for down in projections.values():
         region = find_region(down, projections, capture)
         if region is None:
             continue
-        candidate = _Candidate(region, capture)
+        candidate = Candidate(region, capture)
         try:
-            prove_token_wise(region)
+            prove_one_source(region)
+            prove_token_wise(region, capture)
             prove_closed(region)
             prove_features_last(region, capture, projections)
             prove_unrouted(region, capture, projections)
@@ -83,15 +133,20 @@ def _candidates(capture: Capture) -> Iterator[_Candidate]:
             yield candidate
 
 
+_ATTENTION = frozenset("scaled_dot_product_attention matmul bmm baddbmm einsum softmax flex_attention".split())
+
+
 def _resembles_ffn(region: Region) -> bool:
     """Whether a refused candidate is worth a line in a report: attention's projections seen through a residual
     stream look like blocks without a hidden width of their own, and are noise there.
     """
     down = region.down
+    if region.foreign or len(region.sources) > 1:
+        return down.width_in > down.width_out and all(operator_name(n) not in _ATTENTION for n in region.foreign)
     return down.width_in > down.width_out or (down.width_in == down.width_out and len(region.nodes) <= 3)
 
 
-def _refuse_unproved_boundaries(found: list[_Candidate], model: nn.Module) -> None:
+def _refuse_unproved_boundaries(found: list[Candidate], model: nn.Module | None) -> None:
     """A block that fills its whole graph shows no residual. Its like elsewhere in the model, each alone in a module
     that has a norm, are the evidence: layers repeat and normalise their stream, heads and experts do not.
     """
@@ -99,7 +154,7 @@ def _refuse_unproved_boundaries(found: list[_Candidate], model: nn.Module) -> No
     for candidate in found:
         if candidate.refusal is not None or candidate.sink is not Sink.BOUNDARY:
             continue
-        if not candidate.capture.path:
+        if model is None or not candidate.capture.path:
             candidate.refusal = "its output leaves the model before it joins a residual stream: a head, not an FFN"
         elif alike[candidate.signature] < 2 or not _stands_alone_beside_a_norm(candidate, found, model):
             candidate.refusal = (
@@ -108,7 +163,7 @@ def _refuse_unproved_boundaries(found: list[_Candidate], model: nn.Module) -> No
             )
 
 
-def _stands_alone_beside_a_norm(candidate: _Candidate, found: list[_Candidate], model: nn.Module) -> bool:
+def _stands_alone_beside_a_norm(candidate: Candidate, found: list[Candidate], model: nn.Module) -> bool:
     """Whether the module that runs the block has a norm (a child with vectors alone, where the block does not start
     with one) and no other candidate nor a bank of expert weights in it.
     """
@@ -125,7 +180,7 @@ def _stands_alone_beside_a_norm(candidate: _Candidate, found: list[_Candidate], 
     return norm and not bank and inside == {candidate.replaced}
 
 
-def _refuse_parallel_branches(found: list[_Candidate]) -> None:
+def _refuse_parallel_branches(found: list[Candidate]) -> None:
     readers = collections.defaultdict(set)
     for candidate in found:
         if candidate.refusal is None:
@@ -136,47 +191,62 @@ def _refuse_parallel_branches(found: list[_Candidate]) -> None:
             candidate.refusal = "several blocks read one stream: parallel branches or experts, not one FFN"
 
 
-def _merge_calls(found: list[_Candidate], captures: Sequence[Capture], model: nn.Module) -> list[FfnSite]:
-    """One site for all calls of the same parameters, refused if any call is, or if they are read elsewhere."""
-    calls: dict[tuple[str, ...], list[_Candidate]] = {}
+def _merge_calls(found: list[Candidate], captures: Sequence[Capture], model: nn.Module | None) -> list[Block]:
+    """One block for all calls of the same parameters, refused if any call is, or if they are read elsewhere."""
+    calls: dict[tuple[str, ...], list[Candidate]] = {}
     for candidate in found:
         calls.setdefault(candidate.replaced, []).append(candidate)
     owners = collections.Counter(name for replaced in calls for name in replaced)
-    sites = []
+    blocks = []
     for replaced, candidates in calls.items():
         refusal = next((c.refusal for c in candidates if c.refusal), None)
         refusal = refusal or _parameter_refusal(replaced, candidates, captures, owners, model)
         region, capture = candidates[0].region, candidates[0].capture
         up = tuple(capture.parameters[p.weight] for p in region.up)
         down = capture.parameters[region.down.weight]
-        sites.append(
-            FfnSite(
-                name=_common_owner([*up, down]),
-                up=up,
-                down=down,
-                width=region.down.width_out,
-                hidden=region.down.width_in,
-                pattern=_pattern(region),
-                flops=sum(2 * p.width_in * p.width_out for p in (*region.up, region.down)),
-                calls=len(candidates),
-                replaced=replaced,
-                refusal=refusal,
-            )
+        site = FfnSite(
+            name=_common_owner([*up, down]),
+            up=up,
+            down=down,
+            width=region.down.width_out,
+            hidden=region.down.width_in,
+            pattern=_pattern(region),
+            flops=sum(2 * p.width_in * p.width_out for p in (*region.up, region.down)),
+            calls=len(candidates),
+            replaced=replaced,
+            refusal=refusal,
         )
-    return sites
+        blocks.append(Block(site, candidates))
+    return blocks
 
 
 def _parameter_refusal(
     replaced: tuple[str, ...],
-    candidates: list[_Candidate],
+    candidates: list[Candidate],
     captures: Sequence[Capture],
     owners: collections.Counter,
-    model: nn.Module,
+    model: nn.Module | None,
 ) -> str | None:
     """Why these parameters cannot be taken out of the model, None where they can."""
     region = candidates[0].region
     if len({p.weight for p in (*region.up, region.down)}) <= len(region.up):
         return "two of its projections share one weight"
+    for name in replaced:
+        if owners[name] > 1:
+            return f"{name} also belongs to another block"
+    refusal = _registration_refusal(replaced, model) if model is not None else None
+    if refusal is not None:
+        return refusal
+    inside = frozenset[fx.Node]().union(*(c.region.all_nodes for c in candidates))
+    for placeholder in [p for capture in captures for p, name in capture.parameters.items() if name in replaced]:
+        for user in placeholder.users:
+            if user not in inside:
+                return f"one of its weights is also read by {operator_name(user)} outside of the block"
+    return _hook_refusal(replaced, model) if model is not None else None
+
+
+def _registration_refusal(replaced: tuple[str, ...], model: nn.Module) -> str | None:
+    """Why the way in which these parameters are registered keeps them in the model."""
     aliases = collections.defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases[id(parameter)].add(name)
@@ -184,20 +254,13 @@ def _parameter_refusal(
         parameter = model.get_parameter(name)
         if isinstance(model.get_submodule(name.rpartition(".")[0]), ParametrizationList):
             return f"{name} is parametrized"
-        if owners[name] > 1:
-            return f"{name} also belongs to another block"
         if not _is_one_attribute(model, aliases[id(parameter)]):
             return f"{name} is tied to {min(aliases[id(parameter)] - {name})}"
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
             return f"{name} is a {type(parameter).__name__} of {parameter.dtype}: sharded or quantised weights stay"
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             return f"{name} has gradient hooks, which would be lost"
-    inside = frozenset[fx.Node]().union(*(c.region.all_nodes for c in candidates))
-    for placeholder in [p for capture in captures for p, name in capture.parameters.items() if name in replaced]:
-        for user in placeholder.users:
-            if user not in inside:
-                return f"one of its weights is also read by {operator_name(user)} outside of the block"
-    return _hook_refusal(replaced, model)
+    return None
 
 
 def _is_one_attribute(model: nn.Module, names: set[str]) -> bool:

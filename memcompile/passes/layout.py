@@ -8,14 +8,14 @@ from typing import Any
 from torch import fx
 
 from memcompile.passes.normalize import fake_value, features, operator_name, tokens
-from memcompile.passes.projection import TRANSPOSES, Projection
+from memcompile.passes.projection import Projection
 from memcompile.passes.region import Refusal, Region
 from memcompile.passes.trace import Capture
-from memcompile.token_wise import ACTIVATIONS, ARITHMETIC, CASTS, DROPOUTS, FEATURE_SPLITS, NORMS, RESHAPES
+from memcompile.token_wise import CASTS, DROPOUTS, FEATURE_SPLITS, NORMS, POINTWISE, RESHAPES, TRANSPOSES
 
-_ELEMENTWISE = ACTIVATIONS | ARITHMETIC | CASTS | DROPOUTS | NORMS | {"cat"}
+_ELEMENTWISE = POINTWISE | CASTS | DROPOUTS | NORMS | {"cat", "pad", "constant_pad_nd", "roll"}
 _STEMS = {"embedding": -1, "conv1d": -2, "conv2d": -3, "conv3d": -4}  # and where their features are
-_SAME_DIMENSIONS = FEATURE_SPLITS | {"expand", "getitem"}
+_SAME_DIMENSIONS = (FEATURE_SPLITS - {"unbind", "select"}) | {"getitem", "batch_norm"}
 
 
 def prove_features_last(region: Region, capture: Capture, projections: dict[fx.Node, Projection]) -> None:
@@ -30,17 +30,23 @@ def prove_features_last(region: Region, capture: Capture, projections: dict[fx.N
         if (node, dim) in seen or node in capture.parameters:
             continue
         seen.add((node, dim))
-        name = operator_name(node)
-        if name in NORMS and dim != -1:
+        name, rank = operator_name(node), _rank(node)
+        if dim != (1 - rank if name == "batch_norm" else -1) and (name in NORMS or name == "batch_norm"):
             raise _mixes(name)
         if not normed and (name in _STEMS or node in projections):
             found = elsewhere.setdefault(name in _STEMS, [])
             found += [name] if dim != _STEMS.get(name, -1) else []
         if node not in projections:
-            pending.extend((operand, d, normed or name in NORMS) for operand, d in _origins(node, dim))
+            proved = normed or name in NORMS or name == "batch_norm"
+            pending.extend((operand, d, proved) for operand, d in _origins(node, dim))
     decisive = elsewhere.get(True, elsewhere.get(False))
     if decisive:
         raise _mixes(decisive[0])
+
+
+def _rank(node: fx.Node) -> int:
+    value = fake_value(node)
+    return 0 if value is None else value.dim()
 
 
 def _mixes(name: str) -> Refusal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -34,10 +35,32 @@ def normalize(graph: fx.Graph) -> None:
 
 def _drop_metadata_operand(node: fx.Node) -> None:
     value = fake_value(node)
-    if value is None or node.target not in _METADATA_FORMS:
+    if value is None:
         return
-    node.target, attribute = _METADATA_FORMS[node.target]
-    node.args = (node.args[0], getattr(value, attribute))
+    if node.target in _METADATA_FORMS:
+        node.target, attribute = _METADATA_FORMS[node.target]
+        node.args = (node.args[0], getattr(value, attribute))
+    elif operator_name(node) in _FACTORIES:
+        like: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+        fill = [a for a in (*node.args[1:], node.kwargs.get("fill_value")) if isinstance(a, (bool, int, float))]
+        target, needs_fill = _FACTORIES[operator_name(node)]
+        node.target = target
+        node.args, node.kwargs = (tuple(value.shape), *(fill[:1] if needs_fill else [])), like
+
+
+# Factories that read the shape and dtype of an operand, and what makes the same tensor without it.
+_FACTORIES: dict[str, tuple[Any, bool]] = {
+    "empty_like": (torch.ops.aten.empty.memory_format, False),
+    "new_empty": (torch.ops.aten.empty.memory_format, False),
+    "zeros_like": (torch.ops.aten.zeros.default, False),
+    "new_zeros": (torch.ops.aten.zeros.default, False),
+    "ones_like": (torch.ops.aten.ones.default, False),
+    "new_ones": (torch.ops.aten.ones.default, False),
+    "full_like": (torch.ops.aten.full.default, True),
+    "new_full": (torch.ops.aten.full.default, True),
+    "rand_like": (torch.ops.aten.rand.default, False),
+    "randn_like": (torch.ops.aten.randn.default, False),
+}
 
 
 _METADATA_FORMS = {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from torch import fx
 
 from memcompile.passes.normalize import fake_value, operator_name
 from memcompile.passes.trace import Capture
-from memcompile.token_wise import CASTS
-
-TRANSPOSES = frozenset({"t", "transpose", "permute", "numpy_T", "mT"})
+from memcompile.token_wise import CASTS, TRANSPOSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +57,13 @@ def _projection(node: fx.Node, capture: Capture) -> Projection | None:
     elif name in ("matmul", "mm"):
         activation, weight = node.args[:2]
         transposed = False
+    elif name == "einsum":
+        operands = node.all_input_nodes
+        contraction = parse_einsum(str(node.args[0]), [_rank(operand) for operand in operands])
+        if contraction is None:
+            return None
+        which, transposed = contraction
+        activation, weight = operands[1 - which], operands[which]
     else:
         return None
     if not isinstance(activation, fx.Node) or not isinstance(weight, fx.Node):
@@ -77,6 +83,25 @@ def _projection(node: fx.Node, capture: Capture) -> Projection | None:
     return Projection(node, frozenset(nodes), activation, parameter, bias_parameter, int(width_in), int(width_out))
 
 
+def parse_einsum(equation: str, ranks: Sequence[int]) -> tuple[int, bool] | None:
+    """Which operand of an einsum of two is the matrix of a projection ``[..., in] -> [..., out]``, and whether it
+    is stored [out, in]; None for any other einsum.
+    """
+    inputs, arrow, output = equation.replace(" ", "").replace("...", ".").partition("->")
+    terms = inputs.split(",")
+    if not arrow or len(terms) != 2 or len(ranks) != 2:
+        return None
+    for which in (1, 0):
+        matrix, activation = terms[which], terms[1 - which]
+        if ranks[which] != 2 or len(set(matrix)) != 2 or len(matrix) != 2 or len(set(activation)) != len(activation):
+            continue
+        contracted = activation[-1:]
+        new = matrix.replace(contracted, "", 1)
+        if len(new) == 1 and new not in activation and output == activation[:-1] + new:
+            return which, matrix[1] == contracted
+    return None
+
+
 def _parameter(node: fx.Node, capture: Capture) -> tuple[fx.Node | None, set[fx.Node]]:
     """The parameter behind casts and transposes, if there is one, and the nodes between."""
     between: set[fx.Node] = set()
@@ -87,6 +112,11 @@ def _parameter(node: fx.Node, capture: Capture) -> tuple[fx.Node | None, set[fx.
         between.add(node)
         node = node.args[0]
     return node, between
+
+
+def _rank(node: fx.Node) -> int:
+    value = fake_value(node)
+    return -1 if value is None else value.dim()
 
 
 def _with_added_bias(projection: Projection, capture: Capture) -> Projection:

@@ -11,9 +11,24 @@ from memcompile.passes.normalize import fake_value, features, operator_name, tok
 from memcompile.passes.projection import Projection
 from memcompile.passes.region import Refusal, Region
 from memcompile.passes.trace import Capture
-from memcompile.token_wise import ARITHMETIC, CASTS, DROPOUTS, FEATURE_REDUCTIONS, NORMS, RESHAPES
+from memcompile.token_wise import (
+    CASTS,
+    DROPOUTS,
+    FEATURE_JOINS,
+    FEATURE_REDUCTIONS,
+    FEATURE_SPLITS,
+    LINEAR,
+    NORMS,
+    POINTWISE,
+    RESHAPES,
+    TRANSPOSES,
+)
 
-_STREAM = ARITHMETIC | CASTS | DROPOUTS | NORMS | RESHAPES | FEATURE_REDUCTIONS | {"pow", "getitem"}
+# What may stand between an FFN's output and the stream that it joins ...
+_TO_STREAM = LINEAR | CASTS | DROPOUTS | NORMS | RESHAPES | {"getitem", "cat"}
+# ... and between the stream and what an FFN reads, which only has to be made of it.
+_FROM_STREAM = POINTWISE | CASTS | DROPOUTS | NORMS | RESHAPES | FEATURE_REDUCTIONS | FEATURE_SPLITS | FEATURE_JOINS
+_FROM_STREAM |= TRANSPOSES | {"getitem", "batch_norm", "pad", "constant_pad_nd", "roll"}
 _SELECTIONS = frozenset({"topk", "argmax", "sort", "argsort", "one_hot", "max"})
 _GATHERS = frozenset({"index", "index_select", "gather", "take", "masked_select"})
 _PENALTIES = frozenset({"pow", "square", "abs", "norm", "linalg_vector_norm", "mse_loss"})
@@ -50,7 +65,7 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
         name = operator_name(user)
         others = [a for a in user.all_input_nodes if a is not current]
         meets_stream = any(not stream.isdisjoint(_stream_of(other, capture)) for other in others)
-        if meets_stream and name in ("add", "sub"):
+        if meets_stream and name in ("add", "sub", "lerp"):
             if not _same_shape(user, current):
                 raise Refusal("its output is broadcast over the stream: it conditions tokens, it is not their FFN")
             if all(operator_name(reader) in _PENALTIES for reader in user.users):
@@ -58,7 +73,7 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
             return Sink.RESIDUAL
         if meets_stream and name in ("mul", "div") and any(_same_shape(other, current) for other in others):
             raise Refusal("its output scales the stream that it read: a gate, not an FFN")
-        if name not in _STREAM and name != "cat":
+        if name not in _TO_STREAM:
             raise Refusal(f"its output goes to {name}, not to the residual stream that it read")
         current = user
 
@@ -84,7 +99,7 @@ def _stream_of(node: fx.Node, capture: Capture) -> set[fx.Node]:
             continue
         if fake_value(current) is not None and features(current) > 1:
             seen.add(current)
-        if operator_name(current) in _STREAM:
+        if operator_name(current) in _FROM_STREAM:
             pending.extend(current.all_input_nodes)
     return seen
 
@@ -98,7 +113,11 @@ def _norm_spelt_out(node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
     for _ in range(8):
         if statistic is products[0]:
             return products[0]
-        if operator_name(statistic) not in _STREAM or tokens(statistic) != tokens(node) or len(statistic.users) != 1:
+        if (
+            operator_name(statistic) not in _FROM_STREAM
+            or tokens(statistic) != tokens(node)
+            or len(statistic.users) != 1
+        ):
             return None
         (statistic,) = statistic.users
     return None

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 import logging
-import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,8 +18,10 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.func import functional_call
 
-from memcompile.passes._torch import FakeTensor, FakeTensorMode, make_fx
+from memcompile.passes._torch import FakeTensorMode, make_fx
+from memcompile.passes.constants import find_constants
 from memcompile.passes.guess import Arguments, guess_arguments
+from memcompile.passes.sandbox import data_traced, forgotten, functions_marked, quiet, untouched
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,11 @@ class Capture:
     parameters: dict[fx.Node, str]
     buffers: frozenset[fx.Node]
 
+    @functools.cached_property
+    def constants(self) -> frozenset[fx.Node]:
+        """The nodes that depend on no input of the module. To be read of a normalised graph."""
+        return find_constants(self.graph, self.parameters.keys() | self.buffers)
+
 
 def trace(model: nn.Module, example_inputs: Any = None) -> list[Capture]:
     """The graphs of ``model`` in execution order: one if the whole model runs on a guess (or on
@@ -50,7 +55,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> list[Capture]:
     submodules that do, in registration order.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    with _quiet(), _forgotten():
+    with quiet(), forgotten():
         captures = list(_trace_largest(model, "", names, _as_arguments(example_inputs)))
     if [c.path for c in captures] != [""]:
         log.debug("whole-model trace did not run; traced submodules: %s", [c.path for c in captures])
@@ -60,50 +65,72 @@ def trace(model: nn.Module, example_inputs: Any = None) -> list[Capture]:
 def _trace_largest(module: nn.Module, path: str, names: dict[int, str], given: Arguments | None) -> Iterator[Capture]:
     if not any(p.dim() >= 2 for p in module.parameters()):
         return
-    for arguments in [given] if given is not None else guess_arguments(module):
-        try:
-            with _untouched(module):
-                capture = _trace_once(module, path, names, arguments)
+    for compute in (False, True) if not path and _is_small(module) else (False,):
+        for arguments in [given] if given is not None else guess_arguments(module):
+            try:
+                with untouched(module):
+                    capture = _trace_once(module, path, names, arguments, compute)
+            except Exception as error:  # a guess may fail in any way that the owner's code can
+                log.debug("%s does not trace on %s: %s", _label(path), arguments, error)
+                failure = error
+                continue
             yield capture
             return
-        except Exception as error:  # a guess may fail in any way that the owner's code can
-            if given is not None:
-                log.warning(
-                    "memcompile: %s does not run on example_inputs (%s); guessing instead",
-                    _label(path),
-                    error,
-                )
-            log.debug("%s does not trace on %s: %s", _label(path), arguments, error)
     if given is not None:
+        log.warning("memcompile: %s does not run on example_inputs (%s); guessing instead", _label(path), failure)
         yield from _trace_largest(module, path, names, None)
         return
     for name, child in module.named_children():
         yield from _trace_largest(child, f"{path}.{name}" if path else name, names, None)
 
 
-def _trace_once(module: nn.Module, path: str, names: dict[int, str], arguments: Arguments) -> Capture:
+_SMALL = 2**29  # numbers in a model that may be copied to run it once
+
+
+def _is_small(model: nn.Module) -> bool:
+    """Whether the model is real, and small enough to run a copy of it: some paths depend on values (the tokens of an
+    image, a router's choice), and some operators have no fake kernel for every dtype.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    return not any(t.is_meta for t in tensors) and sum(t.numel() for t in tensors) <= _SMALL
+
+
+def _trace_once(
+    module: nn.Module, path: str, names: dict[int, str], arguments: Arguments, compute: bool = False
+) -> Capture:
+    """One forward on fake tensors, or, to ``compute``, on copies of the real ones."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     device = next(module.parameters()).device
     full_names = [names[id(p)] for p in module.parameters()]
-    parameters = {name: mode.from_tensor(p) for name, p in module.named_parameters()}
-    buffers = {name: mode.from_tensor(b) for name, b in module.named_buffers()}
+    as_input = _copy if compute else mode.from_tensor
+    parameters = {name: as_input(p) for name, p in module.named_parameters()}
+    buffers = {name: as_input(b) for name, b in module.named_buffers()}
 
     def run(parameters: dict, buffers: dict, args: tuple, kwargs: dict) -> list[torch.Tensor]:
         output = functional_call(module, parameters | buffers, args, kwargs)
         return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
-    def fake(leaf: object) -> object:
+    def argument(leaf: object) -> object:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        return torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device=device)
+        if compute and not leaf.is_meta:
+            return _copy(leaf)
+        tensor = torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device=device)
+        return tensor.fill_(1) if compute else tensor
 
-    with mode, torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        args, kwargs = pytree.tree_map(fake, (arguments.args, arguments.kwargs))
-        graph = make_fx(run, pre_dispatch=True)(parameters, buffers, args, kwargs).graph
+    on_fakes = contextlib.nullcontext() if compute else mode
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"), data_traced(), functions_marked(), on_fakes:
+        args, kwargs = pytree.tree_map(argument, (arguments.args, arguments.kwargs))
+        tracer = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)
+        graph = tracer(parameters, buffers, args, kwargs).graph
     placeholders = graph.find_nodes(op="placeholder")
     named = dict(zip(placeholders, full_names, strict=False))
     rest = placeholders[len(parameters) :]
     return Capture(path, graph, named, frozenset(rest[: len(buffers)]))
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _as_arguments(example_inputs: Any) -> Arguments | None:
@@ -120,75 +147,3 @@ def _as_arguments(example_inputs: Any) -> Arguments | None:
 
 def _label(path: str) -> str:
     return f"module {path!r}" if path else "the model"
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Undoes what a forward pass may leave behind: caches stored on modules, lazily made buffers, random state, and
-    the fake parameters that `functional_call` leaves in a module that is reached by two paths.
-
-    Hooks stay silent meanwhile: they are the user's own code with effects of its own, and no fake tensor is for it.
-    """
-    containers = (dict, list, set)
-    saved, tensors = [], []
-    for module in model.modules():
-        state = dict(module.__dict__)
-        saved.append((module, state, {k: v.copy() for k, v in state.items() if type(v) in containers}))
-        module.__dict__.update({hooks: type(state[hooks])() for hooks in HOOKS})
-        # What is no parameter and no buffer is not faked, and operators on constants alone do run. A table of
-        # more than a few MiB is not copied: none is seen that a forward writes without an activation.
-        small = (v for v in state.values() if type(v) is torch.Tensor and v.numel() <= 2**20)
-        tensors += [(tensor, tensor._version, tensor.detach().clone()) for tensor in small]
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        torch.set_rng_state(torch_state)
-        for module, state, contents in saved:
-            for name in module.__dict__.keys() - state.keys():
-                del module.__dict__[name]
-            module.__dict__.update(state)
-            for name, content in contents.items():
-                _restore(state[name], content)
-        for tensor, version, content in tensors:
-            if tensor._version != version:
-                tensor.detach().copy_(content)
-
-
-def _restore(container: Any, content: Any) -> None:
-    if isinstance(container, list):
-        container[:] = content
-    else:
-        container.clear()
-        container.update(content)
-
-
-@contextlib.contextmanager
-def _forgotten() -> Iterator[None]:
-    """Empties every `functools.lru_cache` that kept a fake tensor: a later call would return it to the real model."""
-    try:
-        yield
-    finally:
-        caches = [f for f in gc.get_objects() if type(f) is functools._lru_cache_wrapper]
-        for cache in [c for c in caches if c.cache_info().currsize]:
-            results = gc.get_referents(cache)  # of a cache without bounds they are the values of a dict
-            if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(results)):
-                cache.cache_clear()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Mutes loggers that report each failed guess as an error of the user's."""
-    loggers = [logging.getLogger(name) for name in ("torch._subclasses", "torch.fx.experimental")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -37,7 +37,10 @@ def install_load_guard() -> None:
 
         @functools.wraps(original)
         def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-            if any(map(_is_plan, _entries(state_dict))) and pool_of(self) is None and not pools_inside(self):
+            planned = pool_of(self) is not None or bool(pools_inside(self))
+            if not planned and VALUES_NAME in self._parameters:  # a captured graph has parameters and no extra state
+                state_dict = {k: v for k, v in state_dict.items() if not (k.endswith(_PLAN_KEY) and _is_plan(v))}
+            elif not planned and any(map(_is_plan, _entries(state_dict))):
                 raise PlanError(
                     f"the checkpoint holds a memory, but {type(self).__name__} has none: plan it first, "
                     f"memcompile.plan(model, memory=memcompile.config_from(state_dict)), then load"
@@ -58,7 +61,7 @@ def encode_plan(pool: MemoryPool) -> Tensor:
 
 
 def plan_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The plan that a checkpoint was saved with: its ``config`` and the ``layers`` replaced. None if it is dense.
+    """The plan that a checkpoint was saved with: its ``config`` and the ``layers`` chosen. None if it is dense.
 
     Raises:
         PlanError: the plan is there, but damaged or of a later version.
@@ -99,20 +102,22 @@ def _check_state_dict(
 
 
 def _fill_from_dense(pool: MemoryPool, state_dict: dict[str, Any], prefix: str) -> None:
-    """A dense checkpoint has no memory to load: the memory stays as it is, and the replaced FFNs are not used."""
-    dropped = [name for site in pool.chosen for name in site.replaced if prefix + name in state_dict]
-    if not dropped:  # neither memory nor FFNs: a part of a model, loaded with strict=False
+    """A dense checkpoint has no memory to load: the memory stays as it is, and replaced FFNs are not used."""
+    ffns = [name for site in pool.chosen for name in site.replaced if prefix + name in state_dict]
+    if not ffns:  # neither memory nor FFNs: a part of a model, loaded with strict=False
         return
-    for name in dropped:
+    for name in () if pool.adds else ffns:
         del state_dict[prefix + name]
     for name, value in pool.root.state_dict().items():
         if _is_memory(name, pool):
             state_dict[prefix + name] = value
     log.warning(
-        "memcompile: loading a dense checkpoint into a model with memory: %d weights of replaced FFNs (%s) are not "
-        "used, and the memory keeps its present values",
-        len(dropped),
+        "memcompile: loading a dense checkpoint into a model with memory: %d weights of %s FFNs (%s) are %s, "
+        "and the memory keeps its present values",
+        len(ffns),
+        "memory-augmented" if pool.adds else "replaced",
         ", ".join(site.name or site.down for site in pool.chosen),
+        "loaded" if pool.adds else "not used",
     )
 
 
@@ -153,4 +158,5 @@ def _decode(entry: Any) -> dict[str, Any]:
         raise PlanError(f"the plan in the checkpoint ({_PLAN_KEY}) is damaged: {error}") from error
     if saved_format > FORMAT:
         raise PlanError(f"the checkpoint's plan has format {saved_format}, this memcompile reads {FORMAT}: upgrade it")
+    config.setdefault("placement", "replace")  # plans that were saved before the option
     return plan

@@ -1,4 +1,4 @@
-"""Puts memory layers into a model in the place of its chosen FFNs, and takes the FFNs' parameters out."""
+"""Puts memory layers into a model, in the place of its chosen FFNs or beside them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from memcompile.errors import PlanError
+from memcompile.lowering.parameters import new_values
+from memcompile.runtime.added import CarryingWeight
 from memcompile.runtime.checkpoint import install_checkpoint_hook
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import LAYER_NAME, VALUES_NAME, MemoryPool
@@ -14,13 +16,14 @@ from memcompile.sites import FfnSite
 
 
 def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
-    """Creates the values and one `MemoryLayer` a site, and replaces the FFNs' parameters by stand-ins.
+    """Creates the values and one `MemoryLayer` a site. Replaces the FFNs' parameters by stand-ins, or puts stand-ins
+    before their weights where the memory is added.
 
     A layer is registered as ``memory`` on the module that held the down-projection's weight, so that its
     parameters read ``...mlp.down_proj.memory.half_keys``.
 
     Returns:
-        The parameters that left the model.
+        The parameters of the chosen FFNs; those of replaced ones are no longer in the model.
 
     Raises:
         PlanError: the model already uses one of the names, or its FFNs lie on different devices.
@@ -31,19 +34,23 @@ def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
     root = pool.root
     _check(root, chosen)
     down = root.get_parameter(chosen[0].down)
-    values = pool.create_values(down.dtype, down.device)
+    values = new_values(pool.config, down.dtype, down.device)
     layers = [_create_layer(pool, site) for site in chosen]
 
-    removed: list[nn.Parameter] = []
+    parameters = [root.get_parameter(name) for site in chosen for name in site.replaced]
     pool.attach(values)
     install_checkpoint_hook(root)
     for site, layer in zip(chosen, layers, strict=True):
-        removed.extend(_replace(root, name, site, layer) for name in site.replaced)
+        if pool.adds:
+            _add(root, site, layer)
+        else:
+            _replace(root, site, layer)
         _holder(root, site).add_module(LAYER_NAME, layer)
         pool.layers[site.down] = layer
-    pool.removed_parameters = sum(parameter.numel() for parameter in removed)
+    if not pool.adds:
+        pool.removed_parameters = sum(parameter.numel() for parameter in parameters)
     _keep_padded(root, layers)
-    return removed
+    return parameters
 
 
 def _keep_padded(root: nn.Module, layers: list[MemoryLayer]) -> None:
@@ -66,15 +73,22 @@ def _holder(root: nn.Module, site: FfnSite) -> nn.Module:
     return root.get_submodule(site.down.rpartition(".")[0])
 
 
-def _replace(root: nn.Module, name: str, site: FfnSite, layer: MemoryLayer) -> nn.Parameter:
-    path, _, attribute = name.rpartition(".")
-    holder = root.get_submodule(path)
-    parameter = root.get_parameter(name)
-    del holder._parameters[attribute]
-    role = Role.UP if name in site.up else Role.DOWN if name == site.down else Role.OTHER
-    width = parameter.numel() // site.width if role is Role.UP else 0
-    setattr(holder, attribute, ReplacedParameter(name, role, width, layer, parameter.shape))
-    return parameter
+def _replace(root: nn.Module, site: FfnSite, layer: MemoryLayer) -> None:
+    for name in site.replaced:
+        path, _, attribute = name.rpartition(".")
+        holder = root.get_submodule(path)
+        parameter = root.get_parameter(name)
+        del holder._parameters[attribute]
+        role = Role.UP if name in site.up else Role.DOWN if name == site.down else Role.OTHER
+        width = parameter.numel() // site.width if role is Role.UP else 0
+        setattr(holder, attribute, ReplacedParameter(name, role, width, layer, parameter.shape))
+
+
+def _add(root: nn.Module, site: FfnSite, layer: MemoryLayer) -> None:
+    for name in (*site.up, site.down):
+        path, _, attribute = name.rpartition(".")
+        role = Role.DOWN if name == site.down else Role.UP
+        CarryingWeight(name, role, layer, root.get_submodule(path), attribute).install()
 
 
 def _check(root: nn.Module, chosen: list[FfnSite]) -> None:

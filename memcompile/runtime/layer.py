@@ -1,14 +1,14 @@
-"""MemoryLayer: the parameters that one replaced FFN owns, and the call of the op with them."""
+"""MemoryLayer: the parameters that the memory of one FFN owns, and the call of the op with them."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memcompile.lowering import memory_lookup
+from memcompile.lowering.parameters import draw_layer, new_layer
 from memcompile.runtime.checkpoint import encode_plan
 from memcompile.runtime.pool import MemoryPool
 
@@ -17,7 +17,7 @@ LayerTensors = tuple[Tensor, Tensor, Tensor, Tensor, _Optional, _Optional, _Opti
 
 
 class MemoryLayer(nn.Module):
-    """Product-key memory in the place of one FFN: ``x [..., width] -> [..., width]``.
+    """Product-key memory in the place of one FFN or beside it: ``x [..., width] -> [..., width]``.
 
     Query, half-keys, gate and output projection are its own; the values are the pool's.
     "Memory Layers at Scale" (arXiv 2412.09764), sections 2 and 3.
@@ -29,47 +29,33 @@ class MemoryLayer(nn.Module):
         half_keys: [2, heads, n_keys, key_dim / 2], U(-key_dim**-1/2, key_dim**-1/2).
         gate_weight, gate_bias: [value_dim, width], N(0, width**-1/2), and [value_dim]; None without a gate.
         out_weight, out_bias: [width, value_dim], N(0, width**-1/2), and [width]; None in a plain Memory with
-            value_dim == width.
+            value_dim == width that replaces its FFN. Zero where the memory is added, so that the model starts as
+            it was.
         temperature: [heads], 10; None without qk-norm.
     """
+
+    query_weight: nn.Parameter
+    query_bias: nn.Parameter
+    half_keys: nn.Parameter
+    gate_weight: nn.Parameter | None
+    gate_bias: nn.Parameter | None
+    out_weight: nn.Parameter | None
+    out_bias: nn.Parameter | None
+    temperature: nn.Parameter | None
 
     def __init__(self, pool: MemoryPool, name: str, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         config = pool.config
-        assert config.key_dim is not None and config.n_keys is not None and config.value_dim is not None
         self.name = name
         self.width, self.heads, self.top_k = width, config.heads, config.top_k
         self.pool: MemoryPool
         object.__setattr__(self, "pool", pool)  # not a submodule: the values belong to the root
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
-
-        query_dim, value_dim = config.heads * config.key_dim, config.value_dim
-        projects = config.gate or value_dim != width
-        self.query_weight = parameter(query_dim, width)
-        self.query_bias = parameter(query_dim)
-        self.half_keys = parameter(2, config.heads, config.n_keys, config.key_dim // 2)
-        self.gate_weight = parameter(value_dim, width) if config.gate else None
-        self.gate_bias = parameter(value_dim) if config.gate else None
-        self.out_weight = parameter(width, value_dim) if projects else None
-        self.out_bias = parameter(width) if projects else None
-        self.temperature = parameter(config.heads) if config.qk_norm else None
-        self.reset_parameters()
+        for own, parameter in new_layer(config, width, dtype, device).items():
+            self.register_parameter(own, parameter)
 
     def reset_parameters(self) -> None:
         """Draws the layer's own parameters anew; the pool's values stay."""
-        nn.init.xavier_uniform_(self.query_weight)
-        bound = (2 * self.half_keys.shape[-1]) ** -0.5
-        nn.init.uniform_(self.half_keys, -bound, bound)
-        for weight in (self.gate_weight, self.out_weight):
-            if weight is not None:
-                nn.init.normal_(weight, std=1 / math.sqrt(self.width))
-        for bias in (self.query_bias, self.gate_bias, self.out_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
-        if self.temperature is not None:
-            nn.init.constant_(self.temperature, 10.0)  # as cosine attention starts (Swin v2)
+        draw_layer(self._parameters, self.pool.config)
 
     def tensors(self) -> LayerTensors:
         """What the op reads besides the tokens, in the order of its arguments."""

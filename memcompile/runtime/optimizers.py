@@ -23,26 +23,32 @@ from memcompile.runtime.pool import MemoryPool, live_pools
 log = logging.getLogger(__name__)
 
 
-def adopt_optimizers(removed: Iterable[nn.Parameter], pool: MemoryPool) -> int:
-    """Takes the removed parameters out of every live optimizer that holds them and puts the memory's in.
+def adopt_optimizers(ffns: Iterable[nn.Parameter], pool: MemoryPool) -> int:
+    """Puts the memory's parameters into every live optimizer that holds parameters of the chosen FFNs, and takes those
+    out where the memory replaces them.
 
-    A memory parameter joins the group that held the first removed weight if it is a matrix. A vector joins the group
-    of the first removed bias, else a group of vectors alone (nanoGPT and Hugging Face keep them apart for weight
+    A memory parameter joins the group that holds the FFNs' first weight if it is a matrix. A vector joins the group
+    of their first bias, else a group of vectors alone (nanoGPT and Hugging Face keep them apart for weight
     decay; Muon even in an optimizer of their own), else the matrices. Within a group it stands where the model's
     order of parameters puts it. Groups keep their number, order and options. Returns how many optimizers were adopted.
     """
-    removed = list(removed)
-    held_in: dict[int, list[dict[str, Any]]] = {id(p): [] for p in removed}  # the groups that held each
+    ffns = list(ffns)
+    held_in: dict[int, list[dict[str, Any]]] = {id(p): [] for p in ffns}  # the groups that hold each
     adopted: list[Optimizer] = []
     for optimizer in _live_optimizers():
         held = [(p, g) for g in optimizer.param_groups for p in g["params"] if id(p) in held_in]
         if held:
             for parameter, group in held:
                 held_in[id(parameter)].append(group)
-            _take_out(optimizer, held_in.keys())
+            if not pool.adds:
+                _take_out(optimizer, held_in.keys())
+            if isinstance(optimizer, torch.optim.LBFGS):  # its history and size are of all parameters as one vector
+                optimizer.state.clear()
+                optimizer._numel_cache = None
             adopted.append(optimizer)
-            log.info("adopted %s: the replaced FFNs left it, the memory joined it", type(optimizer).__name__)
-    known = [p for p in removed if held_in[id(p)]]
+            left = "" if pool.adds else "the replaced FFNs left it, "
+            log.info("adopted %s: %sthe memory joined it", type(optimizer).__name__, left)
+    known = [p for p in ffns if held_in[id(p)]]
     position = {id(parameter): index for index, parameter in enumerate(pool.root.parameters())}
     for name, parameter in pool.memory_parameters() if known else ():
         alike = next((p for p in known if (p.dim() > 1) == (parameter.dim() > 1)), None)
@@ -93,9 +99,6 @@ def _take_out(optimizer: Optimizer, removed_ids: Container[int]) -> None:
                 optimizer.state.pop(parameter, None)
         for key in _per_parameter(group):
             group[key][:] = [group[key][index] for index in keep]
-    if isinstance(optimizer, torch.optim.LBFGS):  # its history and its size are of all parameters as one vector
-        optimizer.state.clear()
-        optimizer._numel_cache = None
 
 
 # --- the values' own learning rate -----------------------------------------------------------------------------

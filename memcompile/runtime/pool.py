@@ -7,17 +7,16 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memcompile.config import MemoryConfig
+from memcompile.sites import LAYER_NAME as LAYER_NAME
+from memcompile.sites import VALUES_NAME as VALUES_NAME
 from memcompile.sites import FfnSite
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
-VALUES_NAME = "memory_values"  # on the root
-LAYER_NAME = "memory"  # on each module that held a replaced down-projection
 _POOL_ATTRIBUTE = "_memcompile_pool"
 
 
@@ -34,8 +33,8 @@ class MemoryPool:
         config: the options, with every size resolved (None only for ``values_lr``).
         requested: the options as the user gave them.
         sites: every FFN that was found, in execution order, refused ones included.
-        layers: the memory layer of each replaced FFN, by the name of its down-projection's weight.
-        removed_parameters: how many numbers the replaced FFNs held.
+        layers: the memory layer of each chosen FFN, by the name of its down-projection's weight.
+        removed_parameters: how many numbers the replaced FFNs held; none left where the memory is added.
     """
 
     root: nn.Module
@@ -58,22 +57,14 @@ class MemoryPool:
         _LIVE.add(self)
 
     @property
+    def adds(self) -> bool:
+        """Whether the FFNs stay and the memory is added to their outputs."""
+        return self.config.placement == "add"
+
+    @property
     def values(self) -> nn.Parameter:
         """The table [n_keys**2, value_dim]."""
         return getattr(self.root, VALUES_NAME)
-
-    def create_values(self, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-        """A table drawn from N(0, value_dim**-1/2), not registered yet."""
-        n_keys, value_dim = self.config.n_keys, self.config.value_dim
-        assert n_keys is not None and value_dim is not None
-        values = torch.empty(n_keys**2, value_dim, dtype=dtype, device=device)
-        self.reset_values(values)
-        return nn.Parameter(values)
-
-    @staticmethod
-    def reset_values(values: Tensor) -> None:
-        """Draws ``values [slots, value_dim]`` from N(0, value_dim**-1/2)."""
-        nn.init.normal_(values, std=values.shape[1] ** -0.5)
 
     def attach(self, values: nn.Parameter) -> None:
         """Registers the values on the root; from here on the model is planned."""
@@ -88,7 +79,7 @@ class MemoryPool:
 
     @property
     def chosen(self) -> list[FfnSite]:
-        """The replaced FFNs, in execution order."""
+        """The FFNs with memory in their place or beside them, in execution order."""
         return [site for site in self.sites if site.down in self.layers]
 
 

@@ -13,7 +13,6 @@ fused path, which stands back from any weight that has `__torch_function__`, all
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,29 +20,22 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import CaptureError
+from memcompile.runtime.hidden import HiddenActivation
 from memcompile.token_wise import (
-    ACTIVATIONS,
-    ARITHMETIC,
     CASTS,
     DROPOUTS,
     FEATURE_REDUCTIONS,
-    NORMS,
+    POINTWISE,
     PROJECTIONS,
+    RESHAPES,
+    TRANSPOSES,
     canonical,
 )
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
-_PASSED_ON = ACTIVATIONS | ARITHMETIC | CASTS | DROPOUTS | NORMS
-# Where an operator takes the dimension it works along, and what it takes without one.
-_DIMENSION: dict[str, tuple[int, int | None]] = {
-    name: (2 if "norm" in name else 1, None) for name in FEATURE_REDUCTIONS
-}
-_DIMENSION["glu"] = (1, -1)
 _OPERAND = {"linear": 0, "addmm": 1, "matmul": 0, "mm": 0}  # which argument a projection projects
-
-
 _INITIALISERS = frozenset(
     f"{name}_"
     for name in (
@@ -51,6 +43,14 @@ _INITIALISERS = frozenset(
         "orthogonal"
     ).split()
 )
+# Random or constant tensors in the shape of a hidden activation: a dropout that the model spells out.
+_FACTORIES: dict[str, Callable[..., Tensor]] = {
+    "rand_like": torch.rand,
+    "randn_like": torch.randn,
+    "zeros_like": torch.zeros,
+    "ones_like": torch.ones,
+    "empty_like": torch.empty,
+}
 
 
 class Role(enum.Enum):
@@ -61,15 +61,13 @@ class Role(enum.Enum):
     OTHER = "other"  # biases, inner norms, learned activations: without effect once the weights are gone
 
 
-class _StandIn:
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return _dispatch(canonical(func.__name__), args, kwargs or {})
+def _torch_function(
+    cls: type, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+) -> Any:
+    return _dispatch(canonical(func.__name__), args, kwargs or {})
 
 
-class ReplacedParameter(_StandIn):
+class ReplacedParameter:
     """Stands where a parameter of a replaced FFN was.
 
     Attributes:
@@ -94,15 +92,18 @@ class ReplacedParameter(_StandIn):
     def _itself(self, *args: Any, **kwargs: Any) -> ReplacedParameter:
         return self
 
-    to = type = type_as = float = half = bfloat16 = double = contiguous = detach = _itself
+    to = type = type_as = float = half = bfloat16 = double = contiguous = detach = clone = _itself
     uniform_ = normal_ = trunc_normal_ = fill_ = zero_ = copy_ = _itself
     data = property(_itself)
-    t = transpose = permute = view = reshape = unsqueeze = squeeze = _itself
+    t = transpose = permute = view = reshape = unsqueeze = squeeze = expand = _itself
     T = property(_itself)
     mT = property(_itself)  # noqa: N815
 
     def dim(self) -> int:
         return len(self.shape)
+
+    def numel(self) -> int:
+        return self.shape.numel()
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
@@ -122,145 +123,42 @@ class ReplacedParameter(_StandIn):
         return f"ReplacedParameter({self.name})"
 
 
-class HiddenActivation(_StandIn):
-    """Stands for the hidden activation of a replaced FFN; carries the FFN's input ``x [..., d]`` to its end.
-
-    It has the shape that the hidden activation would have, ``[..., hidden]``, and follows reshapes of the leading
-    dimensions. Anything that is not token-wise raises CaptureError.
-    """
-
-    def __init__(self, x: Tensor, hidden: int, layer: MemoryLayer) -> None:
-        self.x, self.hidden, self.layer = x, hidden, layer
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.x.shape[:-1], self.hidden))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.x.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
-
-    @property
-    def ndim(self) -> int:
-        return self.x.ndim
-
-    def dim(self) -> int:
-        return self.x.dim()
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.x.is_cuda
-
-    @property
-    def requires_grad(self) -> bool:
-        return self.x.requires_grad
-
-    def is_floating_point(self) -> bool:
-        return True
-
-    def view(self, *shape: Any) -> HiddenActivation:
-        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        if isinstance(sizes, torch.dtype):
-            raise self._mixes("view(dtype)")
-        if sizes[-1] not in (-1, self.hidden):
-            raise self._mixes(f"view{tuple(sizes)}")
-        if sizes[-1] == -1 and math.prod(sizes[:-1]) != self.x.shape[:-1].numel():
-            raise self._mixes(f"view{tuple(sizes)}")
-        return HiddenActivation(self.x.reshape(*sizes[:-1], self.x.shape[-1]), self.hidden, self.layer)
-
-    reshape = _unsafe_view = view
-
-    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> HiddenActivation:
-        if end_dim in (-1, self.ndim - 1):
-            raise self._mixes("flatten over features")
-        return HiddenActivation(self.x.flatten(start_dim, end_dim), self.hidden, self.layer)
-
-    def unsqueeze(self, dim: int) -> HiddenActivation:
-        if dim in (-1, self.ndim):
-            raise self._mixes("unsqueeze behind the features")
-        return HiddenActivation(self.x.unsqueeze(dim), self.hidden, self.layer)
-
-    def chunk(self, chunks: int, dim: int = 0) -> tuple[HiddenActivation, ...]:
-        return self.split(-(-self.hidden // chunks), dim)
-
-    def tensor_split(self, sections: int, dim: int = 0) -> tuple[HiddenActivation, ...]:
-        if not isinstance(sections, int) or self.hidden % sections:
-            raise self._mixes(f"tensor_split({sections})")
-        return self.split(self.hidden // sections, dim)
-
-    def narrow(self, dim: int, start: int, length: int) -> HiddenActivation:
-        if dim not in (-1, self.ndim - 1):
-            raise self._mixes("narrow over tokens")
-        return HiddenActivation(self.x, length, self.layer)
-
-    def split(self, split_size: int | Sequence[int], dim: int = 0) -> tuple[HiddenActivation, ...]:
-        if dim not in (-1, self.ndim - 1):
-            raise self._mixes("a split over tokens")
-        if isinstance(split_size, int):
-            whole, rest = divmod(self.hidden, split_size)
-            split_size = [split_size] * whole + [rest] * (rest > 0)
-        return tuple(HiddenActivation(self.x, part, self.layer) for part in split_size)
-
-    def __getitem__(self, index: Any) -> HiddenActivation:
-        """``h[..., :n]`` or ``h[:, :, :n]``: a part of the features."""
-        if isinstance(index, tuple) and isinstance(index[-1], slice):
-            leading = index[:-1]
-            whole = leading == (Ellipsis,) or (len(index) == self.ndim and all(i == slice(None) for i in leading))
-            if whole:
-                return HiddenActivation(self.x, len(range(*index[-1].indices(self.hidden))), self.layer)
-        raise self._mixes(f"indexing by {index!r}")
-
-    def _mixes(self, what: str) -> CaptureError:
-        return CaptureError(
-            f"memcompile: {what} reached the hidden activation of an FFN that a memory replaced "
-            f"({self.layer.name}), and only token-wise operators may stand there; exclude the block from memory_layers"
-        )
-
-    def __getattr__(self, attribute: str) -> Any:
-        if attribute.startswith("__"):
-            raise AttributeError(attribute)
-        raise self._mixes(f"`.{attribute}`")
-
-    def __repr__(self) -> str:
-        return f"HiddenActivation({tuple(self.shape)} of {self.layer.name})"
-
-
 def _forward_operator(name: str) -> Callable:
-    def method(self: _StandIn, *args: Any, **kwargs: Any) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _dispatch(name, (self, *args), kwargs)
 
     method.__name__ = name
     return method
 
 
-# Python operators and tensor methods reach a stand-in as attributes, not through __torch_function__.
-for _name in sorted(_PASSED_ON | FEATURE_REDUCTIONS):
-    for _spelling in (_name, f"{_name}_"):
-        if not hasattr(HiddenActivation, _spelling):
-            setattr(HiddenActivation, _spelling, _forward_operator(_name))
-for _name in ("add", "sub", "mul", "pow", "truediv"):
-    for _spelling in (f"__{_name}__", f"__r{_name}__", f"__i{_name}__"):
-        setattr(HiddenActivation, _spelling, _forward_operator(canonical(f"__{_name}__")))
-for _spelling in ("__neg__", "__abs__", "__matmul__"):
-    setattr(HiddenActivation, _spelling, _forward_operator(canonical(_spelling)))
-
-
 def _refused_operator(spelling: str) -> Callable:
     def method(self: HiddenActivation, *args: Any) -> Any:
-        raise self._mixes(f"`{spelling}`")
+        raise self.mixes(f"`{spelling}`")
 
     return method
 
 
-# Without these Python would answer itself: an object is true, and equals no number.
-for _name in "eq ne lt le gt ge bool int float len setitem floordiv mod and or xor invert".split():
+# Python operators and tensor methods reach a stand-in as attributes, not through __torch_function__.
+_classes: tuple[Any, ...] = (HiddenActivation, ReplacedParameter)
+for _class in _classes:
+    _class.__torch_function__ = classmethod(_torch_function)
+    for _name in sorted(POINTWISE):
+        for _spelling in (_name, f"{_name}_"):
+            if not hasattr(_class, _spelling):
+                setattr(_class, _spelling, _forward_operator(_name))
+    for _name in ("add", "sub", "mul", "pow", "truediv"):
+        for _spelling in (f"__{_name}__", f"__r{_name}__", f"__i{_name}__"):
+            setattr(_class, _spelling, _forward_operator(canonical(f"__{_name}__")))
+    for _spelling in ("__neg__", "__pos__", "__abs__"):
+        setattr(_class, _spelling, _forward_operator(canonical(_spelling)))
+for _name in sorted(CASTS | DROPOUTS | FEATURE_REDUCTIONS | {"min", "max"}):
+    for _spelling in (_name, f"{_name}_"):
+        if not hasattr(HiddenActivation, _spelling):
+            setattr(HiddenActivation, _spelling, _forward_operator(_name))
+for _spelling in "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __invert__ __matmul__".split():
+    setattr(HiddenActivation, _spelling, _forward_operator(canonical(_spelling)))
+# Without these Python would answer itself: an object is true.
+for _name in "bool int float len setitem floordiv mod xor".split():
     setattr(HiddenActivation, f"__{_name}__", _refused_operator(f"__{_name}__"))
 
 
@@ -269,16 +167,23 @@ def _dispatch(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     given = (*args, *kwargs.values())
     operands = [a for arg in given for a in (arg if isinstance(arg, (list, tuple)) else (arg,))]
     if name in PROJECTIONS:
-        return _project(name, args, kwargs)
+        return _project(name, operands, args, kwargs)
     hidden = [a for a in operands if isinstance(a, HiddenActivation)]
     if hidden:
-        return _pass_on(name, hidden, args, kwargs)
+        if name in _FACTORIES:
+            like = {"dtype": hidden[0].dtype, "device": hidden[0].device, **kwargs}
+            return _FACTORIES[name](hidden[0].shape, **like)
+        return hidden[0].run(name, hidden, args, kwargs)
     replaced = [a for a in operands if isinstance(a, ReplacedParameter)]
     others = [a for a in operands if isinstance(a, Tensor)]
     if name in _INITIALISERS and not others:  # a loop that initialises every module's weights finds nothing to do
         return replaced[0]
+    if name in TRANSPOSES | CASTS | RESHAPES and not others:
+        return replaced[0]
     if name == "add" and len(others) == 1 and _is_down_bias(replaced[0], others[0]):
         return others[0]
+    if name in POINTWISE and _is_derived(replaced, others):
+        return replaced[0]
     raise CaptureError(
         f"memcompile: {replaced[0].name} was replaced by a memory, but {name} reads it; "
         f"exclude its block from memory_layers to keep the parameter"
@@ -291,14 +196,25 @@ def _is_down_bias(parameter: ReplacedParameter, output: Tensor) -> bool:
     return parameter.role is Role.OTHER and parameter.shape == (width,) and output.shape[-1] == width
 
 
-def _project(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-    weights = [a for a in (*args, *kwargs.values()) if isinstance(a, ReplacedParameter) and a.role is not Role.OTHER]
-    activation = args[_OPERAND[name]] if len(args) > _OPERAND[name] else kwargs.get("input")
+def _is_derived(replaced: Sequence[ReplacedParameter], others: Sequence[Tensor]) -> bool:
+    """Whether something is computed from learned vectors and constants, which only the hidden activation reads:
+    ``1 + gamma``, ``softplus(alpha)``.
+    """
+    rank = max(len(parameter.shape) for parameter in replaced)
+    return all(p.role is Role.OTHER for p in replaced) and all(other.dim() <= rank for other in others)
+
+
+def _project(name: str, operands: Sequence[Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    weights = [a for a in operands if isinstance(a, ReplacedParameter) and a.role is not Role.OTHER]
+    if name == "einsum":
+        activation = next((a for a in operands if isinstance(a, (Tensor, HiddenActivation))), None)
+    else:
+        activation = args[_OPERAND[name]] if len(args) > _OPERAND[name] else kwargs.get("input")
     if len(weights) != 1:
-        for stand_in in (activation, *args, *kwargs.values()):
+        for stand_in in (activation, *operands):
             if isinstance(stand_in, HiddenActivation):
-                raise stand_in._mixes("a projection that was not part of the FFN")
-        replaced = [a.name for a in (*args, *kwargs.values()) if isinstance(a, ReplacedParameter)]
+                raise stand_in.mixes("a projection that was not part of the FFN")
+        replaced = [a.name for a in operands if isinstance(a, ReplacedParameter)]
         raise CaptureError(
             f"memcompile: {name} mixes {' and '.join(replaced)}, which a memory replaced, with other operands; "
             f"exclude the block from memory_layers"
@@ -307,32 +223,10 @@ def _project(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     if weight.role is Role.UP:
         if not isinstance(activation, Tensor):
             raise CaptureError(f"memcompile: {weight.name} projects {activation!r}, which is no tensor")
-        return HiddenActivation(activation, weight.width, weight.layer)
+        return HiddenActivation(activation, (weight.width,), weight.layer)
     if not isinstance(activation, HiddenActivation) or activation.layer is not weight.layer:
         raise CaptureError(
             f"memcompile: {weight.name} was replaced by a memory, but projects {type(activation).__name__} "
             f"that its own up-projection did not produce; exclude its block from memory_layers"
         )
-    return weight.layer(activation.x)
-
-
-def _pass_on(name: str, hidden: list[HiddenActivation], args: tuple, kwargs: dict[str, Any]) -> Any:
-    first = hidden[0]
-    if any(other.layer is not first.layer for other in hidden):
-        raise first._mixes(f"{name} with the hidden activation of another FFN")
-    if name in _DIMENSION:
-        position, absent = _DIMENSION[name]
-        dim = kwargs.get("dim", args[position] if len(args) > position else absent)
-        if dim not in (-1, first.ndim - 1, [-1], [first.ndim - 1], (-1,), (first.ndim - 1,)):
-            raise first._mixes(f"{name} over dimension {dim}")
-    if name in FEATURE_REDUCTIONS:
-        return HiddenActivation(first.x, 1, first.layer)
-    if name in NORMS and len(kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())) != 1:
-        raise first._mixes(f"{name} over tokens")
-    if name in ("chunk", "split", "tensor_split", "narrow", "flatten", "reshape", "unsqueeze"):
-        return getattr(first, name)(*args[1:], **kwargs)
-    if name == "glu":
-        return HiddenActivation(first.x, first.hidden // 2, first.layer)
-    if name not in _PASSED_ON:
-        raise first._mixes(name)
-    return HiddenActivation(first.x, max([h.hidden for h in hidden]), first.layer)
+    return activation.project()

@@ -306,7 +306,7 @@ def test_frozen_parameters_are_found():
 
 
 class Untraceable(nn.Module):
-    """Runs, but not on fake tensors: a value decides."""
+    """Does not trace on the meta device, where it has no values: a value decides."""
 
     def __init__(self, ffns, norm=True):
         super().__init__()
@@ -321,7 +321,7 @@ class Untraceable(nn.Module):
 
 
 def untraceable(*ffns, norm=True):
-    return Untraceable(nn.ModuleList(ffns), norm)
+    return Untraceable(nn.ModuleList(ffns), norm).to("meta")
 
 
 UNSEEN = "its residual stream is not visible"

@@ -128,7 +128,7 @@ REFUSED = {
     "conditions all tokens": (lambda b, x: x + b.ffn(x.mean(1, keepdim=True)), BROADCAST),
     "first token conditions all": (lambda b, x: x + b.ffn(b.norm2(x[:, :1])), NO_STREAM + "|" + BROADCAST),
     "softmax of the output": (lambda b, x: x + b.ffn(b.norm2(x)).softmax(-1), "its output goes to softmax"),
-    "mean over tokens": (lambda b, x: x + b.ffn(x).mean(1, keepdim=True).expand_as(x), "its output goes to expand"),
+    "mean over tokens": (lambda b, x: x + b.ffn(x).mean(1, keepdim=True).expand_as(x), "its output goes to mean"),
     "gate": (lambda b, x: x + x * torch.sigmoid(b.ffn(x)), "its output goes to sigmoid"),
     "bare gate": (lambda b, x: x + x * b.ffn(x), GATE),
     "gate around one": (lambda b, x: x * (1 + b.ffn(b.norm2(x))), GATE),

@@ -123,6 +123,7 @@ OTHER_PLANS = {
     "top_k": ({"top_k": 2}, "top_k=2 (here 4)"),
     "gate": ({"gate": False}, "gate=False (here True)"),
     "qk_norm": ({"qk_norm": True}, "qk_norm=True (here False)"),
+    "placement": ({"placement": "add"}, "placement='add' (here 'replace')"),
     "layers": ({"memory_layers": [0]}, "layers ['blocks.0.ffn.2.weight'] (here ['blocks.1.ffn.2.weight'])"),
 }
 
@@ -283,3 +284,71 @@ def test_a_strangers_memory_is_not_ours():
     model.memory, model.long_memory = Memory(), Memory()
     model.load_state_dict(model.state_dict())
     assert torch.equal(model.memory.loaded, model.long_memory.loaded)
+
+
+# --- where the memory is added ----------------------------------------------------------------------------------
+
+
+def added_gpt(seed: int = 0) -> nn.Module:
+    model = planned_gpt(seed=seed, placement="add")
+    nn.init.normal_(model.blocks[1].ffn[2].memory.out_weight)
+    return model
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_added_memory_and_its_ffn_round_trip(assign):
+    source, (tokens, _) = added_gpt(), batch()
+    assert set(source.state_dict()) == set(tiny_gpt(layers=2).state_dict()) | {"memory_values", *LAYER}
+    state = by_torch_save(source.state_dict())
+    model = tiny_gpt(layers=2)
+    memcompile.plan(model, memory=memcompile.config_from(state))
+    model.load_state_dict(state, assign=assign)
+    assert_same(snapshot(model), snapshot(source))
+    assert torch.equal(model(tokens), source(tokens))
+    nn.init.zeros_(model.blocks[1].ffn[2].memory.out_weight)
+    assert not torch.equal(model(tokens), source(tokens)), "assigning the weights took the memory away"
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_dense_checkpoint_loads_into_the_ffns_that_stay(assign, caplog):
+    torch.manual_seed(1)
+    dense, model = tiny_gpt(layers=2), added_gpt()
+    before = snapshot(model)
+    with caplog.at_level(logging.WARNING, "memcompile"):
+        model.load_state_dict(dense.state_dict(), assign=assign)
+    (record,) = [r for r in caplog.records if r.name.startswith("memcompile")]
+    assert "4 weights of memory-augmented FFNs (blocks.1.ffn) are loaded" in record.getMessage()
+    after, memory = snapshot(model), {"memory_values", *LAYER}
+    assert_same({n: after[n] for n in memory}, {n: before[n] for n in memory})
+    assert_same({n: after[n] for n in set(after) - memory}, snapshot(dense))
+    nn.init.zeros_(model.blocks[1].ffn[2].memory.out_weight)
+    assert torch.equal(model(batch()[0]), dense(batch()[0]))
+
+
+def test_the_other_placement_is_refused():
+    with pytest.raises(PlanError, match=r"placement='replace' \(here 'add'\)"):
+        added_gpt().load_state_dict(planned_gpt().state_dict())
+
+
+def test_a_plan_from_before_placements_replaces():
+    state = dict(planned_gpt(seed=1).state_dict())
+    plan = json.loads(bytes(state[PLAN].tolist()))
+    del plan["config"]["placement"]
+    state[PLAN] = encoded(plan)
+    planned_gpt().load_state_dict(state)
+    assert memcompile.config_from(state).placement == "replace"
+
+
+def test_an_added_model_through_torch_save_and_distributed_state_dicts():
+    model, (tokens, _) = added_gpt(), batch()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(tokens), model(tokens))
+    other = added_gpt(seed=1)
+    set_model_state_dict(other, get_model_state_dict(model))
+    assert torch.equal(other(tokens), model(tokens))
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    assert torch.equal(average(tokens), model(tokens))

@@ -377,3 +377,47 @@ def test_lbfgs_is_adopted_in_mid_training():
     for _ in range(3):
         optimizer.step(closure)
     assert closure().item() < first
+
+
+# --- adoption where the memory is added -------------------------------------------------------------------------
+
+
+def test_an_added_memory_joins_and_nothing_leaves():
+    model, optimizer = gpt_and(lambda m: AdamW(m.parameters(), lr=1e-3))
+    backward(model)
+    optimizer.step()
+    state = {p: optimizer.state[p]["exp_avg"].clone() for p in model.parameters()}
+    memcompile.plan(model, memory_layers=[1], placement="add", **MEMORY)
+    assert held(optimizer) == [id(p) for p in model.parameters()]
+    assert all(torch.equal(optimizer.state[p]["exp_avg"], average) for p, average in state.items())
+    backward(model)
+    optimizer.step()
+    assert set(optimizer.state) == set(model.parameters())
+
+
+def test_an_added_memory_joins_the_groups_of_its_ffn():
+    model = tiny_gpt(layers=2)
+    ffn, rest = model.blocks[1].ffn, [p for n, p in model.named_parameters() if "blocks.1.ffn" not in n]
+    matrices = SGD([p for p in ffn.parameters() if p.dim() > 1], lr=0.1)
+    vectors = SGD([p for p in ffn.parameters() if p.dim() <= 1], lr=0.1)
+    stranger = SGD(rest, lr=0.1)
+    before = layout(stranger)
+    memcompile.plan(model, memory_layers=[1], placement="add", **MEMORY)
+    assert layout(stranger) == before
+    owners = {id(p) for p in ffn.parameters()} | {id(model.memory_values)}
+    for optimizer, is_kind in ((matrices, lambda p: p.dim() > 1), (vectors, lambda p: p.dim() <= 1)):
+        assert set(held(optimizer)) == {id(p) for p in model.parameters() if id(p) in owners and is_kind(p)}
+
+
+def test_lbfgs_with_an_added_memory_forgets_its_history():
+    model, optimizer = gpt_and(lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=2))
+
+    def closure() -> Tensor:
+        backward(model)
+        return model(*batch()).detach()
+
+    optimizer.step(closure)
+    memcompile.plan(model, memory_layers=[1], placement="add", **MEMORY)
+    before = model.blocks[1].ffn[2].memory.out_bias.detach().clone()
+    optimizer.step(closure)
+    assert not torch.equal(model.blocks[1].ffn[2].memory.out_bias, before)

@@ -69,6 +69,17 @@ TOKEN_WISE: dict[str, Callable] = {
     "sliced": lambda h: h[..., : HIDDEN // 2] * h[..., HIDDEN // 2 :],
     "glu": F.glu,
     "where": lambda h: torch.where(torch.tensor(True), h, 0.0),
+    "comparison": lambda h: h * (h > 0) + torch.where(h <= 0, h, 0.0),
+    "masked fill": lambda h: h.masked_fill(h < 0, 0).masked_fill_((h > 1) | ~(h < 2), 1),
+    "drop path": lambda h: h * h.new_empty(3, 1, 1).bernoulli_(0.5) * (torch.rand_like(h) > 0.1),
+    "statistics without the dimension": lambda h: h / h.square().mean(-1).sqrt().unsqueeze(-1),
+    "variance": lambda h: (h - h.mean(-1, True)) / h.var(-1, True, True),
+    "groups of features": lambda h: h.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2),
+    "groups by index": lambda h: torch.cat([h.view(3, 5, 2, -1)[..., 0, :], h.view(3, 5, 2, -1).select(-2, 1)], -1),
+    "unbound": lambda h: torch.cat(h.reshape(3, 5, 2, HIDDEN // 2).unbind(-2), -1),
+    "permuted features": lambda h: h.view(-1, 5, 2, HIDDEN // 2).permute(0, 1, 3, 2).reshape(3, 5, HIDDEN),
+    "minimum of two": lambda h: torch.min(h, -h) + torch.maximum(h, torch.zeros(())),
+    "in groups of one": lambda h: (h.unsqueeze(-2) * h[:, :, None]).squeeze(2).view_as(h),
 }
 
 MIXING: dict[str, Callable] = {
@@ -97,8 +108,10 @@ MIXING: dict[str, Callable] = {
     "behind the features": lambda h: h.unsqueeze(-1),
     "another width": lambda h: h.view(3, 10, HIDDEN // 2),
     "reinterpreted": lambda h: h.view(torch.int32),
-    "concatenated": lambda h: torch.cat([h, h], -1),
+    "joined tokens": lambda h: torch.cat([h, h], 1),
     "stacked": lambda h: torch.stack((h, h)).sum(0),
+    "broadcast over groups": lambda h: h.unflatten(-1, (2, -1)) * h,
+    "squeezed": lambda h: h.squeeze(),
     "einsum": lambda h: torch.einsum("btd,d->btd", h, torch.ones(HIDDEN)),
     "matmul": lambda h: h @ torch.ones(HIDDEN, HIDDEN),
     "matmul from the left": lambda h: torch.ones(3, 5, 5) @ h,
@@ -110,7 +123,7 @@ MIXING: dict[str, Callable] = {
     "len()": len,
     "if": lambda h: h if h else -h,
     "==": lambda h: h if h == 0 else -h,
-    ">": lambda h: h * (h > 0),
+    "if >": lambda h: h if h > 0 else -h,
     "item assignment": lambda h: h.__setitem__(0, 0),
     "copied into a tensor": lambda h: torch.empty(3, 5, HIDDEN).copy_(h),
 }
@@ -165,7 +178,6 @@ def test_the_hidden_activations_of_two_ffns_do_not_mix(x):
         (lambda ffn, x: torch.linalg.norm(ffn.up.weight), "up.weight"),
         (lambda ffn, x: ffn.up.weight @ x.mT, "up.weight"),
         (lambda ffn, x: F.linear(x, torch.ones(HIDDEN, WIDTH), ffn.up.bias), "up.bias"),
-        (lambda ffn, x: torch.zeros(HIDDEN) + ffn.up.bias, "up.bias"),
         (lambda ffn, x: x + ffn.up.bias, "up.bias"),
         (lambda ffn, x: torch.cat([ffn.up.bias, ffn.up.bias]), "up.bias"),
     ],
@@ -179,7 +191,7 @@ def test_attributes_of_a_replaced_parameter(ffn):
     weight = ffn.up.weight
     assert isinstance(weight, ReplacedParameter)
     assert (weight.shape, weight.dtype, weight.device) == ((HIDDEN, WIDTH), torch.float32, torch.device("cpu"))
-    for attribute in ("grad", "requires_grad", "numel"):
+    for attribute in ("grad", "requires_grad", "item"):
         assert not hasattr(weight, attribute)
     with pytest.raises(AttributeError, match=r"'grad' of blocks\.1\.ffn\.up\.weight.*replaced by a memory"):
         weight.grad  # noqa: B018

@@ -1,0 +1,90 @@
+"""The parameters that `memory_lookup` reads: their shapes and how they are drawn. "Memory Layers at Scale"
+(arXiv 2412.09764), sections 2 and 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from memcompile.config import MemoryConfig
+
+# A layer's own parameters, in the order of the operator's arguments; `values` stands behind `half_keys` there.
+LAYER_PARAMETERS = (
+    "query_weight", "query_bias", "half_keys", "gate_weight", "gate_bias", "out_weight", "out_bias", "temperature",
+)  # fmt: skip
+
+
+def layer_shapes(config: MemoryConfig, width: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter that a layer of these (resolved) options has; the others are None."""
+    heads, key_dim, n_keys, value_dim = config.heads, config.key_dim, config.n_keys, config.value_dim
+    assert key_dim is not None and n_keys is not None and value_dim is not None
+    shapes: dict[str, tuple[int, ...]] = {
+        "query_weight": (heads * key_dim, width),
+        "query_bias": (heads * key_dim,),
+        "half_keys": (2, heads, n_keys, key_dim // 2),
+    }
+    if config.gate:
+        shapes |= {"gate_weight": (value_dim, width), "gate_bias": (value_dim,)}
+    if config.gate or config.placement == "add" or value_dim != width:
+        shapes |= {"out_weight": (width, value_dim), "out_bias": (width,)}
+    if config.qk_norm:
+        shapes |= {"temperature": (heads,)}
+    return shapes
+
+
+def values_shape(config: MemoryConfig) -> tuple[int, int]:
+    """[slots, value_dim] of these (resolved) options."""
+    assert config.n_keys is not None and config.value_dim is not None
+    return config.n_keys**2, config.value_dim
+
+
+def draw_layer(parameters: Mapping[str, Tensor | None], config: MemoryConfig) -> None:
+    """Draws a layer's own parameters anew, in place: query xavier uniform, half-keys U(-key_dim**-1/2, key_dim**-1/2),
+    gate and output projection N(0, width**-1/2), biases 0, temperature 10. Where the memory is added, the output
+    projection is 0.
+    """
+    query_weight, half_keys = parameters["query_weight"], parameters["half_keys"]
+    assert query_weight is not None and half_keys is not None
+    nn.init.xavier_uniform_(query_weight)
+    bound = (2 * half_keys.shape[-1]) ** -0.5
+    nn.init.uniform_(half_keys, -bound, bound)
+    for name, parameter in parameters.items():
+        if parameter is None:
+            continue
+        if name == "out_weight" and config.placement == "add":
+            nn.init.zeros_(parameter)
+        elif name in ("gate_weight", "out_weight"):
+            nn.init.normal_(parameter, std=1 / math.sqrt(query_weight.shape[1]))
+        elif name.endswith("_bias"):
+            nn.init.zeros_(parameter)
+        elif name == "temperature":
+            nn.init.constant_(parameter, 10.0)  # as cosine attention starts (Swin v2)
+
+
+def draw_values(values: Tensor) -> None:
+    """Draws ``values [slots, value_dim]`` from N(0, value_dim**-1/2), in place."""
+    nn.init.normal_(values, std=values.shape[1] ** -0.5)
+
+
+def new_values(config: MemoryConfig, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A drawn table [slots, value_dim]."""
+    values = nn.Parameter(torch.empty(values_shape(config), dtype=dtype, device=device))
+    draw_values(values)
+    return values
+
+
+def new_layer(
+    config: MemoryConfig, width: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, nn.Parameter | None]:
+    """The drawn parameters of one layer, by name in the order of `LAYER_PARAMETERS`; None where it has none."""
+    shapes = layer_shapes(config, width)
+    parameters = {
+        name: nn.Parameter(torch.empty(shapes[name], dtype=dtype, device=device)) if name in shapes else None
+        for name in LAYER_PARAMETERS
+    }
+    draw_layer(parameters, config)
+    return parameters

@@ -1,0 +1,133 @@
+"""A forward pass that leaves no trace in the model, and none that the graph does not show."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import logging
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from memcompile.passes._torch import FakeTensor, get_proxy_mode
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Undoes what a forward pass may leave behind: caches stored on modules, lazily made buffers, random state, and
+    the fake parameters that `functional_call` leaves in a module that is reached by two paths.
+
+    Hooks stay silent meanwhile: they are the user's own code with effects of its own, and no fake tensor is for it.
+    """
+    containers = (dict, list, set)
+    saved, tensors = [], []
+    for module in model.modules():
+        state = dict(module.__dict__)
+        saved.append((module, state, {k: v.copy() for k, v in state.items() if type(v) in containers}))
+        module.__dict__.update({hooks: type(state[hooks])() for hooks in HOOKS})
+        # What is no parameter and no buffer is not faked, and operators on constants alone do run. A table of
+        # more than a few MiB is not copied: none is seen that a forward writes without an activation.
+        small = (v for v in state.values() if type(v) is torch.Tensor and v.numel() <= 2**20)
+        tensors += [(tensor, tensor._version, tensor.detach().clone()) for tensor in small]
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)
+        for module, state, contents in saved:
+            for name in module.__dict__.keys() - state.keys():
+                del module.__dict__[name]
+            module.__dict__.update(state)
+            for name, content in contents.items():
+                _restore(state[name], content)
+        for tensor, version, content in tensors:
+            if tensor._version != version:
+                tensor.detach().copy_(content)
+
+
+def _restore(container: Any, content: Any) -> None:
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
+
+
+@contextlib.contextmanager
+def forgotten() -> Iterator[None]:
+    """Empties every `functools.lru_cache` that kept a fake tensor: a later call would return it to the real model."""
+    try:
+        yield
+    finally:
+        caches = [f for f in gc.get_objects() if type(f) is functools._lru_cache_wrapper]
+        for cache in [c for c in caches if c.cache_info().currsize]:
+            results = gc.get_referents(cache)  # of a cache without bounds they are the values of a dict
+            if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(results)):
+                cache.cache_clear()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Mutes loggers that report each failed guess as an error of the user's."""
+    loggers = [logging.getLogger(name) for name in ("torch._subclasses", "torch.fx.experimental")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def data_traced() -> Iterator[None]:
+    """``x.data`` makes a tensor that tracing knows nothing of: what is written to it would not show in the graph."""
+    data: Any = torch.Tensor.data
+
+    def get(self: torch.Tensor) -> torch.Tensor:
+        return self.detach()
+
+    torch.Tensor.data = property(get, data.__set__)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.data  # the attribute of its base class shows again
+
+
+AUTOGRAD_FUNCTION = "autograd_function"  # in a node's meta: the class whose forward ran it
+
+
+@contextlib.contextmanager
+def functions_marked() -> Iterator[None]:
+    """Marks the nodes that run inside an `autograd.Function`: its backward is its own, whatever the graph shows.
+    Reentrant activation checkpointing is one too, but differentiates what it ran.
+    """
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def marking(cls: type, *args: Any, **kwargs: Any) -> Any:
+        mode = get_proxy_mode()
+        if mode is None or cls is CheckpointFunction:
+            return apply.__func__(cls, *args, **kwargs)
+        before = next(reversed(mode.tracer.graph.nodes))
+        result = apply.__func__(cls, *args, **kwargs)
+        node = before.next
+        while node.op != "root":
+            node.meta[AUTOGRAD_FUNCTION] = cls.__name__
+            node = node.next
+        return result
+
+    torch.autograd.Function.apply = classmethod(marking)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]

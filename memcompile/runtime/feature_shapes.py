@@ -1,0 +1,85 @@
+"""Shape arithmetic of a hidden activation: where its tokens end and its features begin. Knows no tensor's values.
+
+Shapes are split in leading dimensions, which count tokens and may be symbolic, and feature dimensions, which are
+integers. Every function returns None where an operator would mix the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+Features = tuple[int, ...]
+
+
+def viewed(sizes: Sequence[Any], tokens: Any, features: Features) -> tuple[Sequence[Any], Features] | None:
+    """``view(sizes)`` of ``tokens`` vectors of ``features``: the leading sizes, and the features.
+
+    One of the sizes may be -1. Features are told apart by their product where they hold no -1, because sizes of
+    tokens may be symbolic and each comparison of them is a guard.
+    """
+    total = math.prod(features)
+    for rank in range(1, len(sizes) + 1):
+        trailing = sizes[len(sizes) - rank :]
+        if any(not isinstance(size, int) or size == -1 for size in trailing):
+            break
+        if math.prod(trailing) == total:
+            return sizes[: len(sizes) - rank], tuple(trailing)
+    for rank in range(1, len(sizes) + 1):
+        leading, trailing = sizes[: len(sizes) - rank], sizes[len(sizes) - rank :]
+        known = [size for size in trailing if size != -1]
+        is_static = all(isinstance(size, int) for size in trailing)
+        is_open = is_static and len(known) == len(trailing) - 1 and total % math.prod(known) == 0
+        if is_open and math.prod(leading) == tokens:
+            missing = total // math.prod(known)
+            return leading, tuple(missing if size == -1 else size for size in trailing)
+    return None
+
+
+def broadcast(shapes: Sequence[Features]) -> Features | None:
+    """Features of an elementwise result."""
+    rank = len(shapes[0])
+    for shape in shapes:
+        if len(shape) != rank:
+            return None
+    result = []
+    for d in range(rank):
+        sizes = [shape[d] for shape in shapes]
+        widest = max(sizes)
+        if any(size not in (1, widest) for size in sizes):
+            return None
+        result.append(widest)
+    return tuple(result)
+
+
+def indexed(index: Any, leading: int, features: Features) -> Features | None:
+    """``h[index]`` where the index takes every token: full slices or an ellipsis, then features."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    taken = sum(item is not None and item is not Ellipsis for item in items)
+    rest = [slice(None)] * (leading + len(features) - taken)
+    at = [i for i, item in enumerate(items) if item is Ellipsis]
+    items = items[: at[0]] + rest + items[at[0] + 1 :] if at else items + rest
+    if any(item != slice(None) for item in items[:leading]):
+        return None
+    result: list[int] = []
+    position = 0
+    for item in items[leading:]:
+        if item is None:
+            result.append(1)
+        elif isinstance(item, slice):
+            result.append(len(range(*item.indices(features[position]))))
+            position += 1
+        elif isinstance(item, int):
+            position += 1
+        else:
+            return None
+    return tuple(result)
+
+
+def parts(size: int, split: int | Sequence[int]) -> list[int]:
+    """Sizes of the pieces of ``split``: each of one size, the last smaller, or as given."""
+    if not isinstance(split, int):
+        return list(split)
+    whole, rest = divmod(size, split)
+    return [split] * whole + [rest] * (rest > 0)
