@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
@@ -13,15 +14,18 @@ from memcompile.config import OPTION_NAMES, MemoryConfig, check_names
 from memcompile.errors import OptionError, PlanError
 from memcompile.explain import Explanation, explain
 from memcompile.lowering.parameters import draw_values
-from memcompile.passes.detect import find_ffns
+from memcompile.passes.detect import find_blocks
 from memcompile.passes.graphs import is_captured
 from memcompile.passes.place import place
+from memcompile.passes.trace import trace
+from memcompile.rehearsal import rehearse
 from memcompile.runtime.checkpoint import plan_in
 from memcompile.runtime.ddp import check_rebuildable, rebuild
 from memcompile.runtime.install import install
 from memcompile.runtime.optimizers import adopt_optimizers
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.wrappers import is_sharded, unwrap
+from memcompile.sites import FfnSite
 from memcompile.sizes import resolve
 
 log = logging.getLogger(__name__)
@@ -70,8 +74,7 @@ def plan(
         )
     for wrapper in parallel:
         check_rebuildable(wrapper)
-    sites = find_ffns(root, example_inputs)
-    chosen = place(sites, requested.memory_layers)
+    sites, chosen = _choose(root, requested, example_inputs)
     config = resolve(requested, chosen, sum(p.numel() for p in root.parameters()))
     pool = MemoryPool(root=root, config=config, requested=requested, sites=tuple(sites))
     adopt_optimizers(install(pool, chosen), pool)
@@ -111,6 +114,20 @@ def config_from(state_dict: Mapping[str, Any]) -> MemoryConfig:
         )
     except (KeyError, OptionError) as error:
         raise PlanError(f"the plan in the checkpoint is damaged: {error}") from error
+
+
+def _choose(root: nn.Module, requested: MemoryConfig, example_inputs: Any) -> tuple[list[FfnSite], list[FfnSite]]:
+    """Every site of the model, and the chosen ones. A choice that fails in rehearsal is refused, and others stand in
+    for it where ``memory_layers`` leaves a choice.
+    """
+    captures = trace(root, example_inputs)
+    sites = [block.site for block in find_blocks(captures, root)]
+    while True:
+        chosen = place(sites, requested.memory_layers)
+        failures = rehearse(root, captures, chosen, requested.placement == "add")
+        if not failures:
+            return sites, chosen
+        sites = [dataclasses.replace(s, refusal=failures.get(s.down, s.refusal)) for s in sites]
 
 
 def _config(memory: MemoryConfig | None, options: Mapping[str, Any]) -> MemoryConfig:

@@ -42,8 +42,11 @@ class FfnSite:
     def stack(self) -> str:
         """The repeated container that the block sits in: the path before the first number in ``name``.
 
-        ``encoder.block.3.layer.1.DenseReluDense`` is of ``encoder.block``. A number that ends an attribute counts too:
-        ``block3.mlp`` is of ``block``. Without a number it is the parent's path, so that siblings make one stack.
+        ``encoder.block.3.layer.1.DenseReluDense`` is of ``encoder.block``. Where no part of the path is a number, one
+        that ends a part counts, the last of them: ``t5.block3.mlp`` is of ``t5.block``. Without a number it is the
+        parent's path, so that siblings make one stack.
         """
-        number = re.search(r"\d+(?=\.|$)", self.name)
+        number = re.search(r"(?<![^.])\d+(?![^.])", self.name)
+        if number is None:
+            number = next(reversed(list(re.finditer(r"\d+(?![^.])", self.name))), None)
         return self.name.rpartition(".")[0] if number is None else self.name[: number.start()].rstrip("._")

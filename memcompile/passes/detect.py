@@ -141,7 +141,7 @@ def _resembles_ffn(region: Region) -> bool:
     stream look like blocks without a hidden width of their own, and are noise there.
     """
     down = region.down
-    if region.foreign or len(region.sources) > 1:
+    if region.foreign or region.branches or len(region.sources) > 1:
         return down.width_in > down.width_out and all(operator_name(n) not in _ATTENTION for n in region.foreign)
     return down.width_in > down.width_out or (down.width_in == down.width_out and len(region.nodes) <= 3)
 

@@ -22,6 +22,7 @@ class Projection:
         input: the activation that is projected.
         weight: placeholder of the weight parameter.
         bias: placeholder of the bias parameter, if any.
+        derived: the weight is computed from parameters at each call, of which ``weight`` is the largest.
         width_in, width_out: features before and after.
     """
 
@@ -32,6 +33,7 @@ class Projection:
     bias: fx.Node | None
     width_in: int
     width_out: int
+    derived: bool = False
 
 
 def find_projections(capture: Capture) -> dict[fx.Node, Projection]:
@@ -69,8 +71,11 @@ def _projection(node: fx.Node, capture: Capture) -> Projection | None:
     if not isinstance(activation, fx.Node) or not isinstance(weight, fx.Node):
         return None
     parameter, between = _parameter(weight, capture)
+    derived = parameter is None and weight in capture.constants
+    if derived:
+        parameter, between = _largest_parameter(weight, capture)
     shape = fake_value(weight)
-    if parameter is None or shape is None or shape.dim() != 2 or activation in capture.parameters:
+    if parameter is None or shape is None or shape.dim() != 2 or activation in capture.constants:
         return None
     width_out, width_in = shape.shape if transposed else reversed(shape.shape)
     nodes = {node, *between}
@@ -80,7 +85,8 @@ def _projection(node: fx.Node, capture: Capture) -> Projection | None:
         if bias_parameter is None:
             return None
         nodes |= between
-    return Projection(node, frozenset(nodes), activation, parameter, bias_parameter, int(width_in), int(width_out))
+    widths = int(width_in), int(width_out)
+    return Projection(node, frozenset(nodes), activation, parameter, bias_parameter, *widths, derived)
 
 
 def parse_einsum(equation: str, ranks: Sequence[int]) -> tuple[int, bool] | None:
@@ -112,6 +118,17 @@ def _parameter(node: fx.Node, capture: Capture) -> tuple[fx.Node | None, set[fx.
         between.add(node)
         node = node.args[0]
     return node, between
+
+
+def _largest_parameter(node: fx.Node, capture: Capture) -> tuple[fx.Node | None, set[fx.Node]]:
+    """The largest of the parameters that a constant is computed from, and the nodes between."""
+    cone, pending = {node}, [node]
+    while pending:
+        new = [a for a in pending.pop().all_input_nodes if a not in cone]
+        cone.update(new)
+        pending.extend(new)
+    sizes = {a: value.numel() for a in cone if a in capture.parameters and (value := fake_value(a)) is not None}
+    return max(sizes, key=sizes.__getitem__, default=None), {a for a in cone if a.op == "call_function"}
 
 
 def _rank(node: fx.Node) -> int:

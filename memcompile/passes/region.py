@@ -42,7 +42,8 @@ class Region:
         derived: nodes that compute something from the block's own parameters alone (``1 + gamma``).
         constants: other values that do not depend on the input of the model and enter between the projections.
         parameters: placeholders of the parameters read between them (inner norms, learned activations).
-        foreign: activations that enter between the projections from elsewhere.
+        branches: projections of something else that add to the hidden activation.
+        foreign: other activations that enter between the projections from elsewhere.
         sources: the activations that the up-projections read, before views and casts: one, where it is an FFN.
     """
 
@@ -52,6 +53,7 @@ class Region:
     derived: frozenset[fx.Node]
     constants: tuple[fx.Node, ...]
     parameters: tuple[fx.Node, ...]
+    branches: tuple[Projection, ...]
     foreign: tuple[fx.Node, ...]
     sources: tuple[fx.Node, ...]
 
@@ -93,6 +95,11 @@ def find_region(down: Projection, projections: dict[fx.Node, Projection], captur
             pending.extend(node.all_input_nodes)
         else:
             foreign[node] = None
+    branches: tuple[Projection, ...] = ()
+    fitting = {n: p for n, p in up.items() if p.width_in == down.width_out}
+    if fitting and any(p.width_out == down.width_in for p in fitting.values()):  # the others are branches beside them
+        branches = tuple(p for n, p in up.items() if n not in fitting)
+        up = fitting
     if not 1 <= len(up) <= 2 or any(p.width_in != down.width_out for p in up.values()):
         return None
     widths = [p.width_out for p in up.values()]
@@ -107,13 +114,22 @@ def find_region(down: Projection, projections: dict[fx.Node, Projection], captur
         derived=frozenset(derived - capture.parameters.keys()),
         constants=tuple(constants),
         parameters=tuple(sorted(derived & capture.parameters.keys(), key=position.__getitem__)),
+        branches=branches,
         foreign=tuple(foreign),
         sources=tuple(dict.fromkeys(strip_views(p.input) for p in up.values())),
     )
 
 
 def prove_one_source(region: Region) -> None:
-    """Raises Refusal where the block reads more than one activation."""
+    """Raises Refusal where the block reads more than one activation, or weights that are no parameters."""
+    for projection in (*region.up, region.down):
+        if projection.derived:
+            raise Refusal(
+                "a weight of it is computed at each call (weight norm, pruning, quantisation, an index into a bank of "
+                "experts): make it a plain parameter first"
+            )
+    if region.branches:
+        raise Refusal("another projection takes part in its hidden activation (LoRA, an adapter): merge it first")
     for node in region.foreign:
         what = "an activation from outside of the block" if node.op == "placeholder" else operator_name(node)
         raise Refusal(f"{what} stands between its projections, and is not known to treat each token alone")

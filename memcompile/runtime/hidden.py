@@ -208,7 +208,7 @@ class HiddenActivation:
                 raise self.mixes(f"{name} with the hidden activation of another FFN")
         if name in _SAME_SHAPE:
             return self
-        if name in POINTWISE or (name in ("min", "max") and len(others) > 1):
+        if name in POINTWISE or (name in ("min", "max") and _is_elementwise(args, kwargs)):
             features = broadcast([other.features for other in others])
         elif name in SHAPE_METHODS:
             return getattr(self, name)(*args[1:], **kwargs)
@@ -270,6 +270,12 @@ class HiddenActivation:
 
     def __repr__(self) -> str:
         return f"HiddenActivation({tuple(self.shape)} of {self.layer.name})"
+
+
+def _is_elementwise(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a minimum or maximum is of two operands, and not along a dimension."""
+    other = args[1] if len(args) > 1 else kwargs.get("other")
+    return isinstance(other, (Tensor, HiddenActivation))
 
 
 SHAPE_METHODS = frozenset(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -41,10 +43,7 @@ def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
     pool.attach(values)
     install_checkpoint_hook(root)
     for site, layer in zip(chosen, layers, strict=True):
-        if pool.adds:
-            _add(root, site, layer)
-        else:
-            _replace(root, site, layer)
+        put_stand_ins(root, site, layer, pool.adds)
         _holder(root, site).add_module(LAYER_NAME, layer)
         pool.layers[site.down] = layer
     if not pool.adds:
@@ -73,7 +72,15 @@ def _holder(root: nn.Module, site: FfnSite) -> nn.Module:
     return root.get_submodule(site.down.rpartition(".")[0])
 
 
-def _replace(root: nn.Module, site: FfnSite, layer: MemoryLayer) -> None:
+def put_stand_ins(root: nn.Module, site: FfnSite, layer: Any, adds: bool) -> None:
+    """Puts stand-ins that run ``layer`` in the place of the FFN's parameters, or before its weights."""
+    if adds:
+        _add(root, site, layer)
+    else:
+        _replace(root, site, layer)
+
+
+def _replace(root: nn.Module, site: FfnSite, layer: Any) -> None:
     for name in site.replaced:
         path, _, attribute = name.rpartition(".")
         holder = root.get_submodule(path)
@@ -84,7 +91,7 @@ def _replace(root: nn.Module, site: FfnSite, layer: MemoryLayer) -> None:
         setattr(holder, attribute, ReplacedParameter(name, role, width, layer, parameter.shape))
 
 
-def _add(root: nn.Module, site: FfnSite, layer: MemoryLayer) -> None:
+def _add(root: nn.Module, site: FfnSite, layer: Any) -> None:
     for name in (*site.up, site.down):
         path, _, attribute = name.rpartition(".")
         role = Role.DOWN if name == site.down else Role.UP

@@ -84,6 +84,8 @@ def test_indices_and_names(layers, expected):
 @pytest.mark.parametrize(
     ("name", "stack"),
     [
+        ("t5.encoder.block.3.mlp", "t5.encoder.block"),
+        ("t5.block3.mlp", "t5.block"),
         ("encoder.block.3.layer.1.DenseReluDense", "encoder.block"),
         ("layers.11.mlp", "layers"),
         ("3.mlp", ""),

@@ -78,6 +78,7 @@ TOKEN_WISE: dict[str, Callable] = {
     "groups by index": lambda h: torch.cat([h.view(3, 5, 2, -1)[..., 0, :], h.view(3, 5, 2, -1).select(-2, 1)], -1),
     "unbound": lambda h: torch.cat(h.reshape(3, 5, 2, HIDDEN // 2).unbind(-2), -1),
     "permuted features": lambda h: h.view(-1, 5, 2, HIDDEN // 2).permute(0, 1, 3, 2).reshape(3, 5, HIDDEN),
+    "minimum with a scalar tensor": lambda h: torch.min(h, torch.tensor(1.0)).max(torch.tensor(-1.0)),
     "minimum of two": lambda h: torch.min(h, -h) + torch.maximum(h, torch.zeros(())),
     "in groups of one": lambda h: (h.unsqueeze(-2) * h[:, :, None]).squeeze(2).view_as(h),
 }

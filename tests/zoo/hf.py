@@ -69,14 +69,19 @@ _LOW_RANK_ATTENTION: dict[str, Any] = {"kv_lora_rank": 8, "q_lora_rank": 12, "qk
 DECODERS = [
     _decoder("Llama", r"\.mlp\.down_proj\.weight$", "gated"),
     _decoder("Phi3", r"\.mlp\.down_proj\.weight$", "gate and up in one matrix, parted by chunk"),
-    _decoder(
-        "Gemma3n",
-        r"\.mlp\.down_proj\.weight$",
-        "AltUp, low-rank LAuReL branch, per-layer gate, sparse activation by mean and deviation",
-        **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16, "laurel_rank": 8},
-        **{"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.95, 0.0], "altup_num_inputs": 2},
-        layer_types=["sliding_attention", "full_attention"],
-        intermediate_size=[HIDDEN, HIDDEN],
+    Entry(
+        name="Gemma3n",
+        family="HF decoder",
+        build=huggingface(
+            "Gemma3nTextConfig",
+            "Gemma3nForCausalLM",
+            next_token,
+            **DECODER | {"intermediate_size": [HIDDEN, HIDDEN], "num_kv_shared_layers": 0, "altup_num_inputs": 2},
+            **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16, "laurel_rank": 8},
+            **{"layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.95, 0.0]},
+        ),
+        down=r"\.mlp\.down_proj\.weight$",
+        note="AltUp, low-rank LAuReL branch, gate per layer, sparse activation by mean and deviation",
     ),
     Entry(
         name="GPT2",

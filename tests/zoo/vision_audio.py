@@ -129,6 +129,7 @@ VISION = [
         ),
         down=r"(vision_tower\S*mlp\.fc2|language_model\S*mlp\.down_proj)\.weight$",
         note="CLIP, a projector, Llama",
+        guessed=False,
     ),
 ]
 
@@ -147,6 +148,7 @@ AUDIO = [
         ),
         down=r"\.fc2\.weight$",
         note="encoder-decoder from a spectrogram",
+        guessed=False,
     ),
     Entry(
         name="Wav2Vec2",

@@ -1,0 +1,50 @@
+"""Rehearses a plan: runs the model once with stand-ins on fake tensors, before anything of it is changed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch import nn
+
+from memcompile.errors import MemcompileError
+from memcompile.passes.sandbox import forgotten, quiet
+from memcompile.passes.trace import Capture
+from memcompile.runtime.understudy import lent
+from memcompile.sites import FfnSite
+
+log = logging.getLogger(__name__)
+
+
+def rehearse(root: nn.Module, captures: Sequence[Capture], chosen: Sequence[FfnSite], adds: bool) -> dict[str, str]:
+    """Why chosen sites cannot have a memory after all, by the name of their down-projection: what stands between their
+    projections is token-wise in the graph, but written in a way that takes nothing but tensors.
+    """
+    with quiet(), forgotten():
+        if _failure(root, captures, chosen, adds) is None:
+            return {}
+        alone = {site.down: _failure(root, captures, [site], adds) for site in chosen}
+    failures = {down: failure for down, failure in alone.items() if failure is not None}
+    for down, failure in failures.items():
+        log.debug("rehearsal of %s: %s", down, failure)
+    return failures
+
+
+def _failure(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], adds: bool) -> str | None:
+    with lent(root, sites, adds) as understudies:
+        for capture in captures:
+            inside = [s for s in sites if not capture.path or s.down.startswith(f"{capture.path}.")]
+            if capture.forward is None or not inside:
+                continue
+            try:
+                capture.forward.run(root.get_submodule(capture.path))
+            except MemcompileError as error:
+                return str(error).removeprefix("memcompile: ")
+            except Exception as error:  # the owner's code met an object where it expects a tensor
+                return (
+                    f"its code does not run with a stand-in for its hidden activation ({type(error).__name__}: {error})"
+                )
+    for site, understudy in zip(sites, understudies, strict=True):
+        if understudy.calls != site.calls:
+            return f"it ran {understudy.calls} times with a stand-in, and {site.calls} times without"
+    return None
