@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test lint fuzz bench clean
+.PHONY: demo test lint docs fuzz bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.examples
@@ -19,10 +19,14 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.test
+	$(BIN)/python -m tests.zoo.table
+
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz --examples 5000 --processes $(WORKERS)
 
 bench: $(VENV)/.test
+	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/compile_time.py
 
 clean:
@@ -37,4 +41,5 @@ $(VENV)/.examples: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[examples,test]'
+	$(PIP) --no-deps timm  # without torchvision: see tests/zoo/torchvision_stand_in.py
 	touch $@

@@ -2,8 +2,7 @@
 
     python benchmarks/compile_time.py [--repeats 3] [--json FILE]
 
-Every measurement is a process of its own with empty compile caches; the two backends take turns. Also plans a 32-layer
-Llama of 8 billion parameters on the meta device, which computes and allocates nothing.
+Every measurement is a process of its own with empty compile caches; the two backends take turns.
 """
 
 from __future__ import annotations
@@ -75,17 +74,6 @@ def measure(name: str, backend: str) -> dict[str, float]:
     return {"plan": planned - start, "compile": time.perf_counter() - planned}
 
 
-def measure_meta_plan() -> dict[str, float]:
-    """Seconds to plan Llama-8B on the meta device."""
-    import memcompile
-
-    with torch.device("meta"):
-        model = llama(layers=32, width=4096, hidden=14336, heads=32, vocab=128256).bfloat16()
-    start = time.perf_counter()
-    memcompile.plan(model, memory_layers=3)
-    return {"plan": time.perf_counter() - start, "parameters": float(sum(p.numel() for p in model.parameters()))}
-
-
 def in_fresh_process(*arguments: str) -> dict[str, float]:
     """Runs this script with ``arguments`` and empty compile caches; returns what it printed as JSON."""
     with tempfile.TemporaryDirectory() as cache:
@@ -102,13 +90,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="processes a model and backend; the median is shown")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--measure", nargs=2, metavar=("MODEL", "BACKEND"), help=argparse.SUPPRESS)
-    parser.add_argument("--measure-meta", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(*args.measure)))
-        return
-    if args.measure_meta:
-        print(json.dumps(measure_meta_plan()))
         return
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
@@ -129,11 +113,6 @@ def main() -> None:
             f"{name:26}{inductor:>9.1f}s{total:>11.1f}s{total / inductor:>8.2f}{plan:>14.2f}s{plan / inductor:>16.1%}",
             flush=True,
         )
-    meta = in_fresh_process("--measure-meta")
-    results["Llama-8B on meta"] = meta
-    print(
-        f"\nLlama-8B on the meta device ({meta['parameters'] / 1e9:.2f}e9 parameters after): plan {meta['plan']:.2f} s"
-    )
     if args.json:
         with open(args.json, "w") as file:
             json.dump(results, file, indent=1)

@@ -46,7 +46,7 @@ FEATURE_JOINS = frozenset({"cat", "stack"})
 
 TRANSPOSES = frozenset("t transpose permute movedim swapaxes numpy_T mT".split())
 
-PROJECTIONS = frozenset("linear addmm matmul mm einsum".split())
+PROJECTIONS = frozenset("linear addmm matmul mm einsum tensordot".split())
 
 
 def canonical(name: str) -> str:

@@ -52,6 +52,6 @@ def _frozen(value: Any, owner: nn.Module) -> Hashable:
         return value.__func__
     if isinstance(value, (set, frozenset)) and all(isinstance(item, _PLAIN) for item in value):
         return (type(value), frozenset(value))
-    if isinstance(value, _PLAIN) or isinstance(value, _FUNCTIONS):
+    if isinstance(value, (*_PLAIN, *_FUNCTIONS)):
         return (type(value), value)
     return (type(value), id(value))

@@ -10,15 +10,14 @@ from typing import Any
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrize import ParametrizationList
 
 from memcompile.passes.graphs import Parameters, Scope, is_captured, read
 from memcompile.passes.layout import prove_features_last, stream_read
 from memcompile.passes.normalize import normalize, operator_name
 from memcompile.passes.projection import find_projections
 from memcompile.passes.region import Refusal, Region, find_region, prove_closed, prove_one_source
+from memcompile.passes.registration import Registration, common_owner
 from memcompile.passes.residual import Sink, prove_residual, prove_unrouted
-from memcompile.passes.sandbox import HOOKS
 from memcompile.passes.token_wise import prove_token_wise
 from memcompile.passes.trace import Capture, trace
 from memcompile.sites import FfnSite
@@ -142,7 +141,8 @@ def _resembles_ffn(region: Region) -> bool:
     """
     down = region.down
     if region.foreign or region.branches or len(region.sources) > 1:
-        return down.width_in > down.width_out and all(operator_name(n) not in _ATTENTION for n in region.foreign)
+        names = {operator_name(node) for node in (*region.foreign, *region.nodes)}
+        return down.width_in > down.width_out and names.isdisjoint(_ATTENTION | NORMS)  # a norm: it spans the stream
     return down.width_in > down.width_out or (down.width_in == down.width_out and len(region.nodes) <= 3)
 
 
@@ -197,15 +197,16 @@ def _merge_calls(found: list[Candidate], captures: Sequence[Capture], model: nn.
     for candidate in found:
         calls.setdefault(candidate.replaced, []).append(candidate)
     owners = collections.Counter(name for replaced in calls for name in replaced)
+    registration = Registration(model) if model is not None else None
     blocks = []
     for replaced, candidates in calls.items():
         refusal = next((c.refusal for c in candidates if c.refusal), None)
-        refusal = refusal or _parameter_refusal(replaced, candidates, captures, owners, model)
+        refusal = refusal or _parameter_refusal(replaced, candidates, captures, owners, registration)
         region, capture = candidates[0].region, candidates[0].capture
         up = tuple(capture.parameters[p.weight] for p in region.up)
         down = capture.parameters[region.down.weight]
         site = FfnSite(
-            name=_common_owner([*up, down]),
+            name=common_owner([*up, down]),
             up=up,
             down=down,
             width=region.down.width_out,
@@ -225,7 +226,7 @@ def _parameter_refusal(
     candidates: list[Candidate],
     captures: Sequence[Capture],
     owners: collections.Counter,
-    model: nn.Module | None,
+    registration: Registration | None,
 ) -> str | None:
     """Why these parameters cannot be taken out of the model, None where they can."""
     region = candidates[0].region
@@ -234,69 +235,12 @@ def _parameter_refusal(
     for name in replaced:
         if owners[name] > 1:
             return f"{name} also belongs to another block"
-    refusal = _registration_refusal(replaced, model) if model is not None else None
-    if refusal is not None:
-        return refusal
     inside = frozenset[fx.Node]().union(*(c.region.all_nodes for c in candidates))
     for placeholder in [p for capture in captures for p, name in capture.parameters.items() if name in replaced]:
         for user in placeholder.users:
             if user not in inside:
                 return f"one of its weights is also read by {operator_name(user)} outside of the block"
-    return _hook_refusal(replaced, model) if model is not None else None
-
-
-def _registration_refusal(replaced: tuple[str, ...], model: nn.Module) -> str | None:
-    """Why the way in which these parameters are registered keeps them in the model."""
-    aliases = collections.defaultdict(set)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases[id(parameter)].add(name)
-    for name in replaced:
-        parameter = model.get_parameter(name)
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), ParametrizationList):
-            return f"{name} is parametrized"
-        if not _is_one_attribute(model, aliases[id(parameter)]):
-            return f"{name} is tied to {min(aliases[id(parameter)] - {name})}"
-        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
-            return f"{name} is a {type(parameter).__name__} of {parameter.dtype}: sharded or quantised weights stay"
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            return f"{name} has gradient hooks, which would be lost"
-    return None
-
-
-def _is_one_attribute(model: nn.Module, names: set[str]) -> bool:
-    """Whether the names are one attribute of one module, reached by several paths (a block that layers share)."""
-    owners = {(id(model.get_submodule(path)), leaf) for path, _, leaf in (n.rpartition(".") for n in names)}
-    return len(owners) == 1
-
-
-def _hook_refusal(replaced: tuple[str, ...], model: nn.Module) -> str | None:
-    owner = _common_owner(replaced)
-    for name in replaced:
-        path = name.rpartition(".")[0]
-        module = model.get_submodule(path)
-        if path != owner and _has_hooks(module):
-            return f"module {path!r} has hooks, which would no longer see the projection"
-    for path, module in model.get_submodule(owner).named_modules(prefix=owner):
-        # An activation or a dropout between the projections has no parameters; attention beside them has.
-        between = not any(True for _ in module.parameters()) or any(name.startswith(f"{path}.") for name in replaced)
-        if path != owner and between and _has_hooks(module):
-            return f"module {path!r} has hooks, which would no longer see the hidden activation"
-    return None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in HOOKS)
-
-
-def _common_owner(parameters: Sequence[str]) -> str:
-    """Path of the innermost module that holds all of them."""
-    paths = [name.split(".")[:-1] for name in parameters]
-    common = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
+    return registration.refusal(replaced) if registration is not None else None
 
 
 def _pattern(region: Region) -> str:

@@ -55,10 +55,10 @@ class Forward:
             return tensor.fill_(1) if self.compute else tensor
 
         on_fakes = contextlib.nullcontext() if self.compute else mode
-        with untouched(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            with data_traced(), functions_marked(), on_fakes:
-                args, kwargs = pytree.tree_map(argument, (self.arguments.args, self.arguments.kwargs))
-                return through(call)(parameters, buffers, args, kwargs)
+        eager = torch.compiler.set_stance("force_eager")
+        with untouched(module), torch.enable_grad(), eager, data_traced(), functions_marked(), on_fakes:
+            args, kwargs = pytree.tree_map(argument, (self.arguments.args, self.arguments.kwargs))
+            return through(call)(parameters, buffers, args, kwargs)
 
 
 def can_compute(model: nn.Module) -> bool:

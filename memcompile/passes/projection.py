@@ -59,6 +59,12 @@ def _projection(node: fx.Node, capture: Capture) -> Projection | None:
     elif name in ("matmul", "mm"):
         activation, weight = node.args[:2]
         transposed = False
+    elif name == "tensordot":
+        activation, weight, along, contracted = node.args[:4]
+        rank = _rank(activation) if isinstance(activation, fx.Node) else -1
+        if along not in ([-1], [rank - 1]) or contracted not in ([0], [1], [-1], [-2]):
+            return None
+        transposed = contracted in ([1], [-1])
     elif name == "einsum":
         operands = node.all_input_nodes
         contraction = parse_einsum(str(node.args[0]), [_rank(operand) for operand in operands])

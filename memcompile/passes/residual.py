@@ -20,6 +20,7 @@ from memcompile.token_wise import (
     LINEAR,
     NORMS,
     POINTWISE,
+    PROJECTIONS,
     RESHAPES,
     TRANSPOSES,
 )
@@ -31,6 +32,9 @@ _FROM_STREAM = POINTWISE | CASTS | DROPOUTS | NORMS | RESHAPES | FEATURE_REDUCTI
 _FROM_STREAM |= TRANSPOSES | {"getitem", "batch_norm", "pad", "constant_pad_nd", "roll"}
 _SELECTIONS = frozenset({"topk", "argmax", "sort", "argsort", "one_hot", "max"})
 _GATHERS = frozenset({"index", "index_select", "gather", "take", "masked_select"})
+_SCATTERS = frozenset("scatter scatter_ scatter_add scatter_add_ index_put index_put_ index_copy index_copy_".split())
+_SCATTERS |= {"index_add", "index_add_", "masked_scatter", "masked_scatter_", "scatter_reduce"}
+_GOES_ON = NORMS | PROJECTIONS | {"add", "sub", "batch_norm"}
 _PENALTIES = frozenset({"pow", "square", "abs", "norm", "linalg_vector_norm", "mse_loss"})
 _ROUTER_REACH = 12  # nodes from a router's projection to its selection
 
@@ -65,11 +69,20 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
         name = operator_name(user)
         others = [a for a in user.all_input_nodes if a is not current]
         meets_stream = any(not stream.isdisjoint(_stream_of(other, capture)) for other in others)
-        if meets_stream and name in ("add", "sub", "lerp"):
+        if name == "sub" and user.args[0] is current:  # towards x + a * (f - x), a step of a normalized Transformer
+            current = user
+            continue
+        if meets_stream and (name in ("add", "sub", "lerp") or (name == "addcmul" and user.args[0] is not current)):
             if not _same_shape(user, current):
                 raise Refusal("its output is broadcast over the stream: it conditions tokens, it is not their FFN")
-            if all(operator_name(reader) in _PENALTIES for reader in user.users):
+            if features(user) != region.down.width_out:
+                raise Refusal(
+                    f"it works on parts of a stream that is {features(user)} wide: heads or groups, not tokens"
+                )
+            if _only_feeds_a_penalty(user, name):
                 raise Refusal("its sum with the stream only feeds a penalty: an autoencoder, not an FFN")
+            if any(operator_name(node) in _GATHERS for node in stream) and _is_scattered(user):
+                raise Refusal("its tokens are picked out of the stream and scattered back: a mixture of depths")
             return Sink.RESIDUAL
         if meets_stream and name in ("mul", "div") and any(_same_shape(other, current) for other in others):
             raise Refusal("its output scales the stream that it read: a gate, not an FFN")
@@ -133,6 +146,31 @@ def _selects(router: fx.Node) -> bool:
             if user not in seen and distance < _ROUTER_REACH and operator_name(user) not in NORMS:
                 seen.add(user)
                 pending.append((user, distance + 1))
+    return False
+
+
+def _only_feeds_a_penalty(total: fx.Node, join: str) -> bool:
+    """Whether the sum of output and stream is a reconstruction error. No Transformer subtracts its FFN, so what does
+    has to go on as a stream does.
+    """
+    readers = list(total.users)
+    if join == "sub":
+        return not any(operator_name(reader) in _GOES_ON for reader in readers)
+    squared = [reader for reader in readers if operator_name(reader) == "mul" and reader.args == (total, total)]
+    penalties = [reader for reader in readers if operator_name(reader) in _PENALTIES]
+    return bool(readers) and len(penalties) + len(squared) == len(readers)
+
+
+def _is_scattered(total: fx.Node) -> bool:
+    """Whether a stream, followed through the blocks behind, is written back by index."""
+    pending, seen = [total], {total}
+    while pending:
+        for user in pending.pop().users:
+            if operator_name(user) in _SCATTERS:
+                return True
+            if user not in seen and operator_name(user) in _TO_STREAM:
+                seen.add(user)
+                pending.append(user)
     return False
 
 

@@ -165,7 +165,7 @@ def _is_nonlinear(node: fx.Node, layouts: Mapping[fx.Node, _Layout], count: int)
     if name in ("mul", "div", "addcmul", "addcdiv"):
         factors = [a for a in node.args if isinstance(a, fx.Node) and a in layouts and not _is_statistic(a, count)]
         return len(factors) >= 2  # a gate
-    return name in POINTWISE - LINEAR | {"glu", "min", "max"}
+    return name in POINTWISE - LINEAR | {"glu", "min", "max", "amin", "amax"}
 
 
 def _shapes(node: fx.Node) -> tuple[Any, Any]:

@@ -20,19 +20,22 @@ from torch import Tensor, nn
 
 from memcompile.errors import CaptureError, PlanError
 from memcompile.runtime.stand_ins import Role
-from memcompile.token_wise import PROJECTIONS, RESHAPES, canonical
+from memcompile.token_wise import PROJECTIONS, RESHAPES, TRANSPOSES, canonical
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
 _CARRYING_WEIGHTS = "_memcompile_weights"  # on a module: attribute -> what stands there
-_PROJECTIONS = PROJECTIONS | {"einsum"}
 # Which argument a projection projects, by position and by name; einsum has no fixed place.
-_OPERAND = {"linear": (0, "input"), "addmm": (1, "mat1"), "matmul": (0, "input"), "mm": (0, "input")}
+_OPERAND = {
+    "linear": (0, "input"),
+    "addmm": (1, "mat1"),
+    "matmul": (0, "input"),
+    "mm": (0, "input"),
+    "tensordot": (0, "a"),
+}
 # What code does to a weight on its way into a projection. Not detach or clone: those take a copy to look at.
-_OF_A_WEIGHT = RESHAPES | frozenset(
-    "t transpose permute T mT numpy_T swapaxes swapdims to type type_as float half bfloat16 double contiguous".split()
-)
+_OF_A_WEIGHT = RESHAPES | TRANSPOSES | frozenset("T to type type_as float half bfloat16 double contiguous".split())
 
 
 class _InFrontOfTensor:
@@ -187,7 +190,7 @@ def _run(call: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     result = call(*_behind(args, found), **{key: _behind(value, found) for key, value in kwargs.items()})
     weights = [a for a in found if isinstance(a, _WEIGHTS)]
     carried = [a for a in found if isinstance(a, CarriedActivation)]
-    if name in _PROJECTIONS and len(weights) + len(carried) > 0:
+    if name in PROJECTIONS and len(weights) + len(carried) > 0:
         return _projected(result, _operand(name, args, kwargs), weights, carried)
     if name in _OF_A_WEIGHT and isinstance(args[0], _WEIGHTS):
         return _WeightOnItsWay(result, args[0])

@@ -35,7 +35,7 @@ from memcompile.token_wise import (
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
-_OPERAND = {"linear": 0, "addmm": 1, "matmul": 0, "mm": 0}  # which argument a projection projects
+_OPERAND = {"linear": 0, "addmm": 1, "matmul": 0, "mm": 0, "tensordot": 0}  # which argument a projection projects
 _INITIALISERS = frozenset(
     f"{name}_"
     for name in (

@@ -74,6 +74,14 @@ JOINS = {
     "parallel attention": lambda b, x: x + b.attention(b.norm2(x)) + b.ffn(b.norm2(x)),
     "parallel adapter": lambda b, x: x + b.ffn(b.norm2(x)) + b.small(x),
     "tokens in one dimension": lambda b, x: (x.view(-1, WIDTH) + b.ffn(b.norm2(x.view(-1, WIDTH)))).view(x.shape),
+    "interpolated": lambda b, x: torch.lerp(x, b.ffn(b.norm2(x)), 0.5),
+    "a step towards it": lambda b, x: x + b.scale * (F.normalize(b.ffn(x), dim=-1) - x),
+    "fused layer scale": lambda b, x: torch.addcmul(x, b.ffn(b.norm2(x)), b.scale),
+    "shifted source": lambda b, x: x + b.ffn(F.pad(b.norm2(x), (0, 0, 1, -1))),
+    "squashed source": lambda b, x: x + b.ffn(torch.tanh(b.alpha * x) * b.scale),
+    "some tokens": lambda b, x: torch.cat([x[:, :2] + b.ffn(b.norm2(x[:, :2])), x[:, 2:]], 1),
+    "drop path": lambda b, x: x + (lambda y: y * y.new_empty(len(y), 1, 1).bernoulli_(0.9))(b.ffn(b.norm2(x))),
+    "batch norm": lambda b, x: x + b.ffn(F.batch_norm(x.mT, None, None, training=True).mT),
     "centred source": lambda b, x: x + b.ffn(x - x.mean(1, keepdim=True)),
 }
 
@@ -116,6 +124,25 @@ def dense_mixture(b, x):
     return x + sum(p[..., i : i + 1] * e(x) for i, e in enumerate(b.experts))
 
 
+def mixture_of_depths(b, x):
+    weights, chosen = b.router(x)[..., 0].topk(2, -1)
+    index = chosen[..., None].expand(-1, -1, WIDTH)
+    y = x.gather(1, index)
+    y = y + b.attention(b.norm1(y))
+    y = y + b.ffn(b.norm2(y))
+    return x.scatter_add(1, index, y * weights[..., None])
+
+
+class Reversible(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, b):
+        return x + b.ffn(b.norm2(x))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 BROADCAST = "its output is broadcast over the stream: it conditions tokens"
 NO_STREAM = "not to the residual stream that it read|its output has several consumers \\(add, layer_norm\\)"
 PARALLEL = "several blocks read one stream"
@@ -133,7 +160,11 @@ REFUSED = {
     "bare gate": (lambda b, x: x + x * b.ffn(x), GATE),
     "gate around one": (lambda b, x: x * (1 + b.ffn(b.norm2(x))), GATE),
     "divisor": (lambda b, x: x + b.norm2(x) / b.ffn(b.norm2(x)), GATE),
-    "autoencoder": (lambda b, x: x + (b.ffn(x) - x).pow(2).mean(), "only feeds a penalty: an autoencoder"),
+    "autoencoder with a square": (lambda b, x: x + (lambda e: (e * e).mean())(x - b.ffn(x)), "an autoencoder"),
+    "autoencoder with a variance": (lambda b, x: x + (lambda e: (e / e.std()).mean())(x - b.ffn(x)), "an autoencoder"),
+    "mixture of depths": (mixture_of_depths, "picked out of the stream and scattered back: a mixture of depths"),
+    "custom function": (lambda b, x: Reversible.apply(x, b), "it runs inside Reversible"),
+    "autoencoder": (lambda b, x: x + (x - b.ffn(x)).pow(2).mean(), "only feeds a penalty: an autoencoder"),
     "norm over all tokens": (
         lambda b, x: x + (lambda y: y / (1 + y.norm()))(b.ffn(x)),
         r"its output has several consumers \(div, norm\)|linalg_vector_norm",
@@ -160,6 +191,30 @@ def test_unused_output():
         return x
 
     assert [s.refusal for s in sites_of(unused)] == ["its output is not used"] * 2
+
+
+def test_heads_of_a_wider_stream():
+    """Each token cut into four of a quarter of the width."""
+
+    class Grouped(Block):
+        def __init__(self):
+            super().__init__(lambda b, x: x + b.ffn(x.unflatten(-1, (4, -1))).flatten(-2))
+            self.ffn = plain_ffn(WIDTH // 4, HIDDEN)
+
+    sites = find_ffns(Transformer([Grouped()]), (torch.randint(VOCABULARY, (BATCH, TIME)),))
+    assert [s.refusal for s in sites] == ["it works on parts of a stream that is 32 wide: heads or groups, not tokens"]
+
+
+def test_last_block_whose_output_is_not_used():
+    class FeaturesBeforeTheLast(Transformer):
+        def forward(self, tokens):
+            outputs = [self.tokens(tokens)]
+            for block in self.blocks:
+                outputs.append(block(outputs[-1]))
+            return self.head(outputs[-2])
+
+    model = FeaturesBeforeTheLast([Block(JOINS["pre-norm"]) for _ in range(2)])
+    assert [s.refusal for s in find_ffns(model)] == [None, None]
 
 
 class Heads(nn.Module):

@@ -105,7 +105,7 @@ DECODERS = [
     _decoder(
         "Bloom",
         r"\.mlp\.dense_4h_to_h\.weight$",
-        "the activation is an autograd.Function, the residual is added in the FFN",
+        "its activation is an autograd.Function: memory cannot be added; Dynamo breaks the graph there",
         options={**SPECIAL_TOKENS, "vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": 2, "n_head": 4},
     ),
     _decoder("GPTNeoX", r"\.mlp\.dense_4h_to_h\.weight$", "attention and FFN in parallel", max_position_embeddings=64),
@@ -115,7 +115,7 @@ DECODERS = [
         r"layers\.0\.feed_forward\.down_proj\.weight$",
         "Mamba and attention; FFN and mixture of experts",
         **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-        **{"num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+        **{"num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4},
     ),
     _decoder(
         "DeepseekV3",
@@ -136,7 +136,7 @@ ENCODERS = [
         "ModernBert",
         r"\.mlp\.Wo\.weight$",
         "gate and up in one matrix; local attention",
-        **{"cls_token_id": 1, "sep_token_id": 2, "local_attention": 8, "mlp_dropout": 0.1},
+        **{**SPECIAL_TOKENS, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8, "mlp_dropout": 0.1},
     ),
     _encoder("Longformer", _BERT_DOWN, "windowed attention", size=16, attention_window=[4, 4]),
 ]

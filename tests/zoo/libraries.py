@@ -24,7 +24,8 @@ def _timm(create: Callable[[Any], nn.Module]) -> Build:
     return build
 
 
-_TIMM: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_classes": 7}  # 16 patches
+# 16 patches; timm starts heads at zero, behind which nothing would learn in the first step, so without one.
+_TIMM: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_classes": 0}
 _TIMM_VIT = {**_TIMM, "embed_dim": WIDTH, "depth": 2, "num_heads": 4}
 
 

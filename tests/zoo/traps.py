@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrizations, prune
 
 from tests.models import Block, Transformer, plain_ffn
@@ -53,6 +52,12 @@ def _tied_to_embedding() -> tuple[nn.Module, dict[str, Any]]:
     return model, {"tokens": token_ids()}
 
 
+def _quantised() -> nn.Module:
+    from torch.ao.quantization import quantize_dynamic  # on its way out of PyTorch
+
+    return quantize_dynamic(plain_ffn(WIDTH, HIDDEN), {nn.Linear})
+
+
 def _keep_hidden(ffn: nn.Sequential) -> None:
     kept: list[torch.Tensor] = []
     ffn[1].register_forward_hook(lambda module, args, output: kept.append(output))
@@ -69,14 +74,15 @@ def _around_body(model: Callable[[nn.Module], nn.Module]) -> Build:
 
 
 _TRUE_BODY = r"^body\.\d\.ffn\.2\.weight$"
-_ROUTED = "a router reads the same stream"
+_SEVERAL = "several blocks read one stream"
+_COMPUTED = "a weight of it is computed at each call"
 
 TRAPS = [
-    _in_place_of_ffn("dense experts", layers.DenseExperts, _ROUTED),
-    _in_place_of_ffn("shared expert", layers.SharedExpert, _ROUTED),
+    _in_place_of_ffn("dense experts", layers.DenseExperts, _SEVERAL),
+    _in_place_of_ffn("shared expert", layers.SharedExpert, _SEVERAL),
     _in_place_of_ffn("mixture of depths", layers.MixtureOfDepths, "its tokens are picked by"),
     _in_place_of_ffn("batched experts", layers.BatchedExperts, ""),
-    _in_place_of_ffn("indexed expert bank", layers.IndexedBank, ""),
+    _in_place_of_ffn("indexed expert bank", layers.IndexedBank, _COMPUTED),
     Entry(
         name="Mixtral",
         family="trap",
@@ -84,7 +90,7 @@ TRAPS = [
     ),
     _in_place_of_ffn("serial adapter", layers.SerialAdapter, "its output has several consumers"),
     _in_place_of_ffn("parallel adapter", layers.ParallelAdapter, "", rf"{_BESIDE}|^blocks\.1\.ffn\.ffn\.2\.weight$"),
-    _in_place_of_ffn("LoRA", layers.LowRankAdaptedFfn, "two different activations"),
+    _in_place_of_ffn("LoRA", layers.LowRankAdaptedFfn, "another projection takes part in its hidden activation"),
     _in_place_of_ffn("low rank", layers.low_rank, "no nonlinearity"),
     _in_place_of_ffn("low rank with norm", layers.low_rank_with_norm, "no nonlinearity"),
     _in_place_of_ffn("tied up and down", layers.TiedProjections, "share one weight"),
@@ -93,25 +99,25 @@ TRAPS = [
         family="trap",
         build=_tied_to_embedding,
         down=_BESIDE,
-        refused="is tied to tokens.weight",
+        refused="is also read by embedding",
     ),
-    _in_place_of_ffn("weight norm", _changed(lambda ffn: parametrizations.weight_norm(ffn[2])), ""),
+    _in_place_of_ffn("weight norm", _changed(lambda ffn: parametrizations.weight_norm(ffn[2])), _COMPUTED),
     _in_place_of_ffn("pruned", _changed(lambda ffn: prune.l1_unstructured(ffn[0], "weight", 0.5)), ""),
-    _in_place_of_ffn("dynamic quantisation", lambda: quantize_dynamic(plain_ffn(WIDTH, HIDDEN), {nn.Linear}), ""),
+    _in_place_of_ffn("dynamic quantisation", _quantised, ""),
     _in_place_of_ffn(
         "gradient hook", _changed(lambda ffn: ffn[2].weight.register_hook(lambda grad: grad / 2)), "has gradient hooks"
     ),
     _in_place_of_ffn("hook on the hidden activation", _changed(_keep_hidden), "has hooks"),
     _in_place_of_ffn("probe", layers.Probed, "is also read by"),
     _in_place_of_ffn("L1 penalty", layers.Penalised, "is also read by"),
-    _in_place_of_ffn("token mixing", lambda: layers.TokenMixer(10), ""),
+    _in_place_of_ffn("token mixing", lambda: layers.TokenMixer(10), "it mixes tokens"),
     _in_place_of_ffn("convolution over tokens", lambda: layers.ConvolutionalFfn(3), ""),
     _in_place_of_ffn("1x1 convolution", lambda: layers.ConvolutionalFfn(1), ""),
-    _in_place_of_ffn("token shift", layers.ShiftedFfn, "over tokens"),
+    _in_place_of_ffn("token shift", layers.ShiftedFfn, "roll stands between its projections"),
     _in_place_of_ffn("two sources", layers.GateOfAnotherSource, "two different activations"),
     _in_place_of_ffn("hyper-network", layers.HyperNetwork, ""),
-    _in_place_of_ffn("recurrent gate", layers.RecurrentGate, ""),
-    _in_place_of_ffn("squeeze and excite", layers.SqueezeAndExcite, "a gate, not an FFN"),
+    _in_place_of_ffn("recurrent gate", layers.RecurrentGate, "lstm stands between its projections"),
+    _in_place_of_ffn("squeeze and excite", layers.SqueezeAndExcite, "not to the residual stream that it read"),
     _in_place_of_ffn("hidden width equals width", lambda: plain_ffn(WIDTH, WIDTH), "its hidden width equals"),
     Entry(
         name="time embedding, heads, pooler",

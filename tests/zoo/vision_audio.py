@@ -126,6 +126,7 @@ VISION = [
             vision_config={**IMAGE_ENCODER, "model_type": "clip_vision_model", "num_hidden_layers": 3},
             image_token_index=5,
             image_seq_length=4,
+            vision_feature_layer=-1,
         ),
         down=r"(vision_tower\S*mlp\.fc2|language_model\S*mlp\.down_proj)\.weight$",
         note="CLIP, a projector, Llama",
