@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 from collections.abc import Sequence
 
@@ -31,20 +32,32 @@ def rehearse(root: nn.Module, captures: Sequence[Capture], chosen: Sequence[FfnS
 
 
 def _failure(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], adds: bool) -> str | None:
-    with lent(root, sites, adds) as understudies:
-        for capture in captures:
-            inside = [s for s in sites if not capture.path or s.down.startswith(f"{capture.path}.")]
-            if capture.forward is None or not inside:
-                continue
+    calls: collections.Counter[str] = collections.Counter()
+    for capture in captures:
+        inside = [
+            s for s in sites if (not capture.path or s.down.startswith(f"{capture.path}.")) and _speaks(capture, s)
+        ]
+        if capture.forward is None or not inside:
+            continue
+        with lent(root, inside, adds) as understudies:
             try:
                 capture.forward.run(root.get_submodule(capture.path))
             except MemcompileError as error:
                 return str(error).removeprefix("memcompile: ")
             except Exception as error:  # the owner's code met an object where it expects a tensor
-                return (
-                    f"its code does not run with a stand-in for its hidden activation ({type(error).__name__}: {error})"
-                )
-    for site, understudy in zip(sites, understudies, strict=True):
-        if understudy.calls != site.calls:
-            return f"it ran {understudy.calls} times with a stand-in, and {site.calls} times without"
+                return f"its code does not run with a stand-in for its hidden activation ({_described(error)})"
+        calls.update({s.down: understudy.calls for s, understudy in zip(inside, understudies, strict=True)})
+    for site in sites:
+        if calls[site.down] != site.calls:
+            return f"it ran {calls[site.down]} times with a stand-in, and {site.calls} times without"
     return None
+
+
+def _speaks(capture: Capture, site: FfnSite) -> bool:
+    """Whether the site was found in this graph."""
+    inside = not capture.path or site.down.startswith(f"{capture.path}.")
+    return inside and capture.speaks_for(site.down) and site.down not in capture.unread
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

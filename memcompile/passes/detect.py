@@ -85,10 +85,10 @@ def find_blocks(captures: Sequence[Capture], model: nn.Module | None) -> list[Bl
     found: list[Candidate] = []
     for capture in captures:
         normalize(capture.graph)
-        found.extend(_candidates(capture))
+        found.extend(c for c in _candidates(capture) if all(map(capture.speaks_for, c.replaced)))
     _refuse_unproved_boundaries(found, model)
     _refuse_parallel_branches(found)
-    blocks = _merge_calls(found, captures, model)
+    blocks = _in_order(_merge_calls(found, captures, model), captures)
     for site in [block.site for block in blocks]:
         log.debug("%s %s: %s", "refused" if site.refusal else "found", site.down, site.refusal or site.pattern)
     return blocks
@@ -221,6 +221,16 @@ def _merge_calls(found: list[Candidate], captures: Sequence[Capture], model: nn.
     return blocks
 
 
+def _in_order(blocks: list[Block], captures: Sequence[Capture]) -> list[Block]:
+    """The blocks in execution order, also where two forwards had to be traced: the second ran them all."""
+    second = next((capture for capture in captures if capture.only is not None), None)
+    if second is None:
+        return blocks
+    position = {node: index for index, node in enumerate(second.graph.nodes)}
+    first_use = {name: min(map(position.__getitem__, p.users), default=-1) for p, name in second.parameters.items()}
+    return sorted(blocks, key=lambda block: first_use[block.site.down])
+
+
 def _parameter_refusal(
     replaced: tuple[str, ...],
     candidates: list[Candidate],
@@ -235,12 +245,17 @@ def _parameter_refusal(
     for name in replaced:
         if owners[name] > 1:
             return f"{name} also belongs to another block"
+    refusal = registration.refusal(replaced) if registration is not None else None
+    if refusal is not None:
+        return refusal
     inside = frozenset[fx.Node]().union(*(c.region.all_nodes for c in candidates))
-    for placeholder in [p for capture in captures for p, name in capture.parameters.items() if name in replaced]:
+    for placeholder in [
+        p for c in captures for p, name in c.parameters.items() if name in replaced and c.speaks_for(name)
+    ]:
         for user in placeholder.users:
             if user not in inside:
                 return f"one of its weights is also read by {operator_name(user)} outside of the block"
-    return registration.refusal(replaced) if registration is not None else None
+    return None
 
 
 def _pattern(region: Region) -> str:

@@ -27,10 +27,12 @@ class Forward:
         arguments: of the call. Only shapes and dtypes of tensors are read, unless the call computes.
         compute: run on copies of the real tensors: some paths depend on values (the tokens of an image, a router's
             choice), and some operators have no fake kernel for every dtype.
+        evaluate: run in eval mode, whatever mode the module is in.
     """
 
     arguments: Arguments
     compute: bool = False
+    evaluate: bool = False
 
     def run(self, module: nn.Module, through: Callable[[Callable], Callable] = lambda function: function) -> Any:
         """``through(f)(parameters, buffers, args, kwargs)``, where ``f`` returns the tensors that ``module`` returns.
@@ -57,6 +59,8 @@ class Forward:
         on_fakes = contextlib.nullcontext() if self.compute else mode
         eager = torch.compiler.set_stance("force_eager")
         with untouched(module), torch.enable_grad(), eager, data_traced(), functions_marked(), on_fakes:
+            if self.evaluate:
+                module.eval()
             args, kwargs = pytree.tree_map(argument, (self.arguments.args, self.arguments.kwargs))
             return through(call)(parameters, buffers, args, kwargs)
 

@@ -69,7 +69,8 @@ def _guess_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     tokens = torch.empty(BATCH, TOKENS, dtype=torch.int64, device="meta")
     if embeds:
         yield tokens
-    if isinstance(first, nn.Conv2d) or hasattr(module, "main_input_name"):
+    yield from _guess_audio(module, dtype)
+    if isinstance(first, nn.Conv2d) or hasattr(module, "main_input_name") or not embeds:
         conv = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
         if conv is not None:
             for side in _image_sides(module):
@@ -78,6 +79,20 @@ def _guess_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
         yield features(BATCH, TOKENS, width)
     if not embeds:
         yield tokens
+
+
+def _guess_audio(module: nn.Module, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Waveforms and spectrograms, where a Hugging Face model says that it takes them."""
+    name, config = getattr(module, "main_input_name", None), getattr(module, "config", None)
+    if name == "input_values":
+        yield torch.empty(BATCH, 4000, dtype=dtype, device="meta")
+    if name == "input_features":
+        bins = next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv1d)), None)
+        bins = getattr(config, "num_mel_bins", None) or bins or 80
+        positions = getattr(config, "max_source_positions", None)
+        if isinstance(positions, int):
+            yield torch.empty(BATCH, bins, 2 * positions, dtype=dtype, device="meta")
+        yield torch.empty(BATCH, 40, bins, dtype=dtype, device="meta")
 
 
 def _widths(module: nn.Module) -> list[int]:

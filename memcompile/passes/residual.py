@@ -26,7 +26,7 @@ from memcompile.token_wise import (
 )
 
 # What may stand between an FFN's output and the stream that it joins ...
-_TO_STREAM = LINEAR | CASTS | DROPOUTS | NORMS | RESHAPES | {"getitem", "cat"}
+_TO_STREAM = LINEAR | CASTS | DROPOUTS | NORMS | RESHAPES | {"getitem", "cat", "stack"}
 # ... and between the stream and what an FFN reads, which only has to be made of it.
 _FROM_STREAM = POINTWISE | CASTS | DROPOUTS | NORMS | RESHAPES | FEATURE_REDUCTIONS | FEATURE_SPLITS | FEATURE_JOINS
 _FROM_STREAM |= TRANSPOSES | {"getitem", "batch_norm", "pad", "constant_pad_nd", "roll"}

@@ -26,13 +26,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
     the fake parameters that `functional_call` leaves in a module that is reached by two paths.
 
     Hooks stay silent meanwhile: they are the user's own code with effects of its own, and no fake tensor is for it.
+    Not those by which a Hugging Face model collects its own hidden states, once it has run: its forward reads them.
     """
     containers = (dict, list, set)
     saved, tensors = [], []
     for module in model.modules():
         state = dict(module.__dict__)
         saved.append((module, state, {k: v.copy() for k, v in state.items() if type(v) in containers}))
-        module.__dict__.update({hooks: type(state[hooks])() for hooks in HOOKS})
+        module.__dict__.update({hooks: _of_the_model(state[hooks]) for hooks in HOOKS})
         # What is no parameter and no buffer is not faked, and operators on constants alone do run. A table of
         # more than a few MiB is not copied: none is seen that a forward writes without an activation.
         small = (v for v in state.values() if type(v) is torch.Tensor and v.numel() <= 2**20)
@@ -52,6 +53,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for tensor, version, content in tensors:
             if tensor._version != version:
                 tensor.detach().copy_(content)
+
+
+def _of_the_model(hooks: Any) -> Any:
+    return type(hooks)((key, hook) for key, hook in hooks.items() if hook.__module__.startswith("transformers."))
 
 
 def _restore(container: Any, content: Any) -> None:

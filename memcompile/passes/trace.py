@@ -36,6 +36,7 @@ class Capture:
             are represented by the model's first, in every capture.
         buffers: the placeholders that stand for buffers.
         forward: how the module was run; None for a graph that somebody else captured.
+        only: where set, the graph speaks for these parameters alone: another graph does for the rest.
     """
 
     path: str
@@ -43,6 +44,16 @@ class Capture:
     parameters: dict[fx.Node, str]
     buffers: frozenset[fx.Node]
     forward: Forward | None = None
+    only: frozenset[str] | None = None
+
+    def speaks_for(self, parameter: str) -> bool:
+        """Whether a reader of the parameter in this graph counts."""
+        return self.only is None or parameter in self.only
+
+    @property
+    def unread(self) -> frozenset[str]:
+        """The parameters that nothing in the graph reads."""
+        return frozenset(name for node, name in self.parameters.items() if not node.users)
 
     @functools.cached_property
     def constants(self) -> frozenset[fx.Node]:
@@ -58,8 +69,12 @@ def trace(model: nn.Module, example_inputs: Any = None) -> list[Capture]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     with quiet(), forgotten():
         captures = list(_trace_largest(model, "", names, _as_arguments(example_inputs), {}))
-    if [c.path for c in captures] != [""]:
+        captures += _skipped_in_training(model, names, captures)
+    if any(c.path for c in captures):
         log.debug("whole-model trace did not run; traced submodules: %s", [c.path for c in captures])
+    elif captures:
+        unread = frozenset.intersection(*(c.unread for c in captures))
+        log.debug("parameters that no forward reads, which were not looked at: %s", sorted(unread) or "none")
     return captures
 
 
@@ -86,6 +101,24 @@ def _trace_largest(
     else:
         for name, child in module.named_children():
             yield from _trace_largest(child, f"{path}.{name}" if path else name, names, None, traced)
+
+
+def _skipped_in_training(model: nn.Module, names: dict[int, str], captures: Sequence[Capture]) -> Iterator[Capture]:
+    """The graph in eval mode of what one forward in train mode happened to leave out (layer drop)."""
+    if not captures or captures[0].path or not captures[0].unread or not any(m.training for m in model.modules()):
+        return
+    (whole,) = captures
+    assert whole.forward is not None
+    for compute in (False, True) if can_compute(model) else (False,):
+        try:
+            capture = _trace_once(model, "", names, Forward(whole.forward.arguments, compute, evaluate=True))
+        except Exception as error:  # as in train mode, the owner's code may fail in any way
+            log.debug("the model does not trace in eval mode: %s", error)
+            continue
+        found = whole.unread - capture.unread
+        if found:
+            yield dataclasses.replace(capture, only=found)
+        return
 
 
 def _trace_module(module: nn.Module, path: str, names: dict[int, str], given: Arguments | None) -> Capture | None:

@@ -68,13 +68,35 @@ def indexed(index: Any, leading: int, features: Features) -> Features | None:
         if item is None:
             result.append(1)
         elif isinstance(item, slice):
-            result.append(len(range(*item.indices(features[position]))))
+            length = _length(item, features[position])
+            if length is None:
+                return None
+            result.append(length)
             position += 1
         elif isinstance(item, int):
             position += 1
         else:
             return None
     return tuple(result)
+
+
+def _length(item: slice, size: int) -> int | None:
+    """Elements that a slice takes of ``size``. Not by `slice.indices`, which Dynamo 2.11 does not know."""
+    step = 1 if item.step is None else item.step
+    start, stop = 0 if item.start is None else item.start, size if item.stop is None else item.stop
+    if step < 1:
+        return None
+    start = max(0, start + size) if start < 0 else min(start, size)
+    stop = max(0, stop + size) if stop < 0 else min(stop, size)
+    return max(0, -((start - stop) // step))
+
+
+def unflattened(size: int, sizes: Sequence[int]) -> Features:
+    """``sizes`` with the one that is -1 resolved."""
+    known = 1
+    for part in sizes:
+        known *= part if part != -1 else 1
+    return tuple([size // known if part == -1 else part for part in sizes])
 
 
 def parts(size: int, split: int | Sequence[int]) -> list[int]:

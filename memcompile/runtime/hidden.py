@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import CaptureError
-from memcompile.runtime.feature_shapes import Features, broadcast, indexed, parts, viewed
+from memcompile.runtime.feature_shapes import Features, broadcast, indexed, parts, unflattened, viewed
 from memcompile.token_wise import CASTS, DROPOUTS, FEATURE_JOINS, FEATURE_REDUCTIONS, NORMS, POINTWISE
 
 if TYPE_CHECKING:
@@ -113,9 +113,7 @@ class HiddenActivation:
         if dim % self.ndim < self._leading:
             return HiddenActivation(torch.unflatten(self.x, dim % self.ndim, sizes), self.features, self.layer)
         at = self._feature(dim, "unflatten")
-        known = math.prod(size for size in sizes if size != -1)
-        resolved = [self.features[at] // known if size == -1 else size for size in sizes]
-        return self._with((*self.features[:at], *resolved, *self.features[at + 1 :]))
+        return self._with((*self.features[:at], *unflattened(self.features[at], sizes), *self.features[at + 1 :]))
 
     def unsqueeze(self, dim: int) -> HiddenActivation:
         position = dim % (self.ndim + 1)
@@ -189,6 +187,20 @@ class HiddenActivation:
 
     def glu(self, dim: int = -1) -> HiddenActivation:
         return self.chunk(2, dim)[0]
+
+    # --- tensors of its dtype and device: a dropout that the model spells out -----------------------------------------
+
+    def new_empty(self, *size: Any, **options: Any) -> Tensor:
+        return self.x.new_empty(*size, **options)
+
+    def new_zeros(self, *size: Any, **options: Any) -> Tensor:
+        return self.x.new_zeros(*size, **options)
+
+    def new_ones(self, *size: Any, **options: Any) -> Tensor:
+        return self.x.new_ones(*size, **options)
+
+    def new_full(self, *size: Any, **options: Any) -> Tensor:
+        return self.x.new_full(*size, **options)
 
     # --- operators -----------------------------------------------------------------------------------------------
 
@@ -264,8 +276,6 @@ class HiddenActivation:
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):  # copy and pickle ask a bare instance for these
             raise AttributeError(attribute)
-        if attribute in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
-            return getattr(self.x, attribute)
         raise self.mixes(f"`.{attribute}`")
 
     def __repr__(self) -> str:

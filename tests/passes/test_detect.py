@@ -267,7 +267,9 @@ def test_expert_banks():
         def forward(self, x):
             return F.linear(F.gelu(F.linear(x, self.w1[0])), self.w2[0])
 
-    assert find_ffns(around(Bank)) == []
+    sites = find_ffns(around(Bank))
+    assert len(sites) == 4
+    assert all("a weight of it is computed at each call" in s.refusal for s in sites)
 
 
 def test_half_of_an_ffn_shared():

@@ -81,6 +81,7 @@ JOINS = {
     "squashed source": lambda b, x: x + b.ffn(torch.tanh(b.alpha * x) * b.scale),
     "some tokens": lambda b, x: torch.cat([x[:, :2] + b.ffn(b.norm2(x[:, :2])), x[:, 2:]], 1),
     "drop path": lambda b, x: x + (lambda y: y * y.new_empty(len(y), 1, 1).bernoulli_(0.9))(b.ffn(b.norm2(x))),
+    "row by row": lambda b, x: x + torch.stack([b.ffn(b.norm2(row)) for row in x]),
     "batch norm": lambda b, x: x + b.ffn(F.batch_norm(x.mT, None, None, training=True).mT),
     "centred source": lambda b, x: x + b.ffn(x - x.mean(1, keepdim=True)),
 }

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+import memcompile
 from memcompile.passes.normalize import operator_name
 from memcompile.passes.trace import trace
 from tests.models import BATCH, TIME, WIDTH, ZOO, Block, Transformer, plain_ffn, tiny_gpt
+from tests.planned import MEMORY
 
 
 def linears(graph):
@@ -206,3 +208,78 @@ def test_a_model_on_meta_stays_there():
     assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
     assert len(linears(capture.graph)) == 32 * 7 + 1
     assert all(node.meta["val"].device.type == "meta" for node in linears(capture.graph))
+
+
+class LayerDrop(Transformer):
+    """Leaves out blocks in train mode, as layer drop does for one batch."""
+
+    def forward(self, tokens):
+        x = self.tokens(tokens)
+        for index, block in enumerate(self.blocks):
+            if not (self.training and index % 2):
+                x = block(x)
+        return self.head(self.norm(x))
+
+
+def test_what_train_mode_leaves_out_is_traced_in_eval_mode():
+    model = LayerDrop([Block(WIDTH, plain_ffn(WIDTH, 80)) for _ in range(4)])
+    modes = [module.training for module in model.modules()]
+    whole, rest = trace(model)
+    assert (whole.only, whole.forward.evaluate, rest.forward.evaluate) == (None, False, True)
+    left_out = {name for name in model.state_dict() if name.startswith(("blocks.1.", "blocks.3."))}
+    assert rest.only == left_out and left_out < whole.unread
+    assert "positions.weight" in rest.unread and not rest.speaks_for("positions.weight")
+    assert [module.training for module in model.modules()] == modes
+    assert len(trace(model.eval())) == 1
+
+
+def test_blocks_left_out_are_found_in_order_and_run_once():
+    model = LayerDrop([Block(WIDTH, plain_ffn(WIDTH, 80)) for _ in range(4)])
+    explanation = memcompile.plan(model, memory_layers="all", **MEMORY)
+    assert [(row.site.name, row.site.calls, row.chosen) for row in explanation.rows] == [
+        (f"blocks.{i}.ffn", 1, True) for i in range(4)
+    ]
+    model.eval()(torch.randint(50, (BATCH, TIME))).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "memory" in name)
+
+
+class Masked(Transformer):
+    """A value decides how many tokens go on: no fake tensor knows it."""
+
+    def forward(self, tokens):
+        x = self.tokens(tokens)
+        kept = x[(tokens >= 0).all(1)]
+        for block in self.blocks:
+            kept = block(kept) if (tokens >= 0).any() else kept
+        return self.head(self.norm(kept))
+
+
+def test_where_values_decide_a_copy_of_the_model_runs_once():
+    model = Masked([Block(WIDTH, plain_ffn(WIDTH, 80)) for _ in range(2)])
+    before = {name: (tensor.clone(), tensor._version) for name, tensor in model.state_dict().items()}
+    tokens, random_state = torch.randint(50, (BATCH, TIME)), torch.get_rng_state()
+    (capture,) = trace(model, (tokens,))
+    assert (capture.path, capture.forward.compute) == ("", True)
+    assert len(linears(capture.graph)) == 2 * 4 + 1
+    assert all(torch.equal(tensor, before[name][0]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [c.path for c in trace(model.to("meta"))] != [""]  # no values, no whole
+
+
+def test_a_hugging_face_model_that_has_run_collects_its_hidden_states():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80
+    )
+
+    class LastButOne(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert = transformers.BertModel(config)
+
+        def forward(self, tokens):
+            return self.bert(tokens, output_hidden_states=True).hidden_states[-2]
+
+    model, tokens = LastButOne(), torch.randint(50, (BATCH, TIME))
+    model(tokens)
+    assert [c.path for c in trace(model, (tokens,))] == [""]

@@ -214,3 +214,15 @@ def test_stand_ins_of_a_copy_belong_to_the_copy(duplicate, x):
     up, _, down, _ = duplicate(model).blocks[1].ffn
     assert up.weight.layer is down.weight.layer is down.memory is not model.blocks[1].ffn[2].memory
     assert torch.equal(down(F.gelu(up(x))), model.blocks[1].ffn(x))
+
+
+# Dynamo (2.11 to 2.15) has no rule for `torch.cat` of a tuple of such objects, for `rand_like` of one, and, before
+# 2.15, for `~`: it breaks the graph there.
+BREAKS_THE_GRAPH = {"unbound", "drop path", "masked fill"}
+
+
+@pytest.mark.parametrize("name", sorted(TOKEN_WISE.keys() - BREAKS_THE_GRAPH))
+def test_dynamo_traces_them_without_a_graph_break(name, ffn, x):
+    ffn.operator = TOKEN_WISE[name]
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(ffn, backend="eager", fullgraph=True)(x), ffn.down.memory(x))

@@ -48,7 +48,9 @@ class EinsumFfn(nn.Module):
 
 
 class CheckpointedTransformer(Transformer):
-    """Recomputes every block in the backward pass."""
+    """Recomputes every block in the backward pass. Without dropout: only a compiler keeps the random state of a
+    checkpoint that Dynamo captured, and the tests stop before it.
+    """
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens)
@@ -158,7 +160,7 @@ HANDWRITTEN = [
         family="hand-written",
         build=_on_tokens(
             lambda: CheckpointedTransformer(
-                [Block(WIDTH, plain_ffn(WIDTH, HIDDEN, 0.1)) for _ in range(2)], WIDTH, VOCABULARY
+                [Block(WIDTH, plain_ffn(WIDTH, HIDDEN)) for _ in range(2)], WIDTH, VOCABULARY
             )
         ),
         down=r"\.ffn\.2\.weight$",

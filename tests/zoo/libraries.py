@@ -57,6 +57,7 @@ TIMM = [
         build=_timm(lambda timm: timm.models.MlpMixer(num_blocks=2, embed_dim=16, mlp_ratio=(4.0, 4.0), **_TIMM)),
         down=r"\.mlp_channels\.fc2\.weight$",
         note="channel MLPs are FFNs; token MLPs of the same sizes are not",
+        guessed=False,
     ),
     Entry(
         name="timm EVA-02",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -90,13 +91,12 @@ def test_ffn_is_gone_and_memory_learns(entry):
     learned = gradients(model, run(model, inputs))
     assert [name for name in memory if name not in learned or not learned[name].any()] == []
 
+    first, last = train(copy.deepcopy(model), inputs)
+    assert last < 0.8 * first, "the model does not learn"
     for parameter in model.parameters():
         parameter.requires_grad_(any(parameter is of_memory for of_memory in memory.values()))
     first, last = train(model, inputs)
     assert last < first, "the memory alone does not learn"
-    model.requires_grad_(True)
-    first, last = train(model, inputs)
-    assert last < 0.8 * first, "the model does not learn"
 
 
 def enable_checkpointing(model: nn.Module) -> None:
@@ -169,9 +169,8 @@ def test_captured_equals_eager(entry, training, monkeypatch):
         assert sum(lookups(module.graph) for module in inner) == sum(site.calls for site in pool_of(model).chosen)
 
 
-@pytest.mark.parametrize("name", ["ViT", "einsum"])
-def test_compiled_equals_eager(name):
-    (entry,) = (entry for entry in MODELS if entry.name == name)
+def test_compiled_equals_eager():
+    (entry,) = (entry for entry in MODELS if entry.name == "einsum")  # Inductor takes its time
     model, inputs = planned(entry)
     compiled = torch.compile(model, backend="memcompile")
     for training in (True, False):
