@@ -117,14 +117,14 @@ def functions_marked() -> Iterator[None]:
     """Marks the nodes that run inside an `autograd.Function`: its backward is its own, whatever the graph shows.
     Reentrant activation checkpointing is one too, but differentiates what it ran.
     """
-    apply = torch.autograd.Function.__dict__["apply"]
+    apply = torch.autograd.Function.__dict__["apply"]  # a classmethod, written in C from torch 2.15 on
 
     def marking(cls: type, *args: Any, **kwargs: Any) -> Any:
         mode = get_proxy_mode()
         if mode is None or cls is CheckpointFunction:
-            return apply.__func__(cls, *args, **kwargs)
-        before = next(reversed(mode.tracer.graph.nodes))
-        result = apply.__func__(cls, *args, **kwargs)
+            return apply.__get__(None, cls)(*args, **kwargs)
+        before = next(iter(reversed(mode.tracer.graph.nodes)))
+        result = apply.__get__(None, cls)(*args, **kwargs)
         node = before.next
         while node.op != "root":
             node.meta[AUTOGRAD_FUNCTION] = cls.__name__
