@@ -22,6 +22,7 @@ from memcompile.rehearsal import rehearse
 from memcompile.runtime.checkpoint import plan_in
 from memcompile.runtime.ddp import check_rebuildable, rebuild
 from memcompile.runtime.install import install
+from memcompile.runtime.interrupts import uninterrupted
 from memcompile.runtime.optimizers import adopt_optimizers
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.wrappers import is_sharded, unwrap
@@ -44,7 +45,8 @@ def plan(
         model: any module; may be wrapped by DDP or ``torch.compile``. Plan before ``fully_shard``.
         memory: every option at once; or give them as keywords, see :class:`memcompile.MemoryConfig`.
         example_inputs: a tuple of positional or a dict of keyword arguments of one forward, for models whose
-            inputs cannot be guessed. Never computed with: only shapes and dtypes are read.
+            inputs cannot be guessed. Of its tensors only shapes and dtypes are read, unless
+            values decide the path: then a copy of the model runs on them once.
         options: fields of :class:`memcompile.MemoryConfig`.
 
     Returns:
@@ -77,9 +79,10 @@ def plan(
     sites, chosen = _choose(root, requested, example_inputs)
     config = resolve(requested, chosen, sum(p.numel() for p in root.parameters()))
     pool = MemoryPool(root=root, config=config, requested=requested, sites=tuple(sites))
-    adopt_optimizers(install(pool, chosen), pool)
-    for wrapper in parallel:
-        rebuild(wrapper)
+    with uninterrupted():
+        adopt_optimizers(install(pool, chosen), pool)
+        for wrapper in parallel:
+            rebuild(wrapper)
     explanation = explain(model)
     log.info("planned in %.2f s\n%r", time.perf_counter() - start, explanation)
     return explanation

@@ -1,6 +1,7 @@
 """plan(): what it changes in a model, when it changes nothing, and when it refuses."""
 
 import gc
+import signal
 import weakref
 
 import numpy
@@ -13,6 +14,7 @@ import memcompile
 from memcompile import MemoryConfig, OptionError, PlanError
 from memcompile.runtime.pool import pool_of
 from tests.models import WIDTH, ZOO, tiny_gpt
+from tests.planned import MEMORY
 
 SIZES = {"n_keys": 8, "top_k": 4, "heads": 2}
 
@@ -309,3 +311,23 @@ def test_values_lr_of_any_real_type_travels():
     config = MemoryConfig(values_lr=numpy.float32(0.5))
     assert MemoryConfig.from_dict(config.to_dict()) == config
     assert type(config.values_lr) is float
+
+
+def test_an_interrupt_waits_until_the_model_is_whole(monkeypatch):
+    """Ctrl-C between the layers and the optimizer: the plan is finished first, then the interrupt is raised."""
+    model = tiny_gpt(layers=2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    adopt = memcompile.planning.adopt_optimizers
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return adopt(*arguments)
+
+    monkeypatch.setattr("memcompile.planning.adopt_optimizers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        memcompile.plan(model, memory_layers=1, **MEMORY)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    assert memcompile.explain(model).planned
+    with pytest.raises(KeyboardInterrupt):  # the handler of before is back
+        signal.raise_signal(signal.SIGINT)

@@ -19,15 +19,15 @@ _REGISTERED = frozenset({"_parameters", "_buffers", "_modules", *HOOKS})
 def structure(module: nn.Module) -> Hashable:
     """A value that is equal for two modules only if their forwards do the same: the same classes and attributes, and
     tensors of the same shapes, dtypes and ties. What cannot be compared is taken for different, unless it is one
-    object. Hooks do not count: tracing silences them.
+    object. The user's hooks do not count: tracing silences them.
     """
     return _structure(module, {})
 
 
 def _structure(module: nn.Module, seen: dict[int, int]) -> Hashable:
-    first = seen.setdefault(id(module), len(seen))
-    if first != len(seen) - 1:
-        return ("again", first)
+    if id(module) in seen:
+        return ("again", seen[id(module)])
+    seen[id(module)] = len(seen)
     attributes = {name: value for name, value in module.__dict__.items() if name not in _REGISTERED}
     tensors = {**module._parameters, **module._buffers}
     return (

@@ -7,7 +7,7 @@ from collections.abc import Container
 import torch
 from torch import fx
 
-from memcompile.passes.normalize import fake_value, is_in_place, is_view, operator_name
+from memcompile.passes.normalize import aliases, fake_value, is_in_place, is_view, operator_name
 from memcompile.token_wise import CASTS, POINTWISE, RESHAPES
 
 
@@ -34,26 +34,28 @@ def find_constants(graph: fx.Graph, given: Container[fx.Node]) -> frozenset[fx.N
 
 
 def is_random(node: fx.Node, constants: Container[fx.Node]) -> bool:
-    """Whether a constant is drawn anew at each call (a dropout that the model spells out)."""
-    pending, seen = [node], {node}
+    """Whether a constant is drawn anew at each call, and made of nothing else (a dropout that the model spells out)."""
+    pending, seen, drawn = [node], {node}, False
     while pending:
         current = pending.pop()
-        if (
-            isinstance(current.target, torch._ops.OpOverload)
-            and torch.Tag.nondeterministic_seeded in current.target.tags
-        ):
-            return True
+        draws = isinstance(current.target, torch._ops.OpOverload) and _SEEDED in current.target.tags
+        drawn = drawn or draws
+        if not current.all_input_nodes and not draws and operator_name(current) != "empty" and not is_uniform(current):
+            return False
         new = [a for a in current.all_input_nodes if a in constants and a not in seen]
         seen.update(new)
         pending.extend(new)
-    return False
+    return drawn
+
+
+_SEEDED = torch.Tag.nondeterministic_seeded
 
 
 def is_uniform(node: fx.Node) -> bool:
     """Whether every element of a constant is one number: zeros, ones, full, and what is computed of such."""
-    if operator_name(node) in _FILLED:
-        return True
     value = fake_value(node)
+    if operator_name(node) in _FILLED:
+        return not any(is_in_place(alias) and alias is not node for alias in aliases(node))
     if node.op == "placeholder" or (value is not None and value.numel() == 1):
         return value is not None and value.numel() == 1
     inputs = node.all_input_nodes

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 def find_ffns(model: nn.Module, example_inputs: Any = None) -> list[FfnSite]:
     """The feed-forward blocks of ``model`` in execution order, matched on FX graphs and never by name.
 
-    Nothing is computed: the model runs on fake tensors. A block found only where it cannot be proved safe to
-    replace carries the reason in ``refusal``.
+    The model runs on fake tensors, or, where values decide its path, a copy of it runs once. A block found only where
+    it cannot be proved safe to replace carries the reason in ``refusal``.
 
     Args:
         model: any module; its parameters may be on the meta device. A captured graph of ATen operators

@@ -28,11 +28,13 @@ class Forward:
         compute: run on copies of the real tensors: some paths depend on values (the tokens of an image, a router's
             choice), and some operators have no fake kernel for every dtype.
         evaluate: run in eval mode, whatever mode the module is in.
+        device: of the tensors in the arguments.
     """
 
     arguments: Arguments
     compute: bool = False
     evaluate: bool = False
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     def run(self, module: nn.Module, through: Callable[[Callable], Callable] = lambda function: function) -> Any:
         """``through(f)(parameters, buffers, args, kwargs)``, where ``f`` returns the tensors that ``module`` returns.
@@ -42,7 +44,6 @@ class Forward:
         as_input = _copy if self.compute else mode.from_tensor
         parameters = {name: as_input(p) for name, p in module.named_parameters()}
         buffers = {name: as_input(b) for name, b in module.named_buffers()}
-        device = next(module.parameters()).device
 
         def call(parameters: dict, buffers: dict, args: tuple, kwargs: dict) -> list[Tensor]:
             output = functional_call(module, parameters | buffers, args, kwargs)
@@ -53,14 +54,15 @@ class Forward:
                 return leaf
             if self.compute and not leaf.is_meta:
                 return _copy(leaf)
-            tensor = torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device=device)
+            tensor = torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device=self.device)
             return tensor.fill_(1) if self.compute else tensor
 
         on_fakes = contextlib.nullcontext() if self.compute else mode
         eager = torch.compiler.set_stance("force_eager")
         with untouched(module), torch.enable_grad(), eager, data_traced(), functions_marked(), on_fakes:
             if self.evaluate:
-                module.eval()
+                for inner in module.modules():  # not eval(), which may be the owner's own and change weights
+                    inner.training = False
             args, kwargs = pytree.tree_map(argument, (self.arguments.args, self.arguments.kwargs))
             return through(call)(parameters, buffers, args, kwargs)
 

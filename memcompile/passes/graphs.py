@@ -95,6 +95,9 @@ def _scopes(
     buffers = [n for n in module.graph.find_nodes(op="get_attr") if n not in parameters]
     give_values(module, graph)
     _give_sizes(graph)
+    for node in reversed(graph.nodes):  # left behind by autograd where the weights required gradients
+        if operator_name(node) == "detach" and not node.users:
+            graph.erase_node(node)
     capture = Capture(
         "", graph, {copies[n]: name for n, name in parameters.items()}, frozenset(copies[n] for n in buffers)
     )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import fx
 
-from memcompile.passes.normalize import fake_value, features, operator_name, tokens
+from memcompile.passes.normalize import dimension_order, fake_value, features, operator_name, tokens
 from memcompile.passes.projection import Projection
 from memcompile.passes.region import Refusal, Region
 from memcompile.passes.trace import Capture
@@ -91,11 +90,4 @@ def _origins(node: fx.Node, dim: int) -> Iterator[tuple[fx.Node, int]]:
 
 
 def _before_transpose(node: fx.Node, dim: int, rank: int) -> int:
-    axes: Any = node.args[1:]
-    order = list(range(rank))
-    if operator_name(node) == "permute":
-        order = [d % rank for d in axes[0]]
-    else:
-        a, b = axes or (-1, -2)
-        order[a], order[b] = order[b], order[a]
-    return order[dim] - rank
+    return dimension_order(node, rank)[dim] - rank

@@ -98,6 +98,29 @@ def is_view(node: fx.Node) -> bool:
     return len(returns) > 0 and returns[0].alias_info is not None
 
 
+def dimension_order(node: fx.Node, rank: int) -> list[int]:
+    """Which dimension of its operand each dimension of a transpose is: the transpose of a tensor whose sizes tell."""
+    numbered = torch.empty(tuple(range(1, rank + 1)), device="meta")
+    result = node.target(numbered, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return [size - 1 for size in result.shape]
+
+
+def aliases(node: fx.Node) -> set[fx.Node]:
+    """Every node that shares memory with ``node``."""
+
+    def shares(node: fx.Node) -> bool:
+        return is_view(node) or is_in_place(node)
+
+    while shares(node):
+        node = node.all_input_nodes[0]
+    found, pending = set[fx.Node](), [node]
+    while pending:
+        node = pending.pop()
+        found.add(node)
+        pending.extend(u for u in node.users if u not in found and shares(u) and u.all_input_nodes[0] is node)
+    return found
+
+
 def fake_value(node: fx.Node) -> torch.Tensor | None:
     """The fake tensor that the node produced, None where it produced something else."""
     value = node.meta.get("val")

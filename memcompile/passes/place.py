@@ -81,7 +81,7 @@ def _resolve(item: int | str, usable: list[FfnSite], sites: Sequence[FfnSite]) -
     if not named and any(character in item for character in "*?["):
         return _matching(item, usable, sites)
     if not named:
-        raise PlanError(f"memory_layers names {item!r}, which is no feed-forward block: choose of {_names(usable)}")
+        raise PlanError(f"memory_layers names {item!r}, which is no feed-forward block: choose from {_names(usable)}")
     if len(named) > 1:
         raise PlanError(f"memory_layers names {item!r}, which owns several blocks: choose by {[s.down for s in named]}")
     if named[0].refusal:
@@ -92,7 +92,7 @@ def _resolve(item: int | str, usable: list[FfnSite], sites: Sequence[FfnSite]) -
 def _matching(glob: str, usable: list[FfnSite], sites: Sequence[FfnSite]) -> list[FfnSite]:
     matched = [site for site in sites if any(fnmatch.fnmatchcase(name, glob) for name in (site.name, site.down))]
     if not matched:
-        raise PlanError(f"memory_layers={glob!r} matches no feed-forward block: choose of {_names(usable)}")
+        raise PlanError(f"memory_layers={glob!r} matches no feed-forward block: choose from {_names(usable)}")
     chosen = [site for site in matched if site.refusal is None]
     if not chosen:
         raise PlanError(f"memory_layers={glob!r} matches no block that can become a memory. {_refused(matched)}")

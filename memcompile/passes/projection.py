@@ -52,7 +52,7 @@ def _projection(node: fx.Node, capture: Capture) -> Projection | None:
     bias: object = None
     if name == "linear":
         activation, weight, transposed = node.args[0], node.args[1], True
-        bias = node.args[2] if len(node.args) > 2 else None
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     elif name == "addmm" and not node.kwargs:
         bias, activation, weight = node.args[:3]
         transposed = False

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import fx
 
-from memcompile.passes.normalize import features, is_in_place, is_view, operator_name
+from memcompile.passes.normalize import aliases, features, is_in_place, operator_name
 from memcompile.passes.projection import Projection
 from memcompile.passes.sandbox import AUTOGRAD_FUNCTION
 from memcompile.passes.trace import Capture
@@ -153,7 +153,7 @@ def prove_closed(region: Region) -> None:
     for node in (*region.nodes, *region.derived):
         if is_in_place(node) and node.args[0] not in inside:
             raise Refusal(f"{operator_name(node)} writes in place to a tensor outside of the block")
-    for node in _aliases(region.source):
+    for node in aliases(region.source):
         if is_in_place(node) and region.up[0].node < node < region.down.node:
             raise Refusal(f"{operator_name(node)} writes in place to its source before the block ends")
 
@@ -173,19 +173,3 @@ def _made_of_parameters(node: fx.Node, capture: Capture) -> set[fx.Node]:
     if node in capture.parameters or any(inputs):
         return {node}.union(*inputs)
     return set()
-
-
-def _aliases(node: fx.Node) -> set[fx.Node]:
-    """Every node that shares memory with ``node``."""
-
-    def shares(node: fx.Node) -> bool:
-        return is_view(node) or is_in_place(node)
-
-    while shares(node):
-        node = node.all_input_nodes[0]
-    found, pending = set[fx.Node](), [node]
-    while pending:
-        node = pending.pop()
-        found.add(node)
-        pending.extend(u for u in node.users if u not in found and shares(u) and u.all_input_nodes[0] is node)
-    return found

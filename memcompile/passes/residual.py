@@ -72,7 +72,7 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
         if name == "sub" and user.args[0] is current:  # towards x + a * (f - x), a step of a normalized Transformer
             current = user
             continue
-        if meets_stream and (name in ("add", "sub", "lerp") or (name == "addcmul" and user.args[0] is not current)):
+        if meets_stream and _joins(user, current):
             if not _same_shape(user, current):
                 raise Refusal("its output is broadcast over the stream: it conditions tokens, it is not their FFN")
             if features(user) != region.down.width_out:
@@ -86,6 +86,8 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
             return Sink.RESIDUAL
         if meets_stream and name in ("mul", "div") and any(_same_shape(other, current) for other in others):
             raise Refusal("its output scales the stream that it read: a gate, not an FFN")
+        if _repeats(user, current):
+            raise Refusal("its output is broadcast over the stream: it conditions tokens, it is not their FFN")
         if name not in _TO_STREAM:
             raise Refusal(f"its output goes to {name}, not to the residual stream that it read")
         current = user
@@ -108,7 +110,7 @@ def _stream_of(node: fx.Node, capture: Capture) -> set[fx.Node]:
     pending = [node]
     while pending:
         current = pending.pop()
-        if current in seen or current in capture.parameters or current in capture.buffers:
+        if current in seen or current in capture.constants:
             continue
         if fake_value(current) is not None and features(current) > 1:
             seen.add(current)
@@ -147,6 +149,23 @@ def _selects(router: fx.Node) -> bool:
                 seen.add(user)
                 pending.append((user, distance + 1))
     return False
+
+
+def _joins(user: fx.Node, output: fx.Node) -> bool:
+    """Whether the node adds the output to its other operand, and does not use it as a weight or a gate."""
+    name = operator_name(user)
+    if name == "lerp":
+        return any(operand is output for operand in user.args[:2])
+    return name in ("add", "sub") or (name == "addcmul" and user.args[0] is not output)
+
+
+def _repeats(user: fx.Node, output: fx.Node) -> bool:
+    """Whether the node makes several tokens of each."""
+    name = operator_name(user)
+    if name in FEATURE_JOINS:
+        operands = user.args[0]
+        return isinstance(operands, (list, tuple)) and sum(operand is output for operand in operands) > 1
+    return name in ("expand", "expand_as") and tokens(user) != tokens(output)
 
 
 def _only_feeds_a_penalty(total: fx.Node, join: str) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import gc
 import logging
 import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,43 +30,72 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Hooks stay silent meanwhile: they are the user's own code with effects of its own, and no fake tensor is for it.
     Not those by which a Hugging Face model collects its own hidden states, once it has run: its forward reads them.
     """
-    containers = (dict, list, set)
     saved, tensors = [], []
     for module in model.modules():
         state = dict(module.__dict__)
-        saved.append((module, state, {k: v.copy() for k, v in state.items() if type(v) in containers}))
+        saved.append((module, state, [c for v in state.values() for c in _containers(v)]))
         module.__dict__.update({hooks: _of_the_model(state[hooks]) for hooks in HOOKS})
         # What is no parameter and no buffer is not faked, and operators on constants alone do run. A table of
         # more than a few MiB is not copied: none is seen that a forward writes without an activation.
         small = (v for v in state.values() if type(v) is torch.Tensor and v.numel() <= 2**20)
         tensors += [(tensor, tensor._version, tensor.detach().clone()) for tensor in small]
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    random_state = _random_state()
     try:
         yield
     finally:
-        random.setstate(python_state)
-        torch.set_rng_state(torch_state)
+        _set_random_state(random_state)
         for module, state, contents in saved:
             for name in module.__dict__.keys() - state.keys():
                 del module.__dict__[name]
             module.__dict__.update(state)
-            for name, content in contents.items():
-                _restore(state[name], content)
+            for container, content in contents:
+                _restore(container, content)
         for tensor, version, content in tensors:
             if tensor._version != version:
                 tensor.detach().copy_(content)
 
 
+def _module_of(hook: Any) -> str:
+    return getattr(hook, "__module__", None) or ""
+
+
 def _of_the_model(hooks: Any) -> Any:
-    return type(hooks)((key, hook) for key, hook in hooks.items() if hook.__module__.startswith("transformers."))
+    return type(hooks)((key, hook) for key, hook in hooks.items() if _module_of(hook).startswith("transformers."))
+
+
+_CONTAINERS = (dict, list, set, collections.OrderedDict, collections.defaultdict, collections.deque)
+
+
+def _containers(value: Any, depth: int = 4) -> Iterator[tuple[Any, Any]]:
+    """Every container in a value, with a copy of its content."""
+    if type(value) in _CONTAINERS and depth:
+        yield value, value.copy()
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _containers(item, depth - 1)
 
 
 def _restore(container: Any, content: Any) -> None:
-    if isinstance(container, list):
-        container[:] = content
+    container.clear()
+    if isinstance(container, (list, collections.deque)):
+        container.extend(content)
     else:
-        container.clear()
         container.update(content)
+
+
+def _random_state() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    return random.getstate(), torch.get_rng_state(), cuda, numpy.random.get_state() if numpy is not None else None
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    python, cpu, cuda, numpy = state
+    random.setstate(python)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+    if numpy is not None:
+        sys.modules["numpy"].random.set_state(numpy)
 
 
 @contextlib.contextmanager

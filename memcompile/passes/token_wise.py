@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from memcompile.passes.constants import is_random, is_uniform
-from memcompile.passes.normalize import fake_value, features, operator_name, tokens
+from memcompile.passes.normalize import dimension_order, fake_value, features, operator_name, tokens
 from memcompile.passes.region import Refusal, Region
 from memcompile.passes.trace import Capture
 from memcompile.token_wise import (
@@ -134,12 +134,8 @@ def _keeps_tokens(node: fx.Node, layout: _Layout) -> bool:
     operand = _shapes(node)[1]
     if operand is None or not layout:
         return False
-    rank, leading = len(operand), len(operand) - min(layout)
-    if operator_name(node) == "permute":
-        order = [d % rank for d in _argument(node, "dims")]
-        return order[:leading] == list(range(leading))
-    moved = node.args[1:3] if operator_name(node) in ("transpose", "swapaxes") else (-1, -2)
-    return all(isinstance(d, int) and d % rank >= leading for d in moved)
+    leading = len(operand) - min(layout)
+    return dimension_order(node, len(operand))[:leading] == list(range(leading))
 
 
 def _hidden_path(region: Region, count: int) -> set[fx.Node]:

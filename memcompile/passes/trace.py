@@ -111,7 +111,7 @@ def _skipped_in_training(model: nn.Module, names: dict[int, str], captures: Sequ
     assert whole.forward is not None
     for compute in (False, True) if can_compute(model) else (False,):
         try:
-            capture = _trace_once(model, "", names, Forward(whole.forward.arguments, compute, evaluate=True))
+            capture = _trace_once(model, "", names, dataclasses.replace(whole.forward, compute=compute, evaluate=True))
         except Exception as error:  # as in train mode, the owner's code may fail in any way
             log.debug("the model does not trace in eval mode: %s", error)
             continue
@@ -123,10 +123,11 @@ def _skipped_in_training(model: nn.Module, names: dict[int, str], captures: Sequ
 
 def _trace_module(module: nn.Module, path: str, names: dict[int, str], given: Arguments | None) -> Capture | None:
     """The module's graph on the arguments given, or on the first guess that runs; None where none does."""
+    device = next(module.parameters()).device
     for compute in (False, True) if not path and can_compute(module) else (False,):
         for arguments in [given] if given is not None else guess_arguments(module):
             try:
-                return _trace_once(module, path, names, Forward(arguments, compute))
+                return _trace_once(module, path, names, Forward(arguments, compute, device=device))
             except Exception as error:  # a guess may fail in any way that the owner's code can
                 log.debug("%s does not trace on %s: %s", _label(path), arguments, error)
                 failure = error

@@ -99,6 +99,9 @@ def _check_state_dict(
         _check_same_plan(saved, _plan_of(pool))
     elif not any(_is_memory(name[len(prefix) :], pool) for name in own):
         _fill_from_dense(pool, state_dict, prefix)
+    else:  # of a captured graph, which has parameters and no extra state
+        plans = [name for name in pool.root.state_dict() if f".{name}".endswith(f".{_PLAN_KEY}")]
+        state_dict.update({prefix + name: encode_plan(pool) for name in plans})
 
 
 def _fill_from_dense(pool: MemoryPool, state_dict: dict[str, Any], prefix: str) -> None:

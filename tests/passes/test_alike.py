@@ -83,3 +83,9 @@ def test_alike_submodules_are_traced_once():
     paths = [call.args[1] for call in traced.call_args_list]
     assert "blocks.0" in paths and "blocks.2" in paths
     assert "blocks.1" not in paths and "blocks.3" not in paths
+
+
+def test_a_module_that_holds_itself():
+    module = block()
+    module.ffn.add_module("self", module.ffn)
+    assert structure(module) != structure(block())

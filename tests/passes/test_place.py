@@ -192,11 +192,15 @@ REFUSED = [site(0), site(1, refusal="module 'up' has hooks"), site(2, name="laye
         (REFUSED, 3, "only 2 .* Ask for at most 2. 'layers.1.mlp' was left alone: module 'up' has hooks"),
         ([site(0)], (1,), "names block 1, but there are 1: 'layers.0.mlp'"),
         ([site(0)], (-2,), "names block -2, but there are 1"),
-        ([site(0)], ("mlp",), "names 'mlp', which is no feed-forward block: choose of 'layers.0.mlp'"),
+        ([site(0)], ("mlp",), "names 'mlp', which is no feed-forward block: choose from 'layers.0.mlp'"),
         (REFUSED, ("layers.0.mlp",), "owns several blocks: choose by .*layers.0.mlp.down.*layers.2.mlp.down"),
         (REFUSED, ("layers.1.mlp",), "'layers.1.mlp' cannot become a memory: module 'up' has hooks"),
-        ([site(0)], "mlp", "names 'mlp', which is no feed-forward block: choose of 'layers.0.mlp'"),
-        ([site(0)], "decoder.*", r"memory_layers='decoder.\*' matches no feed-forward block: choose of 'layers.0.mlp'"),
+        ([site(0)], "mlp", "names 'mlp', which is no feed-forward block: choose from 'layers.0.mlp'"),
+        (
+            [site(0)],
+            "decoder.*",
+            r"'decoder.\*' matches no feed-forward block: choose from 'layers.0.mlp'",
+        ),
         (
             REFUSED,
             ("*.1.mlp", 0),

@@ -285,7 +285,27 @@ def test_a_parameter_overwritten_within_the_block():
     assert site.refusal == "mul writes in place to a tensor outside of the block"
 
 
+def groups(h):
+    return h.view(*h.shape[:2], 4, -1)
+
+
+def mask_by_position(h):
+    mask = torch.zeros_like(h)
+    mask[:, 1:] = 1
+    return mask
+
+
 NOT_THE_SHAPE = {
+    "tokens moved": lambda f, x: f.down(F.gelu(groups(f.up(x)).movedim(1, 2).reshape(*x.shape[:2], -1))),
+    "every dimension turned": lambda f, x: f.down(
+        F.gelu(groups(f.up(x)).permute(3, 2, 1, 0).reshape(*x.shape[:2], -1))
+    ),
+    "tokens transposed": lambda f, x: f.down(F.gelu(f.up(x).transpose(0, 1).reshape(*x.shape[:2], -1))),
+    "a mask written in part": lambda f, x: f.down(F.gelu(f.up(x)) * mask_by_position(f.up(x))),
+    "a mask of zeros and ones": lambda f, x: (lambda h: f.down(F.gelu(h) * mask_by_position(h)))(f.up(x)),
+    "a random mask by position": lambda f, x: (
+        lambda h: f.down(F.gelu(h) * (torch.rand(TIME, 1) + torch.arange(TIME)[:, None]))
+    )(f.up(x)),
     "LoRA on the up-projection": lambda f, x: f.down(F.gelu(f.up(x) + f.high_in(f.low_in(x)))),
     "two sources": lambda f, x: f.down(F.silu(f.gate(x)) * f.up(x.flip(1))),
     "source of half the width": lambda f, x: f.down(F.gelu(f.up(x)) * x.mean(-1, keepdim=True)),

@@ -163,6 +163,12 @@ REFUSED = {
     "divisor": (lambda b, x: x + b.norm2(x) / b.ffn(b.norm2(x)), GATE),
     "autoencoder with a square": (lambda b, x: x + (lambda e: (e * e).mean())(x - b.ffn(x)), "an autoencoder"),
     "autoencoder with a variance": (lambda b, x: x + (lambda e: (e / e.std()).mean())(x - b.ffn(x)), "an autoencoder"),
+    "repeated by expand": (lambda b, x: x + b.ffn(x[:, :1]).expand_as(x), BROADCAST),
+    "repeated by cat": (lambda b, x: x + torch.cat([b.ffn(x[:, :1])] * x.shape[1], 1), BROADCAST),
+    "weight of an interpolation": (
+        lambda b, x: torch.lerp(x, b.condition(x)[..., :WIDTH], b.ffn(x)),
+        "its output goes to|its output has several consumers",
+    ),
     "mixture of depths": (mixture_of_depths, "picked out of the stream and scattered back: a mixture of depths"),
     "custom function": (lambda b, x: Reversible.apply(x, b), "it runs inside Reversible"),
     "autoencoder": (lambda b, x: x + (x - b.ffn(x)).pow(2).mean(), "only feeds a penalty: an autoencoder"),

@@ -1,5 +1,6 @@
 """Pass 1, trace: what it sees, and that it leaves no trace of itself in the model."""
 
+import collections
 import functools
 import random
 
@@ -283,3 +284,41 @@ def test_a_hugging_face_model_that_has_run_collects_its_hidden_states():
     model, tokens = LastButOne(), torch.randint(50, (BATCH, TIME))
     model(tokens)
     assert [c.path for c in trace(model, (tokens,))] == [""]
+
+
+class Merging(nn.Linear):
+    """Changes its weight when its mode changes, as LoRA layers that merge do."""
+
+    def train(self, mode=True):
+        if hasattr(self, "weight") and self.training != mode:
+            self.weight.data += 1
+        return super().train(mode)
+
+
+def test_eval_mode_is_not_entered_by_the_owners_own_method():
+    model = LayerDrop([Block(WIDTH, plain_ffn(WIDTH, 80)) for _ in range(2)])
+    model.blocks[0].ffn[0] = Merging(WIDTH, 80)
+    weight = model.blocks[0].ffn[0].weight.clone()
+    assert len(trace(model)) == 2
+    assert torch.equal(model.blocks[0].ffn[0].weight, weight)
+
+
+class Keeping(Transformer):
+    """Keeps activations in containers of containers."""
+
+    def __init__(self, blocks):
+        super().__init__(blocks)
+        self.kept = {"a": [], "b": collections.defaultdict(list), "c": collections.deque()}
+
+    def forward(self, tokens):
+        x = super().forward(tokens)
+        self.kept["a"].append(x)
+        self.kept["b"]["x"].append(x)
+        self.kept["c"].append([x])
+        return x
+
+
+def test_nothing_is_kept_in_nested_containers():
+    model = Keeping([Block(WIDTH, plain_ffn(WIDTH, 80))])
+    trace(model)
+    assert model.kept == {"a": [], "b": {}, "c": collections.deque()}

@@ -352,3 +352,11 @@ def test_an_added_model_through_torch_save_and_distributed_state_dicts():
     average = AveragedModel(model)
     average.update_parameters(model)
     assert torch.equal(average(tokens), model(tokens))
+
+
+def test_parameters_of_a_captured_graph_load_without_a_plan():
+    """A rewritten graph has the same parameters, and no extra state."""
+    model, other = planned_gpt(seed=0), planned_gpt(seed=1)
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
+    other.load_state_dict(state)
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in state.items())

@@ -99,7 +99,7 @@ TRAPS = [
         family="trap",
         build=_tied_to_embedding,
         down=_BESIDE,
-        refused="is also read by embedding",
+        refused="is tied to blocks.1.ffn.0.weight",
     ),
     _in_place_of_ffn("weight norm", _changed(lambda ffn: parametrizations.weight_norm(ffn[2])), _COMPUTED),
     _in_place_of_ffn("pruned", _changed(lambda ffn: prune.l1_unstructured(ffn[0], "weight", 0.5)), ""),
