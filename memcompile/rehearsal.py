@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 from collections.abc import Sequence
 
@@ -17,7 +18,12 @@ from memcompile.sites import FfnSite
 log = logging.getLogger(__name__)
 
 
-_RAN = "it ran"
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    """Why stand-ins do not do. What only ran another number of times may have drawn a random number."""
+
+    sentence: str
+    by_count: bool = False
 
 
 def rehearse(root: nn.Module, captures: Sequence[Capture], chosen: Sequence[FfnSite], adds: bool) -> dict[str, str]:
@@ -25,37 +31,37 @@ def rehearse(root: nn.Module, captures: Sequence[Capture], chosen: Sequence[FfnS
     projections is token-wise in the graph, but written in a way that takes nothing but tensors.
     """
     with quiet(), forgotten():
-        if _failure(root, captures, chosen, adds) is None:
+        together = _failure(root, captures, chosen, adds)
+        if together is None:
             return {}
         alone = {site.down: _failure(root, captures, [site], adds) for site in chosen}
-        together = _failure(root, captures, chosen, adds)
-    failures = {down: failure for down, failure in alone.items() if failure is not None}
-    if not failures and together is not None and not together.startswith(_RAN):  # what runs at random may run anew
-        failures = dict.fromkeys(alone, together)
-    for down, failure in failures.items():
-        log.debug("rehearsal of %s: %s", down, failure)
+    failures = {down: failure.sentence for down, failure in alone.items() if failure is not None}
+    if not failures and not together.by_count:
+        failures = dict.fromkeys(alone, together.sentence)
+    for down, sentence in failures.items():
+        log.debug("rehearsal of %s: %s", down, sentence)
     return failures
 
 
-def _failure(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], adds: bool) -> str | None:
+def _failure(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], adds: bool) -> _Failure | None:
     calls: collections.Counter[str] = collections.Counter()
     for capture in captures:
-        inside = [
-            s for s in sites if (not capture.path or s.down.startswith(f"{capture.path}.")) and _speaks(capture, s)
-        ]
+        inside = [site for site in sites if _speaks(capture, site)]
         if capture.forward is None or not inside:
             continue
         with lent(root, inside, adds) as understudies:
             try:
                 capture.forward.run(root.get_submodule(capture.path))
             except MemcompileError as error:
-                return str(error).removeprefix("memcompile: ")
+                return _Failure(str(error).removeprefix("memcompile: "))
             except Exception as error:  # the owner's code met an object where it expects a tensor
-                return f"its code does not run with a stand-in for its hidden activation ({_described(error)})"
+                described = f"{type(error).__name__}: {error}"
+                return _Failure(f"its code does not run with a stand-in for its hidden activation ({described})")
         calls.update({s.down: understudy.calls for s, understudy in zip(inside, understudies, strict=True)})
     for site in sites:
         if calls[site.down] != site.calls:
-            return f"{_RAN} {calls[site.down]} times with a stand-in, and {site.calls} times without"
+            ran = f"it ran {calls[site.down]} times with a stand-in, and {site.calls} times without"
+            return _Failure(ran, by_count=True)
     return None
 
 
@@ -63,7 +69,3 @@ def _speaks(capture: Capture, site: FfnSite) -> bool:
     """Whether the site was found in this graph."""
     inside = not capture.path or site.down.startswith(f"{capture.path}.")
     return inside and capture.speaks_for(site.down) and site.down not in capture.unread
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

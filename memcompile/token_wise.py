@@ -48,6 +48,10 @@ TRANSPOSES = frozenset("t transpose permute movedim swapaxes numpy_T mT".split()
 
 PROJECTIONS = frozenset("linear addmm matmul mm einsum tensordot".split())
 
+# Which argument a projection projects, by position and by name; einsum has no fixed place.
+PROJECTED = {"linear": (0, "input"), "addmm": (1, "mat1"), "matmul": (0, "input"), "mm": (0, "input")}
+PROJECTED |= {"tensordot": (0, "a")}
+
 
 def canonical(name: str) -> str:
     """The operator behind a spelling: ``__rmul__``, ``mul_``, ``multiply`` -> ``mul``. A table and no string

@@ -7,7 +7,7 @@ from collections.abc import Container
 import torch
 from torch import fx
 
-from memcompile.passes.normalize import aliases, fake_value, is_in_place, is_view, operator_name
+from memcompile.passes.normalize import aliases, ancestors, fake_value, is_in_place, memory_root, operator_name
 from memcompile.token_wise import CASTS, POINTWISE, RESHAPES
 
 
@@ -26,47 +26,40 @@ def find_constants(graph: fx.Graph, given: Container[fx.Node]) -> frozenset[fx.N
         found = {
             root
             for node in graph.nodes
-            if is_in_place(node) and node not in constants and (root := _root(node.args[0])) in constants
+            if is_in_place(node) and node not in constants and (root := memory_root(node)) in constants
         }
         if not found:
             return frozenset(constants)
         written |= found
 
 
-def is_random(node: fx.Node, constants: Container[fx.Node]) -> bool:
+def is_random(node: fx.Node) -> bool:
     """Whether a constant is drawn anew at each call, and made of nothing else (a dropout that the model spells out)."""
-    pending, seen, drawn = [node], {node}, False
-    while pending:
-        current = pending.pop()
-        draws = isinstance(current.target, torch._ops.OpOverload) and _SEEDED in current.target.tags
-        drawn = drawn or draws
-        if not current.all_input_nodes and not draws and operator_name(current) != "empty" and not is_uniform(current):
-            return False
-        new = [a for a in current.all_input_nodes if a in constants and a not in seen]
-        seen.update(new)
-        pending.extend(new)
-    return drawn
+    made_of = ancestors(node)
+    leaves = (leaf for leaf in made_of if not leaf.all_input_nodes and not _draws(leaf))
+    return any(map(_draws, made_of)) and all(operator_name(leaf) == "empty" or is_uniform(leaf) for leaf in leaves)
 
 
-_SEEDED = torch.Tag.nondeterministic_seeded
+def _draws(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def is_uniform(node: fx.Node) -> bool:
     """Whether every element of a constant is one number: zeros, ones, full, and what is computed of such."""
-    value = fake_value(node)
-    if operator_name(node) in _FILLED:
-        return not any(is_in_place(alias) and alias is not node for alias in aliases(node))
-    if node.op == "placeholder" or (value is not None and value.numel() == 1):
-        return value is not None and value.numel() == 1
-    inputs = node.all_input_nodes
-    return operator_name(node) in POINTWISE | CASTS | RESHAPES and bool(inputs) and all(map(is_uniform, inputs))
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        value, name = fake_value(current), operator_name(current)
+        if name in _FILLED:
+            if any(is_in_place(alias) and alias is not current for alias in aliases(current)):
+                return False
+        elif value is None or value.numel() != 1:
+            inputs = current.all_input_nodes
+            if name not in POINTWISE | CASTS | RESHAPES or not inputs:
+                return False
+            pending.extend(a for a in inputs if a not in seen)
+            seen.update(inputs)
+    return True
 
 
 _FILLED = frozenset({"zeros", "ones", "full", "scalar_tensor"})
-
-
-def _root(node: object) -> fx.Node | None:
-    """The tensor whose memory a node shares."""
-    while isinstance(node, fx.Node) and (is_view(node) or is_in_place(node)) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node if isinstance(node, fx.Node) else None

@@ -69,9 +69,10 @@ def read(graph_module: fx.GraphModule, parameters: Parameters | None = None) -> 
 
 
 def _check(graph_module: fx.GraphModule) -> None:
+    captured = is_captured(graph_module)
     for node in graph_module.graph.nodes:
         guards = node.op == "call_module" and not node.users  # how torch.export checks its inputs
-        if node.op == "call_method" or (node.op == "call_module" and not guards) or not is_captured(graph_module):
+        if node.op == "call_method" or (node.op == "call_module" and not guards) or not captured:
             raise PlanError(
                 f"the graph is not of ATen operators ({node.op} {node.target}), as those of Dynamo and symbolic_trace: "
                 f"capture it with torch.export.export(model, args).module() or make_fx(graph_module)(*inputs)"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from memcompile.passes.normalize import dimension_order, fake_value, features, operator_name, tokens
+from memcompile.passes.normalize import dimension_order, fake_value, features, ndim, operator_name, tokens
 from memcompile.passes.projection import Projection
 from memcompile.passes.region import Refusal, Region
 from memcompile.passes.trace import Capture
@@ -29,7 +29,7 @@ def prove_features_last(region: Region, capture: Capture, projections: dict[fx.N
         if (node, dim) in seen or node in capture.parameters:
             continue
         seen.add((node, dim))
-        name, rank = operator_name(node), _rank(node)
+        name, rank = operator_name(node), ndim(node)
         if dim != (1 - rank if name == "batch_norm" else -1) and (name in NORMS or name == "batch_norm"):
             raise _mixes(name)
         if not normed and (name in _STEMS or node in projections):
@@ -41,11 +41,6 @@ def prove_features_last(region: Region, capture: Capture, projections: dict[fx.N
     decisive = elsewhere.get(True, elsewhere.get(False))
     if decisive:
         raise _mixes(decisive[0])
-
-
-def _rank(node: fx.Node) -> int:
-    value = fake_value(node)
-    return 0 if value is None else value.dim()
 
 
 def _mixes(name: str) -> Refusal:

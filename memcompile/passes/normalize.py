@@ -101,23 +101,39 @@ def is_view(node: fx.Node) -> bool:
 def dimension_order(node: fx.Node, rank: int) -> list[int]:
     """Which dimension of its operand each dimension of a transpose is: the transpose of a tensor whose sizes tell."""
     numbered = torch.empty(tuple(range(1, rank + 1)), device="meta")
-    result = node.target(numbered, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    assert isinstance(node.target, torch._ops.OpOverload)
+    result = node.target(numbered, *node.args[1:], **node.kwargs)
     return [size - 1 for size in result.shape]
+
+
+def memory_root(node: fx.Node) -> fx.Node:
+    """The node whose memory ``node`` shares, itself where it has its own."""
+    while _shares_memory(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def aliases(node: fx.Node) -> set[fx.Node]:
     """Every node that shares memory with ``node``."""
-
-    def shares(node: fx.Node) -> bool:
-        return is_view(node) or is_in_place(node)
-
-    while shares(node):
-        node = node.all_input_nodes[0]
-    found, pending = set[fx.Node](), [node]
+    found, pending = set[fx.Node](), [memory_root(node)]
     while pending:
         node = pending.pop()
         found.add(node)
-        pending.extend(u for u in node.users if u not in found and shares(u) and u.all_input_nodes[0] is node)
+        pending.extend(u for u in node.users if u not in found and _shares_memory(u) and u.all_input_nodes[0] is node)
+    return found
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    return (is_view(node) or is_in_place(node)) and bool(node.all_input_nodes)
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """The node and every node that it is computed from."""
+    found, pending = {node}, [node]
+    while pending:
+        new = [a for a in pending.pop().all_input_nodes if a not in found]
+        found.update(new)
+        pending.extend(new)
     return found
 
 
@@ -133,6 +149,12 @@ def features(node: fx.Node) -> int:
     if value is None:
         return 0
     return int(value.shape[-1]) if value.dim() else 1
+
+
+def ndim(node: fx.Node) -> int:
+    """How many dimensions the node has, 0 where it is no tensor."""
+    value = fake_value(node)
+    return 0 if value is None else value.dim()
 
 
 def tokens(node: fx.Node) -> int:

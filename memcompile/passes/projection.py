@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from memcompile.passes.normalize import fake_value, operator_name
+from memcompile.passes.normalize import ancestors, fake_value, ndim, operator_name
 from memcompile.passes.trace import Capture
 from memcompile.token_wise import CASTS, TRANSPOSES
 
@@ -61,13 +61,13 @@ def _projection(node: fx.Node, capture: Capture) -> Projection | None:
         transposed = False
     elif name == "tensordot":
         activation, weight, along, contracted = node.args[:4]
-        rank = _rank(activation) if isinstance(activation, fx.Node) else -1
+        rank = ndim(activation) if isinstance(activation, fx.Node) else -1
         if along not in ([-1], [rank - 1]) or contracted not in ([0], [1], [-1], [-2]):
             return None
         transposed = contracted in ([1], [-1])
     elif name == "einsum":
         operands = node.all_input_nodes
-        contraction = parse_einsum(str(node.args[0]), [_rank(operand) for operand in operands])
+        contraction = parse_einsum(str(node.args[0]), [ndim(operand) for operand in operands])
         if contraction is None:
             return None
         which, transposed = contraction
@@ -128,18 +128,9 @@ def _parameter(node: fx.Node, capture: Capture) -> tuple[fx.Node | None, set[fx.
 
 def _largest_parameter(node: fx.Node, capture: Capture) -> tuple[fx.Node | None, set[fx.Node]]:
     """The largest of the parameters that a constant is computed from, and the nodes between."""
-    cone, pending = {node}, [node]
-    while pending:
-        new = [a for a in pending.pop().all_input_nodes if a not in cone]
-        cone.update(new)
-        pending.extend(new)
+    cone = ancestors(node)
     sizes = {a: value.numel() for a in cone if a in capture.parameters and (value := fake_value(a)) is not None}
     return max(sizes, key=sizes.__getitem__, default=None), {a for a in cone if a.op == "call_function"}
-
-
-def _rank(node: fx.Node) -> int:
-    value = fake_value(node)
-    return -1 if value is None else value.dim()
 
 
 def _with_added_bias(projection: Projection, capture: Capture) -> Projection:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from torch import fx
 
-from memcompile.passes.normalize import aliases, features, is_in_place, operator_name
+from memcompile.passes.normalize import aliases, ancestors, features, is_in_place, operator_name
 from memcompile.passes.projection import Projection
 from memcompile.passes.sandbox import AUTOGRAD_FUNCTION
 from memcompile.passes.trace import Capture
@@ -105,7 +106,7 @@ def find_region(down: Projection, projections: dict[fx.Node, Projection], captur
     widths = [p.width_out for p in up.values()]
     if widths not in ([down.width_in], [2 * down.width_in], [down.width_in] * 2):
         return None
-    derived = {node for constant in constants for node in _made_of_parameters(constant, capture)}
+    derived = _made_of_parameters(constants, capture)
     position = {node: index for index, node in enumerate(capture.graph.nodes)}
     return Region(
         up=tuple(sorted(up.values(), key=lambda p: position[p.node])),
@@ -167,9 +168,10 @@ def strip_views(node: fx.Node) -> fx.Node:
     return node
 
 
-def _made_of_parameters(node: fx.Node, capture: Capture) -> set[fx.Node]:
-    """The parameters that a constant depends on, and every node between."""
-    inputs = [_made_of_parameters(a, capture) for a in node.all_input_nodes]
-    if node in capture.parameters or any(inputs):
-        return {node}.union(*inputs)
-    return set()
+def _made_of_parameters(constants: Iterable[fx.Node], capture: Capture) -> set[fx.Node]:
+    """The parameters that constants depend on, and every node between."""
+    made: set[fx.Node] = set()
+    for node in sorted(set[fx.Node]().union(*map(ancestors, constants))):
+        if node in capture.parameters or not made.isdisjoint(node.all_input_nodes):
+            made.add(node)
+    return made

@@ -242,7 +242,8 @@ def _remove_parameters(removed: set[str], ffns: set[str], scopes: list[Scope], t
                 readers = ", ".join(sorted(operator_name(user) for user in node.users))
                 raise PlanError(f"{scope.parameters[node]} is also read by {readers}: its block cannot be replaced")
         if scope.caller is not None:
-            first = scope.caller.args.index(called_body(scope.caller, scope.parent.module)) + 1  # type: ignore[union-attr]
+            assert scope.parent is not None
+            first = scope.caller.args.index(called_body(scope.caller, scope.parent.module)) + 1
             gone = {first + i for i, p in enumerate(graph.find_nodes(op="placeholder")) if p in nodes}
             scope.caller.args = tuple(a for i, a in enumerate(scope.caller.args) if i not in gone)
         elif not tensors.registered:

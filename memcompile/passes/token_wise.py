@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from memcompile.passes.constants import is_random, is_uniform
@@ -93,7 +94,7 @@ def _broadcast(node: fx.Node, layouts: Mapping[fx.Node, _Layout], count: int, ca
         leading = value.numel() if value is not None and name == "prelu" and value.numel() > 1 else 1
         if value is not None and name != "prelu":
             leading = max(value.shape[: max(0, value.dim() - rank)].numel() for rank in common)
-        if leading != 1 and not is_uniform(constant) and not is_random(constant, capture.constants):
+        if leading != 1 and not is_uniform(constant) and not is_random(constant):
             raise Refusal(f"a constant {_shape(constant)} that differs from token to token enters between them")
     return common
 
@@ -121,8 +122,8 @@ def _dims(node: fx.Node) -> list[int]:
 
 def _argument(node: fx.Node, name: str) -> Any:
     """An operator's argument by its name in the schema, or its default there."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    for position, argument in enumerate(schema.arguments):
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for position, argument in enumerate(node.target._schema.arguments):
         if argument.name == name:
             given = node.args[position] if position < len(node.args) else argument.default_value
             return node.kwargs.get(name, given)

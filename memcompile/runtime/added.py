@@ -12,7 +12,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,20 +20,12 @@ from torch import Tensor, nn
 
 from memcompile.errors import CaptureError, PlanError
 from memcompile.runtime.stand_ins import Role
-from memcompile.token_wise import PROJECTIONS, RESHAPES, TRANSPOSES, canonical
+from memcompile.token_wise import PROJECTED, PROJECTIONS, RESHAPES, TRANSPOSES, canonical
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
 _CARRYING_WEIGHTS = "_memcompile_weights"  # on a module: attribute -> what stands there
-# Which argument a projection projects, by position and by name; einsum has no fixed place.
-_OPERAND = {
-    "linear": (0, "input"),
-    "addmm": (1, "mat1"),
-    "matmul": (0, "input"),
-    "mm": (0, "input"),
-    "tensordot": (0, "a"),
-}
 # What code does to a weight on its way into a projection. Not detach or clone: those take a copy to look at.
 _OF_A_WEIGHT = RESHAPES | TRANSPOSES | frozenset("T to type type_as float half bfloat16 double contiguous".split())
 
@@ -49,6 +41,9 @@ class _InFrontOfTensor:
         cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _run(func, canonical(func.__name__), args, kwargs or {})
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(_run(torch.unbind, "unbind", (self,), {}))
 
 
 class CarryingWeight(_InFrontOfTensor):
@@ -226,7 +221,7 @@ def _operand(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     if name == "einsum":
         operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
         return next((a for a in operands if not isinstance(a, _WEIGHTS)), None)
-    position, keyword = _OPERAND[name]
+    position, keyword = PROJECTED[name]
     return args[position] if len(args) > position else kwargs.get(keyword)
 
 
@@ -295,4 +290,3 @@ for _name in "neg pos abs invert eq ne lt le gt ge getitem setitem".split():
     setattr(_InFrontOfTensor, f"__{_name}__", _forwarded(f"__{_name}__", getattr(operator, f"__{_name}__")))
 for _conversion in (bool, int, float, complex, len):
     setattr(_InFrontOfTensor, f"__{_conversion.__name__}__", _forwarded(_conversion.__name__, _conversion))
-_InFrontOfTensor.__iter__ = lambda self: iter(self.unbind(0))  # type: ignore[attr-defined]

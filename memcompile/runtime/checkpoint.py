@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from memcompile.errors import PlanError
-from memcompile.runtime.pool import LAYER_NAME, VALUES_NAME, MemoryPool, pool_of, pools_inside
+from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
+from memcompile.sites import LAYER_NAME, VALUES_NAME
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from memcompile.lowering.parameters import new_values
 from memcompile.runtime.added import CarryingWeight
 from memcompile.runtime.checkpoint import install_checkpoint_hook
 from memcompile.runtime.layer import MemoryLayer
-from memcompile.runtime.pool import LAYER_NAME, VALUES_NAME, MemoryPool
+from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.stand_ins import ReplacedParameter, Role
-from memcompile.sites import FfnSite
+from memcompile.sites import LAYER_NAME, VALUES_NAME, FfnSite
 
 
 def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from memcompile.config import MemoryConfig
-from memcompile.sites import LAYER_NAME as LAYER_NAME
-from memcompile.sites import VALUES_NAME as VALUES_NAME
-from memcompile.sites import FfnSite
+from memcompile.sites import VALUES_NAME, FfnSite
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer

@@ -26,6 +26,7 @@ from memcompile.token_wise import (
     DROPOUTS,
     FEATURE_REDUCTIONS,
     POINTWISE,
+    PROJECTED,
     PROJECTIONS,
     RESHAPES,
     TRANSPOSES,
@@ -35,7 +36,6 @@ from memcompile.token_wise import (
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
-_OPERAND = {"linear": 0, "addmm": 1, "matmul": 0, "mm": 0, "tensordot": 0}  # which argument a projection projects
 _INITIALISERS = frozenset(
     f"{name}_"
     for name in (
@@ -209,7 +209,8 @@ def _project(name: str, operands: Sequence[Any], args: tuple, kwargs: dict[str, 
     if name == "einsum":
         activation = next((a for a in operands if isinstance(a, (Tensor, HiddenActivation))), None)
     else:
-        activation = args[_OPERAND[name]] if len(args) > _OPERAND[name] else kwargs.get("input")
+        position, keyword = PROJECTED[name]
+        activation = args[position] if len(args) > position else kwargs.get(keyword)
     if len(weights) != 1:
         for stand_in in (activation, *operands):
             if isinstance(stand_in, HiddenActivation):
