@@ -36,6 +36,7 @@ _SCATTERS = frozenset("scatter scatter_ scatter_add scatter_add_ index_put index
 _SCATTERS |= {"index_add", "index_add_", "masked_scatter", "masked_scatter_", "scatter_reduce"}
 _GOES_ON = NORMS | PROJECTIONS | {"add", "sub", "batch_norm"}
 _PENALTIES = frozenset({"pow", "square", "abs", "norm", "linalg_vector_norm", "mse_loss"})
+_BROADCAST = "its output is broadcast over the stream: it conditions tokens, it is not their FFN"
 _ROUTER_REACH = 12  # nodes from a router's projection to its selection
 
 
@@ -74,7 +75,7 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
             continue
         if meets_stream and _joins(user, current):
             if not _same_shape(user, current):
-                raise Refusal("its output is broadcast over the stream: it conditions tokens, it is not their FFN")
+                raise Refusal(_BROADCAST)
             if features(user) != region.down.width_out:
                 raise Refusal(
                     f"it works on parts of a stream that is {features(user)} wide: heads or groups, not tokens"
@@ -87,7 +88,7 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
         if meets_stream and name in ("mul", "div") and any(_same_shape(other, current) for other in others):
             raise Refusal("its output scales the stream that it read: a gate, not an FFN")
         if _repeats(user, current):
-            raise Refusal("its output is broadcast over the stream: it conditions tokens, it is not their FFN")
+            raise Refusal(_BROADCAST)
         if name not in _TO_STREAM:
             raise Refusal(f"its output goes to {name}, not to the residual stream that it read")
         current = user
@@ -100,7 +101,9 @@ def prove_unrouted(region: Region, capture: Capture, projections: dict[fx.Node, 
         raise Refusal(f"its tokens are picked by {name}: an expert of a mixture, not a dense FFN")
     stream, inside = stream_read(region.source, capture), region.all_nodes
     for reader, projection in projections.items():
-        if reader not in inside and stream_read(projection.input, capture) is stream and _selects(reader):
+        if reader in inside or stream_read(projection.input, capture) is not stream:
+            continue
+        if _selects(reader, stream, capture):
             raise Refusal("a router reads the same stream: an expert of a mixture, not a dense FFN")
 
 
@@ -138,14 +141,21 @@ def _norm_spelt_out(node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
     return None
 
 
-def _selects(router: fx.Node) -> bool:
+def _selects(router: fx.Node, stream: fx.Node, capture: Capture) -> bool:
+    """Whether the projection's output is what tokens or experts are chosen by, before it joins the stream: behind
+    that the next block's router may follow, which says nothing about this block.
+    """
     pending, seen = [(router, 0)], {router}
     while pending:
         node, distance = pending.pop()
         for user in node.users:
             if operator_name(user) in _SELECTIONS:
                 return True
-            if user not in seen and distance < _ROUTER_REACH and operator_name(user) not in NORMS:
+            others = (a for a in user.all_input_nodes if a is not node)
+            ends = operator_name(user) in NORMS or (
+                _joins(user, node) and any(stream in _stream_of(other, capture) for other in others)
+            )
+            if user not in seen and distance < _ROUTER_REACH and not ends:
                 seen.add(user)
                 pending.append((user, distance + 1))
     return False

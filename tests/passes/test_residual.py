@@ -1,5 +1,6 @@
 """Where an FFN's output goes: the residual stream that it read, in every form; or it is a head, a gate, an expert."""
 
+import functools
 import re
 
 import pytest
@@ -190,6 +191,25 @@ def test_refused_with_its_reason(name):
     forward, sentence = REFUSED[name]
     sites = sites_of(forward)
     assert sites and all(s.refusal and re.search(sentence, s.refusal) for s in sites), sites
+
+
+def test_router_of_the_next_block():
+    """Near enough to be met from a projection of this one that reads the same stream, with no norm as an operator."""
+
+    def parallel(b, x):
+        return x + b.ffn(x) + b.condition(x)[..., :WIDTH].mean(1, keepdim=True)
+
+    def unattended(b, x):
+        b.attention.forward = torch.zeros_like
+        return b.run(b, x)
+
+    blocks = [Block(parallel), Block(lambda b, x: routed(b, rms(x)))]
+    for block in blocks:
+        block.forward = functools.partial(unattended, block)
+    sites = find_ffns(Transformer(blocks), (torch.randint(VOCABULARY, (BATCH, TIME)),))
+    refused = {site.down: site.refusal for site in sites if site.down.startswith("blocks.")}
+    assert refused["blocks.0.ffn.2.weight"] is None
+    assert "a router reads the same stream" in refused["blocks.1.ffn.2.weight"]
 
 
 def test_unused_output():
