@@ -86,22 +86,23 @@ def fitted(model: Model) -> Model:
     """The model nearest to ``model`` that is valid, and whose misses are misses."""
     blocks = list(model.blocks)
     for i, block in enumerate(blocks):
-        following = blocks[i + 1] if i + 1 < len(blocks) else None
-        block = _fitted_block(block, blocks[0] if i else None, following, model)
+        block = _fitted_block(block, blocks[0] if i else None, model)
         blocks[i] = block
-        if block.miss == "down tied to the next block" and following is not None:
-            same = dataclasses.replace(block.ffn)
-            blocks[i + 1] = dataclasses.replace(following, ffn=same, miss=None, shared=False)
+        if block.miss == "down tied to the next block":
+            following = blocks[i + 1] if i + 1 < len(blocks) else Block()
+            blocks[i + 1 : i + 2] = [dataclasses.replace(following, ffn=block.ffn, miss=None, shared=False)]
+        if block.miss == "up tied to the embedding":  # which has one shape
+            blocks[i + 1 :] = [
+                b if b.miss != block.miss else dataclasses.replace(b, miss=None) for b in blocks[i + 1 :]
+            ]
         model = _forced(model, block.miss)
     if model.head == "tied" and model.stem not in ("embedding", "positions"):
         model = dataclasses.replace(model, head="linear")
     return dataclasses.replace(model, blocks=tuple(blocks))
 
 
-def _fitted_block(block: Block, first: Block | None, following: Block | None, model: Model) -> Block:
+def _fitted_block(block: Block, first: Block | None, model: Model) -> Block:
     change: dict[str, Any] = {}
-    if block.miss == "down tied to the next block" and following is None:
-        block = dataclasses.replace(block, miss=None)
     shareable = first is not None and first.ffn.home != "inline" and first.miss in (None, *_SHAREABLE)
     if not shareable or block.miss not in (None, *_SHAREABLE):
         block = dataclasses.replace(block, shared=False)

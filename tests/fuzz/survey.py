@@ -16,6 +16,7 @@ from tests.fuzz.grammar import models
 from tests.fuzz.spec import Model, features
 
 _PLAIN = frozenset(features(Model()))
+_RENEWED = 50  # models after which what Hypothesis keeps of them is hidden: it is 5 times as slow at the 2,000th else
 
 
 @dataclasses.dataclass
@@ -62,6 +63,8 @@ def survey(examples: int, random_seed: int, progress: Callable[[], None] = lambd
             else:
                 simple, small = reduced(model, finding)
                 result.groups.append(Group(small, frozenset(features(simple)) - _PLAIN))
+        if result.examples % _RENEWED == 0:
+            _hide_live_objects()
         progress()
 
     with quick_detector():
@@ -86,17 +89,20 @@ def merged(surveys: Sequence[Survey]) -> Survey:
 
 @contextlib.contextmanager
 def quick_detector() -> Iterator[None]:
-    """The detector looks at every live object, to forget fake tensors in caches: here at those made from now on.
-    Also mutes its warnings about inputs that do not run.
-    """
+    """Hides every live object from the detector, and mutes its warnings about inputs that do not run."""
     logger = logging.getLogger("memcompile")
     level = logger.level
     logger.setLevel(logging.ERROR)
     check(Model())  # what is loaded at first use is there
-    gc.collect()
-    gc.freeze()
+    _hide_live_objects()
     try:
         yield
     finally:
         gc.unfreeze()
         logger.setLevel(level)
+
+
+def _hide_live_objects() -> None:
+    """The detector looks at every live object, to forget fake tensors in caches: at those made from now on."""
+    gc.collect()
+    gc.freeze()
