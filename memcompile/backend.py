@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from memcompile._torch import compile_fx
 from memcompile.errors import PlanError
-from memcompile.lowering import cache_key_patches
+from memcompile.lowering import cpu, inductor_patches
 from memcompile.passes.verify import verify
 from memcompile.runtime.pool import MemoryPool, live_pools
 
@@ -68,5 +68,7 @@ def _lower(
     options: dict[str, Any] | None = None,
 ) -> Callable:
     patches = dict(options or {})
-    patches |= cache_key_patches(key, patches.get("post_grad_custom_pre_pass"))
+    if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in example_inputs):
+        key += f", CPU kernels: {cpu.load()}"  # built now, and not in the first step
+    patches |= inductor_patches(key, patches.get("post_grad_custom_pre_pass"))
     return compile_fx(graph_module, example_inputs, mode, patches)

@@ -2,21 +2,22 @@
 
 from typing import TYPE_CHECKING, Any
 
-from memcompile.lowering import flops, product_key_search, product_key_topk, weighted_gather
+from memcompile.lowering import cpu, flops, product_key_search, product_key_topk, weighted_gather
 from memcompile.lowering.memory_lookup import memory_lookup
 from memcompile.lowering.reference import memory_lookup_reference, product_key_topk_reference
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, SCHEMAS, operator
 
 if TYPE_CHECKING:
-    from memcompile.lowering.inductor import CacheKeyPass, cache_key_patches, source_digest
+    from memcompile.lowering.inductor import LoweringPass, inductor_patches, source_digest
 
 __all__ = [
     "LIBRARY",
     "NAMESPACE",
     "SCHEMAS",
-    "CacheKeyPass",
-    "cache_key_patches",
+    "LoweringPass",
+    "cpu",
     "flops",
+    "inductor_patches",
     "memory_lookup",
     "memory_lookup_reference",
     "operator",
@@ -30,7 +31,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Inductor takes longer to import than everything else here, and only who compiles needs it.
-    if name in ("CacheKeyPass", "cache_key_patches", "source_digest"):
+    if name in ("LoweringPass", "inductor_patches", "source_digest"):
         from memcompile.lowering import inductor
 
         return getattr(inductor, name)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
@@ -19,6 +20,8 @@ __all__ = [
     "configured_pre_passes",
     "functorch_is_active",
     "graph_pass_base",
+    "has_onednn_linear",
+    "onednn_linear",
     "run_graph_pass",
 ]
 
@@ -90,3 +93,14 @@ def run_graph_pass(graph_pass: GraphPass, graph: torch.fx.Graph, is_inference: b
         graph_pass(graph, is_inference)
     else:
         graph_pass(graph)
+
+
+def has_onednn_linear() -> bool:
+    """Whether this build of PyTorch has `onednn_linear`."""
+    return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` by oneDNN, of tensors at any strides."""
+    output: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return output

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from memcompile.lowering import cpu
 from memcompile.lowering._torch import autograd_kernel, below_autograd
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
 
@@ -17,6 +19,7 @@ from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
 def register_operator(
     name: str,
     *,
+    check: Callable[..., None],
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     vmap: Callable[..., Any],
@@ -28,7 +31,9 @@ def register_operator(
 
     Args:
         name: a key of `schema.SCHEMAS`.
-        kernel: one implementation for all devices, in operations of PyTorch.
+        check: raises ValueError for arguments that the operator cannot serve; the rest may assume what it holds.
+        kernel: one implementation for all devices, in operations of PyTorch. On the CPU the C++ of `lowering.cpu`
+            runs in its place, where it can be built.
         fake: shapes and dtypes of the outputs.
         vmap: a rule as `torch.library.register_vmap` takes it.
         setup_context, backward: as in `torch.autograd.Function`. `backward` is built of differentiable
@@ -39,8 +44,19 @@ def register_operator(
     run = under_autograd or operator(name)
 
     def forward(*args: Any) -> Any:
+        check(*args)
         with below_autograd():
             return run(*args)
+
+    def anywhere(*args: Any) -> Any:
+        if any(isinstance(a, Tensor) and a.device.type == "cpu" for a in args) and cpu.load():
+            return operator(name)(*args)  # the dispatcher has a kernel for the CPU now, and does not come here again
+        check(*args)
+        return kernel(*args)
+
+    def checked_fake(*args: Any) -> Any:
+        check(*args)
+        return fake(*args)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(
@@ -50,7 +66,7 @@ def register_operator(
 
     title = "".join(part.capitalize() for part in name.split("_"))
     differentiable = autograd_kernel(title, forward=forward, setup_context=setup_context, backward=backward, jvp=jvp)
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, differentiable, "Autograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)

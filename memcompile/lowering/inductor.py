@@ -1,8 +1,8 @@
-"""Inductor's on-disk caches, told about this package: changed code here must not hit an old entry.
+"""What Inductor is told: the pass that this package runs on its graphs, and what its on-disk caches depend on.
 
-FxGraphCache and AOTAutogradCache key on the graph and on PyTorch, not on the Python of out-of-tree operators.
-They do key on the `uuid()` of a custom graph pass; `cache_key_patches` gives them one. Importing this file
-imports Inductor, so `memcompile.lowering` does so only when one of its names is asked for.
+Changed code here must not hit an old entry. FxGraphCache and AOTAutogradCache key on the graph and on PyTorch, not on
+the Python of out-of-tree operators. They do key on the `uuid()` of a custom graph pass; `inductor_patches` gives them
+one. Importing this file imports Inductor, so `memcompile.lowering` does so only when one of its names is asked for.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from memcompile.lowering._torch import GraphPass, configured_pre_passes, graph_pass_base, run_graph_pass
+from memcompile.lowering.cpu.gemm import mkl_is_held_back, use_onednn
 from memcompile.version import __version__
 
 
@@ -30,16 +31,19 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-class CacheKeyPass(graph_pass_base()):  # type: ignore[misc]
-    """Changes nothing itself; its uuid names this package's version, its sources and the options."""
+class LoweringPass(graph_pass_base()):  # type: ignore[misc]
+    """The user's own pass, then this package's; its uuid names the package's version, its sources and the options."""
 
     def __init__(self, options: str, wrapped: Sequence[GraphPass] = ()) -> None:
-        self.key = ("memcompile", __version__, source_digest(), options)
+        self.use_onednn = mkl_is_held_back()
+        self.key = ("memcompile", __version__, source_digest(), options, self.use_onednn)
         self.wrapped = tuple(wrapped)
 
     def __call__(self, graph: torch.fx.Graph, is_inference: bool = False) -> None:
         for graph_pass in self.wrapped:
             run_graph_pass(graph_pass, graph, is_inference)
+        if self.use_onednn:
+            use_onednn(graph)
 
     def uuid(self) -> Any:
         """A key, or None (no caching, by Inductor's convention) when a wrapped pass has none."""
@@ -47,8 +51,8 @@ class CacheKeyPass(graph_pass_base()):  # type: ignore[misc]
         return None if None in keys else (*self.key, *keys)
 
 
-def cache_key_patches(options: str, given: Any = None) -> dict[str, Any]:
-    """Config patches for `compile_fx` that make Inductor's caches key on this package and on `options`.
+def inductor_patches(options: str, given: Any = None) -> dict[str, Any]:
+    """Config patches for `compile_fx`: this package's graph pass, on which Inductor's caches then key.
 
     Args:
         options: whatever changes the code that is generated, as a string.
@@ -57,5 +61,5 @@ def cache_key_patches(options: str, given: Any = None) -> dict[str, Any]:
 
     The user's own pass still runs, and its uuid stays part of the key.
     """
-    own = [graph_pass for graph_pass in configured_pre_passes(given) if not isinstance(graph_pass, CacheKeyPass)]
-    return {"post_grad_custom_pre_pass": CacheKeyPass(options, own)}
+    own = [graph_pass for graph_pass in configured_pre_passes(given) if not isinstance(graph_pass, LoweringPass)]
+    return {"post_grad_custom_pre_pass": LoweringPass(options, own)}

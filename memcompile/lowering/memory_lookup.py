@@ -37,7 +37,7 @@ def memory_lookup(
     becomes y * silu(gate(x)) (Memory+); with `out_weight` it is projected.
 
     Scores and softmax are computed in float32 (float64 where the query is), under autocast too, because lower
-    precisions reorder the slots. The projections follow autocast.
+    precisions reorder the slots; a half dtype's products are exact in it. The projections follow autocast.
 
     Args:
         x: [..., d]; any leading dimensions, of any size.
@@ -84,7 +84,9 @@ def _composite(
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     query = F.linear(tokens, query_weight, query_bias)  # [tokens, heads * key_dim]
     layer_dtype = query.dtype
-    search_dtype = torch.promote_types(layer_dtype, torch.float32)
+    search_dtype = torch.promote_types(layer_dtype, half_keys.dtype)
+    if temperature is not None:  # norms are not exact in the half dtypes
+        search_dtype = torch.promote_types(search_dtype, torch.float32)
 
     halves = query.to(search_dtype).reshape(-1, heads, 2, half_dim)
     half_keys = half_keys.to(search_dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memcompile.config import MemoryConfig
+from memcompile.lowering import cpu
 
 # A layer's own parameters, in the order of the operator's arguments; `values` stands behind `half_keys` there.
 LAYER_PARAMETERS = (
@@ -73,6 +74,7 @@ def draw_values(values: Tensor) -> None:
 def new_values(config: MemoryConfig, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """A drawn table [slots, value_dim]."""
     values = nn.Parameter(torch.empty(values_shape(config), dtype=dtype, device=device))
+    cpu.advise_huge_pages(values)
     draw_values(values)
     return values
 

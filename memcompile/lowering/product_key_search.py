@@ -1,6 +1,8 @@
 """`memcompile::product_key_search`: scores, their k best slots, and a backward that never builds the scores.
 
-Traced with autograd, the operator comes apart into GEMMs, which Inductor keeps, and `product_key_topk`. Its
+Scores are sums in fp32 of products of the query's and the keys' own dtype, which are exact: lower precisions would
+reorder them. On the CPU one kernel scores a tile of tokens and searches it while it is in the cache. Elsewhere the
+operator comes apart, when it is traced with autograd, into GEMMs, which Inductor keeps, and `product_key_topk`. Its
 backward is a gather and a scatter over the half-keys that were hit.
 """
 
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memcompile.lowering import cpu
 from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.batching import batch_first, fold_into_tokens, unfold_tokens
 from memcompile.lowering.differentiable import register_operator
@@ -24,10 +27,9 @@ def _check(query: Tensor, half_keys: Tensor, top_k: int) -> None:
             f"query: expected [tokens, heads, key_dim] with heads = {half_keys.shape[1]} and "
             f"key_dim = {2 * half_keys.shape[3]} as half_keys has them, got {list(query.shape)}"
         )
-    if query.dtype != half_keys.dtype or query.dtype not in (torch.float32, torch.float64):
+    if query.dtype != half_keys.dtype or not query.is_floating_point():
         raise ValueError(
-            "query and half_keys: expected float32 or float64, the same for both "
-            f"(lower precisions reorder the scores), got {query.dtype} and {half_keys.dtype}"
+            f"query and half_keys: expected one floating dtype for both, got {query.dtype} and {half_keys.dtype}"
         )
     check_top_k(top_k, half_keys.shape[2])
 
@@ -38,26 +40,29 @@ def without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type if available else "cpu", enabled=False)
 
 
+def _scores_dtype(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
+
+
 def _kernel(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    _check(query, half_keys, top_k)
     tokens, heads, key_dim = query.shape
     halves = query.reshape(tokens, heads, 2, key_dim // 2).permute(2, 1, 0, 3)  # [2, heads, tokens, key_dim / 2]
+    dtype = _scores_dtype(query)
     with without_autocast(query.device):
-        scores = halves @ half_keys.mT  # [2, heads, tokens, n_keys]
+        scores = halves.to(dtype) @ half_keys.mT.to(dtype)  # [2, heads, tokens, n_keys]
     logits, slots = operator("product_key_topk")(scores.transpose(1, 2), top_k)
     return logits, slots
 
 
 def _under_autograd(query: Tensor, half_keys: Tensor, top_k: int) -> Any:
     # The next torch.func transform needs the operator whole, or it would differentiate the dense scores.
-    run = operator("product_key_search") if functorch_is_active() else _kernel
-    return run(query, half_keys, top_k)
+    whole = functorch_is_active() or (query.device.type == "cpu" and cpu.load())
+    return (operator("product_key_search") if whole else _kernel)(query, half_keys, top_k)
 
 
 def _fake(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    _check(query, half_keys, top_k)
     shape = (query.shape[0], query.shape[1], top_k)
-    return query.new_empty(shape), query.new_empty(shape, dtype=torch.int32)
+    return query.new_empty(shape, dtype=_scores_dtype(query)), query.new_empty(shape, dtype=torch.int32)
 
 
 def _vmap(info: Any, in_dims: Any, query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Any, Any]:
@@ -104,6 +109,7 @@ def _backward(ctx: Any, grad_logits: Tensor, _: Any) -> tuple[Tensor | None, Ten
 
 register_operator(
     "product_key_search",
+    check=_check,
     kernel=_kernel,
     fake=_fake,
     vmap=_vmap,

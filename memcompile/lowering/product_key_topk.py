@@ -65,7 +65,6 @@ def candidate_pairs(top_k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _kernel(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    check_scores(scores, top_k)
     scores = scores.detach()
     n_keys = scores.shape[-1]
     best, index = rank(scores, top_k)  # [2, tokens, heads, k] each
@@ -78,7 +77,6 @@ def _kernel(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def _fake(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    check_scores(scores, top_k)
     shape = (scores.shape[1], scores.shape[2], top_k)
     return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int32)
 
@@ -112,6 +110,7 @@ def _backward(ctx: Any, grad_logits: Tensor, _: Any) -> tuple[Tensor, None]:
 
 register_operator(
     "product_key_topk",
+    check=check_scores,
     kernel=_kernel,
     fake=_fake,
     vmap=_vmap,

@@ -17,6 +17,7 @@ SCHEMAS = {
     "weighted_gather": "(Tensor values, Tensor slots, Tensor weights) -> Tensor",
     "gather_dot": "(Tensor values, Tensor slots, Tensor grad) -> Tensor",
     "weighted_scatter": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> Tensor",
+    "onednn_mm": "(Tensor left, Tensor right, Tensor? bias) -> Tensor",  # a product in Inductor's graphs: cpu/gemm.py
 }
 
 # Every kernel reads its inputs at any strides, so Inductor need not copy them into a layout of eager's.

@@ -8,8 +8,8 @@ With rows V [num_slots, value_dim], slots s and weights w [tokens, hits], and u 
 
 Rows come out in the dtype that rows came in, dots in fp32 for half dtypes. All three are derivatives of one
 trilinear form, so each one's gradients are the other two. No kernel builds [tokens, hits, value_dim], and
-each row of an output has one owner: the results are deterministic. Sums are kept in fp32 for half dtypes;
-the weights are rounded to the rows' dtype first.
+each row of an output has one owner: the results are deterministic. Sums are kept in fp32 for half dtypes.
+The kernels here run where a device has none of its own; they round the weights to the rows' dtype first.
 """
 
 from collections.abc import Callable
@@ -81,14 +81,12 @@ def _check_gather(values: Tensor, slots: Tensor, weights: Tensor) -> None:
 
 
 def _gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    _check_gather(values, slots, weights)
     rows = values.detach()
     weights = weights.detach().to(rows.dtype)
     return F.embedding_bag(slots, rows, per_sample_weights=weights, mode="sum")
 
 
 def _gather_fake(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    _check_gather(values, slots, weights)
     return values.new_empty(slots.shape[0], values.shape[1])
 
 
@@ -125,7 +123,6 @@ def _dot_dtype(values: Tensor) -> torch.dtype:
 
 
 def _dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
-    _check_dot(values, slots, grad)
     values, grad = values.detach(), grad.detach()
     tokens, hits = slots.shape
     dtype = _dot_dtype(values)
@@ -141,7 +138,6 @@ def _dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
 
 
 def _dot_fake(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
-    _check_dot(values, slots, grad)
     return values.new_empty(slots.shape, dtype=_dot_dtype(values))
 
 
@@ -158,14 +154,13 @@ def _dot_backward(ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, None, Ten
 # --- weighted_scatter -----------------------------------------------------------------------------
 
 
-def _check_scatter(slots: Tensor, weights: Tensor, grad: Tensor) -> None:
+def _check_scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> None:
     _check_slots(slots)
     _check_weights(slots, weights)
     _check_grad(slots, grad)
 
 
 def _scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> Tensor:
-    _check_scatter(slots, weights, grad)
     weights, grad = weights.detach(), grad.detach()
     out = grad.new_zeros(num_slots, grad.shape[1])
     if slots.numel() == 0:
@@ -184,7 +179,6 @@ def _scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> Te
 
 
 def _scatter_fake(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> Tensor:
-    _check_scatter(slots, weights, grad)
     return grad.new_empty(num_slots, grad.shape[1])
 
 
@@ -215,6 +209,7 @@ def _scatter_backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor | None, 
 
 register_operator(
     "weighted_gather",
+    check=_check_gather,
     kernel=_gather,
     fake=_gather_fake,
     vmap=_reading_vmap("weighted_gather"),
@@ -223,6 +218,7 @@ register_operator(
 )
 register_operator(
     "gather_dot",
+    check=_check_dot,
     kernel=_dot,
     fake=_dot_fake,
     vmap=_reading_vmap("gather_dot"),
@@ -231,6 +227,7 @@ register_operator(
 )
 register_operator(
     "weighted_scatter",
+    check=_check_scatter,
     kernel=_scatter,
     fake=_scatter_fake,
     vmap=_scatter_vmap,

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memcompile.lowering import product_key_topk_reference
+
 TENSOR_NAMES = (
     "x",
     "query_weight",
@@ -124,9 +126,12 @@ def gradients(output: Tensor, tensors: list[Tensor | None], grad: Tensor) -> dic
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps what `product_key_topk` was given and what it chose."""
+    """Keeps the scores that were searched, and what was chosen.
 
-    scores: Tensor
+    Where the search is one kernel the scores are none of its results: they are computed anew from its arguments.
+    """
+
+    scores: Tensor  # [2, tokens, heads, n]
     logits: Tensor
     slots: Tensor
 
@@ -134,4 +139,30 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.memcompile.product_key_topk.default:
             self.scores, (self.logits, self.slots) = args[0].clone(), out
+        elif func is torch.ops.memcompile.product_key_search.default:
+            self.scores, (self.logits, self.slots) = scores_of(*args[:2]), out
         return out
+
+
+def scores_of(query: Tensor, half_keys: Tensor) -> Tensor:
+    """Both halves' scores in plain PyTorch, in float32 or better: [2, tokens, heads, n]."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return torch.einsum(
+        "thsd,shnd->sthn", query.detach().to(dtype).unflatten(-1, (2, -1)), half_keys.detach().to(dtype)
+    )
+
+
+def assert_best(slots: Tensor, scores: Tensor, top_k: int) -> None:
+    """Assert that a head's slots are its `top_k` best by `scores`, in their order, but for the rounding of a sum."""
+    logits, _ = product_key_topk_reference(scores.double(), top_k)
+    chosen = logits_at(scores.double(), slots)
+    rounding = 8 * torch.finfo(scores.dtype).eps * scores.abs().sum(0).amax().item() if scores.numel() else 0
+    torch.testing.assert_close(chosen, logits, rtol=0, atol=rounding)
+    ranked = slots.sort(dim=-1).values
+    assert (ranked[..., 1:] > ranked[..., :-1]).all(), "a slot was chosen twice"
+
+
+def logits_at(scores: Tensor, slots: Tensor) -> Tensor:
+    """The sums of both halves' scores at slots [tokens, heads, k]."""
+    n_keys = scores.shape[-1]
+    return scores[0].gather(-1, slots.long() // n_keys) + scores[1].gather(-1, slots.long() % n_keys)

@@ -11,7 +11,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from memcompile.lowering import inductor
-from memcompile.lowering.inductor import CacheKeyPass, cache_key_patches
+from memcompile.lowering.inductor import LoweringPass, inductor_patches
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ for argument in sys.argv[1:]:
     torch._dynamo.reset()
     counters.clear()
     inductor.source_digest = lambda: digest + change
-    with config.patch(inductor.cache_key_patches(options)):
+    with config.patch(inductor.inductor_patches(options)):
         torch.testing.assert_close(torch.compile(lookup, fullgraph=True)(*tensors), lookup(*tensors))
     hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
     bypassed = counters["inductor"]["fxgraph_cache_bypass"] + counters["aot_autograd"]["autograd_cache_bypass"]
@@ -99,7 +99,7 @@ def test_the_users_pass_still_runs_and_stays_in_the_key():
     torch._dynamo.reset()
     user = UserPass()
     with config.patch(post_grad_custom_pre_pass=user):
-        patches = cache_key_patches("options")
+        patches = inductor_patches("options")
     with config.patch(patches | {"fx_graph_cache": False}):
         result = torch.compile(lambda x: x + 1)(torch.ones(3))
     assert torch.equal(result, torch.full((3,), 2.0))
@@ -112,7 +112,7 @@ def test_the_users_pass_still_runs_and_stays_in_the_key():
 
 def test_wrapped_passes_run_in_order():
     order = []
-    CacheKeyPass("", [lambda graph: order.append("first"), lambda graph: order.append("second")])(torch.fx.Graph())
+    LoweringPass("", [lambda graph: order.append("first"), lambda graph: order.append("second")])(torch.fx.Graph())
     assert order == ["first", "second"]
 
 
@@ -122,16 +122,16 @@ def test_a_pass_that_asks_for_inference_is_told():
         pytest.skip("this torch has no inference-aware passes")
     told = []
     own = type("Own", (aware,), {"__call__": lambda self, g, inference: told.append(inference), "uuid": lambda self: 1})
-    CacheKeyPass("", [own()])(torch.fx.Graph(), True)
+    LoweringPass("", [own()])(torch.fx.Graph(), True)
     assert told == [True]
 
 
 def test_a_pass_without_uuid_switches_the_cache_off_as_it_does_alone():
     with config.patch(post_grad_custom_pre_pass=lambda graph: None):
-        assert cache_key_patches("")["post_grad_custom_pre_pass"].uuid() is None
+        assert inductor_patches("")["post_grad_custom_pre_pass"].uuid() is None
 
 
 def test_patching_twice_does_not_pile_up():
-    with config.patch(cache_key_patches("outer")):
-        inner = cache_key_patches("inner")["post_grad_custom_pre_pass"]
+    with config.patch(inductor_patches("outer")):
+        inner = inductor_patches("inner")["post_grad_custom_pre_pass"]
     assert inner.wrapped == ()

@@ -8,17 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from memcompile.lowering import memory_lookup, memory_lookup_reference, product_key_topk_reference
+from memcompile.lowering import memory_lookup, memory_lookup_reference
 from memcompile.lowering.reference import scores_reference
 from tests.lowering.cases import (
     TENSOR_NAMES,
     VARIANTS,
     Case,
     Recorder,
+    assert_best,
     cases,
     gradients,
     in_dtype,
     leaves,
+    logits_at,
 )
 from tests.tolerance import assert_as_accurate
 
@@ -34,7 +36,7 @@ def test_any_shape(case):
     with Recorder() as seen:
         output = memory_lookup(*tensors, **case.options)
     assert seen.scores.dtype == torch.float32
-    assert torch.equal(seen.slots.long(), product_key_topk_reference(seen.scores, case.top_k)[1])
+    assert_best(seen.slots, seen.scores, case.top_k)
     _, plain, exact, _ = reference_at(tensors, seen.slots, case)
     assert_as_accurate(output, plain, exact, "output")
 
@@ -71,7 +73,10 @@ def test_as_accurate_as_plain_pytorch(variant, dtype):
         plain_scores, exact_scores = (
             scores_reference(t[0], t[1], t[2], t[3], t[9], case.heads) for t in (plain_tensors, exact_tensors)
         )
-        found = {"scores": (seen.scores, plain_scores.float(), exact_scores), "output": (output, plain, exact)}
+        plain_logits, exact_logits = (
+            logits_at(scores, seen.slots) for scores in (plain_scores.to(seen.logits.dtype), exact_scores)
+        )
+        found = {"logits": (seen.logits, plain_logits, exact_logits), "output": (output, plain, exact)}
         grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         actual = gradients(output, tensors, grad)
         plain_found = gradients(plain, plain_tensors, grad)

@@ -108,7 +108,7 @@ def test_vmap_does_not_loop_over_the_batch():
 
     with Names():
         vmap(lambda *t: memory_lookup(*t, **FULL.options), BATCHES["all"])(*batched(BATCHES["all"]))
-    assert seen.count("memcompile::product_key_topk") == 1
+    assert seen.count("memcompile::product_key_search") == 1
     assert seen.count("memcompile::weighted_gather") == 1
 
 

@@ -1,0 +1,107 @@
+"""Builds the C++ kernels once for each compiler, instruction set and PyTorch, and keeps them in a cache on disk."""
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "src"
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden")
+_STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11, the oldest that is supported
+
+
+class BuildError(Exception):
+    """The kernels cannot be built here; the message says why, and what would help."""
+
+
+def cache_directory() -> Path:
+    """``MEMCOMPILE_CACHE_DIR``, or ``memcompile`` in the user's cache directory."""
+    given = os.environ.get("MEMCOMPILE_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(base) / "memcompile"
+
+
+def compiler() -> list[str]:
+    """The command of ``CXX``, or the first of g++, clang++ and c++ on the path.
+
+    Raises:
+        BuildError: there is none.
+    """
+    given = os.environ.get("CXX")
+    candidates = [shlex.split(given)] if given else [["g++"], ["clang++"], ["c++"]]
+    for command in candidates:
+        if command and shutil.which(command[0]):
+            return command
+    tried = " or ".join(command[0] for command in candidates if command)
+    raise BuildError(f"no C++ compiler ({tried}): install g++, or set CXX")
+
+
+def architecture_flag() -> str:
+    """The flag for ``MEMCOMPILE_CPU_ARCH``, by default the processor that this runs on."""
+    name = os.environ.get("MEMCOMPILE_CPU_ARCH", "native")
+    return f"-mcpu={name}" if platform.machine() in ("arm64", "aarch64") else f"-march={name}"
+
+
+def kernels() -> Path:
+    """Path of the library with the kernels, which registers them when it is loaded. Built where it is not there yet:
+    about ten seconds. Two processes may ask at once.
+
+    Raises:
+        BuildError: no compiler, a compiler that fails, or no directory to write to.
+    """
+    include, libraries = Path(torch.__file__).parent / "include", Path(torch.__file__).parent / "lib"
+    linked = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else [f"-L{libraries}", "-ltorch_cpu"]
+    return build(SOURCES / "bindings.cpp", [_STABLE_ABI, "-isystem", str(include), *linked], torch.__version__)
+
+
+def build(source: Path, flags: Sequence[str], key: str = "") -> Path:
+    """Path of the shared library that ``source`` becomes with ``flags``, from the cache where it is there.
+
+    Args:
+        source: a C++ file; it may include files beside it and those of `SOURCES`.
+        key: what else the result depends on.
+
+    Raises:
+        BuildError: as `kernels`.
+    """
+    command = [*compiler(), architecture_flag(), *_FLAGS, f"-I{SOURCES}"]
+    # The predefined macros name the compiler's version and the instruction sets that "native" stands for.
+    macros = _run([*command[:-2], "-dM", "-E", "-x", "c++", os.devnull])
+    digest = hashlib.sha256("\0".join([macros, key, source.name, *flags]).encode())
+    for path in sorted({*SOURCES.iterdir(), *source.parent.glob("*.h"), source}):
+        digest.update(path.read_bytes())
+    target = cache_directory() / f"{source.stem}-{digest.hexdigest()[:24]}.so"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock")):
+            if not target.exists():
+                log.info("building %s for this machine with %s, once: about ten seconds", source.name, command[0])
+                with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                    made = Path(scratch) / target.name
+                    _run([*command, str(source), "-o", str(made), *flags])
+                    os.replace(made, target)  # whole or not at all, whoever looks
+    except OSError as error:
+        raise BuildError(f"{target.parent} cannot be written ({error}): set MEMCOMPILE_CACHE_DIR") from error
+    return target
+
+
+def _run(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run ({error})") from error
+    if done.returncode != 0:
+        said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+        raise BuildError(f"{shlex.join(command)} failed: {' | '.join(said[:3])}")
+    return done.stdout

@@ -1,0 +1,29 @@
+"""Loads the C++ kernels at the first need; from then on PyTorch's dispatcher finds them by itself."""
+
+import functools
+import logging
+import os
+
+import torch
+
+from memcompile.lowering.cpu.build import BuildError, kernels
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def load() -> bool:
+    """Registers the C++ kernels of memcompile's operators for the CPU, built first where they are not in the cache.
+
+    Returns whether they are there. Where they cannot be built, or ``MEMCOMPILE_CPU_KERNELS`` is 0, the operators run
+    as PyTorch operators: the same answers, several times slower, said once in the log.
+    """
+    if os.environ.get("MEMCOMPILE_CPU_KERNELS") == "0":
+        log.warning("MEMCOMPILE_CPU_KERNELS=0: memory layers run as PyTorch operators on the CPU, which is slower")
+        return False
+    try:
+        torch.ops.load_library(kernels())  # type: ignore[no-untyped-call]
+    except (BuildError, OSError) as error:
+        log.warning("memory layers run as PyTorch operators on the CPU, which is slower: %s", error)
+        return False
+    return True

@@ -1,0 +1,333 @@
+// The CPU kernels of memcompile's operators, over PyTorch's stable ABI. What each computes is in the Python file of its
+// operator; the loops are in the headers beside this file, which know no PyTorch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+#include <vector>
+
+#include "by_slot.h"
+#include "rows.h"
+#include "scores.h"
+#include "search.h"
+
+namespace memcompile {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Elements that a thread should have before another is worth its start.
+constexpr int64_t kGrain = 1 << 14;
+
+// f(begin, end) over parts of 0..count, each of which costs about `elements` elements.
+template <class F>
+void parallel(int64_t count, int64_t elements, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
+  torch::stable::parallel_for(0, count, grain, f);
+}
+
+// f(T{}) for the type of the rows.
+template <class F>
+auto with_row_type(const Tensor& rows, const F& f) {
+  switch (rows.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Half{});
+    default:
+      STD_TORCH_CHECK(false, "memcompile: rows must be float32, float64, bfloat16 or float16");
+  }
+}
+
+template <class F>
+auto with_slot_type(const Tensor& slots, const F& f) {
+  const ScalarType type = slots.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "memcompile: slots must be int32 or int64");
+  return type == ScalarType::Int ? f(int32_t{}) : f(int64_t{});
+}
+
+ScalarType sum_type(const Tensor& rows) {
+  return rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The tensor, contiguous and of this type; itself where it is.
+Tensor as(const Tensor& tensor, ScalarType type) {
+  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
+// A table [num_rows, dim] whose rows may be apart: a table is large, and is not copied for its strides.
+Tensor with_whole_rows(const Tensor& rows) {
+  STD_TORCH_CHECK(rows.dim() == 2, "memcompile: expected rows [num_rows, dim]");
+  return rows.size(1) <= 1 || rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
+}
+
+template <class Row>
+Table<Row> table_of(const Tensor& rows) {
+  return {static_cast<const Row*>(rows.const_data_ptr()), rows.stride(0), rows.size(1)};
+}
+
+template <class Slot>
+void check_slots(const Slot* slots, int64_t count, int64_t num_slots) {
+  Slot lowest = 0, highest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    lowest = std::min(lowest, slots[i]);
+    highest = std::max(highest, slots[i]);
+  }
+  STD_TORCH_CHECK(count == 0 || (lowest >= 0 && int64_t(highest) < num_slots), "memcompile: slot ",
+                  lowest < 0 ? int64_t(lowest) : int64_t(highest), " is out of range for a table of ", num_slots, " rows");
+}
+
+void check_top_k(int64_t top_k, int64_t n_keys) {
+  STD_TORCH_CHECK(1 <= top_k && top_k <= n_keys && n_keys * n_keys <= int64_t(1) << 31,
+                  "memcompile: expected 1 <= top_k <= n_keys <= 46340, got ", top_k, " and ", n_keys);
+}
+
+std::tuple<Tensor, Tensor> product_key_topk(const Tensor& scores_given, int64_t top_k) {
+  STD_TORCH_CHECK(scores_given.dim() == 4 && scores_given.size(0) == 2, "memcompile: scores must be [2, tokens, heads, n_keys]");
+  const ScalarType type = scores_given.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "memcompile: scores must be float32 or float64");
+  const int64_t tokens = scores_given.size(1), heads = scores_given.size(2), n_keys = scores_given.size(3);
+  check_top_k(top_k, n_keys);
+  const Tensor scores = scores_given.stride(3) == 1 || n_keys == 1 ? scores_given : torch::stable::contiguous(scores_given);
+  Tensor logits = torch::stable::new_empty(scores, {tokens, heads, top_k}, type);
+  Tensor slots = torch::stable::new_empty(scores, {tokens, heads, top_k}, ScalarType::Int);
+  const auto run = [&](auto zero) {
+    using Score = decltype(zero);
+    const Score* data = static_cast<const Score*>(scores.const_data_ptr());
+    Score* logits_out = static_cast<Score*>(logits.mutable_data_ptr());
+    int32_t* slots_out = static_cast<int32_t*>(slots.mutable_data_ptr());
+    parallel(tokens * heads, 2 * n_keys, [&](int64_t begin, int64_t end) {
+      ProductKeySearch<Score> search(n_keys, top_k);
+      for (int64_t row = begin; row < end; ++row) {
+        const Score* first = data + row / heads * scores.stride(1) + row % heads * scores.stride(2);
+        search.search(first, first + scores.stride(0), logits_out + row * top_k, slots_out + row * top_k);
+      }
+    });
+  };
+  type == ScalarType::Float ? run(float{}) : run(double{});
+  return {logits, slots};
+}
+
+// Tokens below which a tile's lanes stay empty, and a dot with each key is faster.
+constexpr int64_t kFewTokens = 5;
+
+// Scores of a few tokens, every key's by a dot, then the search.
+template <class Row>
+void search_few(const Row* query, const Row* half_keys, int64_t tokens, int64_t heads, int64_t n_keys, int64_t half_dim,
+                int64_t top_k, Sum<Row>* logits, int32_t* slots) {
+  using S = Sum<Row>;
+  std::vector<int32_t> numbers(n_keys);
+  for (int64_t j = 0; j < n_keys; ++j) numbers[j] = int32_t(j);
+  std::vector<S> scores(tokens * heads * 2 * n_keys);
+  constexpr int64_t part = 64;  // keys
+  const int64_t parts = (n_keys + part - 1) / part;
+  parallel(heads * 2 * parts, tokens * part * half_dim, [&](int64_t begin, int64_t end) {
+    std::vector<S> sums(half_dim);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % parts * part, side = i / parts % 2, head = i / parts / 2;
+      const Table<Row> keys{half_keys + (side * heads + head) * n_keys * half_dim, half_dim, half_dim};
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t bag = (t * heads + head) * 2 + side;
+        dots_with_rows(keys, numbers.data() + first, std::min(part, n_keys - first), query + bag * half_dim, sums.data(),
+                       scores.data() + bag * n_keys + first);
+      }
+    }
+  });
+  parallel(tokens * heads, 2 * n_keys, [&](int64_t begin, int64_t end) {
+    ProductKeySearch<S> search(n_keys, top_k);
+    for (int64_t row = begin; row < end; ++row) {
+      const S* first = scores.data() + row * 2 * n_keys;
+      search.search(first, first + n_keys, logits + row * top_k, slots + row * top_k);
+    }
+  });
+}
+
+// Scores of a tile of tokens at a time, searched while they are in the cache.
+template <class Row>
+void search_many(const Row* query, const Row* half_keys, int64_t tokens, int64_t heads, int64_t n_keys, int64_t half_dim,
+                 int64_t top_k, Sum<Row>* logits, int32_t* slots) {
+  using S = Sum<Row>;
+  using Tile = ScoreTile<Row>;
+  const int64_t tiles = (tokens + Tile::kTokens - 1) / Tile::kTokens;
+  parallel(tiles * heads, Tile::kTokens * n_keys * half_dim, [&](int64_t begin, int64_t end) {
+    Tile tile(half_dim);
+    ProductKeySearch<S> search(n_keys, top_k);
+    std::vector<S> scores(2 * Tile::kTokens * n_keys);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / tiles, first = i % tiles * Tile::kTokens, size = std::min(Tile::kTokens, tokens - first);
+      for (int64_t side = 0; side < 2; ++side) {
+        const Table<Row> queries{query + ((first * heads + head) * 2 + side) * half_dim, heads * 2 * half_dim, half_dim};
+        const Table<Row> keys{half_keys + (side * heads + head) * n_keys * half_dim, half_dim, half_dim};
+        tile.multiply(queries, size, keys, n_keys, scores.data() + side * Tile::kTokens * n_keys);
+      }
+      for (int64_t t = 0; t < size; ++t) {
+        const int64_t row = (first + t) * heads + head;
+        search.search(scores.data() + t * n_keys, scores.data() + (Tile::kTokens + t) * n_keys, logits + row * top_k,
+                      slots + row * top_k);
+      }
+    }
+  });
+}
+
+// The type in which a tile is multiplied: its own, or fp32, which holds the half dtypes exactly.
+ScalarType tile_type(const Tensor& query) {
+  const ScalarType type = query.scalar_type();
+  if constexpr (kHasTile<BFloat16>) {
+    if (type == ScalarType::BFloat16 && ScoreTile<BFloat16>::fits(query.size(2) / 2)) return type;
+  }
+  return type == ScalarType::Double ? type : ScalarType::Float;
+}
+
+std::tuple<Tensor, Tensor> product_key_search(const Tensor& query_given, const Tensor& half_keys_given, int64_t top_k) {
+  STD_TORCH_CHECK(query_given.dim() == 3 && half_keys_given.dim() == 4 && half_keys_given.size(0) == 2 &&
+                      query_given.size(1) == half_keys_given.size(1) && query_given.size(2) == 2 * half_keys_given.size(3),
+                  "memcompile: query must be [tokens, heads, key_dim] and half_keys [2, heads, n_keys, key_dim / 2]");
+  const int64_t tokens = query_given.size(0);
+  const bool few = tokens < kFewTokens;
+  const ScalarType type = few ? query_given.scalar_type() : tile_type(query_given);
+  const Tensor query = as(query_given, type), half_keys = as(half_keys_given, type);
+  const int64_t heads = query.size(1), n_keys = half_keys.size(2), half_dim = half_keys.size(3);
+  check_top_k(top_k, n_keys);
+  Tensor logits = torch::stable::new_empty(query, {tokens, heads, top_k}, sum_type(query));
+  Tensor slots = torch::stable::new_empty(query, {tokens, heads, top_k}, ScalarType::Int);
+  with_row_type(query, [&](auto row) {
+    using Row = decltype(row);
+    const Row* q = static_cast<const Row*>(query.const_data_ptr());
+    const Row* keys = static_cast<const Row*>(half_keys.const_data_ptr());
+    Sum<Row>* logits_out = static_cast<Sum<Row>*>(logits.mutable_data_ptr());
+    int32_t* slots_out = static_cast<int32_t*>(slots.mutable_data_ptr());
+    if (few) {
+      search_few(q, keys, tokens, heads, n_keys, half_dim, top_k, logits_out, slots_out);
+    } else if constexpr (kHasTile<Row>) {
+      search_many(q, keys, tokens, heads, n_keys, half_dim, top_k, logits_out, slots_out);
+    }
+  });
+  return {logits, slots};
+}
+
+Tensor weighted_gather(const Tensor& values_given, const Tensor& slots_given, const Tensor& weights_given) {
+  const Tensor values = with_whole_rows(values_given);
+  const Tensor slots = torch::stable::contiguous(slots_given), weights = as(weights_given, sum_type(values));
+  STD_TORCH_CHECK(slots.dim() == 2 && weights.dim() == 2 && weights.size(0) == slots.size(0) && weights.size(1) == slots.size(1),
+                  "memcompile: slots and weights must be [tokens, hits]");
+  const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
+  Tensor out = torch::stable::new_empty(values, {tokens, dim}, values.scalar_type());
+  with_row_type(values, [&](auto row) {
+    using Row = decltype(row);
+    with_slot_type(slots, [&](auto slot) {
+      using Slot = decltype(slot);
+      const Table<Row> table = table_of<Row>(values);
+      const Slot* s = static_cast<const Slot*>(slots.const_data_ptr());
+      const Sum<Row>* w = static_cast<const Sum<Row>*>(weights.const_data_ptr());
+      Row* y = static_cast<Row*>(out.mutable_data_ptr());
+      check_slots(s, tokens * hits, values.size(0));
+      parallel(tokens, hits * dim, [&](int64_t begin, int64_t end) {
+        std::vector<Sum<Row>> sums(dim);
+        for (int64_t t = begin; t < end; ++t) {
+          weighted_sum_of_rows(table, s + t * hits, w + t * hits, hits, sums.data(), y + t * dim);
+        }
+      });
+    });
+  });
+  return out;
+}
+
+Tensor gather_dot(const Tensor& values_given, const Tensor& slots_given, const Tensor& grad_given) {
+  const Tensor values = with_whole_rows(values_given);
+  const Tensor slots = torch::stable::contiguous(slots_given), grad = as(grad_given, values.scalar_type());
+  STD_TORCH_CHECK(slots.dim() == 2 && grad.dim() == 2 && grad.size(0) == slots.size(0) && grad.size(1) == values.size(1),
+                  "memcompile: slots must be [tokens, hits] and grad [tokens, value_dim]");
+  const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
+  Tensor out = torch::stable::new_empty(values, {tokens, hits}, sum_type(values));
+  with_row_type(values, [&](auto row) {
+    using Row = decltype(row);
+    with_slot_type(slots, [&](auto slot) {
+      using Slot = decltype(slot);
+      const Table<Row> table = table_of<Row>(values);
+      const Slot* s = static_cast<const Slot*>(slots.const_data_ptr());
+      const Row* u = static_cast<const Row*>(grad.const_data_ptr());
+      Sum<Row>* dots = static_cast<Sum<Row>*>(out.mutable_data_ptr());
+      check_slots(s, tokens * hits, values.size(0));
+      parallel(tokens, hits * dim, [&](int64_t begin, int64_t end) {
+        std::vector<Sum<Row>> sums(dim);
+        for (int64_t t = begin; t < end; ++t) {
+          dots_with_rows(table, s + t * hits, hits, u + t * dim, sums.data(), dots + t * hits);
+        }
+      });
+    });
+  });
+  return out;
+}
+
+// Rows first..last of out, of which a thread owns those that its hits reach and the unhit ones before each.
+template <class Row>
+void zero_rows(Row* out, int64_t dim, int64_t first, int64_t last) {
+  if (first < last) std::memset(static_cast<void*>(out + first * dim), 0, (last - first) * dim * sizeof(Row));
+}
+
+Tensor weighted_scatter(const Tensor& slots_given, const Tensor& weights_given, const Tensor& grad_given, int64_t num_slots) {
+  const Tensor grad = with_whole_rows(grad_given);
+  const Tensor slots = torch::stable::contiguous(slots_given), weights = as(weights_given, sum_type(grad));
+  STD_TORCH_CHECK(slots.dim() == 2 && weights.dim() == 2 && weights.size(0) == slots.size(0) && weights.size(1) == slots.size(1) &&
+                      grad.size(0) == slots.size(0),
+                  "memcompile: slots and weights must be [tokens, hits] and grad [tokens, value_dim]");
+  const int64_t hits = slots.size(1), count = slots.numel(), dim = grad.size(1);
+  Tensor out = torch::stable::new_empty(grad, {num_slots, dim}, grad.scalar_type());
+  with_row_type(grad, [&](auto row) {
+    using Row = decltype(row);
+    with_slot_type(slots, [&](auto slot) {
+      using Slot = decltype(slot);
+      const Table<Row> table = table_of<Row>(grad);
+      const Sum<Row>* w = static_cast<const Sum<Row>*>(weights.const_data_ptr());
+      Row* rows = static_cast<Row*>(out.mutable_data_ptr());
+      const Slot* s = static_cast<const Slot*>(slots.const_data_ptr());
+      check_slots(s, count, num_slots);
+      const SortedHits<Slot> sorted =
+          sort_by_slot(s, count, num_slots, torch::stable::get_num_threads(), [](int64_t begin, int64_t end, const auto& f) {
+            torch::stable::parallel_for(begin, end, 1, f);
+          });
+      if (count == 0) zero_rows(rows, dim, 0, num_slots);
+      parallel(count, dim, [&](int64_t begin, int64_t end) {
+        std::vector<Sum<Row>> sums(dim), weight;
+        std::vector<int64_t> token;
+        // A slot belongs to whom its first hit belongs to.
+        const auto next_slot = [&](int64_t i) {
+          return std::upper_bound(sorted.slots.get() + i, sorted.slots.get() + count, sorted.slots[i]) - sorted.slots.get();
+        };
+        int64_t i = begin;
+        if (i > 0 && sorted.slots[i] == sorted.slots[i - 1]) i = next_slot(i);
+        while (i < end) {
+          const int64_t slot_number = sorted.slots[i];
+          zero_rows(rows, dim, i == 0 ? 0 : int64_t(sorted.slots[i - 1]) + 1, slot_number);
+          token.clear();
+          weight.clear();
+          for (; i < count && sorted.slots[i] == slot_number; ++i) {
+            token.push_back(sorted.hits[i] / hits);
+            weight.push_back(w[sorted.hits[i]]);
+          }
+          weighted_sum_of_rows(table, token.data(), weight.data(), int64_t(token.size()), sums.data(), rows + slot_number * dim);
+          if (i == count) zero_rows(rows, dim, slot_number + 1, num_slots);
+        }
+      });
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(memcompile, CPU, m) {
+  m.impl("product_key_search", TORCH_BOX(&product_key_search));
+  m.impl("product_key_topk", TORCH_BOX(&product_key_topk));
+  m.impl("weighted_gather", TORCH_BOX(&weighted_gather));
+  m.impl("gather_dot", TORCH_BOX(&gather_dot));
+  m.impl("weighted_scatter", TORCH_BOX(&weighted_scatter));
+}
+
+}  // namespace memcompile

@@ -1,0 +1,63 @@
+// The k best of all n * n sums of two lists of n scores: the rule of product_key_topk.py.
+#pragma once
+
+#include "select.h"
+
+namespace memcompile {
+
+template <class Score>
+class ProductKeySearch {
+ public:
+  ProductKeySearch(int64_t n_keys, int64_t top_k)
+      : n_keys_(n_keys), top_k_(top_k), halves_(n_keys, top_k), candidates_(pairs(top_k), top_k) {
+    for (int side = 0; side < 2; ++side) {
+      ranked_[side].resize(top_k);
+      best_[side].resize(top_k);
+    }
+    hit_.resize(top_k);
+    sums_.resize(pairs(top_k));
+    for (int64_t a = 0; a < top_k; ++a) {
+      for (int64_t b = 0; (a + 1) * (b + 1) <= top_k; ++b) ranks_.push_back({int32_t(a), int32_t(b)});
+    }
+  }
+
+  // scores of each side [n_keys] -> logits [top_k], slots [top_k].
+  void search(const Score* first, const Score* second, Score* logits, int32_t* slots) {
+    const Score* scores[2] = {first, second};
+    for (int side = 0; side < 2; ++side) {
+      halves_.select(scores[side], n_keys_, top_k_, ranked_[side].data());
+      for (int64_t r = 0; r < top_k_; ++r) best_[side][r] = scores[side][ranked_[side][r]];
+    }
+    Score* sum = sums_.data();
+    for (int64_t a = 0; a < top_k_; ++a) {
+      const int64_t width = top_k_ / (a + 1);
+      for (int64_t b = 0; b < width; ++b) sum[b] = best_[0][a] + best_[1][b];
+      sum += width;
+    }
+    candidates_.select(sums_.data(), int64_t(sums_.size()), top_k_, hit_.data());
+    for (int64_t r = 0; r < top_k_; ++r) {
+      const Ranks pair = ranks_[hit_[r]];
+      logits[r] = sums_[hit_[r]];
+      slots[r] = int32_t(ranked_[0][pair.first] * n_keys_ + ranked_[1][pair.second]);
+    }
+  }
+
+ private:
+  struct Ranks {
+    int32_t first, second;
+  };
+
+  static int64_t pairs(int64_t top_k) {
+    int64_t count = 0;
+    for (int64_t a = 1; a <= top_k; ++a) count += top_k / a;
+    return count;
+  }
+
+  int64_t n_keys_, top_k_;
+  Selector<Score> halves_, candidates_;
+  std::vector<Ranks> ranks_;  // of each candidate, by the first, then by the second
+  std::vector<int32_t> ranked_[2], hit_;
+  std::vector<Score> best_[2], sums_;
+};
+
+}  // namespace memcompile
