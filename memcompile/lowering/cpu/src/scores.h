@@ -13,8 +13,11 @@ namespace memcompile {
 template <class Row>
 struct Words {
   using Word = Row;
-  static constexpr int64_t kRows = 1;  // numbers in a word
-  static Vector<Row> multiply_add(Vector<Row> query, Row key, Vector<Row> sum) { return sum + query * splat(key); }
+  static constexpr int64_t kRows = 1;  // numbers in a word; a row must hold whole words
+  template <class V>
+  static V multiply_add(V query, Row key, V sum) {
+    return sum + query * splat(key);
+  }
 };
 
 // Whether a tile can be multiplied in this type.
@@ -50,8 +53,6 @@ class ScoreTile {
   static constexpr int kVectors = 2, kKeys = 4;
 #endif
   static constexpr int64_t kTokens = kVectors * kLanesOfTokens;  // in a tile
-  // Rows that a tile can serve: those of whole words.
-  static bool fits(int64_t dim) { return dim % Words<Row>::kRows == 0; }
 
   explicit ScoreTile(int64_t dim) : words_(dim / Words<Row>::kRows), packed_(kTokens * words_), block_(kBlock * kTokens) {}
 

@@ -1,0 +1,115 @@
+// Runs one kernel on numbers that are the same every time, for callgrind to count its instructions: those of the
+// function `measured` and of what it calls.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "by_slot.h"
+#include "rows.h"
+#include "scores.h"
+#include "search.h"
+
+using namespace memcompile;
+
+namespace {
+
+constexpr int64_t kTokens = 48, kKeys = 1024, kHalfDim = 256, kTopK = 32, kHits = 128, kSlots = 4096, kDim = 1024;
+
+uint64_t state = 1;
+float random_number() {  // a sum of uniform numbers: near enough to normal for scores
+  float sum = 0;
+  for (int i = 0; i < 4; ++i) {
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    sum += float(state >> 40) / float(1 << 24) - 0.5f;
+  }
+  return sum;
+}
+
+template <class Row>
+std::vector<Row> random_rows(int64_t count) {
+  std::vector<Row> out(count);
+  for (Row& x : out) from_sum(random_number(), &x);
+  return out;
+}
+
+std::vector<int32_t> random_slots() {
+  std::vector<int32_t> out(kTokens * kHits);
+  for (int32_t& slot : out) {
+    random_number();
+    slot = int32_t((state >> 33) % kSlots);
+  }
+  return out;
+}
+
+}  // namespace
+
+template <class F>
+__attribute__((noinline)) void measured(const F& f) {
+  f();
+}
+
+template <class Row>
+void gather() {
+  const std::vector<Row> values = random_rows<Row>(kSlots * kDim);
+  const std::vector<float> weights = random_rows<float>(kTokens * kHits);
+  const std::vector<int32_t> slots = random_slots();
+  RowSums<Row> sums(kDim);
+  std::vector<Row> out(kDim);
+  const Table<Row> table{values.data(), kDim, kDim};
+  measured([&] {
+    for (int64_t t = 0; t < kTokens; ++t) sums.weighted_sum(table, &slots[t * kHits], &weights[t * kHits], kHits, out.data());
+  });
+}
+
+void dots() {
+  const std::vector<float> values = random_rows<float>(kSlots * kDim), grad = random_rows<float>(kDim);
+  const std::vector<int32_t> slots = random_slots();
+  std::vector<float> copy(kDim), out(kHits);
+  measured([&] {
+    for (int64_t t = 0; t < kTokens; ++t) {
+      dots_with_rows(Table<float>{values.data(), kDim, kDim}, &slots[t * kHits], kHits, grad.data(), copy.data(), out.data());
+    }
+  });
+}
+
+void search() {
+  const std::vector<float> scores = random_rows<float>(2 * kTokens * kKeys);
+  ProductKeySearch<float> search(kKeys, kTopK);
+  std::vector<float> logits(kTopK);
+  std::vector<int32_t> slots(kTopK);
+  measured([&] {
+    for (int64_t t = 0; t < kTokens; ++t) search.search(&scores[2 * t * kKeys], &scores[(2 * t + 1) * kKeys], logits.data(), slots.data());
+  });
+}
+
+void scores() {
+  const std::vector<float> queries = random_rows<float>(kTokens * kHalfDim), keys = random_rows<float>(kKeys * kHalfDim);
+  std::vector<float> out(kTokens * kKeys);
+  measured([&] {
+    for (int64_t first = 0; first < kTokens; first += ScoreTile<float>::kTokens) {
+      ScoreTile<float> tile(kHalfDim);
+      tile.multiply({&queries[first * kHalfDim], kHalfDim, kHalfDim}, ScoreTile<float>::kTokens, {keys.data(), kHalfDim, kHalfDim},
+                    kKeys, &out[first * kKeys]);
+    }
+  });
+}
+
+void sort() {
+  const std::vector<int32_t> slots = random_slots();
+  measured([&] {
+    sort_by_slot(slots.data(), int64_t(slots.size()), kSlots, 1, [](int64_t begin, int64_t end, const auto& f) { f(begin, end); });
+  });
+}
+
+int main(int, char** arguments) {
+  const char* kernel = arguments[1];
+  if (!std::strcmp(kernel, "gather fp32")) gather<float>();
+  else if (!std::strcmp(kernel, "gather bf16")) gather<BFloat16>();
+  else if (!std::strcmp(kernel, "dots")) dots();
+  else if (!std::strcmp(kernel, "search")) search();
+  else if (!std::strcmp(kernel, "scores")) scores();
+  else if (!std::strcmp(kernel, "sort")) sort();
+  else return 1;
+  std::printf("%d\n", int(kTokens));
+}

@@ -1,0 +1,163 @@
+"""What the C++ kernels promise beyond the operators' own tests: exact, and one answer on any number of threads."""
+
+import mmap
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memcompile.lowering import cpu, operator
+from memcompile.lowering.product_key_topk import _kernel as topk_in_pytorch
+
+pytestmark = pytest.mark.skipif(not cpu.load(), reason="no C++ compiler: the operators run as PyTorch operators here")
+
+gather, dot, scatter = (operator(name) for name in ("weighted_gather", "gather_dot", "weighted_scatter"))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def inputs(dtype, tokens=300, hits=24, num_slots=700, dim=83):
+    generator = torch.Generator().manual_seed(0)
+    slots = (torch.rand(tokens, hits, generator=generator) ** 3 * num_slots).int()  # a few slots have most of the hits
+    weights = torch.randn(tokens, hits, generator=generator)
+    return (
+        torch.randn(num_slots, dim, generator=generator).to(dtype),
+        slots,
+        weights.double() if dtype is torch.float64 else weights,
+        torch.randn(tokens, dim, generator=generator).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bit_for_bit_over_repeats_and_threads(dtype, threads):
+    values, slots, weights, grad = inputs(dtype)
+    query, half_keys = torch.randn(300, 2, 44).to(dtype), torch.randn(2, 2, 150, 22).to(dtype)
+    scores = torch.randn(2, 300, 2, 150, dtype=torch.promote_types(dtype, torch.float32))
+
+    def run():
+        return (
+            gather(values, slots, weights),
+            dot(values, slots, grad),
+            scatter(slots, weights, grad, len(values)),
+            scatter(slots.long(), weights, grad, len(values)),
+            *operator("product_key_search")(query, half_keys, 19),
+            *operator("product_key_topk")(scores, 19),
+        )
+
+    threads(1)
+    first = run()
+    for count in (1, 2, 2, 3):
+        threads(count)
+        assert all(map(torch.equal, run(), first))
+    assert torch.equal(first[2], first[3])
+
+
+def test_a_slot_sums_its_hits_in_the_order_of_tokens():
+    """So in which order a token names its slots changes nothing."""
+    _, slots, weights, grad = inputs(torch.float32, tokens=50, hits=12, num_slots=1000)
+    ranked, order = slots.sort(dim=1, stable=True)
+    assert torch.equal(
+        scatter(ranked, weights.gather(1, order), grad, 1000),
+        scatter(slots, weights, grad, 1000),
+    )
+
+
+@given(
+    n=st.sampled_from((1, 2, 63, 64, 65, 127, 300, 1000)),
+    kind=st.sampled_from(("random", "few numbers", "all equal", "signed zeros", "NaN", "infinite", "sorted")),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+    data=st.data(),
+)
+def test_the_search_is_exact(n, kind, dtype, data):
+    """Against sorting, in PyTorch: ties by index, NaN first, -0.0 as 0.0, for any k."""
+    k = data.draw(st.one_of(st.integers(1, n), st.sampled_from((1, min(n, 32), n)))) if n <= 65 else min(n, 32)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    scores = torch.randn(2, 5, 2, n, generator=generator, dtype=dtype)
+    if kind == "few numbers":
+        scores = scores.round()
+    elif kind == "all equal":
+        scores = torch.full_like(scores, 0.25)
+    elif kind == "signed zeros":
+        scores = torch.where(scores > 0, 0.0, -0.0).to(dtype)
+    elif kind == "NaN":
+        scores[scores > 1] = torch.nan
+        scores[scores < -1] = -torch.nan
+    elif kind == "infinite":
+        scores[scores > 1] = torch.inf
+    elif kind == "sorted":
+        scores = scores.sort(dim=-1).values
+    logits, slots = operator("product_key_topk")(scores, k)
+    expected_logits, expected_slots = topk_in_pytorch(scores, k)
+    assert torch.equal(slots, expected_slots)
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_apart_and_half_dtypes_at_their_edges(dtype):
+    table = torch.tensor([0.0, -0.0, 1e-7, 6e-8, -3e-5, 65504.0, torch.inf, -torch.inf, torch.nan, 1.0, 2.0 / 3]).to(
+        dtype
+    )
+    rows = table.repeat(6, 9)[:, 3:90]  # whole vectors and a tail, in rows that are apart in memory
+    slots, one = torch.tensor([[5], [0]]), torch.ones(2, 1)
+    torch.testing.assert_close(gather(rows, slots, one), rows[[5, 0]], rtol=0, atol=0, equal_nan=True)
+    finite = rows.nan_to_num(nan=0.0, posinf=2.0, neginf=-2.0)
+    dots = dot(finite, slots, torch.ones(2, 87, dtype=dtype))
+    torch.testing.assert_close(dots, finite[[5, 0]].to(dots.dtype).sum(1, keepdim=True))
+    assert dot(rows, slots, torch.ones(2, 87, dtype=dtype)).isnan().all()
+
+
+def test_columns_apart():
+    values, slots, weights, _ = inputs(torch.float32)
+    apart = torch.stack([values, values], dim=-1)[..., 0]
+    assert apart.stride(1) == 2
+    assert torch.equal(gather(apart, slots, weights), gather(values, slots, weights))
+
+
+@pytest.mark.parametrize("slot", [-1, 700, 2**31 - 1])
+def test_a_slot_out_of_range(slot):
+    values, slots, weights, grad = inputs(torch.float32)
+    slots[7, 3] = slot
+    for run in (
+        lambda: gather(values, slots, weights),
+        lambda: dot(values, slots, grad),
+        lambda: scatter(slots, weights, grad, 700),
+    ):
+        with pytest.raises(RuntimeError, match=f"slot {slot} is out of range for a table of 700 rows"):
+            run()
+
+
+def test_shapes_are_checked_where_python_is_not_asked():
+    """In inference mode PyTorch calls the kernels at once."""
+    values, slots, weights, grad = inputs(torch.float32)
+    with torch.inference_mode():
+        for run, message in (
+            (lambda: gather(values, slots, weights[:, :3]), "slots and weights must be"),
+            (lambda: dot(values, slots, grad[:, :3]), "grad \\[tokens, value_dim\\]"),
+            (lambda: scatter(slots, weights, grad[:3], 700), "slots and weights must be"),
+            (lambda: operator("product_key_topk")(torch.zeros(2, 1, 1, 3), 4), "top_k <= n_keys <= 46340, got 4 and 3"),
+            (lambda: operator("product_key_search")(torch.zeros(1, 1, 4), torch.zeros(2, 1, 3, 3), 1), "key_dim / 2"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                run()
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_more_than_2_to_the_31_elements(index_dtype):
+    """A table of 2**33 bytes that is mapped and not filled: only the pages with the rows that are read take memory."""
+    num_slots, dim = 2**22 + 3, 1024
+    memory = mmap.mmap(-1, num_slots * dim * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    values = torch.frombuffer(memory, dtype=torch.float16).view(num_slots, dim)
+    assert values.numel() > 2**32
+    last, middle = num_slots - 1, 2**21 + 1  # beyond 2**32 and 2**31 elements
+    values[last], values[middle] = 2.0, torch.arange(dim).half()
+    slots, weights = torch.tensor([[last, middle, 5]], dtype=index_dtype), torch.tensor([[3.0, 0.5, 1.0]])
+    expected = 6.0 + 0.5 * torch.arange(dim)
+    torch.testing.assert_close(gather(values, slots, weights)[0].float(), expected, rtol=2**-11, atol=0)
+    assert dot(values, slots, torch.ones(1, dim).half()).tolist() == [[2.0 * dim, dim * (dim - 1) / 2, 0.0]]
