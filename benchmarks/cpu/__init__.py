@@ -1,0 +1,1 @@
+"""A memory layer against its peers on the CPU: `python -m benchmarks.cpu`."""
