@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test lint docs fuzz bench clean
+.PHONY: demo test lint docs fuzz bench bench-compile clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.examples
@@ -25,7 +25,10 @@ docs: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz --examples 5000 --processes $(WORKERS)
 
-bench: $(VENV)/.test
+bench: $(VENV)/.benchmark
+	$(BIN)/python -m benchmarks.cpu
+
+bench-compile: $(VENV)/.test
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/compile_time.py
 
@@ -37,6 +40,10 @@ $(BIN)/python:
 
 $(VENV)/.examples: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[examples]'
+	touch $@
+
+$(VENV)/.benchmark: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[benchmark]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python

@@ -1,10 +1,11 @@
-// How fast this machine reads whole rows at random: rows.h's order of loads, and nothing else done with them.
+// How fast this machine reads whole rows at random: rows.h's order of loads and prefetches, and nothing else done with them.
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <thread>
 #include <vector>
 
-#include "simd.h"
+#include "rows.h"
 
 namespace {
 
@@ -12,22 +13,26 @@ using memcompile::kLanes;
 using Word = int64_t;
 using Words = memcompile::Vector<Word>;
 
-constexpr int64_t kSideBySide = 8;
-constexpr int64_t kCacheLine = 64;
+using memcompile::kCacheLine;
+using memcompile::kSideBySide;
 
 template <bool kPrefetch>
 Word read(const char* table, int64_t row_bytes, const int64_t* rows, int64_t count) {
   Words seen[kSideBySide] = {};
   for (int64_t first = 0; first + kSideBySide <= count; first += kSideBySide) {
     const bool last = first + 2 * kSideBySide > count;
-    const char *row[kSideBySide], *ahead[kSideBySide];
+    const char *row[kSideBySide], *next[kSideBySide];
     for (int64_t z = 0; z < kSideBySide; ++z) {
       row[z] = table + rows[first + z] * row_bytes;
-      ahead[z] = last ? row[z] : table + rows[first + kSideBySide + z] * row_bytes;
+      next[z] = last ? row[z] : table + rows[first + kSideBySide + z] * row_bytes;
     }
+    const int64_t distance = std::min(memcompile::kAhead, row_bytes);
     for (int64_t byte = 0; byte < row_bytes; byte += kCacheLine) {
       if constexpr (kPrefetch) {
-        for (int64_t z = 0; z < kSideBySide; ++z) __builtin_prefetch(ahead[z] + byte, 0, 0);
+        const bool inside = byte + distance < row_bytes;
+        for (int64_t z = 0; z < kSideBySide; ++z) {
+          __builtin_prefetch(inside ? row[z] + byte + distance : next[z] + byte + distance - row_bytes, 0, 0);
+        }
       }
       for (int64_t z = 0; z < kSideBySide; ++z) {
         for (int64_t part = 0; part < kCacheLine; part += memcompile::kVectorBytes) {

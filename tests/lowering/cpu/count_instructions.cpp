@@ -58,7 +58,7 @@ void gather() {
   std::vector<Row> out(kDim);
   const Table<Row> table{values.data(), kDim, kDim};
   measured([&] {
-    for (int64_t t = 0; t < kTokens; ++t) sums.weighted_sum(table, &slots[t * kHits], &weights[t * kHits], kHits, out.data());
+    for (int64_t t = 0; t < kTokens; ++t) sums.weighted_sum(table, &slots[t * kHits], &weights[t * kHits], kHits, kHits, out.data());
   });
 }
 
@@ -68,7 +68,7 @@ void dots() {
   std::vector<float> copy(kDim), out(kHits);
   measured([&] {
     for (int64_t t = 0; t < kTokens; ++t) {
-      dots_with_rows(Table<float>{values.data(), kDim, kDim}, &slots[t * kHits], kHits, grad.data(), copy.data(), out.data());
+      dots_with_rows(Table<float>{values.data(), kDim, kDim}, &slots[t * kHits], kHits, kHits, grad.data(), copy.data(), out.data());
     }
   });
 }

@@ -134,7 +134,8 @@ void search_few(const Row* query, const Row* half_keys, int64_t tokens, int64_t 
       const Table<Row> keys{half_keys + (side * heads + head) * n_keys * half_dim, half_dim, half_dim};
       for (int64_t t = 0; t < tokens; ++t) {
         const int64_t bag = (t * heads + head) * 2 + side;
-        dots_with_rows(keys, numbers.data() + first, std::min(part, n_keys - first), query + bag * half_dim, sums.data(),
+        const int64_t count = std::min(part, n_keys - first);
+        dots_with_rows(keys, numbers.data() + first, count, n_keys - first, query + bag * half_dim, sums.data(),
                        scores.data() + bag * n_keys + first);
       }
     }
@@ -228,7 +229,9 @@ Tensor weighted_gather(const Tensor& values_given, const Tensor& slots_given, co
       check_slots(s, tokens * hits, values.size(0));
       parallel(tokens, hits * dim, [&](int64_t begin, int64_t end) {
         RowSums<Row> sums(dim);
-        for (int64_t t = begin; t < end; ++t) sums.weighted_sum(table, s + t * hits, w + t * hits, hits, y + t * dim);
+        for (int64_t t = begin; t < end; ++t) {
+          sums.weighted_sum(table, s + t * hits, w + t * hits, hits, (end - t) * hits, y + t * dim);
+        }
       });
     });
   });
@@ -254,7 +257,7 @@ Tensor gather_dot(const Tensor& values_given, const Tensor& slots_given, const T
       parallel(tokens, hits * dim, [&](int64_t begin, int64_t end) {
         std::vector<Sum<Row>> sums(dim);
         for (int64_t t = begin; t < end; ++t) {
-          dots_with_rows(table, s + t * hits, hits, u + t * dim, sums.data(), dots + t * hits);
+          dots_with_rows(table, s + t * hits, hits, (end - t) * hits, u + t * dim, sums.data(), dots + t * hits);
         }
       });
     });
@@ -309,7 +312,7 @@ Tensor weighted_scatter(const Tensor& slots_given, const Tensor& weights_given, 
             token.push_back(sorted.hits[i] / hits);
             weight.push_back(w[sorted.hits[i]]);
           }
-          sums.weighted_sum(table, token.data(), weight.data(), int64_t(token.size()), rows + slot_number * dim);
+          sums.weighted_sum(table, token.data(), weight.data(), int64_t(token.size()), int64_t(token.size()), rows + slot_number * dim);
           if (i == count) zero_rows(rows, dim, slot_number + 1, num_slots);
         }
       });

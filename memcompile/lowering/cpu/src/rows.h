@@ -1,6 +1,6 @@
 // Weighted sums of rows, and dots with rows, that are far apart in memory. Eight rows are read side by side: so many
-// misses are in flight at once, and a sum is loaded and stored once in eight rows. The next eight are fetched ahead, past
-// the second-level cache, which none of them would be found in again.
+// misses are in flight at once, and a sum is loaded and stored once in eight rows. A little of each is fetched ahead, its
+// end with the start of the eight that follow; past the second-level cache, which none of them would be found in again.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,7 @@ namespace memcompile {
 
 inline constexpr int64_t kSideBySide = 8;
 inline constexpr int64_t kCacheLine = 64;
+inline constexpr int64_t kAhead = 1024;  // bytes of a row; whole rows ahead overflow the first-level cache, 20% slower
 
 // The rows of a table, by number; offsets are 64-bit throughout.
 template <class Row>
@@ -23,25 +24,41 @@ struct Table {
   const Row* row(int64_t number) const { return data + number * stride; }
 };
 
-// Up to eight rows from the first on, and the eight that follow; the last one again where there are no more.
+// Up to eight of `count` rows from the first on, and the eight that follow of the `known` ones; the last one again where
+// there are no more.
 template <class Row>
 struct RowGroup {
   const Row* row[kSideBySide];
-  const Row* ahead[kSideBySide];
+  const Row* next[kSideBySide];
 
   template <class Number>
-  RowGroup(const Table<Row>& table, const Number* numbers, int64_t first, int64_t count) {
+  RowGroup(const Table<Row>& table, const Number* numbers, int64_t first, int64_t count, int64_t known) {
     for (int64_t z = 0; z < kSideBySide; ++z) {
       row[z] = table.row(int64_t(numbers[std::min(first + z, count - 1)]));
-      ahead[z] = table.row(int64_t(numbers[std::min(first + kSideBySide + z, count - 1)]));
+      next[z] = table.row(int64_t(numbers[std::min(first + kSideBySide + z, known - 1)]));
     }
   }
 
-  // Asks for what a pair of columns takes of the following rows. Inlined: GCC takes a function that only prefetches for
-  // one without an effect, and drops the call.
-  __attribute__((always_inline)) void prefetch(int64_t column) const {
+  // f(c) for each pair of columns from c on, with a constant distance between what is fetched and what is read.
+  template <class F>
+  __attribute__((always_inline)) void for_each_pair(int64_t dim, const F& f) const {
+    const int64_t whole = dim / kPair<Row> * kPair<Row>, distance = std::min<int64_t>(kAhead / sizeof(Row), whole);
+    int64_t c = 0;
+    for (; c + distance < whole; c += kPair<Row>) {
+      prefetch(row, c + distance);
+      f(c);
+    }
+    for (; c < whole; c += kPair<Row>) {
+      prefetch(next, c + distance - whole);
+      f(c);
+    }
+  }
+
+ private:
+  // Inlined: GCC takes a function that only prefetches for one without an effect, and drops the call.
+  __attribute__((always_inline)) static void prefetch(const Row* const* rows, int64_t column) {
     for (int64_t z = 0; z < kSideBySide; ++z) {
-      const char* p = reinterpret_cast<const char*>(ahead[z] + column);
+      const char* p = reinterpret_cast<const char*>(rows[z] + column);
       for (int64_t byte = 0; byte < kPair<Row> * int64_t(sizeof(Row)); byte += kCacheLine) __builtin_prefetch(p + byte, 0, 0);
     }
   }
@@ -54,9 +71,7 @@ __attribute__((always_inline)) inline void add_rows(RowGroup<Row> group, const S
   using S = Sum<Row>;
   Vector<S> weight[size];
   for (int64_t z = 0; z < size; ++z) weight[z] = splat(weights[z]);
-  int64_t c = 0;
-  for (; c + kPair<Row> <= dim; c += kPair<Row>) {
-    group.prefetch(c);
+  group.for_each_pair(dim, [&](int64_t c) __attribute__((always_inline)) {
     Pair<S> sum = load_pair(sums + c);
     for (int64_t z = 0; z < size; ++z) {
       const Pair<S> x = load_pair(group.row[z] + c);
@@ -64,8 +79,8 @@ __attribute__((always_inline)) inline void add_rows(RowGroup<Row> group, const S
       sum.b += weight[z] * x.b;
     }
     store_pair(sums + c, sum);
-  }
-  for (; c < dim; ++c) {
+  });
+  for (int64_t c = dim / kPair<Row> * kPair<Row>; c < dim; ++c) {
     for (int64_t z = 0; z < size; ++z) sums[c] += weights[z] * to_sum(group.row[z][c]);
   }
 }
@@ -78,13 +93,14 @@ class RowSums {
 
   explicit RowSums(int64_t dim) : dim_(dim), part_(dim), total_(dim) {}
 
-  // out = sum over i < count of weights[i] * table.row(numbers[i]).
+  // out = sum over i < count of weights[i] * table.row(numbers[i]). Of the numbers, `known` are there: those behind count
+  // are of the rows that are wanted next, which are fetched ahead.
   template <class Number>
-  void weighted_sum(const Table<Row>& table, const Number* numbers, const S* weights, int64_t count, Row* out) {
+  void weighted_sum(const Table<Row>& table, const Number* numbers, const S* weights, int64_t count, int64_t known, Row* out) {
     std::fill(total_.begin(), total_.end(), S(0));
     for (int64_t first = 0; first < count; first += kPart) {
       std::fill(part_.begin(), part_.end(), S(0));
-      add_part(table, numbers, weights, first, std::min(first + kPart, count), count);
+      add_part(table, numbers, weights, first, std::min(first + kPart, count), known);
       for (int64_t c = 0; c < dim_; ++c) total_[c] += part_[c];
     }
     int64_t c = 0;
@@ -96,9 +112,9 @@ class RowSums {
   static constexpr int64_t kPart = 8 * kSideBySide;  // rows
 
   template <class Number>
-  void add_part(const Table<Row>& table, const Number* numbers, const S* weights, int64_t first, int64_t last, int64_t count) {
+  void add_part(const Table<Row>& table, const Number* numbers, const S* weights, int64_t first, int64_t last, int64_t known) {
     const auto add = [&]<int64_t size>(std::integral_constant<int64_t, size>) {
-      add_rows<size>(RowGroup<Row>(table, numbers, first, count), weights + first, dim_, part_.data());
+      add_rows<size>(RowGroup<Row>(table, numbers, first, last, known), weights + first, dim_, part_.data());
       first += size;
     };
     while (first + kSideBySide <= last) add(std::integral_constant<int64_t, kSideBySide>{});
@@ -111,25 +127,24 @@ class RowSums {
   std::vector<S> part_, total_;
 };
 
-// out[i] = table.row(numbers[i]) . vector, for i < count; copy [dim] is scratch.
+// out[i] = table.row(numbers[i]) . vector, for i < count; `known` as in RowSums; copy [dim] is scratch.
 template <class Row, class Number>
-void dots_with_rows(const Table<Row>& table, const Number* numbers, int64_t count, const Row* vector, Sum<Row>* copy,
-                    Sum<Row>* out) {
+void dots_with_rows(const Table<Row>& table, const Number* numbers, int64_t count, int64_t known, const Row* vector,
+                    Sum<Row>* copy, Sum<Row>* out) {
   using S = Sum<Row>;
   const int64_t dim = table.dim, whole = dim / kPair<Row> * kPair<Row>;
   for (int64_t c = 0; c < whole; c += kPair<Row>) store_pair(copy + c, load_pair(vector + c));
   for (int64_t first = 0; first < count; first += kSideBySide) {
-    const RowGroup<Row> group(table, numbers, first, count);
+    const RowGroup<Row> group(table, numbers, first, count, known);
     Pair<S> dot[kSideBySide] = {};
-    for (int64_t c = 0; c < whole; c += kPair<Row>) {
-      group.prefetch(c);
+    group.for_each_pair(dim, [&](int64_t c) __attribute__((always_inline)) {
       const Pair<S> y = load_pair(copy + c);
       for (int64_t z = 0; z < kSideBySide; ++z) {
         const Pair<S> x = load_pair(group.row[z] + c);
         dot[z].a += x.a * y.a;
         dot[z].b += x.b * y.b;
       }
-    }
+    });
     for (int64_t z = 0; z < std::min(kSideBySide, count - first); ++z) {
       S sum = sum_of_lanes<S>(dot[z].a + dot[z].b);
       for (int64_t c = whole; c < dim; ++c) sum += to_sum(vector[c]) * to_sum(group.row[z][c]);
