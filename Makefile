@@ -23,7 +23,7 @@ docs: $(VENV)/.test
 	$(BIN)/python -m tests.zoo.table
 
 fuzz: $(VENV)/.test
-	$(BIN)/python -m tests.fuzz --examples 5000 --processes $(WORKERS)
+	$(BIN)/python -m tests.fuzz --examples 5100 --processes $(WORKERS)
 
 bench: $(VENV)/.benchmark
 	$(BIN)/python -m benchmarks.cpu

@@ -21,8 +21,10 @@ __all__ = [
     "functorch_is_active",
     "graph_pass_base",
     "has_onednn_linear",
+    "on_the_cpu",
     "onednn_linear",
     "run_graph_pass",
+    "size_hint",
 ]
 
 # Any callable on a graph: what Inductor's `post_grad_custom_pre_pass` may hold.
@@ -101,6 +103,16 @@ def has_onednn_linear() -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` by oneDNN, of tensors at any strides."""
+    """`F.linear` by oneDNN: matrices at any strides, a contiguous bias."""
     output: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return output
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size, or what a symbolic one was when it was traced; 0 where nothing is known of it. Adds no guard."""
+    return int(size) if isinstance(size, int) else int(size.node.hint or 0)
+
+
+def on_the_cpu(overload: torch._ops.OpOverload, *args: Any) -> Any:
+    """Call the CPU's own kernel of an operator, whatever the dispatcher has chosen for these arguments."""
+    return overload.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)

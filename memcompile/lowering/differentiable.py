@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering import cpu
-from memcompile.lowering._torch import autograd_kernel, below_autograd
+from memcompile.lowering._torch import autograd_kernel, below_autograd, on_the_cpu
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Autocast off on `device`; the CPU's switch stands in for a device that knows no autocast (meta)."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type if available else "cpu", enabled=False)
 
 
 def register_operator(
@@ -49,10 +55,12 @@ def register_operator(
             return run(*args)
 
     def anywhere(*args: Any) -> Any:
-        if any(isinstance(a, Tensor) and a.device.type == "cpu" for a in args) and cpu.load():
-            return operator(name)(*args)  # the dispatcher has a kernel for the CPU now, and does not come here again
         check(*args)
-        return kernel(*args)
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if all(t.device.type == "cpu" and t.layout is torch.strided for t in tensors) and cpu.load():
+            return on_the_cpu(operator(name), *args)  # from the next call on the dispatcher goes there by itself
+        with without_autocast(tensors[0].device):
+            return kernel(*args)
 
     def checked_fake(*args: Any) -> Any:
         check(*args)

@@ -19,6 +19,11 @@ def _rows_read(values: Shape, slots: Shape, other: Shape, *args: Any, **kwargs: 
     return 2 * slots[0] * slots[1] * values[1]
 
 
+@register_flop_formula(operator("onednn_mm").overloadpacket)
+def _product(left: Shape, right: Shape, bias: Shape | None, *args: Any, **kwargs: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
 @register_flop_formula(operator("weighted_scatter").overloadpacket)
 def _rows_written(slots: Shape, weights: Shape, grad: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * slots[0] * slots[1] * grad[1]

@@ -37,7 +37,8 @@ def memory_lookup(
     becomes y * silu(gate(x)) (Memory+); with `out_weight` it is projected.
 
     Scores and softmax are computed in float32 (float64 where the query is), under autocast too, because lower
-    precisions reorder the slots; a half dtype's products are exact in it. The projections follow autocast.
+    precisions reorder the slots; all but the smallest products of a half dtype are exact in it. The projections
+    follow autocast.
 
     Args:
         x: [..., d]; any leading dimensions, of any size.

@@ -14,7 +14,7 @@ from torch import Tensor
 from memcompile.lowering import cpu
 from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.batching import batch_first, fold_into_tokens, unfold_tokens
-from memcompile.lowering.differentiable import register_operator
+from memcompile.lowering.differentiable import register_operator, without_autocast
 from memcompile.lowering.product_key_topk import check_top_k
 from memcompile.lowering.schema import operator
 
@@ -32,12 +32,6 @@ def _check(query: Tensor, half_keys: Tensor, top_k: int) -> None:
             f"query and half_keys: expected one floating dtype for both, got {query.dtype} and {half_keys.dtype}"
         )
     check_top_k(top_k, half_keys.shape[2])
-
-
-def without_autocast(device: torch.device) -> torch.autocast:
-    """Autocast off on `device`; the CPU's switch stands in for a device that knows no autocast (meta)."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type if available else "cpu", enabled=False)
 
 
 def _scores_dtype(query: Tensor) -> torch.dtype:

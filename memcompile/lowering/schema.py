@@ -20,7 +20,7 @@ SCHEMAS = {
     "onednn_mm": "(Tensor left, Tensor right, Tensor? bias) -> Tensor",  # a product in Inductor's graphs: cpu/gemm.py
 }
 
-# Every kernel reads its inputs at any strides, so Inductor need not copy them into a layout of eager's.
+# Every operator takes its inputs at any strides, so Inductor need not copy them into a layout of eager's.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 for _name, _signature in SCHEMAS.items():

@@ -48,9 +48,12 @@ def main() -> int:
     for group in sorted(result.groups, key=lambda group: group.finding.kind):
         choices = ", ".join(sorted(group.choices)) or "the simplest model"
         print(f"\n{'=' * 100}\n{group.count} times, needs {choices}\n{group.finding}")
-    causes = len(result.groups)
+    causes, broken = len(result.groups), len(result.broken)
+    for text in result.broken[:1]:
+        print(f"\n{'=' * 100}\na generated model that does not run by itself: {text}")
     print(f"\n{result.examples} models, {causes} causes of deviations, {len(rare)} choices hardly ever made: {rare}")
-    return 1 if causes or rare else 0
+    print(f"{broken} more did not run by themselves")
+    return 1 if causes or rare or broken > result.examples // _RARE else 0
 
 
 def _print_table(result: Survey) -> list[str]:

@@ -41,6 +41,10 @@ class Finding:
         return f"{self.kind}: {self.about}: {self.reason}\n\n{self.source.code}"
 
 
+class DoesNotRun(Exception):
+    """The generated model does not train in PyTorch: the generator's fault, and no model to look at."""
+
+
 def build(source: Source) -> tuple[nn.Module, tuple]:
     """The model and its inputs; the same each time."""
     torch.manual_seed(0)
@@ -50,10 +54,17 @@ def build(source: Source) -> tuple[nn.Module, tuple]:
 
 
 def check(model: Model) -> list[Finding]:
-    """Every deviation that shows on ``model``. All that is accepted becomes memory, and runs."""
+    """Every deviation that shows on ``model``. All that is accepted becomes memory, and runs.
+
+    Raises:
+        DoesNotRun: it is no model.
+    """
     source = write(model)
     module, inputs = build(source)
-    before = _step(build(source)[0], inputs, model.trainable)
+    try:
+        before = _step(build(source)[0], inputs, model.trainable)
+    except RuntimeError as error:
+        raise DoesNotRun(f"{type(error).__name__}: {error}\n\n{source.code}") from error
     example_inputs = None if model.guess else inputs
     broken: Exception | None = None
     try:

@@ -121,7 +121,8 @@ def _fitted_block(block: Block, first: Block | None, model: Model) -> Block:
         ffn = dataclasses.replace(ffn, hidden=20)
     if ffn.activation == "nn.PReLU()" or ffn.gating == "F.glu" or block.miss == "pruned":
         ffn = dataclasses.replace(ffn, cast="none")  # a weight of the model's dtype, or of another until its hook runs
-    if ffn.gating in _VIEWS and ffn.activation in _IN_PLACE:
+    views = _VIEWS if block.miss is None else (*_VIEWS, "view and select", "slices", "every other")
+    if ffn.gating in views and ffn.activation in _IN_PLACE:
         ffn = dataclasses.replace(ffn, activation="F.relu({h})")  # autograd has no rule for it
     if ffn.home == "sequential" and (ffn.gating, ffn.projection, ffn.flat) != ("plain", "linear", False):
         ffn = dataclasses.replace(ffn, home="module")

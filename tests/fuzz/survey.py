@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.fuzz.check import Finding, alike, check, reduced
+from tests.fuzz.check import DoesNotRun, Finding, alike, check, reduced
 from tests.fuzz.grammar import models
 from tests.fuzz.spec import Model, features
 
@@ -33,11 +33,12 @@ class Group:
 
 @dataclasses.dataclass
 class Survey:
-    """What a run generated and found."""
+    """What a run generated and found; ``broken`` are models that do not run, which are none of the examples."""
 
     generated: collections.Counter[str]
     groups: list[Group]
     examples: int = 0
+    broken: list[str] = dataclasses.field(default_factory=list)
 
 
 def survey(examples: int, random_seed: int, progress: Callable[[], None] = lambda: None) -> Survey:
@@ -54,9 +55,14 @@ def survey(examples: int, random_seed: int, progress: Callable[[], None] = lambd
     )
     @given(models())
     def run(model: Model) -> None:
+        try:
+            findings = check(model)
+        except DoesNotRun as error:
+            result.broken.append(str(error))
+            return
         result.examples += 1
         result.generated.update(set(features(model)))
-        for finding in check(model):
+        for finding in findings:
             known = next((group for group in result.groups if group.explains(finding, model)), None)
             if known is not None:
                 known.count += 1
@@ -78,6 +84,7 @@ def merged(surveys: Sequence[Survey]) -> Survey:
     for part in surveys:
         result.examples += part.examples
         result.generated += part.generated
+        result.broken += part.broken
         for group in part.groups:
             same = [g for g in result.groups if g.choices == group.choices and alike(g.finding, group.finding)]
             if same:

@@ -124,11 +124,11 @@ def test_sums_of_many_hits_are_kept_wide(dtype):
 
 def test_dot_in_chunks(monkeypatch):
     values, slots, _, grad = make(tokens=23, dtype=torch.bfloat16)
-    whole = gather_dot(values, slots, grad)
+    whole = module._dot(values, slots, grad)
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": 5 * slots.shape[1] * values.shape[1]})
-    torch.testing.assert_close(gather_dot(values, slots, grad), whole)
+    torch.testing.assert_close(module._dot(values, slots, grad), whole)
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": 0})
-    torch.testing.assert_close(gather_dot(values, slots, grad), whole)
+    torch.testing.assert_close(module._dot(values, slots, grad), whole)
 
 
 def largest_allocation(call) -> int:
@@ -143,9 +143,9 @@ def test_no_kernel_builds_all_gathered_rows(dtype):
     data = make(tokens=512, hits=32, num_slots=64, value_dim=64, dtype=dtype)
     all_rows = 512 * 32 * 64 * dtype.itemsize
     calls = [
-        lambda: weighted_gather(*data[:3]),
-        lambda: gather_dot(data.values, data.slots, data.grad),
-        lambda: weighted_scatter(*data[1:], 64),
+        lambda: module._gather(*data[:3]),
+        lambda: module._dot(data.values, data.slots, data.grad),
+        lambda: module._scatter(*data[1:], 64),
     ]
     for call in calls:
         assert largest_allocation(call) <= all_rows / 2

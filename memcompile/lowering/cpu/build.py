@@ -26,10 +26,19 @@ class BuildError(Exception):
 
 
 def cache_directory() -> Path:
-    """``MEMCOMPILE_CACHE_DIR``, or ``memcompile`` in the user's cache directory."""
-    given = os.environ.get("MEMCOMPILE_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(base) / "memcompile"
+    """``MEMCOMPILE_CACHE_DIR``, or ``memcompile`` in the user's cache directory.
+
+    Raises:
+        BuildError: there is neither.
+    """
+    if given := os.environ.get("MEMCOMPILE_CACHE_DIR"):
+        return Path(given)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "memcompile"
+    try:
+        return Path.home() / ".cache" / "memcompile"
+    except RuntimeError as error:
+        raise BuildError("the user has no home directory: set MEMCOMPILE_CACHE_DIR") from error
 
 
 def compiler() -> list[str]:
@@ -49,7 +58,7 @@ def compiler() -> list[str]:
 
 def architecture_flag() -> str:
     """The flag for ``MEMCOMPILE_CPU_ARCH``, by default the processor that this runs on."""
-    name = os.environ.get("MEMCOMPILE_CPU_ARCH", "native")
+    name = os.environ.get("MEMCOMPILE_CPU_ARCH") or "native"
     return f"-mcpu={name}" if platform.machine() in ("arm64", "aarch64") else f"-march={name}"
 
 
@@ -78,10 +87,12 @@ def build(source: Path, flags: Sequence[str], key: str = "") -> Path:
     command = [*compiler(), architecture_flag(), *_FLAGS, f"-I{SOURCES}"]
     # The predefined macros name the compiler's version and the instruction sets that "native" stands for.
     macros = _run([*command[:-2], "-dM", "-E", "-x", "c++", os.devnull])
-    digest = hashlib.sha256("\0".join([macros, key, source.name, *flags]).encode())
+    digest = hashlib.sha256("\0".join([macros, key, source.name, *command, *flags]).encode())
     for path in sorted({*SOURCES.iterdir(), *source.parent.glob("*.h"), source}):
         digest.update(path.read_bytes())
     target = cache_directory() / f"{source.stem}-{digest.hexdigest()[:24]}.so"
+    if target.exists():
+        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):
@@ -98,7 +109,7 @@ def build(source: Path, flags: Sequence[str], key: str = "") -> Path:
 
 def _run(command: Sequence[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise BuildError(f"{command[0]} does not run ({error})") from error
     if done.returncode != 0:

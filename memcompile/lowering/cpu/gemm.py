@@ -3,16 +3,15 @@ kernels (200 against 460 GFLOP/s on two Zen 5 cores). A pass over Inductor's gra
 """
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
-from memcompile.lowering._torch import has_onednn_linear, onednn_linear
+from memcompile.lowering._torch import has_onednn_linear, onednn_linear, size_hint
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
 
-_MANY = 2**14  # elements of an operand or the product, from which it is worth a call of its own
+_MANY = 2**20  # multiplications from which oneDNN is faster, the cost of its call included
 
 
 @functools.cache
@@ -27,7 +26,9 @@ def mkl_is_held_back() -> bool:
 
 
 def use_onednn(graph: fx.Graph) -> None:
-    """Replaces the fp32 products on the CPU, `aten.mm` and `aten.addmm` with a bias a column, in place."""
+    """Replaces the large fp32 products on the CPU, `aten.mm` and `aten.addmm` with a bias a column, in place. With
+    max-autotune too: Inductor's own products on a CPU ask for weights that are constants.
+    """
     for node in [*graph.nodes]:
         if node.target is torch.ops.aten.mm.default:
             operands = (*node.args, None)
@@ -35,9 +36,9 @@ def use_onednn(graph: fx.Graph) -> None:
             operands = (*node.args[1:], node.args[0])
         else:
             continue
-        values = [operand.meta["val"] for operand in operands if operand is not None]
-        bias_fits = len(values) == 2 or values[2].dim() == 1
-        if bias_fits and all(map(_is_plain, values)) and _is_large([*values, node.meta["val"]]):
+        # Nodes that another pass has made may have no values.
+        values = [operand.meta.get("val") for operand in operands if operand is not None]
+        if all(map(_is_plain, values)) and _is_served(*values):
             with graph.inserting_before(node):
                 product = graph.call_function(operator("onednn_mm"), operands)
             product.meta = dict(node.meta)
@@ -45,17 +46,21 @@ def use_onednn(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _is_plain(value: Tensor) -> bool:
-    return value.device.type == "cpu" and value.dtype is torch.float32
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cpu" and value.dtype is torch.float32
 
 
-def _is_large(values: Sequence[Tensor]) -> bool:
-    fixed = ([size for size in value.shape if isinstance(size, int)] for value in values)  # tokens may be symbolic
-    return max(torch.Size(sizes).numel() for sizes in fixed) >= _MANY
+def _is_served(left: Tensor, right: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether a product [m, k] @ [k, n] is large, and its bias one number a column."""
+    multiplications = size_hint(left.shape[0]) * size_hint(left.shape[1]) * size_hint(right.shape[1])
+    return multiplications >= _MANY and (bias is None or bias.shape == right.shape[1:])
 
 
 def _kernel(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    return onednn_linear(left, right.t(), bias)
+    if left.shape[1] == 0:  # which oneDNN refuses
+        return left @ right if bias is None else torch.addmm(bias, left, right)
+    # It reads matrices at their strides, and a bias as if it had none.
+    return onednn_linear(left, right.t(), None if bias is None else bias.contiguous())
 
 
 def _fake(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:

@@ -35,18 +35,20 @@ def test_built_once_and_said_once(source, tmp_path, caplog):
         first = build.build(source, [])
         assert build.build(source, []) == first
     assert libraries(tmp_path) == [first]
-    assert [r.message for r in caplog.records] == [
-        "building answer.cpp for this machine with g++, once: about ten seconds"
-    ]
+    name = build.compiler()[0]
+    said = f"building answer.cpp for this machine with {name}, once: about ten seconds"
+    assert [record.message for record in caplog.records] == [said]
 
 
-@pytest.mark.parametrize("change", ["source", "flags", "key", "architecture"])
+@pytest.mark.parametrize("change", ["source", "flags", "key", "architecture", "command"])
 def test_what_the_result_depends_on_is_in_its_name(source, change, monkeypatch):
     before = build.build(source, [])
     if change == "source":
         source.write_text(SOURCE + "// another\n")
     if change == "architecture":
-        monkeypatch.setenv("MEMCOMPILE_CPU_ARCH", "x86-64" if "x86" in os.uname().machine else "armv8-a")
+        monkeypatch.setenv("MEMCOMPILE_CPU_ARCH", "x86-64" if "x86" in os.uname().machine else "generic")
+    if change == "command":
+        monkeypatch.setenv("CXX", f"{build.compiler()[0]} -ffp-contract=off")
     after = build.build(source, ["-DX"] if change == "flags" else [], "another" if change == "key" else "")
     assert after != before
 
@@ -68,6 +70,24 @@ print(build(Path({str(source)!r}), []))
     assert first == second
     assert [str(path) for path in libraries(tmp_path)] == [first.strip()]
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]  # no scratch is left behind
+
+
+def test_a_directory_that_holds_it_need_not_be_written(source, tmp_path, monkeypatch):
+    built = build.build(source, [])
+    monkeypatch.setattr(build, "FileLock", None)  # would raise
+    assert build.build(source, []) == built
+
+
+def test_no_home(source, monkeypatch):
+    for name in ("MEMCOMPILE_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(build.Path, "home", no_home)
+    with pytest.raises(BuildError, match="no home directory: set MEMCOMPILE_CACHE_DIR"):
+        build.build(source, [])
 
 
 def test_no_compiler(source, monkeypatch):
@@ -137,3 +157,17 @@ def test_without_them_the_operators_run_and_it_is_said_once(variable, value, sai
     assert len(warnings) == 1
     assert said in warnings[0]
     assert "slower" in warnings[0]
+
+
+FIRST_USE = """
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from memcompile.lowering import operator
+values, slots, weights = torch.randn(7, 5), torch.tensor([[1, 6]]), torch.tensor([[2.0, 3.0]])
+make_fx(operator("weighted_gather"), pre_dispatch=True)(values, slots, weights)
+"""
+
+
+def test_the_first_use_may_be_while_tracing():
+    """When PyTorch's Python dispatcher has already chosen the kernel that runs where there is no other."""
+    subprocess.run([sys.executable, "-c", FIRST_USE], check=True, cwd=ROOT)

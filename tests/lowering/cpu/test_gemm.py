@@ -26,6 +26,27 @@ def test_product(layout, bias):
     assert_as_accurate(onednn_mm(left, right, b), plain, exact)
 
 
+@pytest.mark.parametrize("bias", [torch.randn(51, 3)[:, 1], torch.randn(1).expand(51)], ids=["apart", "expanded"])
+def test_a_bias_at_any_stride(bias):
+    left, right = torch.randn(33, 70), torch.randn(70, 51)
+    exact = torch.addmm(bias.double(), left.double(), right.double())
+    assert_as_accurate(onednn_mm(left, right, bias), torch.addmm(bias, left, right), exact)
+
+
+def test_nothing_to_sum():
+    left, right, bias = torch.randn(33, 0), torch.randn(0, 51), torch.randn(51)
+    assert torch.equal(onednn_mm(left, right, None), torch.zeros(33, 51))
+    assert torch.equal(onednn_mm(left, right, bias), bias.expand(33, 51))
+
+
+def test_nodes_that_another_pass_made():
+    graph = torch.fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    graph.output(graph.call_function(torch.ops.aten.mm.default, (x, w)))
+    gemm.use_onednn(graph)
+    assert graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_opcheck(tokens):
     torch.library.opcheck(onednn_mm, (torch.randn(tokens, 7), torch.randn(7, 4), torch.randn(4)))
@@ -40,7 +61,7 @@ def replaced(function, *tensors):
     return [str(node.target) for node in graph_module.graph.nodes].count("memcompile.onednn_mm.default")
 
 
-X, W, B = torch.randn(9, 128), torch.randn(128, 256), torch.randn(256)
+X, W, B = torch.randn(64, 128), torch.randn(128, 256), torch.randn(256)
 
 
 @pytest.mark.parametrize(
@@ -48,14 +69,15 @@ X, W, B = torch.randn(9, 128), torch.randn(128, 256), torch.randn(256)
     [
         (2, lambda x, w: (x @ w) @ w.t(), (X, W)),
         (1, torch.addmm, (B, X, W)),
-        (0, torch.addmm, (torch.randn(9, 256), X, W)),
+        (0, torch.addmm, (torch.randn(64, 256), X, W)),
+        (0, torch.addmm, (torch.randn(1), X, W)),
         (0, lambda b, x, w: torch.addmm(b, x, w, beta=0.5), (B, X, W)),
         (0, torch.mm, (X.double(), W.double())),
         (0, torch.mm, (X.bfloat16(), W.bfloat16())),
         (0, torch.mm, (X[:, :16], W[:16, :16])),
         (0, torch.mm, (X.to("meta"), W.to("meta"))),
     ],
-    ids="forward_and_transposed bias whole_bias scaled_bias float64 bfloat16 small another_device".split(),
+    ids="forward_and_transposed bias whole_bias one_bias scaled_bias float64 bfloat16 small another_device".split(),
 )
 def test_which_products_are_replaced(count, function, tensors):
     if tensors[0].device.type == "meta":
@@ -74,11 +96,11 @@ def test_compiled_forward_and_backward(held_back, monkeypatch):
     monkeypatch.setattr(gemm, "onednn_linear", lambda *args: calls.append(args) or kernel(*args))
     monkeypatch.setattr("memcompile.lowering.inductor.mkl_is_held_back", lambda: held_back)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.GELU(), torch.nn.Linear(256, 128))
+    model = torch.nn.Sequential(torch.nn.Linear(512, 640), torch.nn.GELU(), torch.nn.Linear(640, 512))
     torch._dynamo.reset()
     compiled = torch.compile(model, options=inductor_patches("test"), dynamic=True)
     for tokens in (5, 9):
-        x = torch.randn(tokens, 128, requires_grad=True)
+        x = torch.randn(tokens, 512, requires_grad=True)
         expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
         actual = torch.autograd.grad(compiled(x).square().sum(), [x, *model.parameters()])
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from memcompile.lowering import cpu, operator
 from memcompile.lowering.product_key_topk import _kernel as topk_in_pytorch
+from tests.lowering.cases import assert_best, logits_at, scores_of
+from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no C++ compiler: the operators run as PyTorch operators here")
 
@@ -59,6 +61,42 @@ def test_bit_for_bit_over_repeats_and_threads(dtype, threads):
     assert torch.equal(first[2], first[3])
 
 
+@pytest.mark.parametrize("num_slots", [5_000, 5_000_000])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_many_hits_of_large_tables(num_slots, index_dtype, threads):
+    """So many that the slots are sorted in several passes and by several threads."""
+    generator = torch.Generator().manual_seed(0)
+    slots = (torch.rand(700, 100, generator=generator) ** 4 * num_slots).to(index_dtype)
+    weights, grad = torch.randn(700, 100, generator=generator), torch.randn(700, 3, generator=generator)
+    rows = (weights.double().unsqueeze(-1) * grad.double().unsqueeze(1)).flatten(0, 1)  # [hits, 3]
+    exact = torch.zeros(num_slots, 3, dtype=torch.float64).index_add_(0, slots.flatten().long(), rows)
+    for count in (1, 2, 3):
+        threads(count)
+        found = scatter(slots, weights, grad, num_slots)
+        torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-4)
+        assert torch.equal(found == 0, exact == 0)
+
+
+@pytest.mark.parametrize("half_dim", [1024, 2050])
+@pytest.mark.parametrize("tokens", [2, 50])
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_long_half_keys(half_dim, tokens, dtype):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(tokens, 2, 2 * half_dim, generator=generator).to(dtype)
+    half_keys = torch.randn(2, 2, 60, half_dim, generator=generator).to(dtype)
+    logits, slots = operator("product_key_search")(query, half_keys, 9)
+    plain, exact = scores_of(query, half_keys), scores_of(query.double(), half_keys.double())
+    assert_best(slots, plain, 9)
+    assert_as_accurate(logits, logits_at(plain, slots), logits_at(exact, slots))
+
+
+def test_tensors_that_are_not_plain():
+    """Whatever the C++ kernels do not take goes to PyTorch's operators, and their errors come from there."""
+    values, slots, weights, _ = inputs(torch.float32)
+    with pytest.raises(NotImplementedError, match="SparseCPU"):
+        gather(values.to_sparse(), slots, weights)
+
+
 def test_a_slot_sums_its_hits_in_the_order_of_tokens():
     """So in which order a token names its slots changes nothing."""
     _, slots, weights, grad = inputs(torch.float32, tokens=50, hits=12, num_slots=1000)
@@ -91,6 +129,7 @@ def test_the_search_is_exact(n, kind, dtype, data):
         scores[scores < -1] = -torch.nan
     elif kind == "infinite":
         scores[scores > 1] = torch.inf
+        scores[scores < -1] = -torch.inf  # where it meets +inf the sum is NaN, which counts as the largest
     elif kind == "sorted":
         scores = scores.sort(dim=-1).values
     logits, slots = operator("product_key_topk")(scores, k)
@@ -139,8 +178,14 @@ def test_shapes_are_checked_where_python_is_not_asked():
     with torch.inference_mode():
         for run, message in (
             (lambda: gather(values, slots, weights[:, :3]), "slots and weights must be"),
+            (lambda: gather(values, slots, weights.int()), "weights must be floating point"),
+            (lambda: dot(values, slots, grad.double()), "grad must have the dtype of values"),
+            (
+                lambda: operator("product_key_search")(torch.zeros(1, 1, 6), torch.zeros(2, 1, 3, 3).double(), 1),
+                "one floating dtype",
+            ),
             (lambda: dot(values, slots, grad[:, :3]), "grad \\[tokens, value_dim\\]"),
-            (lambda: scatter(slots, weights, grad[:3], 700), "slots and weights must be"),
+            (lambda: scatter(slots, weights, grad[:3], 700), "grad must be"),
             (lambda: operator("product_key_topk")(torch.zeros(2, 1, 1, 3), 4), "top_k <= n_keys <= 46340, got 4 and 3"),
             (lambda: operator("product_key_search")(torch.zeros(1, 1, 4), torch.zeros(2, 1, 3, 3), 1), "key_dim / 2"),
         ):

@@ -18,8 +18,8 @@ FILES = "test_weighted_gather test_product_key_topk test_product_key_search test
 WAYS = {"PyTorch operators": {"MEMCOMPILE_CPU_KERNELS": "0"}}
 if platform.machine() in ("x86_64", "AMD64") and cpu.load():
     WAYS |= {f"C++ for {name}": {"MEMCOMPILE_CPU_ARCH": name} for name in ("x86-64", "x86-64-v3", "x86-64-v4")}
-if "avx512f" not in Path("/proc/cpuinfo").read_text():
-    WAYS.pop("C++ for x86-64-v4", None)
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        WAYS.pop("C++ for x86-64-v4")
 
 
 @pytest.mark.parametrize("way", WAYS)

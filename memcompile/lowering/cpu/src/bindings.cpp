@@ -52,6 +52,17 @@ auto with_slot_type(const Tensor& slots, const F& f) {
   return type == ScalarType::Int ? f(int32_t{}) : f(int64_t{});
 }
 
+bool is_floating(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+void check_weights(const Tensor& slots, const Tensor& weights) {
+  STD_TORCH_CHECK(slots.dim() == 2 && weights.dim() == 2 && weights.size(0) == slots.size(0) && weights.size(1) == slots.size(1),
+                  "memcompile: slots and weights must be [tokens, hits]");
+  STD_TORCH_CHECK(is_floating(weights), "memcompile: weights must be floating point");
+}
+
 ScalarType sum_type(const Tensor& rows) {
   return rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -84,7 +95,7 @@ void check_slots(const Slot* slots, int64_t count, int64_t num_slots) {
 }
 
 void check_top_k(int64_t top_k, int64_t n_keys) {
-  STD_TORCH_CHECK(1 <= top_k && top_k <= n_keys && n_keys * n_keys <= int64_t(1) << 31,
+  STD_TORCH_CHECK(1 <= top_k && top_k <= n_keys && n_keys <= 46340,
                   "memcompile: expected 1 <= top_k <= n_keys <= 46340, got ", top_k, " and ", n_keys);
 }
 
@@ -188,6 +199,8 @@ std::tuple<Tensor, Tensor> product_key_search(const Tensor& query_given, const T
   STD_TORCH_CHECK(query_given.dim() == 3 && half_keys_given.dim() == 4 && half_keys_given.size(0) == 2 &&
                       query_given.size(1) == half_keys_given.size(1) && query_given.size(2) == 2 * half_keys_given.size(3),
                   "memcompile: query must be [tokens, heads, key_dim] and half_keys [2, heads, n_keys, key_dim / 2]");
+  STD_TORCH_CHECK(query_given.scalar_type() == half_keys_given.scalar_type() && is_floating(query_given),
+                  "memcompile: query and half_keys must have one floating dtype");
   const int64_t tokens = query_given.size(0);
   const bool few = tokens < kFewTokens;
   const ScalarType type = few ? query_given.scalar_type() : tile_type(query_given);
@@ -213,9 +226,8 @@ std::tuple<Tensor, Tensor> product_key_search(const Tensor& query_given, const T
 
 Tensor weighted_gather(const Tensor& values_given, const Tensor& slots_given, const Tensor& weights_given) {
   const Tensor values = with_whole_rows(values_given);
+  check_weights(slots_given, weights_given);
   const Tensor slots = torch::stable::contiguous(slots_given), weights = as(weights_given, sum_type(values));
-  STD_TORCH_CHECK(slots.dim() == 2 && weights.dim() == 2 && weights.size(0) == slots.size(0) && weights.size(1) == slots.size(1),
-                  "memcompile: slots and weights must be [tokens, hits]");
   const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
   Tensor out = torch::stable::new_empty(values, {tokens, dim}, values.scalar_type());
   with_row_type(values, [&](auto row) {
@@ -240,7 +252,8 @@ Tensor weighted_gather(const Tensor& values_given, const Tensor& slots_given, co
 
 Tensor gather_dot(const Tensor& values_given, const Tensor& slots_given, const Tensor& grad_given) {
   const Tensor values = with_whole_rows(values_given);
-  const Tensor slots = torch::stable::contiguous(slots_given), grad = as(grad_given, values.scalar_type());
+  STD_TORCH_CHECK(grad_given.scalar_type() == values.scalar_type(), "memcompile: grad must have the dtype of values");
+  const Tensor slots = torch::stable::contiguous(slots_given), grad = torch::stable::contiguous(grad_given);
   STD_TORCH_CHECK(slots.dim() == 2 && grad.dim() == 2 && grad.size(0) == slots.size(0) && grad.size(1) == values.size(1),
                   "memcompile: slots must be [tokens, hits] and grad [tokens, value_dim]");
   const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
@@ -273,10 +286,9 @@ void zero_rows(Row* out, int64_t dim, int64_t first, int64_t last) {
 
 Tensor weighted_scatter(const Tensor& slots_given, const Tensor& weights_given, const Tensor& grad_given, int64_t num_slots) {
   const Tensor grad = with_whole_rows(grad_given);
+  check_weights(slots_given, weights_given);
+  STD_TORCH_CHECK(grad.size(0) == slots_given.size(0), "memcompile: grad must be [tokens, value_dim]");
   const Tensor slots = torch::stable::contiguous(slots_given), weights = as(weights_given, sum_type(grad));
-  STD_TORCH_CHECK(slots.dim() == 2 && weights.dim() == 2 && weights.size(0) == slots.size(0) && weights.size(1) == slots.size(1) &&
-                      grad.size(0) == slots.size(0),
-                  "memcompile: slots and weights must be [tokens, hits] and grad [tokens, value_dim]");
   const int64_t hits = slots.size(1), count = slots.numel(), dim = grad.size(1);
   Tensor out = torch::stable::new_empty(grad, {num_slots, dim}, grad.scalar_type());
   with_row_type(grad, [&](auto row) {

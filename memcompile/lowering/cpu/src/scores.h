@@ -28,7 +28,7 @@ inline constexpr bool kHasTile = std::is_same_v<Row, Sum<Row>>;
 template <>
 inline constexpr bool kHasTile<BFloat16> = true;
 
-// Two products a lane, exact, summed in fp32.
+// Two products a lane, summed in fp32; products below 2**-126 count as zero.
 template <>
 struct Words<BFloat16> {
   using Word = uint32_t;
@@ -67,6 +67,7 @@ class ScoreTile {
   }
 
  private:
+  static constexpr int64_t kPart = 256;  // words summed at a time: the roundings of longer sums would add up
   static constexpr int64_t kBlock = kKeys * 2;  // keys whose scores are turned from token last to token first at a time
 
   template <int vectors>
@@ -95,19 +96,24 @@ class ScoreTile {
   void add_products(const Table<Row>& keys, int64_t first, S* out) const {
     const char* key[count];
     for (int r = 0; r < count; ++r) key[r] = reinterpret_cast<const char*>(keys.row(first + r));
-    Vector<S> sum[count][vectors] = {};
     const Word* query = packed_.data();
-    for (int64_t p = 0; p < words_; ++p, query += vectors * kLanesOfTokens) {
-      Vector<Word> q[vectors];
-      for (int v = 0; v < vectors; ++v) q[v] = load(query + v * kLanesOfTokens);
-      for (int r = 0; r < count; ++r) {
-        Word word;
-        std::memcpy(&word, key[r] + p * sizeof(Word), sizeof(Word));
-        for (int v = 0; v < vectors; ++v) sum[r][v] = Words<Row>::multiply_add(q[v], word, sum[r][v]);
+    for (int64_t first_word = 0; first_word == 0 || first_word < words_; first_word += kPart) {
+      Vector<S> sum[count][vectors] = {};
+      for (int64_t p = first_word; p < std::min(first_word + kPart, words_); ++p, query += vectors * kLanesOfTokens) {
+        Vector<Word> q[vectors];
+        for (int v = 0; v < vectors; ++v) q[v] = load(query + v * kLanesOfTokens);
+        for (int r = 0; r < count; ++r) {
+          Word word;
+          std::memcpy(&word, key[r] + p * sizeof(Word), sizeof(Word));
+          for (int v = 0; v < vectors; ++v) sum[r][v] = Words<Row>::multiply_add(q[v], word, sum[r][v]);
+        }
       }
-    }
-    for (int r = 0; r < count; ++r) {
-      for (int v = 0; v < vectors; ++v) store(out + (r * vectors + v) * kLanesOfTokens, sum[r][v]);
+      for (int r = 0; r < count; ++r) {
+        for (int v = 0; v < vectors; ++v) {
+          S* total = out + (r * vectors + v) * kLanesOfTokens;
+          store(total, first_word == 0 ? sum[r][v] : load(total) + sum[r][v]);
+        }
+      }
     }
   }
 

@@ -39,7 +39,7 @@ struct VectorOf;
   template <>                                                                          \
   struct VectorOf<T> {                                                                 \
     typedef T type __attribute__((vector_size(kVectorBytes)));                         \
-    typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias)); \
+    typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(1), may_alias)); \
   };
 MEMCOMPILE_VECTOR(float)
 MEMCOMPILE_VECTOR(double)
@@ -55,7 +55,7 @@ inline constexpr int64_t kLanes = kVectorBytes / sizeof(T);
 
 template <class T>
 inline Vector<T> splat(T x) {
-  return Vector<T>{} + x;
+  return x - Vector<T>{};  // which is x for -0.0 too, so that GCC need not compute it
 }
 
 template <class T>
