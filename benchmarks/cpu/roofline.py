@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter
@@ -37,17 +37,21 @@ def _roofs(axes: Axes, limits: Limits, left: float, right: float) -> list[Bbox]:
     above = {"textcoords": "offset points", "fontsize": 9, "rotation_mode": "anchor"}
     axes.annotate(f"random rows: {bandwidth:.0f} GB/s", corners[0], xytext=(4, 9), rotation=slope, **above)
     name = f"GEMM ({limits.gemm}): {rate:.0f} GFLOP/s"
-    axes.annotate(name, corners[2], xytext=(-5, 4), ha="right", **above)
+    level = axes.annotate(name, corners[2], xytext=(-5, 4), ha="right", **above)
     steps = [i / 100 for i in range(101)]
     taken = [a + (b - a) * step for a, b in itertools.pairwise(pixels) for step in steps]
-    return [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in taken]
+    return [level.get_window_extent(_renderer(axes)), *(Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in taken)]
+
+
+def _renderer(axes: Axes) -> RendererAgg:
+    canvas = axes.figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    return canvas.get_renderer()
 
 
 def _mark(axes: Axes, medians: Iterable[Median], taken: list[Bbox]) -> None:
     """A marker each, and its name at the nearest place that is not taken by a roof, a marker or another name."""
-    canvas = axes.figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    renderer = canvas.get_renderer()
+    renderer = _renderer(axes)
     points = []
     for median in medians:
         colour, marker = _STYLES.get(median.name, (_DENSE, "^"))

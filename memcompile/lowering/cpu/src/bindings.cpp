@@ -78,9 +78,19 @@ Tensor with_whole_rows(const Tensor& rows) {
   return rows.size(1) <= 1 || rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
 }
 
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
 template <class Row>
 Table<Row> table_of(const Tensor& rows) {
-  return {static_cast<const Row*>(rows.const_data_ptr()), rows.stride(0), rows.size(1)};
+  return {data<Row>(rows), rows.stride(0), rows.size(1)};
 }
 
 template <class Slot>
@@ -99,6 +109,18 @@ void check_top_k(int64_t top_k, int64_t n_keys) {
                   "memcompile: expected 1 <= top_k <= n_keys <= 46340, got ", top_k, " and ", n_keys);
 }
 
+// f(table, slots) for the types of the rows and of the slots, which are of a table of `num_slots` rows.
+template <class F>
+void with_rows_and_slots(const Tensor& rows, const Tensor& slots, int64_t num_slots, const F& f) {
+  with_row_type(rows, [&](auto row) {
+    with_slot_type(slots, [&](auto slot) {
+      const auto* numbers = data<decltype(slot)>(slots);
+      check_slots(numbers, slots.numel(), num_slots);
+      f(table_of<decltype(row)>(rows), numbers);
+    });
+  });
+}
+
 std::tuple<Tensor, Tensor> product_key_topk(const Tensor& scores_given, int64_t top_k) {
   STD_TORCH_CHECK(scores_given.dim() == 4 && scores_given.size(0) == 2, "memcompile: scores must be [2, tokens, heads, n_keys]");
   const ScalarType type = scores_given.scalar_type();
@@ -110,13 +132,13 @@ std::tuple<Tensor, Tensor> product_key_topk(const Tensor& scores_given, int64_t 
   Tensor slots = torch::stable::new_empty(scores, {tokens, heads, top_k}, ScalarType::Int);
   const auto run = [&](auto zero) {
     using Score = decltype(zero);
-    const Score* data = static_cast<const Score*>(scores.const_data_ptr());
-    Score* logits_out = static_cast<Score*>(logits.mutable_data_ptr());
-    int32_t* slots_out = static_cast<int32_t*>(slots.mutable_data_ptr());
+    const Score* all = data<Score>(scores);
+    Score* logits_out = mutable_data<Score>(logits);
+    int32_t* slots_out = mutable_data<int32_t>(slots);
     parallel(tokens * heads, 2 * n_keys, [&](int64_t begin, int64_t end) {
       ProductKeySearch<Score> search(n_keys, top_k);
       for (int64_t row = begin; row < end; ++row) {
-        const Score* first = data + row / heads * scores.stride(1) + row % heads * scores.stride(2);
+        const Score* first = all + row / heads * scores.stride(1) + row % heads * scores.stride(2);
         search.search(first, first + scores.stride(0), logits_out + row * top_k, slots_out + row * top_k);
       }
     });
@@ -211,10 +233,10 @@ std::tuple<Tensor, Tensor> product_key_search(const Tensor& query_given, const T
   Tensor slots = torch::stable::new_empty(query, {tokens, heads, top_k}, ScalarType::Int);
   with_row_type(query, [&](auto row) {
     using Row = decltype(row);
-    const Row* q = static_cast<const Row*>(query.const_data_ptr());
-    const Row* keys = static_cast<const Row*>(half_keys.const_data_ptr());
-    Sum<Row>* logits_out = static_cast<Sum<Row>*>(logits.mutable_data_ptr());
-    int32_t* slots_out = static_cast<int32_t*>(slots.mutable_data_ptr());
+    const Row* q = data<Row>(query);
+    const Row* keys = data<Row>(half_keys);
+    Sum<Row>* logits_out = mutable_data<Sum<Row>>(logits);
+    int32_t* slots_out = mutable_data<int32_t>(slots);
     if (few) {
       search_few(q, keys, tokens, heads, n_keys, half_dim, top_k, logits_out, slots_out);
     } else if constexpr (kHasTile<Row>) {
@@ -230,21 +252,14 @@ Tensor weighted_gather(const Tensor& values_given, const Tensor& slots_given, co
   const Tensor slots = torch::stable::contiguous(slots_given), weights = as(weights_given, sum_type(values));
   const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
   Tensor out = torch::stable::new_empty(values, {tokens, dim}, values.scalar_type());
-  with_row_type(values, [&](auto row) {
-    using Row = decltype(row);
-    with_slot_type(slots, [&](auto slot) {
-      using Slot = decltype(slot);
-      const Table<Row> table = table_of<Row>(values);
-      const Slot* s = static_cast<const Slot*>(slots.const_data_ptr());
-      const Sum<Row>* w = static_cast<const Sum<Row>*>(weights.const_data_ptr());
-      Row* y = static_cast<Row*>(out.mutable_data_ptr());
-      check_slots(s, tokens * hits, values.size(0));
-      parallel(tokens, hits * dim, [&](int64_t begin, int64_t end) {
-        RowSums<Row> sums(dim);
-        for (int64_t t = begin; t < end; ++t) {
-          sums.weighted_sum(table, s + t * hits, w + t * hits, hits, (end - t) * hits, y + t * dim);
-        }
-      });
+  with_rows_and_slots(values, slots, values.size(0), [&]<class Row, class Slot>(const Table<Row>& table, const Slot* s) {
+    const Sum<Row>* w = data<Sum<Row>>(weights);
+    Row* y = mutable_data<Row>(out);
+    parallel(tokens, hits * dim, [&](int64_t begin, int64_t end) {
+      RowSums<Row> sums(dim);
+      for (int64_t t = begin; t < end; ++t) {
+        sums.weighted_sum(table, s + t * hits, w + t * hits, hits, (end - t) * hits, y + t * dim);
+      }
     });
   });
   return out;
@@ -258,21 +273,14 @@ Tensor gather_dot(const Tensor& values_given, const Tensor& slots_given, const T
                   "memcompile: slots must be [tokens, hits] and grad [tokens, value_dim]");
   const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
   Tensor out = torch::stable::new_empty(values, {tokens, hits}, sum_type(values));
-  with_row_type(values, [&](auto row) {
-    using Row = decltype(row);
-    with_slot_type(slots, [&](auto slot) {
-      using Slot = decltype(slot);
-      const Table<Row> table = table_of<Row>(values);
-      const Slot* s = static_cast<const Slot*>(slots.const_data_ptr());
-      const Row* u = static_cast<const Row*>(grad.const_data_ptr());
-      Sum<Row>* dots = static_cast<Sum<Row>*>(out.mutable_data_ptr());
-      check_slots(s, tokens * hits, values.size(0));
-      parallel(tokens, hits * dim, [&](int64_t begin, int64_t end) {
-        std::vector<Sum<Row>> sums(dim);
-        for (int64_t t = begin; t < end; ++t) {
-          dots_with_rows(table, s + t * hits, hits, (end - t) * hits, u + t * dim, sums.data(), dots + t * hits);
-        }
-      });
+  with_rows_and_slots(values, slots, values.size(0), [&]<class Row, class Slot>(const Table<Row>& table, const Slot* s) {
+    const Row* u = data<Row>(grad);
+    Sum<Row>* dots = mutable_data<Sum<Row>>(out);
+    parallel(tokens, hits * dim, [&](int64_t begin, int64_t end) {
+      std::vector<Sum<Row>> copy(dim);
+      for (int64_t t = begin; t < end; ++t) {
+        dots_with_rows(table, s + t * hits, hits, (end - t) * hits, u + t * dim, copy.data(), dots + t * hits);
+      }
     });
   });
   return out;
@@ -291,43 +299,34 @@ Tensor weighted_scatter(const Tensor& slots_given, const Tensor& weights_given, 
   const Tensor slots = torch::stable::contiguous(slots_given), weights = as(weights_given, sum_type(grad));
   const int64_t hits = slots.size(1), count = slots.numel(), dim = grad.size(1);
   Tensor out = torch::stable::new_empty(grad, {num_slots, dim}, grad.scalar_type());
-  with_row_type(grad, [&](auto row) {
-    using Row = decltype(row);
-    with_slot_type(slots, [&](auto slot) {
-      using Slot = decltype(slot);
-      const Table<Row> table = table_of<Row>(grad);
-      const Sum<Row>* w = static_cast<const Sum<Row>*>(weights.const_data_ptr());
-      Row* rows = static_cast<Row*>(out.mutable_data_ptr());
-      const Slot* s = static_cast<const Slot*>(slots.const_data_ptr());
-      check_slots(s, count, num_slots);
-      const SortedHits<Slot> sorted =
-          sort_by_slot(s, count, num_slots, torch::stable::get_num_threads(), [](int64_t begin, int64_t end, const auto& f) {
-            torch::stable::parallel_for(begin, end, 1, f);
-          });
-      if (count == 0) zero_rows(rows, dim, 0, num_slots);
-      parallel(count, dim, [&](int64_t begin, int64_t end) {
-        RowSums<Row> sums(dim);
-        std::vector<Sum<Row>> weight;
-        std::vector<int64_t> token;
-        // A slot belongs to whom its first hit belongs to.
-        const auto next_slot = [&](int64_t i) {
-          return std::upper_bound(sorted.slots.get() + i, sorted.slots.get() + count, sorted.slots[i]) - sorted.slots.get();
-        };
-        int64_t i = begin;
-        if (i > 0 && sorted.slots[i] == sorted.slots[i - 1]) i = next_slot(i);
-        while (i < end) {
-          const int64_t slot_number = sorted.slots[i];
-          zero_rows(rows, dim, i == 0 ? 0 : int64_t(sorted.slots[i - 1]) + 1, slot_number);
-          token.clear();
-          weight.clear();
-          for (; i < count && sorted.slots[i] == slot_number; ++i) {
-            token.push_back(sorted.hits[i] / hits);
-            weight.push_back(w[sorted.hits[i]]);
-          }
-          sums.weighted_sum(table, token.data(), weight.data(), int64_t(token.size()), int64_t(token.size()), rows + slot_number * dim);
-          if (i == count) zero_rows(rows, dim, slot_number + 1, num_slots);
+  with_rows_and_slots(grad, slots, num_slots, [&]<class Row, class Slot>(const Table<Row>& table, const Slot* s) {
+    const Sum<Row>* w = data<Sum<Row>>(weights);
+    Row* rows = mutable_data<Row>(out);
+    const SortedHits<Slot> sorted =
+        sort_by_slot(s, count, num_slots, torch::stable::get_num_threads(),
+                     [](int64_t begin, int64_t end, const auto& f) { torch::stable::parallel_for(begin, end, 1, f); });
+    if (count == 0) zero_rows(rows, dim, 0, num_slots);
+    parallel(count, dim, [&](int64_t begin, int64_t end) {
+      RowSums<Row> sums(dim);
+      std::vector<Sum<Row>> weight;
+      std::vector<int64_t> token;
+      const Slot* first = sorted.slots.get();
+      int64_t i = begin;
+      // A slot belongs to whom its first hit belongs to.
+      if (i > 0 && first[i] == first[i - 1]) i = std::upper_bound(first + i, first + count, first[i]) - first;
+      while (i < end) {
+        const int64_t slot = first[i];
+        zero_rows(rows, dim, i == 0 ? 0 : int64_t(first[i - 1]) + 1, slot);
+        token.clear();
+        weight.clear();
+        for (; i < count && first[i] == slot; ++i) {
+          token.push_back(sorted.hits[i] / hits);
+          weight.push_back(w[sorted.hits[i]]);
         }
-      });
+        const int64_t size = int64_t(token.size());
+        sums.weighted_sum(table, token.data(), weight.data(), size, size, rows + slot * dim);
+        if (i == count) zero_rows(rows, dim, slot + 1, num_slots);
+      }
     });
   });
   return out;
