@@ -101,7 +101,7 @@ def measure_group(group: Group, results: Results, progress: tqdm) -> None:
 
 def measure(todo: list[Group], results: Results) -> None:
     cases = sum(2 * len(group.tokens) for group in todo)
-    with tqdm(total=cases, unit="case", dynamic_ncols=True) as progress:
+    with tqdm(total=cases, unit="case", dynamic_ncols=True, disable=None) as progress:
         for group in todo:
             measure_group(group, results, progress)
     results.complete = True
@@ -138,6 +138,8 @@ def main() -> int:
             if not stop.requested:
                 raise
             print(f"\ninterrupted after {len(results.medians)} medians: what follows is a part")
+    if args.quick:
+        results.goals.clear()  # they are those of a large layer
     print(f"\n{render(results)}\n")
     results.write(args.output / "cpu.json")
     written = [args.output / "cpu.json"]

@@ -28,17 +28,20 @@ def gather_goal(setting: Setting, table: Tensor, tokens: int, prefetch: bool) ->
     hits = setting.heads * setting.top_k
     weights = torch.rand(tokens, hits).softmax(dim=-1)
     gather = torch.ops.memcompile.weighted_gather
-    shares, gathers = [], []
+    shares, gathers, limits = [], [], []
     for _ in range(ROUNDS):
         read = torch.randint(setting.num_slots, (tokens * hits,))
         slots = torch.randint(setting.num_slots, (tokens, hits), dtype=torch.int32)
-        limit = read_rows(table, read, prefetch)
+        limits.append(read_rows(table, read, prefetch))
         gathers.append(_seconds(gather, table, slots, weights))
-        shares.append(limit / gathers[-1])
+        shares.append(limits[-1] / gathers[-1])
     share = statistics.median(shares)
-    gb_s = tokens * hits * setting.width * table.itemsize / statistics.median(gathers) / 1e9
+    gigabytes = tokens * hits * setting.width * table.itemsize / 1e9
+    gb_s, most = gigabytes / statistics.median(gathers), gigabytes / statistics.median(limits)
     name = "weighted_gather of the measured random-row bandwidth"
-    return Goal(name, ">= 90 %", dtype_name(table.dtype), f"{share:.0%} ({gb_s:.1f} GB/s)", share >= 0.9)
+    return Goal(
+        name, ">= 90 %", dtype_name(table.dtype), f"{share:.0%} ({gb_s:.1f} of {most:.1f} GB/s)", 0.9 <= share < 1.2
+    )
 
 
 def search_goal(setting: Setting, tokens: int) -> Goal:

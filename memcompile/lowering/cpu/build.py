@@ -86,7 +86,7 @@ def build(source: Path, flags: Sequence[str], key: str = "") -> Path:
     """
     command = [*compiler(), architecture_flag(), *_FLAGS, f"-I{SOURCES}"]
     # The predefined macros name the compiler's version and the instruction sets that "native" stands for.
-    macros = _run([*command[:-2], "-dM", "-E", "-x", "c++", os.devnull])
+    macros = _run([*command[:-2], "-dM", "-E", "-x", "c++", os.devnull], "is MEMCOMPILE_CPU_ARCH one that it knows?")
     digest = hashlib.sha256("\0".join([macros, key, source.name, *command, *flags]).encode())
     for path in sorted({*SOURCES.iterdir(), *source.parent.glob("*.h"), source}):
         digest.update(path.read_bytes())
@@ -97,7 +97,8 @@ def build(source: Path, flags: Sequence[str], key: str = "") -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):
             if not target.exists():
-                log.info("building %s for this machine with %s, once: about ten seconds", source.name, command[0])
+                # A warning, so that who waits sees why: nothing else is shown by default.
+                log.warning("building %s for this machine with %s, once: about ten seconds", source.name, command[0])
                 with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                     made = Path(scratch) / target.name
                     _run([*command, str(source), "-o", str(made), *flags])
@@ -107,12 +108,12 @@ def build(source: Path, flags: Sequence[str], key: str = "") -> Path:
     return target
 
 
-def _run(command: Sequence[str]) -> str:
+def _run(command: Sequence[str], hint: str = "") -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise BuildError(f"{command[0]} does not run ({error})") from error
     if done.returncode != 0:
         said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
-        raise BuildError(f"{shlex.join(command)} failed: {' | '.join(said[:3])}")
+        raise BuildError(f"{shlex.join(command)} failed: {' | '.join([*said[:3], hint]).rstrip(' |')}")
     return done.stdout

@@ -15,11 +15,14 @@ log = logging.getLogger(__name__)
 def load() -> bool:
     """Registers the C++ kernels of memcompile's operators for the CPU, built first where they are not in the cache.
 
-    Returns whether they are there. Where they cannot be built, or ``MEMCOMPILE_CPU_KERNELS`` is 0, the operators run
-    as PyTorch operators: the same answers, several times slower, said once in the log.
+    Returns whether they are there. Where they cannot be built, or ``MEMCOMPILE_CPU_KERNELS`` is 0 or off, the operators
+    run as PyTorch operators: the same answers, several times slower, said once in the log.
     """
-    if os.environ.get("MEMCOMPILE_CPU_KERNELS") == "0":
-        log.warning("MEMCOMPILE_CPU_KERNELS=0: memory layers run as PyTorch operators on the CPU, which is slower")
+    asked = os.environ.get("MEMCOMPILE_CPU_KERNELS", "1")
+    if asked.lower() in ("0", "off", "false", "no"):
+        log.warning(
+            "MEMCOMPILE_CPU_KERNELS=%s: memory layers run as PyTorch operators on the CPU, which is slower", asked
+        )
         return False
     try:
         torch.ops.load_library(kernels())  # type: ignore[no-untyped-call]

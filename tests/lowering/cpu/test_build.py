@@ -145,7 +145,8 @@ print(cpu.load(), torch._C._dispatch_has_kernel_for_dispatch_key("memcompile::we
     ("variable", "value", "said"),
     [
         ("CXX", "no-such-compiler", r"no C++ compiler (no-such-compiler): install g++, or set CXX"),
-        ("MEMCOMPILE_CPU_KERNELS", "0", "MEMCOMPILE_CPU_KERNELS=0: memory layers run as PyTorch operators"),
+        ("MEMCOMPILE_CPU_ARCH", "bogus", "is MEMCOMPILE_CPU_ARCH one that it knows?"),
+        ("MEMCOMPILE_CPU_KERNELS", "off", "MEMCOMPILE_CPU_KERNELS=off: memory layers run as PyTorch operators"),
     ],
 )
 def test_without_them_the_operators_run_and_it_is_said_once(variable, value, said, tmp_path):
