@@ -80,8 +80,13 @@ def memory_contestants(setting: Setting, table: Tensor, most_tokens_of_naive: in
         contestant("Inductor", lambda p: compiled(lambda x: plain(x, values, p, setting, bag))),
     ]
     if most_tokens_of_naive:
-        layer = lambda p: compiled(lambda x: plain(x, values, p, setting, naive))  # noqa: E731
-        found.append(contestant("Inductor, naive gather", layer, most_tokens_of_naive))
+        found.append(
+            contestant(
+                "Inductor, naive gather",
+                lambda p: compiled(lambda x: plain(x, values, p, setting, naive)),
+                most_tokens_of_naive,
+            )
+        )
     return found
 
 

@@ -11,13 +11,6 @@ from memcompile.lowering import cpu, memory_lookup
 from tests.lowering.cases import VARIANTS, Case, cases, gradients, leaves
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def layer(case):
     return lambda *tensors: memory_lookup(*tensors, **case.options)
 

@@ -23,13 +23,6 @@ ROOT = Path(__file__).parents[3]
 ONE = {"memory_layers": 1, "n_keys": 8, "top_k": 4, "heads": 2}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def tokens(count):
     return torch.randint(50, (2, count), generator=torch.Generator().manual_seed(count))
 

@@ -15,26 +15,24 @@
 
 namespace memcompile {
 
-inline int32_t order_key(float x) {
-  if (x != x) return std::numeric_limits<int32_t>::max();
-  x += 0.0f;
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits ^ ((bits >> 31) & std::numeric_limits<int32_t>::max());
-}
+// The integer of a number's width.
+template <class Score>
+using OrderKey = std::conditional_t<std::is_same_v<Score, float>, int32_t, int64_t>;
 
-inline int64_t order_key(double x) {
-  if (x != x) return std::numeric_limits<int64_t>::max();
-  x += 0.0;
-  int64_t bits;
+template <class Score>
+inline OrderKey<Score> order_key(Score x) {
+  using Key = OrderKey<Score>;
+  if (x != x) return std::numeric_limits<Key>::max();
+  x += Score(0);
+  Key bits;
   std::memcpy(&bits, &x, sizeof bits);
-  return bits ^ ((bits >> 63) & std::numeric_limits<int64_t>::max());
+  return bits ^ ((bits >> (8 * sizeof bits - 1)) & std::numeric_limits<Key>::max());
 }
 
 template <class Score>
 class Selector {
  public:
-  using Key = std::conditional_t<std::is_same_v<Score, float>, int32_t, int64_t>;
+  using Key = OrderKey<Score>;
 
   // Room for one thread: up to n scores, of which k are wanted.
   Selector(int64_t n, int64_t k)
