@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test lint docs fuzz bench bench-compile clean
+.PHONY: demo test test-gpu lint docs fuzz bench bench-gpu bench-compile clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.examples
@@ -27,6 +27,13 @@ fuzz: $(VENV)/.test
 
 bench: $(VENV)/.benchmark
 	$(BIN)/python -m benchmarks.cpu
+
+# .venv has PyTorch's CPU build, so these two take PYTHON, which must have the CUDA build and the packages of the extras.
+test-gpu:
+	$(PYTHON) -m pytest tests/gpu
+
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 bench-compile: $(VENV)/.test
 	$(BIN)/python benchmarks/planning.py

@@ -4,10 +4,7 @@ python -m benchmarks.cpu [--quick] [--output DIR] [--threads N]
 """
 
 import argparse
-import os
-import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -15,34 +12,22 @@ import torch
 from torch._dynamo import config as dynamo_config
 from tqdm import tqdm
 
+from benchmarks.common.results import BACKWARD, FORWARD, dtype_name
+from benchmarks.common.session import Stop, interruptible
+from benchmarks.common.setting import Contestant
 from benchmarks.cpu.contestants import Group, contestants
 from benchmarks.cpu.goals import gather_goal, layer_goals, search_goal
 from benchmarks.cpu.limits import measure_limits
 from benchmarks.cpu.memory import check_agreement
 from benchmarks.cpu.report import render
-from benchmarks.cpu.results import BACKWARD, FORWARD, Median, Results, dtype_name, machine
-from benchmarks.cpu.roofline import draw_roofline
-from benchmarks.cpu.setting import Contestant, shared_table
+from benchmarks.cpu.results import Median, Results, machine
+from benchmarks.cpu.roofline import draw
+from benchmarks.cpu.table import shared_table
 from benchmarks.cpu.timing import medians
 from memcompile.lowering import cpu
 
 DTYPES = (torch.float32, torch.bfloat16)
 MAIN_TOKENS = 512
-
-
-class Stop:
-    """Remembers Ctrl-C: what is being compiled may swallow the exception, or fail in another way."""
-
-    requested = False
-
-    def __call__(self, *_: object) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more ends it at once
-        raise KeyboardInterrupt
-
-    def check(self) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
 
 
 stop = Stop()
@@ -72,7 +57,17 @@ def measure_case(
         needed = c.work.bytes(tokens, group.width, group.dtype.itemsize)
         flops = c.work.flops * tokens
         results.medians.append(
-            Median(c.name, group.width, c.n_keys, dtype, direction, tokens, measured * 1e3, flops, needed)
+            Median(
+                name=c.name,
+                milliseconds=measured * 1e3,
+                flops=flops,
+                bytes=needed,
+                width=group.width,
+                n_keys=c.n_keys,
+                dtype=dtype,
+                direction=direction,
+                tokens=tokens,
+            )
         )
     progress.update()
 
@@ -128,22 +123,16 @@ def main() -> int:
     tokens = MAIN_TOKENS if MAIN_TOKENS in todo[0].tokens else max(todo[0].tokens)
     results = Results(todo[0].largest, tokens, machine())
     start = time.perf_counter()
-    # Inductor's cache is this run's own: Ctrl-C can leave an empty library there, on which every later run would fail.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        signal.signal(signal.SIGINT, stop)
-        try:
-            measure(todo, results)
-        except BaseException:
-            if not stop.requested:
-                raise
-            print(f"\ninterrupted after {len(results.medians)} medians: what follows is a part")
+    with interruptible(stop):
+        measure(todo, results)
+    if stop.requested:
+        print(f"\ninterrupted after {len(results.medians)} medians: what follows is a part")
     if args.quick:
         results.goals.clear()  # they are those of a large layer
     print(f"\n{render(results)}\n")
     results.write(args.output / "cpu.json")
     written = [args.output / "cpu.json"]
-    if draw_roofline(results, args.output / "cpu-roofline.png"):
+    if draw(results, args.output / "cpu-roofline.png"):
         written.append(args.output / "cpu-roofline.png")
     print(f"{time.perf_counter() - start:.0f} s; wrote {' and '.join(map(str, written))}")
     return 0 if results.complete else 130

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.common.setting import Contestant, Setting
 from benchmarks.cpu.dense import ffn_contestants, mixture_contestants
 from benchmarks.cpu.libraries import library_contestants
 from benchmarks.cpu.memory import memory_contestants
-from benchmarks.cpu.setting import Contestant, Setting
 
 MOST_TOKENS = 512  # for those that take seconds for more
 

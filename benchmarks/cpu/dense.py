@@ -4,39 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cpu.setting import Contestant, Setting, Work, compiled, draw
+from benchmarks.common.dense import gelu_ffn, swiglu_ffn
+from benchmarks.common.setting import Contestant, Setting, Work, draw
 from memcompile.lowering import inductor_patches
 from memcompile.lowering.cpu.gemm import mkl_is_held_back
 
-
-def gelu_ffn(setting: Setting) -> Contestant:
-    width, hidden = setting.width, 4 * setting.width
-    up, up_bias = draw(setting, hidden, width), draw(setting, hidden)
-    down, down_bias = draw(setting, width, hidden), draw(setting, width)
-    layer = compiled(lambda x: F.linear(F.gelu(F.linear(x, up, up_bias)), down, down_bias))
-    weights = 2 * width * hidden
-    return Contestant("FFN, GELU 4d", layer, (up, up_bias, down, down_bias), Work(2 * weights, weights))
-
-
-def swiglu_ffn(setting: Setting, our_gemms: bool = False) -> Contestant:
-    """As in Llama: no biases, three matrices, a hidden size that makes it as large as the other."""
-    width = setting.width
-    hidden = -(-8 * width // (3 * 32)) * 32
-    gate, up, down = draw(setting, hidden, width), draw(setting, hidden, width), draw(setting, width, hidden)
-    layer = compiled(
-        lambda x: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down),
-        inductor_patches("benchmark") if our_gemms else None,
-    )
-    weights = 3 * width * hidden
-    name = "SwiGLU, our GEMMs" if our_gemms else "FFN, SwiGLU 8/3 d"
-    return Contestant(name, layer, (gate, up, down), Work(2 * weights, weights))
+OUR_GEMMS = "SwiGLU, our GEMMs"
+HIDDEN_MULTIPLE = 32
 
 
 def ffn_contestants(setting: Setting) -> list[Contestant]:
     """On AMD, where memcompile takes its fp32 products from oneDNN, also an FFN that does: the same GEMMs for both."""
-    found = [gelu_ffn(setting), swiglu_ffn(setting)]
+    found = [gelu_ffn(setting), swiglu_ffn(setting, HIDDEN_MULTIPLE)]
     if mkl_is_held_back() and setting.dtype == torch.float32:
-        found.append(swiglu_ffn(setting, our_gemms=True))
+        found.append(swiglu_ffn(setting, HIDDEN_MULTIPLE, OUR_GEMMS, inductor_patches("benchmark")))
     return found
 
 

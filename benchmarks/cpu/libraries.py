@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.cpu.setting import Contestant, Layer, Setting, Work, trained
+from benchmarks.common.setting import Contestant, Layer, Setting, Work, trained
 
 
 def _with_parameters(module: nn.Module, setting: Setting) -> None:

@@ -1,28 +1,9 @@
-"""The results as tables of Markdown, aligned so that they read well in a terminal too."""
+"""The results as tables, the goals last, where a terminal shows them."""
 
-from collections.abc import Sequence
-
+from benchmarks.common.results import BACKWARD, FORWARD
+from benchmarks.common.tables import goal_table, milliseconds, of_tokens, table
 from benchmarks.cpu.neighbours import QUIET
-from benchmarks.cpu.results import BACKWARD, FORWARD, Results
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return f"| {' | '.join(cells)} |"
-
-    rule = "|" + "|".join("-" * (width + 1) + ("-:"[i > 0]) for i, width in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+from benchmarks.cpu.results import Results
 
 
 def _case_tables(results: Results) -> list[str]:
@@ -41,10 +22,10 @@ def _case_tables(results: Results) -> list[str]:
                 for count in tokens:
                     value, ours = by_case.get((name, count)), by_case.get(("memcompile", count))
                     ratio = f" ({value / ours:4.2f})" if value and ours else ""
-                    cells.append(f"{_milliseconds(value)}{ratio}" if value else "")
+                    cells.append(f"{milliseconds(value)}{ratio}" if value else "")
                 rows.append(cells)
             title = f"{direction}, {dtype}, d = {width}, n = {n_keys} ({n_keys**2:,} slots)"
-            header = ["ms (multiple of memcompile's)"] + [f"{n} token{'s' * (n > 1)}" for n in tokens]
+            header = ["ms (multiple of memcompile's)"] + [of_tokens(n) for n in tokens]
             shown.append(f"{title}\n\n{table(header, rows)}")
     return shown
 
@@ -71,7 +52,7 @@ def _rates(results: Results) -> list[str]:
         rows = [
             [
                 m.name,
-                _milliseconds(m.milliseconds),
+                milliseconds(m.milliseconds),
                 f"{m.gb_s:.1f} ({m.gb_s / limits.gather_gb_s:4.0%})",
                 f"{m.gflop_s:.0f} ({m.gflop_s / limits.gemm_gflop_s:4.0%})",
                 f"{m.gb_s / limits.gather_gb_s + m.gflop_s / limits.gemm_gflop_s:.0%}",
@@ -86,17 +67,12 @@ def _rates(results: Results) -> list[str]:
 
 
 def _goals(results: Results) -> str:
-    dtypes = list(dict.fromkeys(goal.dtype for goal in results.goals))
-    rows = []
-    for name, asked in dict.fromkeys((goal.name, goal.asked) for goal in results.goals):
-        reached = {g.dtype: f"{g.reached} {'yes' if g.met else 'NO'}" for g in results.goals if g.name == name}
-        rows.append([name, asked, *(reached.get(dtype, "") for dtype in dtypes)])
     title = f"goals at d = {results.main.width}, n = {results.main.n_keys}, {results.main_tokens} tokens: reached?"
-    return f"{title}\n\n{table(['goal', 'asked', *dtypes], rows)}"
+    return f"{title}\n\n{goal_table(results.goals)}"
 
 
 def render(results: Results) -> str:
-    """Everything, the goals last, where a terminal shows them."""
+    """Everything."""
     about = results.machine
     first = f"{about['cpu']}, {about['capability']}, {about['threads']} threads, torch {about['torch']}"
     parts = [first, "Values' gradient excluded: no contestant computes that of its table."]

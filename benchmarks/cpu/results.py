@@ -1,7 +1,6 @@
 """What a run has measured so far, and the JSON file that keeps it."""
 
 import dataclasses
-import json
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,45 +8,21 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.results import Goal, Rate, write_json
+from benchmarks.common.setting import Setting
 from benchmarks.cpu.limits import Limits
 from benchmarks.cpu.neighbours import Neighbours
-from benchmarks.cpu.setting import Setting
-
-FORWARD, BACKWARD = "forward", "forward+backward"
 
 
-@dataclass(frozen=True)
-class Median:
-    """Of one contestant in one case, with what its forward needs (`Work`)."""
+@dataclass(frozen=True, kw_only=True)
+class Median(Rate):
+    """Of one contestant in one case."""
 
-    name: str
     width: int
     n_keys: int | None  # None: it has no table
     dtype: str
     direction: str
     tokens: int
-    milliseconds: float
-    flops: float  # of one forward
-    bytes: float  # of one forward
-
-    @property
-    def gflop_s(self) -> float:
-        return self.flops / self.milliseconds / 1e6
-
-    @property
-    def gb_s(self) -> float:
-        return self.bytes / self.milliseconds / 1e6
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One that was set for one dtype, and what was reached."""
-
-    name: str
-    asked: str
-    dtype: str
-    reached: str
-    met: bool
 
 
 @dataclass
@@ -82,11 +57,7 @@ class Results:
             "goals": [dataclasses.asdict(goal) for goal in self.goals],
             "medians": [dataclasses.asdict(median) for median in self.medians],
         }
-        path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        write_json(path, content)
 
 
 def machine() -> dict[str, Any]:

@@ -1,19 +1,16 @@
-"""Times several layers in turns, so that the drift of a shared machine hits all alike."""
+"""Times layers on the CPU: one call at a time, with new inputs and threads that are awake."""
 
-import math
-import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
+from benchmarks.common.setting import Contestant
+from benchmarks.common.timing import Rounds, medians_in_turns
 from benchmarks.cpu.neighbours import Neighbours
-from benchmarks.cpu.setting import Contestant
 
-SECONDS = 0.3  # for each contestant and case
-FEWEST_ROUNDS, MOST_ROUNDS = 3, 30
-SLOW = 1.5  # seconds a call, of which one is enough
+ROUNDS = Rounds(seconds=0.3, fewest=3, most=30, slow=1.5)
 
 
 def wake_threads() -> None:
@@ -47,11 +44,6 @@ def once(contestant: Contestant, tokens: int, width: int, dtype: torch.dtype, ba
     return seconds
 
 
-def rounds_for(seconds: float) -> int:
-    """How often a call that takes so long is timed."""
-    return 1 if seconds > SLOW else min(MOST_ROUNDS, max(FEWEST_ROUNDS, math.ceil(SECONDS / seconds)))
-
-
 def medians(
     contestants: Sequence[Contestant],
     tokens: int,
@@ -62,24 +54,11 @@ def medians(
     say: Callable[[str], None],
 ) -> list[float]:
     """The median seconds of each contestant; `say` hears what goes on."""
-    measured: list[list[float]] = []
-    rounds = []
-    for contestant in contestants:
+    samples = [partial(once, contestant, tokens, width, dtype, backward) for contestant in contestants]
+    first = []
+    for contestant, sample in zip(contestants, samples, strict=True):
         say(f"{contestant.name}, n = {contestant.n_keys}" if contestant.n_keys else contestant.name)
-        once(contestant, tokens, width, dtype, backward)  # compiles
-        second = once(contestant, tokens, width, dtype, backward)
-        counts = second > SECONDS  # where a call takes long, none is thrown away
-        measured.append([second] if counts else [])
-        rounds.append(rounds_for(second) - counts)
-    most = max(rounds)
-    shuffle = random.Random(0).shuffle
-    order = [*range(len(contestants))]
+        sample()  # compiles
+        first.append(sample())
     with neighbours.watched():
-        for turn in range(most):
-            say(f"round {turn + 1} of {most}")
-            shuffle(order)  # who comes after whom decides what is in the caches
-            for i in order:
-                # Fewer rounds than there are turns are spread over all of them.
-                if turn * rounds[i] // most != (turn + 1) * rounds[i] // most:
-                    measured[i].append(once(contestants[i], tokens, width, dtype, backward))
-    return [statistics.median(seconds) for seconds in measured]
+        return medians_in_turns(samples, first, ROUNDS, say)

@@ -3,6 +3,7 @@
 Tried on torch 2.11, 2.13 and 2.15. Inductor is imported inside functions: it takes longer than all the rest.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = [
     "autograd_kernel",
     "below_autograd",
     "configured_pre_passes",
+    "decompose_in_graphs",
     "functorch_is_active",
     "graph_pass_base",
     "has_onednn_linear",
@@ -26,6 +28,8 @@ __all__ = [
     "run_graph_pass",
     "size_hint",
 ]
+
+log = logging.getLogger(__name__)
 
 # Any callable on a graph: what Inductor's `post_grad_custom_pre_pass` may hold.
 GraphPass = Callable[..., None]
@@ -116,3 +120,26 @@ def size_hint(size: int | torch.SymInt) -> int:
 def on_the_cpu(overload: torch._ops.OpOverload, *args: Any) -> Any:
     """Call the CPU's own kernel of an operator, whatever the dispatcher has chosen for these arguments."""
     return overload.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
+
+
+def decompose_in_graphs(
+    name: str, body_for: Callable[..., Callable[..., Any] | None], library: torch.library.Library
+) -> None:
+    """In graphs that AOTAutograd traces, an operator's calls become the operations of `body_for(*args)`, Triton kernels
+    among them, unless that is None. Exported programs keep the operator. It is what `torch.library.triton_op` does,
+    for an operator that exists.
+    """
+    try:
+        from torch._subclasses.functional_tensor import FunctionalTensorMode
+    except ImportError:  # graphs keep the operator, and run it as eager does
+        log.warning("torch %s is not known: Inductor calls memory operators and does not see inside", torch.__version__)
+        return
+
+    def rule(mode: Any, overload: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        body = None if torch.compiler.is_exporting() else body_for(*args)
+        if body is None:
+            return mode.__torch_dispatch__(overload, types, args, kwargs)
+        with mode:
+            return body(*args)
+
+    torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=library)

@@ -5,6 +5,7 @@ The derivative is an `autograd.Function` registered as the operator's Autograd k
 silent zero for forward-mode differentiation; ours raises.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering import cpu
-from memcompile.lowering._torch import autograd_kernel, below_autograd, on_the_cpu
+from memcompile.lowering._torch import autograd_kernel, below_autograd, decompose_in_graphs, on_the_cpu
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
+from memcompile.lowering.triton.serve import gpu_kernel, graph_kernel
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
@@ -39,7 +41,7 @@ def register_operator(
         name: a key of `schema.SCHEMAS`.
         check: raises ValueError for arguments that the operator cannot serve; the rest may assume what it holds.
         kernel: one implementation for all devices, in operations of PyTorch. On the CPU the C++ of `lowering.cpu`
-            runs in its place, where it can be built.
+            runs in its place, where it can be built, and on a GPU the Triton of `lowering.triton`.
         fake: shapes and dtypes of the outputs.
         vmap: a rule as `torch.library.register_vmap` takes it.
         setup_context, backward: as in `torch.autograd.Function`. `backward` is built of differentiable
@@ -57,6 +59,10 @@ def register_operator(
     def anywhere(*args: Any) -> Any:
         check(*args)
         tensors = [a for a in args if isinstance(a, Tensor)]
+        launch = gpu_kernel(name, *args)
+        if launch is not None:
+            with without_autocast(tensors[0].device), torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
+                return launch(*args)
         if all(t.device.type == "cpu" and t.layout is torch.strided for t in tensors) and cpu.load():
             return on_the_cpu(operator(name), *args)  # from the next call on the dispatcher goes there by itself
         with without_autocast(tensors[0].device):
@@ -78,3 +84,4 @@ def register_operator(
     LIBRARY.impl(name, differentiable, "Autograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)
+    decompose_in_graphs(f"{NAMESPACE}::{name}", functools.partial(graph_kernel, name), LIBRARY)

@@ -15,6 +15,8 @@ import torch
 
 from memcompile.lowering._torch import GraphPass, configured_pre_passes, graph_pass_base, run_graph_pass
 from memcompile.lowering.cpu.gemm import mkl_is_held_back, use_onednn
+from memcompile.lowering.triton import template
+from memcompile.lowering.triton.settings import uses_atomics
 from memcompile.version import __version__
 
 
@@ -36,7 +38,8 @@ class LoweringPass(graph_pass_base()):  # type: ignore[misc]
 
     def __init__(self, options: str, wrapped: Sequence[GraphPass] = ()) -> None:
         self.use_onednn = mkl_is_held_back()
-        self.key = ("memcompile", __version__, source_digest(), options, self.use_onednn)
+        facts = (self.use_onednn, template.register(), uses_atomics())
+        self.key = ("memcompile", __version__, source_digest(), options, *facts)
         self.wrapped = tuple(wrapped)
 
     def __call__(self, graph: torch.fx.Graph, is_inference: bool = False) -> None:

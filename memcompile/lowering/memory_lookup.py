@@ -95,9 +95,7 @@ def _composite(
         # A score is linear in the query, so its half-queries carry the temperature.
         halves = F.normalize(halves, dim=-1) * temperature.to(search_dtype)[:, None, None]
         half_keys = F.normalize(half_keys, dim=-1)
-    logits, slots = operator("product_key_search")(halves.flatten(-2), half_keys, top_k)  # [tokens, heads, k]
-    weights = logits.softmax(dim=-1)
-
+    weights, slots = operator("product_key_search")(halves.flatten(-2), half_keys, top_k)  # [tokens, heads, k]
     y = operator("weighted_gather")(values, slots.flatten(1), weights.flatten(1))  # [tokens, value_dim]
     y = y.to(layer_dtype)
     if gate_weight is not None:

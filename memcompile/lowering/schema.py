@@ -12,7 +12,7 @@ SCHEMAS = {
         "Tensor? gate_weight, Tensor? gate_bias, Tensor? out_weight, Tensor? out_bias, "
         "Tensor? temperature, int heads, int top_k) -> Tensor"
     ),
-    "product_key_search": "(Tensor query, Tensor half_keys, int top_k) -> (Tensor logits, Tensor slots)",
+    "product_key_search": "(Tensor query, Tensor half_keys, int top_k) -> (Tensor weights, Tensor slots)",
     "product_key_topk": "(Tensor scores, int top_k) -> (Tensor logits, Tensor slots)",
     "weighted_gather": "(Tensor values, Tensor slots, Tensor weights) -> Tensor",
     "gather_dot": "(Tensor values, Tensor slots, Tensor grad) -> Tensor",

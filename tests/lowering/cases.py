@@ -132,15 +132,16 @@ class Recorder(TorchDispatchMode):
     """
 
     scores: Tensor  # [2, tokens, heads, n]
-    logits: Tensor
+    weights: Tensor
     slots: Tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.memcompile.product_key_topk.default:
-            self.scores, (self.logits, self.slots) = args[0].clone(), out
+            self.scores, (logits, self.slots) = args[0].clone(), out
+            self.weights = logits.softmax(-1)
         elif func is torch.ops.memcompile.product_key_search.default:
-            self.scores, (self.logits, self.slots) = scores_of(*args[:2]), out
+            self.scores, (self.weights, self.slots) = scores_of(*args[:2]), out
         return out
 
 
@@ -166,3 +167,8 @@ def logits_at(scores: Tensor, slots: Tensor) -> Tensor:
     """The sums of both halves' scores at slots [tokens, heads, k]."""
     n_keys = scores.shape[-1]
     return scores[0].gather(-1, slots.long() // n_keys) + scores[1].gather(-1, slots.long() % n_keys)
+
+
+def weights_at(scores: Tensor, slots: Tensor) -> Tensor:
+    """The softmax of these sums over a head's slots."""
+    return logits_at(scores, slots).softmax(-1)

@@ -30,7 +30,7 @@ def test_the_choice_is_that_of_float32_scores_of_the_projected_query(dtype):
         query = F.linear(tensors[0], tensors[1], tensors[2])
     halves = query.detach().float().reshape(40, 2, 2, 8)
     scores = torch.einsum("thsd,shnd->sthn", halves, tensors[3].detach())
-    assert seen.scores.dtype == seen.logits.dtype == torch.float32
+    assert seen.scores.dtype == seen.weights.dtype == torch.float32
     torch.testing.assert_close(seen.scores, scores)
     # bf16 scores would tie and reorder; so would keys rounded to the autocast dtype.
     assert_best(seen.slots, scores, 16)

@@ -20,7 +20,7 @@ from tests.lowering.cases import (
     gradients,
     in_dtype,
     leaves,
-    logits_at,
+    weights_at,
 )
 from tests.tolerance import assert_as_accurate
 
@@ -73,10 +73,10 @@ def test_as_accurate_as_plain_pytorch(variant, dtype):
         plain_scores, exact_scores = (
             scores_reference(t[0], t[1], t[2], t[3], t[9], case.heads) for t in (plain_tensors, exact_tensors)
         )
-        plain_logits, exact_logits = (
-            logits_at(scores, seen.slots) for scores in (plain_scores.to(seen.logits.dtype), exact_scores)
+        plain_weights, exact_weights = (
+            weights_at(scores, seen.slots) for scores in (plain_scores.to(seen.weights.dtype), exact_scores)
         )
-        found = {"logits": (seen.logits, plain_logits, exact_logits), "output": (output, plain, exact)}
+        found = {"weights": (seen.weights, plain_weights, exact_weights), "output": (output, plain, exact)}
         grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         actual = gradients(output, tensors, grad)
         plain_found = gradients(plain, plain_tensors, grad)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memcompile.lowering import cpu
-from tests.lowering.cases import assert_best, logits_at, scores_of
+from tests.lowering.cases import assert_best, scores_of, weights_at
 from tests.tolerance import assert_as_accurate
 
 product_key_search = torch.ops.memcompile.product_key_search.default
@@ -19,9 +19,9 @@ def make(tokens=5, heads=2, n_keys=7, half_dim=3, dtype=torch.float64, seed=0):
     return query.requires_grad_(), half_keys.requires_grad_()
 
 
-def plain_logits(query, half_keys, slots):
-    """The logits of given slots in plain PyTorch."""
-    return logits_at(torch.einsum("thsd,shnd->sthn", query.unflatten(-1, (2, -1)), half_keys), slots)
+def plain_weights(query, half_keys, slots):
+    """The weights of given slots in plain PyTorch."""
+    return weights_at(torch.einsum("thsd,shnd->sthn", query.unflatten(-1, (2, -1)), half_keys), slots)
 
 
 # A few tokens are searched one by one, more in tiles, of which the last may be partly filled. PyTorch operators sum a
@@ -37,20 +37,20 @@ MOST_TOKENS = 99 if cpu.load() else 9
     data=st.data(),
 )
 def test_scores_choice_and_gradients(tokens, heads, n_keys, half_dim, data):
-    """Eight searches at once: on a handful of numbers rounding errors are too much a matter of luck."""
+    """Many searches at once: on a handful of numbers rounding errors are too much a matter of luck."""
     top_k = data.draw(st.integers(1, n_keys))
-    triples = {"logits": [], "query": [], "half_keys": []}
-    for seed in range(8):
+    triples = {"weights": [], "query": [], "half_keys": []}
+    for seed in range(24):
         query, half_keys = make(tokens, heads, n_keys, half_dim, torch.float32, seed)
-        logits, slots = product_key_search(query, half_keys, top_k)
+        weights, slots = product_key_search(query, half_keys, top_k)
         assert_best(slots, scores_of(query, half_keys), top_k)
 
         exact_inputs = [t.detach().double().requires_grad_() for t in (query, half_keys)]
-        plain, exact = plain_logits(query, half_keys, slots), plain_logits(*exact_inputs, slots)
-        triples["logits"].append((logits, plain, exact))
-        grad = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
+        plain, exact = plain_weights(query, half_keys, slots), plain_weights(*exact_inputs, slots)
+        triples["weights"].append((weights, plain, exact))
+        grad = torch.randn(weights.shape, generator=torch.Generator().manual_seed(seed))
         gradients = zip(
-            torch.autograd.grad(logits, (query, half_keys), grad),
+            torch.autograd.grad(weights, (query, half_keys), grad),
             torch.autograd.grad(plain, (query, half_keys), grad),
             torch.autograd.grad(exact, exact_inputs, grad.double()),
             strict=True,
@@ -78,7 +78,7 @@ def test_no_tensor_of_all_scores_is_saved_or_built_in_the_backward():
     dense = 2 * 50 * 2 * 40
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        logits, _ = product_key_search(query, half_keys, 3)
+        weights, _ = product_key_search(query, half_keys, 3)
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         numel = 0
@@ -90,7 +90,7 @@ def test_no_tensor_of_all_scores_is_saved_or_built_in_the_backward():
             return out
 
     with Largest() as largest:
-        logits.sum().backward()
+        weights.sum().backward()
     assert saved
     assert max(saved) < dense / 2
     assert 0 < largest.numel < dense / 2
@@ -103,11 +103,11 @@ def test_vmap(in_dims):
         torch.stack([pair[side] for pair in batch], dim=dim) if dim is not None else batch[0][side]
         for side, dim in enumerate(in_dims)
     ]
-    logits, slots = torch.vmap(lambda q, k: product_key_search(q, k, 4), in_dims)(*stacked)
+    weights, slots = torch.vmap(lambda q, k: product_key_search(q, k, 4), in_dims)(*stacked)
     for b in range(4):
         query, half_keys = (batch[b if dim is not None else 0][side] for side, dim in enumerate(in_dims))
-        expected_logits, expected_slots = product_key_search(query, half_keys, 4)
-        torch.testing.assert_close(logits[b], expected_logits)
+        expected_weights, expected_slots = product_key_search(query, half_keys, 4)
+        torch.testing.assert_close(weights[b], expected_weights)
         assert torch.equal(slots[b], expected_slots)
 
 

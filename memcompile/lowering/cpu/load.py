@@ -7,6 +7,7 @@ import os
 import torch
 
 from memcompile.lowering.cpu.build import BuildError, kernels
+from memcompile.lowering.triton.settings import is_interpreted
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +19,8 @@ def load() -> bool:
     Returns whether they are there. Where they cannot be built, or ``MEMCOMPILE_CPU_KERNELS`` is 0 or off, the operators
     run as PyTorch operators: the same answers, several times slower, said once in the log.
     """
+    if is_interpreted():  # then the CPU runs the GPU's kernels
+        return False
     asked = os.environ.get("MEMCOMPILE_CPU_KERNELS", "1")
     if asked.lower() in ("0", "off", "false", "no"):
         log.warning(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from memcompile.lowering import cpu, operator
 from memcompile.lowering.product_key_topk import _kernel as topk_in_pytorch
-from tests.lowering.cases import assert_best, logits_at, scores_of
+from tests.lowering.cases import assert_best, scores_of, weights_at
 from tests.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no C++ compiler: the operators run as PyTorch operators here")
@@ -82,12 +82,12 @@ def test_many_hits_of_large_tables(num_slots, index_dtype, threads):
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_long_half_keys(half_dim, tokens, dtype):
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(tokens, 2, 2 * half_dim, generator=generator).to(dtype)
-    half_keys = torch.randn(2, 2, 60, half_dim, generator=generator).to(dtype)
-    logits, slots = operator("product_key_search")(query, half_keys, 9)
+    query = torch.randn(tokens, 16, 2 * half_dim, generator=generator).to(dtype)
+    half_keys = (torch.randn(2, 16, 60, half_dim, generator=generator) * half_dim**-0.5).to(dtype)
+    weights, slots = operator("product_key_search")(query, half_keys, 9)
     plain, exact = scores_of(query, half_keys), scores_of(query.double(), half_keys.double())
     assert_best(slots, plain, 9)
-    assert_as_accurate(logits, logits_at(plain, slots), logits_at(exact, slots))
+    assert_as_accurate(weights, weights_at(plain, slots), weights_at(exact, slots))
 
 
 def test_tensors_that_are_not_plain():

@@ -153,7 +153,7 @@ constexpr int64_t kFewTokens = 5;
 // Scores of a few tokens, every key's by a dot, then the search.
 template <class Row>
 void search_few(const Row* query, const Row* half_keys, int64_t tokens, int64_t heads, int64_t n_keys, int64_t half_dim,
-                int64_t top_k, Sum<Row>* logits, int32_t* slots) {
+                int64_t top_k, Sum<Row>* weights, int32_t* slots) {
   using S = Sum<Row>;
   std::vector<int32_t> numbers(n_keys);
   for (int64_t j = 0; j < n_keys; ++j) numbers[j] = int32_t(j);
@@ -177,7 +177,8 @@ void search_few(const Row* query, const Row* half_keys, int64_t tokens, int64_t 
     ProductKeySearch<S> search(n_keys, top_k);
     for (int64_t row = begin; row < end; ++row) {
       const S* first = scores.data() + row * 2 * n_keys;
-      search.search(first, first + n_keys, logits + row * top_k, slots + row * top_k);
+      search.search(first, first + n_keys, weights + row * top_k, slots + row * top_k);
+      softmax(weights + row * top_k, top_k);
     }
   });
 }
@@ -185,7 +186,7 @@ void search_few(const Row* query, const Row* half_keys, int64_t tokens, int64_t 
 // Scores of a tile of tokens at a time, searched while they are in the cache.
 template <class Row>
 void search_many(const Row* query, const Row* half_keys, int64_t tokens, int64_t heads, int64_t n_keys, int64_t half_dim,
-                 int64_t top_k, Sum<Row>* logits, int32_t* slots) {
+                 int64_t top_k, Sum<Row>* weights, int32_t* slots) {
   using S = Sum<Row>;
   using Tile = ScoreTile<Row>;
   const int64_t tiles = (tokens + Tile::kTokens - 1) / Tile::kTokens;
@@ -202,8 +203,9 @@ void search_many(const Row* query, const Row* half_keys, int64_t tokens, int64_t
       }
       for (int64_t t = 0; t < size; ++t) {
         const int64_t row = (first + t) * heads + head;
-        search.search(scores.data() + t * n_keys, scores.data() + (Tile::kTokens + t) * n_keys, logits + row * top_k,
+        search.search(scores.data() + t * n_keys, scores.data() + (Tile::kTokens + t) * n_keys, weights + row * top_k,
                       slots + row * top_k);
+        softmax(weights + row * top_k, top_k);
       }
     }
   });
@@ -229,21 +231,21 @@ std::tuple<Tensor, Tensor> product_key_search(const Tensor& query_given, const T
   const Tensor query = as(query_given, type), half_keys = as(half_keys_given, type);
   const int64_t heads = query.size(1), n_keys = half_keys.size(2), half_dim = half_keys.size(3);
   check_top_k(top_k, n_keys);
-  Tensor logits = torch::stable::new_empty(query, {tokens, heads, top_k}, sum_type(query));
+  Tensor weights = torch::stable::new_empty(query, {tokens, heads, top_k}, sum_type(query));
   Tensor slots = torch::stable::new_empty(query, {tokens, heads, top_k}, ScalarType::Int);
   with_row_type(query, [&](auto row) {
     using Row = decltype(row);
     const Row* q = data<Row>(query);
     const Row* keys = data<Row>(half_keys);
-    Sum<Row>* logits_out = mutable_data<Sum<Row>>(logits);
+    Sum<Row>* weights_out = mutable_data<Sum<Row>>(weights);
     int32_t* slots_out = mutable_data<int32_t>(slots);
     if (few) {
-      search_few(q, keys, tokens, heads, n_keys, half_dim, top_k, logits_out, slots_out);
+      search_few(q, keys, tokens, heads, n_keys, half_dim, top_k, weights_out, slots_out);
     } else if constexpr (kHasTile<Row>) {
-      search_many(q, keys, tokens, heads, n_keys, half_dim, top_k, logits_out, slots_out);
+      search_many(q, keys, tokens, heads, n_keys, half_dim, top_k, weights_out, slots_out);
     }
   });
-  return {logits, slots};
+  return {weights, slots};
 }
 
 Tensor weighted_gather(const Tensor& values_given, const Tensor& slots_given, const Tensor& weights_given) {

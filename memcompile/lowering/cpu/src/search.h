@@ -1,6 +1,8 @@
 // The k best of all n * n sums of two lists of n scores: the rule of product_key_topk.py.
 #pragma once
 
+#include <cmath>
+
 #include "select.h"
 
 namespace memcompile {
@@ -59,5 +61,14 @@ class ProductKeySearch {
   std::vector<int32_t> ranked_[2], hit_;
   std::vector<Score> best_[2], sums_;
 };
+
+// The softmax of one search's logits, in place. The best stands first, and NaN is the best.
+template <class Score>
+void softmax(Score* logits, int64_t top_k) {
+  const Score peak = logits[0];
+  double sum = 0;
+  for (int64_t r = 0; r < top_k; ++r) sum += logits[r] = std::exp(logits[r] - peak);
+  for (int64_t r = 0; r < top_k; ++r) logits[r] = Score(logits[r] / sum);
+}
 
 }  // namespace memcompile

@@ -1,4 +1,4 @@
-"""What is measured: the sizes of a layer, the table that all of one dtype share, and what a contestant is."""
+"""What is measured: the sizes of a layer, what a contestant is, and how its parameters are drawn."""
 
 import types
 from collections.abc import Callable, Iterable
@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memcompile.lowering.cpu import advise_huge_pages
-
 HEADS, TOP_K = 4, 32
 DRAWN_ROWS = 4096  # of a table, repeated to its end: drawing 2**30 numbers takes longer than the measurements
 
@@ -18,13 +16,14 @@ Layer = Callable[[Tensor], Tensor]  # x [tokens, width] -> [tokens, width]
 
 @dataclass(frozen=True)
 class Setting:
-    """The sizes of a memory layer: a table of n_keys**2 rows of `width`."""
+    """The sizes of a memory layer: a table of n_keys**2 rows of `value_dim`."""
 
     width: int
     n_keys: int
     dtype: torch.dtype
     heads: int = HEADS
     top_k: int = TOP_K
+    row_size: int | None = None  # None: as wide as the layer
 
     @property
     def key_dim(self) -> int:
@@ -34,6 +33,15 @@ class Setting:
     @property
     def num_slots(self) -> int:
         return self.n_keys**2
+
+    @property
+    def hits(self) -> int:
+        """Rows that a token reads."""
+        return self.heads * self.top_k
+
+    @property
+    def value_dim(self) -> int:
+        return self.row_size or self.width
 
 
 @dataclass(frozen=True)
@@ -62,33 +70,34 @@ class Contestant:
     most_tokens: int | None = None  # None: as many as are asked for
 
 
-def shared_table(num_slots: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Rows that every contestant reads and none changes: the machine has no room for one table each."""
-    table = torch.empty(num_slots, width, dtype=dtype)
-    advise_huge_pages(table)
-    drawn = torch.randn(min(DRAWN_ROWS, num_slots), width) * width**-0.5
+def fill_table(table: Tensor) -> None:
+    """Draws the rows of a table [slots, value_dim], in place."""
+    drawn = torch.randn(min(DRAWN_ROWS, len(table)), table.shape[1], device=table.device) * table.shape[1] ** -0.5
     for rows in table.split(len(drawn)):
         rows.copy_(drawn[: len(rows)])
-    return table
 
 
 def draw(setting: Setting, *shape: int) -> nn.Parameter:
-    """Parameters of this shape; the last dimension is summed over where there are two."""
+    """Parameters of this shape on the default device; the last dimension is summed over where there are two."""
     scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
     return nn.Parameter((torch.randn(shape) * scale).to(setting.dtype))
 
 
-def compiled(layer: Layer, options: dict[str, Any] | None = None) -> Layer:
-    """The layer under torch.compile, for any number of tokens.
+def compiled(function: Callable[..., Any], options: dict[str, Any] | None = None, dynamic: bool = True) -> Any:
+    """The function under torch.compile, for any number of tokens where it is dynamic.
 
     Dynamo keeps what it compiled by code object, which all lambdas of one line share: each gets its own here, so that
     no contestant waits for the guards of another.
     """
-    assert isinstance(layer, types.FunctionType)
+    assert isinstance(function, types.FunctionType)
     own = types.FunctionType(
-        layer.__code__.replace(), layer.__globals__, layer.__name__, layer.__defaults__, layer.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
-    return torch.compile(own, dynamic=True, fullgraph=True, options=options)
+    return torch.compile(own, dynamic=dynamic, fullgraph=True, options=options)
 
 
 def trained(parameters: Iterable[Tensor]) -> tuple[nn.Parameter, ...]:

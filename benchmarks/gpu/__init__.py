@@ -1,0 +1,1 @@
+"""A memory layer against its peers on a GPU: `python -m benchmarks.gpu`."""

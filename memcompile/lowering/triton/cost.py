@@ -1,0 +1,127 @@
+"""What a search costs in its two forms, and which is the cheaper on a GPU.
+
+Stored: one batched GEMM writes all scores, `select_stored` reads them. Computed: `select_computed` multiplies them on
+the way, in each of its two passes, and keeps none. The first multiplies once, at the GEMM library's rate; the second
+moves 8 bytes a score less, which pays where half-keys are short, and takes no memory that grows with tokens times keys.
+Bytes and FLOPs are counted; the rates are the device's own, as it reports them.
+"""
+
+import functools
+from dataclasses import astuple, dataclass
+
+import sympy
+import torch
+
+from memcompile.lowering.triton.configs import computed_config
+
+_PASSES = 2
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search: `tokens` x `heads` queries of two halves of half_dim elements of itemsize bytes, n_keys half-keys."""
+
+    tokens: int
+    heads: int
+    n_keys: int
+    half_dim: int
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: bytes/s, FLOP/s of matrix products in half dtypes and in fp32, operations/s of all lanes; bytes of L2."""
+
+    bandwidth: float
+    half_flops: float
+    fp32_flops: float
+    operations: float
+    multiprocessors: int
+    cache: float
+
+
+H200 = Device(4.3e12, 800e12, 50e12, 28e12, 132, 50e6)
+
+# Shares of a device's rates, and lane operations a score; set from instruction counts of the compiled kernels and from
+# common experience with cuBLAS and tl.dot, not yet measured on a GPU.
+_GEMM_SHARE, _DOT_SHARE = 0.8, 0.5
+_CACHE_SPEED = 2.5  # bandwidth of the L2 over that of the memory
+_OPERATIONS = 24.0
+_LAUNCH = 3e-6  # seconds
+_MOST_STORED = 2**31  # bytes of scores: a batch whose scores are more keeps none of them, whatever it costs
+
+
+_SYMBOLS = sympy.symbols("tokens heads n_keys half_dim itemsize", positive=True, integer=True)
+_t, _h, _n, _d, _b = _SYMBOLS
+
+scores = 2 * _t * _h * _n
+gemm_flops = 2 * scores * _d
+operand_bytes = 2 * _h * _d * _b * (_t + _n)
+stored_bytes = _FP32 * scores
+
+
+@functools.cache
+def _evaluator(expression: sympy.Expr) -> object:
+    return sympy.lambdify(_SYMBOLS, expression)
+
+
+def evaluate(expression: sympy.Expr, search: Search) -> float:
+    """The number that an expression of this module is for one search."""
+    return float(_evaluator(expression)(*astuple(search)))  # type: ignore[operator]
+
+
+def seconds_stored(search: Search, device: Device) -> float:
+    """Estimated time of a search whose scores are stored."""
+    flops = device.half_flops if search.itemsize < _FP32 else device.fp32_flops
+    stored = evaluate(stored_bytes, search)
+    # Scores that fit half of the L2 are read from there.
+    bandwidth = device.bandwidth * (_CACHE_SPEED if stored < device.cache / 2 else 1)
+    gemm = max(
+        evaluate(gemm_flops, search) / (flops * _GEMM_SHARE),
+        evaluate(operand_bytes, search) / device.bandwidth + stored / bandwidth,
+    )
+    select = max(stored / bandwidth, evaluate(scores * _OPERATIONS, search) / device.operations)
+    return gemm + select + 2 * _LAUNCH
+
+
+def seconds_computed(search: Search, device: Device, rows: int) -> float:
+    """Estimated time of a search that computes its scores, `rows` queries a program."""
+    flops = device.half_flops if search.itemsize < _FP32 else device.fp32_flops
+    blocks = -(-search.tokens // rows)
+    programs = blocks * search.heads * 2
+    busy = min(1.0, programs / device.multiprocessors)
+    padded = evaluate(gemm_flops, search) * blocks * rows / search.tokens
+    keys = _PASSES * blocks * evaluate(2 * _h * _n * _d * _b, search)  # each block of queries reads them all
+    product = max(_PASSES * padded / (flops * _DOT_SHARE), keys / (device.bandwidth * _CACHE_SPEED))
+    return (product + evaluate(scores * _OPERATIONS, search) / device.operations) / busy + _LAUNCH
+
+
+def stores_scores(search: Search, top_k: int, device: Device) -> bool:
+    """Whether to store the scores: where they fit, and it is the cheaper form. So too for a number of tokens that is
+    not known (0).
+    """
+    if search.tokens == 0:
+        return True
+    config = computed_config(top_k, search.n_keys, search.half_dim, search.tokens, search.itemsize)
+    fits = evaluate(stored_bytes, search) <= _MOST_STORED
+    return fits and seconds_stored(search, device) <= seconds_computed(search, device, config.rows)
+
+
+@functools.cache
+def device_rates(device: torch.device) -> Device:
+    """The rates of this GPU, from its clocks and widths; those of an H200 where there is none to ask."""
+    if device.type != "cuda":
+        return H200
+    found = torch.cuda.get_device_properties(device)
+    clock = found.clock_rate * 1e3  # kHz
+    lanes = found.multi_processor_count * 128 * clock
+    per_clock = {8: 2048, 9: 4096, 10: 8192}.get(found.major, 2048)  # FLOPs of a multiprocessor, dense, half dtypes
+    return Device(
+        bandwidth=2 * found.memory_clock_rate * 1e3 * found.memory_bus_width / 8 * 0.9,
+        half_flops=found.multi_processor_count * clock * per_clock * 0.8,
+        fp32_flops=2 * lanes * 0.8,
+        operations=lanes,
+        multiprocessors=found.multi_processor_count,
+        cache=found.L2_cache_size,
+    )

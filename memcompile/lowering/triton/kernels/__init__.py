@@ -1,0 +1,1 @@
+"""Triton kernels: the language of a GPU's programs, and nothing of PyTorch. `launch.py` runs them."""

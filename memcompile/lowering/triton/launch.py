@@ -1,0 +1,178 @@
+"""Runs the kernels: allocates what they write and picks their sizes. One function an operator, same arguments.
+
+Each is traceable: `torch.library.wrap_triton` leaves the launches in a graph, for Inductor to generate. Called with
+tensors that hold data, it launches at once; on CPU tensors under Triton's interpreter.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memcompile.lowering._torch import size_hint
+from memcompile.lowering.triton import configs, cost, serve
+from memcompile.lowering.triton.kernels.candidates import rank_candidates
+from memcompile.lowering.triton.kernels.gather import gather_dot_rows, weighted_gather_rows
+from memcompile.lowering.triton.kernels.segments import add_atomically, join_chunks, sum_chunks
+from memcompile.lowering.triton.kernels.select import select_computed, select_stored
+from memcompile.lowering.triton.settings import is_interpreted, uses_atomics
+
+Size = Any  # int or torch.SymInt
+
+
+def _kernel(function: Any, grid: tuple[Size, ...]) -> Callable[..., None]:
+    # The wrapper takes compiled kernels alone.
+    launcher = function if is_interpreted() else torch.library.wrap_triton(function)
+    return launcher[grid]
+
+
+def _blocks(size: Size, block: int) -> Size:
+    return (size + block - 1) // block
+
+
+# --- search ---------------------------------------------------------------------------------------
+
+
+def _lists(like: Tensor, tokens: Size, heads: int, top_k: int) -> Tensor:
+    return like.new_empty((2, tokens, heads, configs.capacity(top_k)), dtype=torch.int64)
+
+
+def _select_stored(scores: Tensor, top_k: int) -> Tensor:
+    """Lists of half-keys [2, tokens, heads, capacity] of scores [2, tokens, heads, n_keys]."""
+    _, tokens, heads, n_keys = scores.shape
+    kept = _lists(scores, tokens, heads, top_k)
+    config = configs.stored_config(top_k, n_keys)
+    _kernel(select_stored, (_blocks(tokens, config.rows), heads, 2))(
+        scores, kept, tokens, heads, n_keys, *scores.stride(), **configs.list_sizes(top_k),
+        GROUPS=config.groups, ROWS=config.rows, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return kept
+
+
+def _select_computed(halves: Tensor, half_keys: Tensor, top_k: int) -> Tensor:
+    """The same of queries [2, tokens, heads, half_dim] and half-keys [2, heads, n_keys, half_dim]."""
+    _, tokens, heads, half_dim = halves.shape
+    n_keys = half_keys.shape[2]
+    kept = _lists(halves, tokens, heads, top_k)
+    config = configs.computed_config(top_k, n_keys, half_dim, size_hint(tokens), halves.element_size())
+    _kernel(select_computed, (_blocks(tokens, config.rows), heads, 2))(
+        halves, half_keys, kept, tokens, heads, n_keys, half_dim, *halves.stride(), *half_keys.stride(),
+        **configs.list_sizes(top_k), GROUPS=config.groups, ROWS=config.rows, DEPTH=config.depth,
+        WIDEN=is_interpreted(), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return kept
+
+
+def _rank(kept: Tensor, n_keys: int, top_k: int, softmax: bool) -> tuple[Tensor, Tensor]:
+    """Weights (or logits) and slots [tokens, heads, top_k] of lists [2, tokens, heads, capacity]."""
+    _, tokens, heads, _ = kept.shape
+    rows = tokens * heads
+    weights = kept.new_empty((tokens, heads, top_k), dtype=torch.float32)
+    slots = kept.new_empty((tokens, heads, top_k), dtype=torch.int32)
+    config = configs.rank_config(top_k)
+    _kernel(rank_candidates, (_blocks(rows, config.rows),))(
+        kept, weights, slots, rows, n_keys,
+        **configs.list_sizes(top_k), **configs.pair_sizes(top_k), ROWS=config.rows, SOFTMAX=softmax,
+        num_warps=config.num_warps, num_stages=1,
+    )  # fmt: skip
+    return weights, slots
+
+
+def _scores(halves: Tensor, half_keys: Tensor) -> Tensor:
+    """fp32 scores of queries [2, tokens, heads, half_dim] and half-keys [2, heads, n_keys, half_dim], as a view
+    [2, tokens, heads, n_keys], by one batched GEMM.
+    """
+    sides, tokens, heads, half_dim = halves.shape
+    n_keys = half_keys.shape[2]
+    # In the order (head, side) the queries are one batch of matrices without a copy; the keys are the smaller copy.
+    queries = halves.permute(2, 0, 1, 3).reshape(heads * sides, tokens, half_dim)
+    keys = half_keys.transpose(0, 1).reshape(heads * sides, n_keys, half_dim).mT
+    if queries.dtype == torch.float32:
+        scores = queries @ keys
+    elif serve.is_gpu(queries.device) and torch.version.hip is None:
+        scores = torch.bmm(queries, keys, out_dtype=torch.float32)
+    else:
+        scores = queries.float() @ keys.float()
+    return scores.view(heads, sides, tokens, n_keys).permute(1, 2, 0, 3)
+
+
+def product_key_search(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """See `memcompile.lowering.product_key_search`; query and half_keys of fp32, fp16 or bf16."""
+    tokens, heads, key_dim = query.shape
+    n_keys = half_keys.shape[2]
+    halves = query.reshape(tokens, heads, 2, key_dim // 2).permute(2, 0, 1, 3)
+    search = cost.Search(size_hint(tokens), heads, n_keys, key_dim // 2, query.element_size())
+    if cost.stores_scores(search, top_k, cost.device_rates(query.device)):
+        kept = _select_stored(_scores(halves, half_keys), top_k)
+    else:
+        kept = _select_computed(halves, half_keys, top_k)
+    return _rank(kept, n_keys, top_k, softmax=True)
+
+
+def product_key_topk(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """See `memcompile.lowering.product_key_topk`; scores of fp32."""
+    return _rank(_select_stored(scores, top_k), scores.shape[3], top_k, softmax=False)
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """See `memcompile.lowering.weighted_gather`; weights are read as they are, sums are in fp32."""
+    (tokens, hits), value_dim = slots.shape, values.shape[1]
+    out = values.new_empty((tokens, value_dim))
+    config = configs.gather_configs(size_hint(tokens), value_dim)[0]
+    _kernel(weighted_gather_rows, (tokens, _blocks(value_dim, config.block_columns)))(
+        values, slots.contiguous(), weights.contiguous(), out, hits, value_dim, *values.stride(),
+        BLOCK_HITS=config.block_hits, BLOCK_COLUMNS=config.block_columns,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def gather_dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
+    """See `memcompile.lowering.weighted_gather`."""
+    (tokens, hits), value_dim = slots.shape, values.shape[1]
+    dots = values.new_empty((tokens, hits), dtype=torch.float32)
+    config = configs.dot_config(value_dim)
+    _kernel(gather_dot_rows, (tokens, _blocks(hits, config.block_hits)))(
+        values, slots.contiguous(), grad, dots, hits, value_dim, *values.stride(), *grad.stride(),
+        BLOCK_HITS=config.block_hits, BLOCK_COLUMNS=config.block_columns,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return dots
+
+
+def weighted_scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: Size) -> Tensor:
+    """See `memcompile.lowering.weighted_gather`. Deterministic unless `MEMCOMPILE_ATOMICS` is set."""
+    if uses_atomics():
+        return _scatter_atomically(slots, weights, grad, num_slots)
+    (tokens, hits), value_dim = slots.shape, grad.shape[1]
+    total = tokens * hits
+    ranked, order = slots.reshape(-1).sort(stable=True)
+    config = configs.sum_config(value_dim, size_hint(total))
+    chunks = _blocks(total, config.chunk)
+    out = grad.new_zeros((num_slots, value_dim))
+    begun, left_open = (grad.new_empty((chunks, value_dim), dtype=torch.float32) for _ in range(2))
+    grid, columns = (chunks, _blocks(value_dim, config.block_columns)), config.block_columns
+    _kernel(sum_chunks, grid)(
+        ranked, order, weights.contiguous(), grad, out, begun, left_open, total, hits, value_dim, *grad.stride(),
+        CHUNK=config.chunk, BLOCK_COLUMNS=columns, num_warps=config.num_warps, num_stages=2,
+    )  # fmt: skip
+    _kernel(join_chunks, grid)(
+        ranked, out, begun, left_open, total, value_dim,
+        CHUNK=config.chunk, BLOCK_COLUMNS=columns, num_warps=config.num_warps, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def _scatter_atomically(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: Size) -> Tensor:
+    (tokens, hits), value_dim = slots.shape, grad.shape[1]
+    out = grad.new_zeros((num_slots, value_dim), dtype=torch.float32)
+    config = configs.sum_config(value_dim, 0)
+    _kernel(add_atomically, (tokens, _blocks(value_dim, config.block_columns)))(
+        slots.contiguous(), weights.contiguous(), grad, out, hits, value_dim, *grad.stride(),
+        BLOCK_COLUMNS=config.block_columns, num_warps=config.num_warps, num_stages=1,
+    )  # fmt: skip
+    return out.to(grad.dtype)

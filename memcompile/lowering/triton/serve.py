@@ -1,0 +1,65 @@
+"""Which calls of an operator the Triton kernels serve, eager and in graphs."""
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memcompile.lowering.triton.settings import is_interpreted
+
+log = logging.getLogger(__name__)
+
+MAX_TOP_K = 64  # sorting the pairs of more takes minutes to compile
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Operators that graphs keep whole because Inductor lowers them to templates: see `inductor.py` beside this.
+TEMPLATED: set[str] = set()
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether Triton compiles for tensors of this device: CUDA's, and ROCm's, which go by the same name."""
+    return device.type == "cuda"
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed. Where it is not, a GPU runs memory layers as PyTorch operators, said once."""
+    if importlib.util.find_spec("triton") is None:
+        log.warning("Triton is not installed: memory layers run as PyTorch operators on the GPU, which is slower")
+        return False
+    return True
+
+
+def serves(device: torch.device, dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether the kernels run on this device (the CPU is one in Triton's interpreter), with tensors of these dtypes."""
+    runs = is_gpu(device) or (device.type == "cpu" and is_interpreted())
+    return runs and has_triton() and all(not dtype.is_floating_point or dtype in _DTYPES for dtype in dtypes)
+
+
+def gpu_kernel(name: str, *args: Any) -> Callable[..., Any] | None:
+    """What runs operator `name` on a GPU, or None where its kernels serve no such arguments: tensors of float64, of a
+    layout that is not strided, on no GPU or on several devices, or more slots a head than they hold.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    device = tensors[0].device
+    if not serves(device, (tensor.dtype for tensor in tensors)):
+        return None
+    if any(tensor.device != device or tensor.layout is not torch.strided for tensor in tensors):
+        return None
+    if name in ("product_key_search", "product_key_topk") and args[-1] > MAX_TOP_K:
+        return None
+    from memcompile.lowering.triton import launch  # imports Triton, which only a GPU needs
+
+    kernel: Callable[..., Any] = getattr(launch, name)
+    return kernel
+
+
+def graph_kernel(name: str, *args: Any) -> Callable[..., Any] | None:
+    """What a graph that is compiled holds in the place of operator `name`; None where it holds the operator itself."""
+    if name in TEMPLATED or is_interpreted():
+        return None
+    return gpu_kernel(name, *args)

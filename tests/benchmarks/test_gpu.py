@@ -1,0 +1,218 @@
+"""The GPU benchmark as a whole, on the CPU: a device whose clock is the host's, tiny sizes, and nothing compiled."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.common.dense import GELU, SWIGLU
+from benchmarks.common.results import BACKWARD, FORWARD
+from benchmarks.common.setting import Setting
+from benchmarks.common.timing import Rounds, medians_in_turns
+from benchmarks.gpu import layers, measure
+from benchmarks.gpu.__main__ import benchmark, main
+from benchmarks.gpu.case import FROZEN, GATHER, LAYER, OURS, SCORED_SEARCH, SEARCH
+from benchmarks.gpu.goals import judge
+from benchmarks.gpu.limits import Limits
+from benchmarks.gpu.plan import Group, Plan, fitting_setting, full_plan, quick_plan
+from benchmarks.gpu.results import Median, Results
+
+PLAN = Plan(
+    (Group(32, 8, (12, 1), (12,), parts=True, frozen=True), Group(64, 8, (12,), ())),
+    all_peers=True,
+    minutes=2,
+    copy_bytes=2**12,
+    gemm_size=16,
+    top_k=4,
+)
+PEERS = {OURS, "eager", "eager, F.embedding_bag", "Inductor", "Inductor, F.embedding_bag", SWIGLU, GELU}
+
+
+class Host:
+    """The CPU in the place of a GPU."""
+
+    torch_device = torch.device("cpu")
+    memory = 2**30
+
+    def seconds(self, call):
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def free_bytes(self):
+        return self.memory
+
+    def tidy(self):
+        pass
+
+    def about(self):
+        return {"device": "a host", "memory_gb": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(measure, "ROUNDS", Rounds(seconds=1, fewest=2, most=2))
+
+
+def written(path):
+    return json.loads((path / "gpu.json").read_text())
+
+
+def names(content, **wanted):
+    found = [m for m in content["medians"] if all(m[key] == value for key, value in wanted.items())]
+    return {m["name"] for m in found}
+
+
+def test_a_whole_run(tmp_path, capsys):
+    benchmark(Host(), PLAN, tmp_path)
+    content, printed = written(tmp_path), capsys.readouterr().out
+    assert content["complete"] and not content["failures"] and not content["skipped"]
+    assert content["limits"]["copy_gb_s"] > 0 and content["limits"]["gemm_tflop_s"] > 0
+    assert names(content, kind=GATHER) == {OURS, "memcompile, eager", "F.embedding_bag", "Inductor, naive gather"}
+    for kind in (SEARCH, SCORED_SEARCH):
+        expected = {OURS, "memcompile, eager", "torch.topk + merge", "torch.topk + merge, Inductor"}
+        assert names(content, kind=kind) == expected
+    cases = [(32, 12, FORWARD), (32, 1, FORWARD), (32, 12, BACKWARD), (32, 12, FROZEN), (64, 12, FORWARD)]
+    for width, tokens, direction in cases:
+        assert names(content, kind=LAYER, width=width, tokens=tokens, direction=direction) == PEERS
+    assert all(m["milliseconds"] > 0 and m["bytes"] > 0 for m in content["medians"])
+    assert len(content["goals"]) == 7 and all(g["reached"] != "not measured" for g in content["goals"])
+    for goal in content["goals"]:
+        assert goal["name"] in printed
+    assert (tmp_path / "gpu-roofline.png").stat().st_size > 10_000
+
+
+def test_a_contestant_that_fails_is_recorded_and_the_rest_is_measured(tmp_path, monkeypatch, capsys):
+    def naive(values, slots, weights):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB.")
+
+    monkeypatch.setattr(layers, "naive", naive)
+    benchmark(Host(), replace(PLAN, groups=PLAN.groups[:1]), tmp_path)
+    content = written(tmp_path)
+    assert {(f["name"], f["error"]) for f in content["failures"]} == {
+        ("eager", "out of memory"),
+        ("Inductor", "out of memory"),
+    }
+    assert names(content, kind=LAYER) == PEERS - {"eager", "Inductor"}
+    assert content["complete"] and "out of memory" in capsys.readouterr().out
+
+
+def test_a_failure_between_two_rounds(tmp_path, monkeypatch):
+    calls = []
+
+    def bag(values, slots, weights):
+        calls.append(1)
+        if len(calls) > 7:  # two contestants are warm, with three calls each, and one was timed
+            raise RuntimeError("CUDA error: an illegal memory access\nmore lines")
+        return layers.naive(values, slots, weights)
+
+    monkeypatch.setattr(layers, "bag", bag)
+    benchmark(Host(), replace(PLAN, groups=(Group(32, 8, (12,), ()),)), tmp_path)
+    content = written(tmp_path)
+    failed = {(f["name"], f["error"]) for f in content["failures"]}
+    assert ("eager, F.embedding_bag", "RuntimeError: CUDA error: an illegal memory access") in failed
+    assert names(content, kind=LAYER) == PEERS - {"eager, F.embedding_bag", "Inductor, F.embedding_bag"}
+
+
+def test_who_computes_something_else_has_no_times(tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "naive", lambda values, slots, weights: values[slots].sum(dim=1))
+    benchmark(Host(), replace(PLAN, groups=(Group(32, 8, (12,), ()),)), tmp_path)
+    content = written(tmp_path)
+    assert names(content, kind=LAYER) == PEERS - {"eager", "Inductor"}
+    assert all(f["error"].startswith("differs from eager, F.embedding_bag by") for f in content["failures"])
+
+
+def test_what_does_not_fit_or_comes_too_late_is_skipped(tmp_path):
+    device = Host()
+    device.memory = 2**10
+    benchmark(device, PLAN, tmp_path)
+    assert {s["case"] for s in written(tmp_path)["skipped"]} == {"d = 32, n = 8", "d = 64, n = 8"}
+    assert not written(tmp_path)["medians"]
+    benchmark(Host(), replace(PLAN, minutes=0), tmp_path)
+    content = written(tmp_path)
+    assert not content["medians"] and len(content["skipped"]) == 3 + 4 + 1
+    assert {g["reached"] for g in content["goals"]} == {"not measured"} and not any(g["met"] for g in content["goals"])
+
+
+def test_ctrl_c_writes_what_was_measured(tmp_path, monkeypatch):
+    device, calls = Host(), []
+
+    def seconds(call):
+        calls.append(1)
+        if len(calls) == 100:
+            os.kill(os.getpid(), signal.SIGINT)
+        return Host().seconds(call)
+
+    monkeypatch.setattr(device, "seconds", seconds)
+    benchmark(device, PLAN, tmp_path)
+    content = written(tmp_path)
+    assert not content["complete"] and content["medians"] and not content["failures"]
+
+
+def test_the_table_is_narrowed_until_it_fits_with_its_gradient():
+    group, free = Group(4096, 4096, (1,), ()), 78 * 10**9
+    setting = fitting_setting(group, full_plan(), free)
+    assert setting.value_dim == 512 and setting.width == 4096
+    assert 2 * 4096**2 * 512 * 2 <= 0.6 * free < 2 * 4096**2 * 1024 * 2
+    assert fitting_setting(group, full_plan(), 10**9) is None
+
+
+def median(kind, setting, name, milliseconds, direction=FORWARD, moved=0.0):
+    return Median(
+        name=name,
+        milliseconds=milliseconds,
+        flops=1.0,
+        bytes=moved,
+        kind=kind,
+        width=setting.width,
+        n_keys=setting.n_keys,
+        value_dim=setting.value_dim,
+        dtype="bfloat16",
+        tokens=8192,
+        direction=direction,
+    )
+
+
+@pytest.mark.parametrize(("ours", "met"), [(0.69, True), (0.71, False)])
+def test_goals_are_judged(ours, met):
+    plan = quick_plan()
+    main_setting = Setting(plan.main.width, plan.main.n_keys, plan.dtype)
+    results = Results({}, limits=Limits(copy_gb_s=100.0, gemm_tflop_s=1.0), main=main_setting)
+    results.medians = [
+        median(LAYER, main_setting, OURS, ours),
+        median(LAYER, main_setting, SWIGLU, 1.0),
+        median(LAYER, main_setting, OURS, ours + 0.3, BACKWARD),
+        median(LAYER, main_setting, SWIGLU, 1.0, BACKWARD),
+        median(GATHER, main_setting, OURS, 1000 * ours, moved=0.7 * 90e9),
+        median(GATHER, main_setting, "F.embedding_bag", 1000 * 0.7 * 6),
+        median(SEARCH, main_setting, OURS, ours),
+        median(SEARCH, main_setting, "torch.topk + merge", 0.7 * 3),
+    ]
+    goals = judge(results, plan)
+    assert [g.reached == "not measured" for g in goals] == [False, False, False, True, False, False]
+    assert [g.met for g in goals if g.reached != "not measured"] == [met] * 5
+
+
+def test_turns_are_shared_out_by_the_length_of_a_call():
+    calls = []
+
+    def timed(name, seconds):
+        return lambda: calls.append(name) or seconds
+
+    rounds = Rounds(seconds=1.0, fewest=2, most=4, slow=100.0)
+    found = medians_in_turns(
+        [timed("fast", 0.1), timed("long", 3.0), timed("slow", 200.0)], [0.1, 3.0, 200.0], rounds, str
+    )
+    assert found == [0.1, 3.0, 200.0]
+    assert [calls.count(name) for name in ("fast", "long", "slow")] == [4, 1, 0]  # long ones count from the first call
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run the benchmark")
+def test_without_a_gpu_one_line_says_so(capsys):
+    assert main(["--quick"]) == 0
+    assert capsys.readouterr().out == "skipped: no CUDA device\n"

@@ -1,0 +1,129 @@
+"""The kernels that read and write rows of the table against the fp64 oracle, and a whole layer with its gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memcompile.lowering import memory_lookup, memory_lookup_reference
+from memcompile.lowering.triton import configs, launch
+from tests.lowering.cases import Recorder, cases, gradients, leaves
+from tests.tolerance import assert_as_accurate
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+weighted_gather = torch.ops.memcompile.weighted_gather.default
+gather_dot = torch.ops.memcompile.gather_dot.default
+weighted_scatter = torch.ops.memcompile.weighted_scatter.default
+
+shapes = given(
+    tokens=st.integers(0, 6),
+    hits=st.integers(1, 20),
+    value_dim=st.integers(1, 40),
+    num_slots=st.sampled_from([1, 3, 50]),
+    dtype=st.sampled_from(DTYPES),
+    wide=st.booleans(),
+    seed=st.integers(0, 99),
+)
+
+
+def inputs(tokens, hits, value_dim, num_slots, dtype, wide, seed):
+    """values, slots, weights, grad; of int64 slots and of values and grad at strides of their own, where `wide`."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = 2 * value_dim if wide else value_dim
+    values, grad = (
+        torch.randn(rows, columns, generator=generator).to(dtype)[:, :: 2 if wide else 1]
+        for rows in (num_slots, tokens)
+    )
+    slots = torch.randint(num_slots, (tokens, hits), generator=generator, dtype=torch.int64 if wide else torch.int32)
+    return values, slots, torch.randn(tokens, hits, generator=generator), grad
+
+
+def sum_by_slot(slots, weights, grad, num_slots):
+    """`weighted_scatter` by a matrix of tokens and slots."""
+    matrix = weights.new_zeros(len(slots), num_slots).scatter_add_(1, slots.long(), weights)
+    return matrix.T @ grad
+
+
+@shapes
+def test_weighted_gather(**sizes):
+    values, slots, weights, _ = inputs(**sizes)
+    read = lambda v, w: (w.unsqueeze(-1) * v[slots.long()]).sum(1)  # noqa: E731
+    plain = read(values, weights.to(values.dtype)).to(values.dtype)
+    assert_as_accurate(weighted_gather(values, slots, weights), plain, read(values.double(), weights.double()))
+
+
+@shapes
+def test_gather_dot(**sizes):
+    values, slots, _, grad = inputs(**sizes)
+    dot = lambda v, g: (v[slots.long()] * g.unsqueeze(1)).sum(-1)  # noqa: E731
+    found = gather_dot(values, slots, grad)
+    assert_as_accurate(found, dot(values.float(), grad.float()), dot(values.double(), grad.double()))
+
+
+@pytest.mark.parametrize("atomics", ["0", "1"])
+def test_weighted_scatter(monkeypatch, atomics):
+    """Chunks of 4 hits: slots within one, across two, across many."""
+    monkeypatch.setenv("MEMCOMPILE_ATOMICS", atomics)
+    monkeypatch.setattr(configs, "sum_config", lambda value_dim, total: configs.Sum(4, 16, num_warps=1))
+
+    @shapes
+    def run(**sizes):
+        _, slots, weights, grad = inputs(**sizes)
+        num_slots = sizes["num_slots"]
+        found = weighted_scatter(slots, weights, grad, num_slots)
+        plain = sum_by_slot(slots, weights, grad.float(), num_slots).to(grad.dtype)
+        assert_as_accurate(found, plain, sum_by_slot(slots, weights.double(), grad.double(), num_slots))
+        untouched = torch.ones(num_slots, dtype=torch.bool).index_fill_(0, slots.reshape(-1).long(), False)
+        assert (found[untouched] == 0).all()
+
+    run()
+
+
+def test_a_slot_sums_its_hits_in_their_order():
+    """The order of tokens decides no bit but through the sum's own order: equal runs are equal bit for bit."""
+    slots = torch.randint(3, (20, 7), dtype=torch.int32)
+    weights, grad = torch.randn(20, 7), torch.randn(20, 33)
+    first = weighted_scatter(slots, weights, grad, 3)
+    assert all(torch.equal(weighted_scatter(slots, weights, grad, 3), first) for _ in range(3))
+
+
+def test_a_block_of_a_row_and_many_of_it():
+    for value_dim in (7, 64, 100, 513, 1100):
+        values, slots, weights, grad = inputs(2, 9, value_dim, 11, torch.float32, False, 0)
+        torch.testing.assert_close(
+            weighted_gather(values, slots, weights), (weights.unsqueeze(-1) * values[slots]).sum(1)
+        )
+        torch.testing.assert_close(gather_dot(values, slots, grad), (values[slots] * grad.unsqueeze(1)).sum(-1))
+
+
+@settings(max_examples=6)
+@given(cases(dtypes=DTYPES))
+def test_a_layer_and_its_gradients(case):
+    tensors = case.tensors()
+    with Recorder() as seen:
+        output = memory_lookup(*tensors, **case.options)
+    exact_tensors, plain_tensors = leaves(tensors, torch.float64), leaves(tensors)
+    exact = memory_lookup_reference(*exact_tensors, **case.options, slots=seen.slots)
+    plain = memory_lookup_reference(*plain_tensors, **case.options, slots=seen.slots)
+    torch.testing.assert_close(output, plain, rtol=0.05, atol=0.1 if case.dtype != torch.float32 else 1e-4)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(case.dtype)
+    found, wanted = gradients(output, tensors, grad), gradients(exact, exact_tensors, grad)
+    for name, gradient in found.items():
+        scale = float(wanted[name].abs().max()) if wanted[name].numel() else 0.0
+        eps = torch.finfo(case.dtype).eps
+        assert (
+            (gradient.double() - wanted[name]).abs().max().item() <= 30 * eps * max(scale, 1)
+            if gradient.numel()
+            else True
+        )
+
+
+def test_it_was_triton(monkeypatch):
+    names, run = [], launch._kernel
+    monkeypatch.setattr(
+        launch, "_kernel", lambda function, grid: names.append(function.fn.__name__) or run(function, grid)
+    )
+    values = torch.randn(9, 5, requires_grad=True)
+    weights = torch.randn(2, 3, requires_grad=True)
+    weighted_gather(values, torch.randint(9, (2, 3)), weights).sum().backward()
+    assert sorted(names) == ["gather_dot_rows", "join_chunks", "sum_chunks", "weighted_gather_rows"]
