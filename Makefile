@@ -21,6 +21,7 @@ lint: $(VENV)/.test
 
 docs: $(VENV)/.test
 	$(BIN)/python -m tests.zoo.table
+	$(BIN)/python -m tests.lowering.triton.resources
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz --examples 5100 --processes $(WORKERS)

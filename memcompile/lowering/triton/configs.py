@@ -1,7 +1,7 @@
 """Block sizes, warps and stages of each kernel, by shape. The sizes of a sum's blocks fix the order in which it is
 added up, so they depend on shapes alone: a run repeats another bit for bit.
 
-Chosen by the registers that the compiled kernels take: tests/lowering/triton/resources.md has them, and none spills.
+Chosen by the registers that the compiled kernels take: docs/kernels.md has them, and none spills.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,11 @@
 """Runs the kernels: allocates what they write and picks their sizes. One function an operator, same arguments.
 
-Each is traceable: `torch.library.wrap_triton` leaves the launches in a graph, for Inductor to generate. Called with
-tensors that hold data, it launches at once; on CPU tensors under Triton's interpreter.
+Called as they are they launch at once (on CPU tensors in Triton's interpreter); `traced`, they leave their launches in
+the graph, for Inductor to generate.
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,9 +22,24 @@ from memcompile.lowering.triton.settings import is_interpreted, uses_atomics
 Size = Any  # int or torch.SymInt
 
 
+_is_traced: ContextVar[bool] = ContextVar("_is_traced", default=False)
+
+
+def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One of this file's functions, for a graph that is being traced."""
+
+    def body(*args: Any) -> Any:
+        token = _is_traced.set(True)
+        try:
+            return function(*args)
+        finally:
+            _is_traced.reset(token)
+
+    return body
+
+
 def _kernel(function: Any, grid: tuple[Size, ...]) -> Callable[..., None]:
-    # The wrapper takes compiled kernels alone.
-    launcher = function if is_interpreted() else torch.library.wrap_triton(function)
+    launcher = torch.library.wrap_triton(function) if _is_traced.get() else function
     return launcher[grid]
 
 
@@ -85,15 +101,22 @@ def _scores(halves: Tensor, half_keys: Tensor) -> Tensor:
     """
     sides, tokens, heads, half_dim = halves.shape
     n_keys = half_keys.shape[2]
-    # In the order (head, side) the queries are one batch of matrices without a copy; the keys are the smaller copy.
-    queries = halves.permute(2, 0, 1, 3).reshape(heads * sides, tokens, half_dim)
-    keys = half_keys.transpose(0, 1).reshape(heads * sides, n_keys, half_dim).mT
+    # One stride must step through the batch: in the order (side, head) the queries are copied, else the keys.
+    copies_queries = size_hint(tokens) <= n_keys
+    if copies_queries:
+        queries, keys = halves.transpose(1, 2), half_keys
+    else:
+        queries, keys = halves.permute(2, 0, 1, 3), half_keys.transpose(0, 1)
+    queries = queries.reshape(sides * heads, tokens, half_dim)
+    keys = keys.reshape(sides * heads, n_keys, half_dim).mT
     if queries.dtype == torch.float32:
         scores = queries @ keys
     elif serve.is_gpu(queries.device) and torch.version.hip is None:
         scores = torch.bmm(queries, keys, out_dtype=torch.float32)
     else:
         scores = queries.float() @ keys.float()
+    if copies_queries:
+        return scores.view(sides, heads, tokens, n_keys).transpose(1, 2)
     return scores.view(heads, sides, tokens, n_keys).permute(1, 2, 0, 3)
 
 

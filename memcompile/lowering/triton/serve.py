@@ -62,4 +62,9 @@ def graph_kernel(name: str, *args: Any) -> Callable[..., Any] | None:
     """What a graph that is compiled holds in the place of operator `name`; None where it holds the operator itself."""
     if name in TEMPLATED or is_interpreted():
         return None
-    return gpu_kernel(name, *args)
+    kernel = gpu_kernel(name, *args)
+    if kernel is None:
+        return None
+    from memcompile.lowering.triton.launch import traced
+
+    return traced(kernel)
