@@ -16,6 +16,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 __all__ = [
     "GraphPass",
+    "KeyedPass",
     "autograd_kernel",
     "below_autograd",
     "configured_pre_passes",
@@ -23,6 +24,7 @@ __all__ = [
     "functorch_is_active",
     "graph_pass_base",
     "has_onednn_linear",
+    "is_keyed",
     "on_the_cpu",
     "onednn_linear",
     "run_graph_pass",
@@ -68,6 +70,15 @@ def autograd_kernel(name: str, **methods: Callable[..., Any]) -> Callable[..., A
             return function.apply(*args)
 
     return kernel
+
+
+class KeyedPass:
+    """Marks the graph pass whose `uuid()` tells Inductor's caches what this package generates."""
+
+
+def is_keyed() -> bool:
+    """Whether the compilation that runs has a `KeyedPass`; without one, caches would return code of older kernels."""
+    return any(isinstance(graph_pass, KeyedPass) for graph_pass in configured_pre_passes())
 
 
 def graph_pass_base() -> type:

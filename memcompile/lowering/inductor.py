@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from memcompile.lowering._torch import GraphPass, configured_pre_passes, graph_pass_base, run_graph_pass
+from memcompile.lowering._torch import GraphPass, KeyedPass, configured_pre_passes, graph_pass_base, run_graph_pass
 from memcompile.lowering.cpu.gemm import mkl_is_held_back, use_onednn
 from memcompile.lowering.triton import template
 from memcompile.lowering.triton.settings import uses_atomics
@@ -33,7 +33,7 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-class LoweringPass(graph_pass_base()):  # type: ignore[misc]
+class LoweringPass(KeyedPass, graph_pass_base()):  # type: ignore[misc]
     """The user's own pass, then this package's; its uuid names the package's version, its sources and the options."""
 
     def __init__(self, options: str, wrapped: Sequence[GraphPass] = ()) -> None:

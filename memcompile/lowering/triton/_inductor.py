@@ -7,6 +7,7 @@ Importing it imports Inductor; on a version that has moved it raises ImportError
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch._inductor import config, ir
@@ -24,6 +25,7 @@ __all__ = [
     "is_autotuned",
     "lower",
     "output_layout",
+    "static",
     "stored_shape",
 ]
 
@@ -59,6 +61,11 @@ def stored_shape(node: Any) -> list[Any]:
 def hint(size: Any) -> int:
     """A size, or what a symbolic one was when it was traced; 0 where nothing is known of it. Adds no guard."""
     return int(V.graph.sizevars.optimization_hint(size, fallback=0))
+
+
+def static(size: Any) -> int | None:
+    """A size as an int; None where it is symbolic."""
+    return int(size) if isinstance(size, (int, sympy.Integer)) else None
 
 
 def is_autotuned() -> bool:

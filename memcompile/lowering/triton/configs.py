@@ -1,4 +1,4 @@
-"""Block sizes, warps and stages of each kernel, by shape. The sizes of a sum's blocks fix the order in which it is
+"""Block sizes and warps of each kernel, by shape. The sizes of a sum's blocks fix the order in which it is
 added up, so they depend on shapes alone: a run repeats another bit for bit.
 
 Chosen by the registers that the compiled kernels take: docs/kernels.md has them, and none spills.
@@ -67,13 +67,16 @@ COMPUTING = {
 
 
 def computed_config(top_k: int, n_keys: int, half_dim: int, tokens: int, itemsize: int) -> Select:
-    """Of `select_computed`; `tokens` is a hint. What `tl.dot` multiplies has 16 rows, columns and keys at least."""
+    """Of `select_computed`; `tokens` is a hint. What `tl.dot` multiplies has 16 rows, columns and keys at least. Of
+    fewer than two groups for each key that is kept, so many keys pass that rows are scanned again and again.
+    """
     sizes = COMPUTING[itemsize]
     best = sizes[min(len(sizes) - 1, (tokens > 64) + (tokens > 1024))]
     kept = list_sizes(top_k)["PADDED_K"]
-    groups = max(16, kept, min(best.groups, next_power_of_2(n_keys)))
+    groups = max(16, kept, min(max(best.groups, 2 * kept), next_power_of_2(n_keys)))
+    rows = max(16, min(best.rows, 4096 // groups))  # what fits the registers
     depth = max(16, min(best.depth, next_power_of_2(half_dim)))
-    return Select(best.rows, groups, depth, best.num_warps, best.num_stages)
+    return Select(rows, groups, depth, best.num_warps, best.num_stages)
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,8 @@ class Rank:
     num_warps: int
 
 
-def rank_config(top_k: int) -> Rank:
-    """A warp a query: what is sorted then stays in its registers, and `tl.gather` within a warp."""
-    return Rank(rows=1, num_warps=1)
+# A warp a query: what is sorted then stays in its registers, and `tl.gather` within a warp.
+RANK = Rank(rows=1, num_warps=1)
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -99,7 +101,6 @@ class Rows:
     block_hits: int
     block_columns: int
     num_warps: int
-    num_stages: int = 2
 
 
 # What `weighted_gather` is autotuned over with max-autotune; the first is what runs otherwise, at many tokens.
@@ -120,8 +121,12 @@ def gather_configs(tokens: int, value_dim: int) -> list[Rows]:
     fitting = [config for config in GATHERING if config.block_columns <= width]
     if not fitting:
         return [Rows(32, max(8, width), num_warps=2)]
-    # Few tokens: the rows are cut finer, until every multiprocessor has a program or two.
-    enough = [config for config in fitting if tokens * -(-value_dim // config.block_columns) >= 256]
+    # Few tokens: the rows are cut finer, until every multiprocessor has a program or two. Of none nothing is known.
+    enough = (
+        fitting
+        if tokens == 0
+        else [config for config in fitting if tokens * -(-value_dim // config.block_columns) >= 256]
+    )
     best = enough[0] if enough else min(fitting, key=lambda config: config.block_columns)
     return [best, *(config for config in fitting if config is not best)]
 

@@ -31,9 +31,12 @@ class Search:
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: bytes/s, FLOP/s of matrix products in half dtypes and in fp32, operations/s of all lanes; bytes of L2."""
+    """A GPU: bytes/s of its memory, bytes of its L2, operations/s of all lanes, and FLOP/s of matrix products: of half
+    dtypes with fp32 results by the GEMM library, the same by `tl.dot`, and of fp32.
+    """
 
     bandwidth: float
+    library_flops: float
     half_flops: float
     fp32_flops: float
     operations: float
@@ -41,7 +44,10 @@ class Device:
     cache: float
 
 
-H200 = Device(4.3e12, 800e12, 50e12, 28e12, 132, 50e6)
+H200 = Device(4.3e12, 800e12, 800e12, 50e12, 28e12, 132, 50e6)
+MI300X = Device(
+    4.0e12, 100e12, 600e12, 100e12, 40e12, 304, 256e6
+)  # where the library's results of half dtypes are half
 
 # Shares of a device's rates, and lane operations a score; set from instruction counts of the compiled kernels and from
 # common experience with cuBLAS and tl.dot, not yet measured on a GPU.
@@ -49,7 +55,7 @@ _GEMM_SHARE, _DOT_SHARE = 0.8, 0.5
 _CACHE_SPEED = 2.5  # bandwidth of the L2 over that of the memory
 _OPERATIONS = 24.0
 _LAUNCH = 3e-6  # seconds
-_MOST_STORED = 2**31  # bytes of scores: a batch whose scores are more keeps none of them, whatever it costs
+MOST_STORED = 2**31  # bytes of scores: a batch whose scores are more keeps none of them, whatever it costs
 
 
 _SYMBOLS = sympy.symbols("tokens heads n_keys half_dim itemsize", positive=True, integer=True)
@@ -73,7 +79,7 @@ def evaluate(expression: sympy.Expr, search: Search) -> float:
 
 def seconds_stored(search: Search, device: Device) -> float:
     """Estimated time of a search whose scores are stored."""
-    flops = device.half_flops if search.itemsize < _FP32 else device.fp32_flops
+    flops = device.library_flops if search.itemsize < _FP32 else device.fp32_flops
     stored = evaluate(stored_bytes, search)
     # Scores that fit half of the L2 are read from there.
     bandwidth = device.bandwidth * (_CACHE_SPEED if stored < device.cache / 2 else 1)
@@ -104,24 +110,31 @@ def stores_scores(search: Search, top_k: int, device: Device) -> bool:
     if search.tokens == 0:
         return True
     config = computed_config(top_k, search.n_keys, search.half_dim, search.tokens, search.itemsize)
-    fits = evaluate(stored_bytes, search) <= _MOST_STORED
+    fits = evaluate(stored_bytes, search) <= MOST_STORED
     return fits and seconds_stored(search, device) <= seconds_computed(search, device, config.rows)
 
 
 @functools.cache
 def device_rates(device: torch.device) -> Device:
-    """The rates of this GPU, from its clocks and widths; those of an H200 where there is none to ask."""
-    if device.type != "cuda":
+    """The rates of this GPU, from its clocks and widths; fixed ones where it does not tell them."""
+    if device.type != "cuda" or not torch.cuda.is_available():
         return H200
+    if torch.version.hip is not None:
+        return MI300X
     found = torch.cuda.get_device_properties(device)
-    clock = found.clock_rate * 1e3  # kHz
-    lanes = found.multi_processor_count * 128 * clock
-    per_clock = {8: 2048, 9: 4096, 10: 8192}.get(found.major, 2048)  # FLOPs of a multiprocessor, dense, half dtypes
+    names = ("clock_rate", "memory_clock_rate", "memory_bus_width", "multi_processor_count", "L2_cache_size")
+    clock, memory_clock, width, multiprocessors, cache = (float(getattr(found, name, 0)) for name in names)
+    if min(clock, memory_clock, width, multiprocessors, cache) <= 0:
+        return H200
+    lanes = multiprocessors * 128 * clock * 1e3  # clocks are in kHz
+    per_lane = {8: 16, 9: 32, 10: 64}.get(found.major, 16)  # dense FLOPs a clock, half dtypes
+    half_flops = lanes * per_lane * 0.8
     return Device(
-        bandwidth=2 * found.memory_clock_rate * 1e3 * found.memory_bus_width / 8 * 0.9,
-        half_flops=found.multi_processor_count * clock * per_clock * 0.8,
+        bandwidth=2 * memory_clock * 1e3 * width / 8 * 0.9,
+        library_flops=half_flops,
+        half_flops=half_flops,
         fp32_flops=2 * lanes * 0.8,
         operations=lanes,
-        multiprocessors=found.multi_processor_count,
-        cache=found.L2_cache_size,
+        multiprocessors=int(multiprocessors),
+        cache=cache,
     )

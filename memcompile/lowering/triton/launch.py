@@ -59,7 +59,7 @@ def _select_stored(scores: Tensor, top_k: int) -> Tensor:
     _, tokens, heads, n_keys = scores.shape
     kept = _lists(scores, tokens, heads, top_k)
     config = configs.stored_config(top_k, n_keys)
-    _kernel(select_stored, (_blocks(tokens, config.rows), heads, 2))(
+    _kernel(select_stored, (_blocks(tokens, config.rows) * heads, 2))(
         scores, kept, tokens, heads, n_keys, *scores.stride(), **configs.list_sizes(top_k),
         GROUPS=config.groups, ROWS=config.rows, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -72,7 +72,7 @@ def _select_computed(halves: Tensor, half_keys: Tensor, top_k: int) -> Tensor:
     n_keys = half_keys.shape[2]
     kept = _lists(halves, tokens, heads, top_k)
     config = configs.computed_config(top_k, n_keys, half_dim, size_hint(tokens), halves.element_size())
-    _kernel(select_computed, (_blocks(tokens, config.rows), heads, 2))(
+    _kernel(select_computed, (_blocks(tokens, config.rows) * heads, 2))(
         halves, half_keys, kept, tokens, heads, n_keys, half_dim, *halves.stride(), *half_keys.stride(),
         **configs.list_sizes(top_k), GROUPS=config.groups, ROWS=config.rows, DEPTH=config.depth,
         WIDEN=is_interpreted(), num_warps=config.num_warps, num_stages=config.num_stages,
@@ -86,11 +86,11 @@ def _rank(kept: Tensor, n_keys: int, top_k: int, softmax: bool) -> tuple[Tensor,
     rows = tokens * heads
     weights = kept.new_empty((tokens, heads, top_k), dtype=torch.float32)
     slots = kept.new_empty((tokens, heads, top_k), dtype=torch.int32)
-    config = configs.rank_config(top_k)
+    config = configs.RANK
     _kernel(rank_candidates, (_blocks(rows, config.rows),))(
         kept, weights, slots, rows, n_keys,
         **configs.list_sizes(top_k), **configs.pair_sizes(top_k), ROWS=config.rows, SOFTMAX=softmax,
-        num_warps=config.num_warps, num_stages=1,
+        num_warps=config.num_warps,
     )  # fmt: skip
     return weights, slots
 
@@ -126,7 +126,9 @@ def product_key_search(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Te
     n_keys = half_keys.shape[2]
     halves = query.reshape(tokens, heads, 2, key_dim // 2).permute(2, 0, 1, 3)
     search = cost.Search(size_hint(tokens), heads, n_keys, key_dim // 2, query.element_size())
-    if cost.stores_scores(search, top_k, cost.device_rates(query.device)):
+    # The first condition guards: more tokens than fit compile once more. The second is of the tokens that were traced.
+    fits = search.tokens == 0 or 2 * tokens * heads * n_keys * 4 <= cost.MOST_STORED
+    if fits and cost.stores_scores(search, top_k, cost.device_rates(query.device)):
         kept = _select_stored(_scores(halves, half_keys), top_k)
     else:
         kept = _select_computed(halves, half_keys, top_k)
@@ -149,7 +151,7 @@ def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     _kernel(weighted_gather_rows, (tokens, _blocks(value_dim, config.block_columns)))(
         values, slots.contiguous(), weights.contiguous(), out, hits, value_dim, *values.stride(),
         BLOCK_HITS=config.block_hits, BLOCK_COLUMNS=config.block_columns,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps,
     )  # fmt: skip
     return out
 
@@ -162,7 +164,7 @@ def gather_dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
     _kernel(gather_dot_rows, (tokens, _blocks(hits, config.block_hits)))(
         values, slots.contiguous(), grad, dots, hits, value_dim, *values.stride(), *grad.stride(),
         BLOCK_HITS=config.block_hits, BLOCK_COLUMNS=config.block_columns,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps,
     )  # fmt: skip
     return dots
 
@@ -174,19 +176,17 @@ def weighted_scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: Si
     (tokens, hits), value_dim = slots.shape, grad.shape[1]
     total = tokens * hits
     ranked, order = slots.reshape(-1).sort(stable=True)
+    tokens_of, weights_of = (order // hits).int(), weights.reshape(-1)[order]
     config = configs.sum_config(value_dim, size_hint(total))
     chunks = _blocks(total, config.chunk)
     out = grad.new_zeros((num_slots, value_dim))
     begun, left_open = (grad.new_empty((chunks, value_dim), dtype=torch.float32) for _ in range(2))
-    grid, columns = (chunks, _blocks(value_dim, config.block_columns)), config.block_columns
+    grid = (chunks, _blocks(value_dim, config.block_columns))
+    sizes = {"CHUNK": config.chunk, "BLOCK_COLUMNS": config.block_columns, "num_warps": config.num_warps}
     _kernel(sum_chunks, grid)(
-        ranked, order, weights.contiguous(), grad, out, begun, left_open, total, hits, value_dim, *grad.stride(),
-        CHUNK=config.chunk, BLOCK_COLUMNS=columns, num_warps=config.num_warps, num_stages=2,
+        ranked, tokens_of, weights_of, grad, out, begun, left_open, total, value_dim, *grad.stride(), **sizes
     )  # fmt: skip
-    _kernel(join_chunks, grid)(
-        ranked, out, begun, left_open, total, value_dim,
-        CHUNK=config.chunk, BLOCK_COLUMNS=columns, num_warps=config.num_warps, num_stages=1,
-    )  # fmt: skip
+    _kernel(join_chunks, grid)(ranked, out, begun, left_open, total, value_dim, **sizes)
     return out
 
 
@@ -196,6 +196,6 @@ def _scatter_atomically(slots: Tensor, weights: Tensor, grad: Tensor, num_slots:
     config = configs.sum_config(value_dim, 0)
     _kernel(add_atomically, (tokens, _blocks(value_dim, config.block_columns)))(
         slots.contiguous(), weights.contiguous(), grad, out, hits, value_dim, *grad.stride(),
-        BLOCK_COLUMNS=config.block_columns, num_warps=config.num_warps, num_stages=1,
+        BLOCK_COLUMNS=config.block_columns, num_warps=config.num_warps,
     )  # fmt: skip
     return out.to(grad.dtype)

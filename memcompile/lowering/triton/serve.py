@@ -9,20 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memcompile.lowering._torch import is_keyed
 from memcompile.lowering.triton.settings import is_interpreted
 
 log = logging.getLogger(__name__)
 
-MAX_TOP_K = 64  # sorting the pairs of more takes minutes to compile
+MAX_TOP_K = 64  # to rank more takes ten seconds to compile and 190 registers
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Operators that graphs keep whole because Inductor lowers them to templates: see `inductor.py` beside this.
+# Operators that graphs keep whole because Inductor lowers them to templates: see `template.py` beside this.
 TEMPLATED: set[str] = set()
 
 
+@functools.cache
 def is_gpu(device: torch.device) -> bool:
-    """Whether Triton compiles for tensors of this device: CUDA's, and ROCm's, which go by the same name."""
-    return device.type == "cuda"
+    """Whether this is a GPU that Triton compiles all of the kernels for: NVIDIA's from Ampere (bf16) on, and ROCm's."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
@@ -60,7 +64,7 @@ def gpu_kernel(name: str, *args: Any) -> Callable[..., Any] | None:
 
 def graph_kernel(name: str, *args: Any) -> Callable[..., Any] | None:
     """What a graph that is compiled holds in the place of operator `name`; None where it holds the operator itself."""
-    if name in TEMPLATED or is_interpreted():
+    if name in TEMPLATED or is_interpreted() or not is_keyed():
         return None
     kernel = gpu_kernel(name, *args)
     if kernel is None:

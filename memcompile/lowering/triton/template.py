@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from memcompile.lowering._torch import is_keyed
 from memcompile.lowering.schema import operator
 from memcompile.lowering.triton import serve
 from memcompile.lowering.triton.configs import gather_configs
@@ -71,24 +72,26 @@ def _register(inductor: Any) -> None:
 
     @inductor.lower(overload)
     def lower_weighted_gather(values: Any, slots: Any, weights: Any) -> Any:
-        if not serve.serves(values.get_device(), [values.get_dtype(), weights.get_dtype()]):
+        (tokens, hits), (num_slots, value_dim) = (inductor.stored_shape(tensor) for tensor in (slots, values))
+        hits, value_dim = inductor.static(hits), inductor.static(value_dim)
+        served = serve.serves(values.get_device(), [values.get_dtype(), weights.get_dtype()])
+        if not served or hits is None or value_dim is None or not is_keyed():
             return inductor.call_operator(overload, values, slots, weights)
         inputs = [inductor.contiguous(tensor) for tensor in (values, slots, weights)]
-        (tokens, hits), (num_slots, value_dim) = (inductor.stored_shape(tensor) for tensor in (slots, values))
         layout = inductor.output_layout(values, [tokens, value_dim])
-        configs = gather_configs(inductor.hint(tokens), int(value_dim))
+        configs = gather_configs(inductor.hint(tokens), value_dim)
         choices: list[Any] = []
         for config in configs if inductor.is_autotuned() else configs[:1]:
             error = template.maybe_append_choice(
                 choices, input_nodes=inputs, layout=layout,
-                num_stages=config.num_stages, num_warps=config.num_warps,
-                HITS=int(hits), BLOCK_HITS=config.block_hits, BLOCK_COLUMNS=config.block_columns,
+                num_stages=1, num_warps=config.num_warps,
+                HITS=hits, BLOCK_HITS=config.block_hits, BLOCK_COLUMNS=config.block_columns,
             )  # fmt: skip
             if error is not None:
                 raise error
         rows = min(inductor.hint(num_slots), _EXAMPLE_ROWS)
         examples = {
-            0: lambda node: torch.zeros(rows, int(value_dim), dtype=node.get_dtype(), device=node.get_device()),
+            0: lambda node: torch.zeros(rows, value_dim, dtype=node.get_dtype(), device=node.get_device()),
             1: lambda node: torch.randint(
                 rows,
                 [inductor.hint(size) for size in node.get_size()],

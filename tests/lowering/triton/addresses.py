@@ -426,7 +426,7 @@ def _results(left: str) -> list[str]:
 
 def _result_type(operation: str, types: str) -> str:
     """Of an element of the result, from what an operation says of types: ``a -> b``, ``a to b``, ``a, b`` or ``a``."""
-    if operation in ("arith.cmpi", "arith.cmpf"):
+    if operation in ("arith.cmpi", "arith.cmpf") or types in ("arith.constant true", "arith.constant false"):
         return "i1"
     made = re.split(r" -> | to ", types)[-1]
     parts = [_element(part) for part in _split_types(made)] or [""]

@@ -202,6 +202,7 @@ def generated_sources(
     config_patches: Mapping[str, Any] | None = None,
     while_tracing: AbstractContextManager[Any] | None = None,
     choose: Callable[[str, Sequence[Any]], Any] = first_choice,
+    gpu: bool = True,
 ) -> Sources:
     """What Inductor would run on a GPU for ``function(*inputs)``, and for its backward.
 
@@ -215,6 +216,7 @@ def generated_sources(
         while_tracing: entered around all of it, for patches of the test's own. CPU tensors stand for GPU tensors while
             the graphs are traced, so what decides by `device` needs one.
         choose: called with a name and several choices (templates, or extern kernels) where Inductor would measure.
+        gpu: False for the source that the CPU would run.
 
     Not as on a GPU: what asks for a CPU while the graphs are traced, such as attention, which becomes the CPU's flash
     kernel (`while_tracing=sdpa_kernel(SDPBackend.MATH)` keeps to operators that a GPU has).
@@ -226,7 +228,8 @@ def generated_sources(
     def inner_compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable:
         is_backward = bool(kwargs.get("is_backward"))
         try:
-            compile_fx.compile_fx_inner(graph_module, _on_the_gpu(graph_module, mode), **kwargs)
+            inputs = _on_the_gpu(graph_module, mode) if gpu else example_inputs
+            compile_fx.compile_fx_inner(graph_module, inputs, **kwargs)
         except _SourceIsKnown as known:
             found[is_backward] = known.source
         return graph_module.forward

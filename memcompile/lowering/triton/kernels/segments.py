@@ -4,7 +4,8 @@ Deterministic: hits are sorted by slot, so a slot's hits are a segment. A progra
 slots, so that a slot that all tokens hit costs no more than others. A segment that lies within a chunk goes straight to
 its row; of one that crosses, each chunk leaves a partial sum, which a second kernel adds up in their order.
 
-Or with fp32 atomics, where a run need not repeat another bit for bit.
+Or with fp32 atomics, where a run need not repeat another bit for bit. Slots are taken as they are: one that the table
+does not have is read or written all the same. -2**31 stands for the slot before the first and past the last.
 """
 
 import triton
@@ -13,14 +14,14 @@ import triton.language as tl
 
 @triton.jit
 def sum_chunks(
-    ranked, order, weights, grad, out, begun, left_open, total, hits, value_dim, grad_row, grad_column,
+    ranked, tokens, weights, grad, out, begun, left_open, total, value_dim, grad_row, grad_column,
     CHUNK: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Per chunk of sorted hits: the rows of out [slots, value_dim] whose segments lie within it; `begun` [chunks,
     value_dim] fp32, what it adds to the segment that an earlier chunk began; `left_open`, to the one it leaves open.
 
-    ranked [total] are slots, ascending; order [total] the hit (token * hits + h) that each was; weights [tokens, hits];
-    grad [tokens, value_dim]. Grid: (chunks, blocks of columns).
+    Of each hit, by slot: ranked [total], its slot, tokens [total] and weights [total]. grad is [tokens, value_dim].
+    Grid: (chunks, blocks of columns).
     """
     chunk = tl.program_id(0).to(tl.int64)
     column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
@@ -28,26 +29,28 @@ def sum_chunks(
     first = chunk * CHUNK
     last = tl.minimum(first + CHUNK, total)
     slot = tl.load(ranked + first).to(tl.int64)
-    starts_here = (tl.load(ranked + first - 1, mask=first > 0, other=-1).to(tl.int64) != slot).to(tl.int32)
-    ends = tl.zeros([], tl.int32)
+    starts_here = tl.load(ranked + first - 1, mask=first > 0, other=-2147483648).to(tl.int64) != slot
+    ends = slot != slot
     sums = tl.zeros([BLOCK_COLUMNS], tl.float32)
-    for position in range(first, last):
-        following = tl.load(ranked + position + 1, mask=position + 1 < total, other=-1).to(tl.int64)
-        hit = tl.load(order + position).to(tl.int64)
-        weight = tl.load(weights + hit).to(tl.float32)
-        row = tl.load(grad + (hit // hits) * grad_row + column * grad_column, mask=column_ok, other=0.0)
+    for step in range(0, last - first):
+        position = first + step
+        following = tl.load(ranked + position + 1, mask=position + 1 < total, other=-2147483648).to(tl.int64)
+        token = tl.load(tokens + position).to(tl.int64)
+        weight = tl.load(weights + position).to(tl.float32)
+        row = tl.load(grad + token * grad_row + column * grad_column, mask=column_ok, other=0.0)
         sums += weight * row.to(tl.float32)
-        ends = (following != slot).to(tl.int32)
-        is_whole = (ends & starts_here) == 1
-        is_begun = (ends & (1 - starts_here)) == 1
-        tl.store(out + slot * value_dim + column, sums.to(out.dtype.element_ty), mask=column_ok & is_whole)
-        tl.store(begun + chunk * value_dim + column, sums, mask=column_ok & is_begun)
-        sums = tl.where(ends == 1, 0.0, sums)
+        ends = following != slot
+        whole = tl.where(ends & starts_here, value_dim, 0)  # columns to store: all or none
+        tl.store(out + slot * value_dim + column, sums.to(out.dtype.element_ty), mask=column < whole)
+        late = tl.where(ends & ~starts_here, value_dim, 0)
+        tl.store(begun + chunk * value_dim + column, sums, mask=column < late)
+        sums = tl.where(ends, 0.0, sums)
         starts_here = starts_here | ends
         slot = following
-    is_open = ends == 0
-    tl.store(left_open + chunk * value_dim + column, sums, mask=column_ok & is_open & (starts_here == 1))
-    tl.store(begun + chunk * value_dim + column, sums, mask=column_ok & is_open & (starts_here == 0))
+    early = tl.where(~ends & starts_here, value_dim, 0)
+    tl.store(left_open + chunk * value_dim + column, sums, mask=column < early)
+    through = tl.where(~ends & ~starts_here, value_dim, 0)
+    tl.store(begun + chunk * value_dim + column, sums, mask=column < through)
 
 
 @triton.jit
@@ -60,12 +63,12 @@ def join_chunks(
     column_ok = column < value_dim
     first = chunk * CHUNK
     following = first + CHUNK
-    slot = tl.load(ranked + following - 1, mask=following < total, other=-1).to(tl.int64)
-    is_open = tl.load(ranked + following, mask=following < total, other=-2).to(tl.int64) == slot
-    before = tl.load(ranked + first - 1, mask=first > 0, other=-1).to(tl.int64)
+    slot = tl.load(ranked + tl.minimum(following, total) - 1).to(tl.int64)
+    is_open = tl.load(ranked + following, mask=following < total, other=-2147483648).to(tl.int64) == slot
+    before = tl.load(ranked + first - 1, mask=first > 0, other=-2147483648).to(tl.int64)
     if is_open & (before != slot):  # sorted: where the hit before the chunk is of another slot, the segment starts here
         sums = tl.load(left_open + chunk * value_dim + column, mask=column_ok, other=0.0)
-        while tl.load(ranked + following, mask=following < total, other=-1).to(tl.int64) == slot:
+        while tl.load(ranked + following, mask=following < total, other=-2147483648).to(tl.int64) == slot:
             sums += tl.load(begun + (following // CHUNK) * value_dim + column, mask=column_ok, other=0.0)
             following += CHUNK
         tl.store(out + slot * value_dim + column, sums.to(out.dtype.element_ty), mask=column_ok)

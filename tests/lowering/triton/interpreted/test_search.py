@@ -68,7 +68,7 @@ def adversarial(name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["few groups", "equal but few", "descending"])
-@pytest.mark.parametrize("top_k", [1, 5, 32])
+@pytest.mark.parametrize("top_k", [1, 5, 32, 64])
 def test_rows_that_need_more_passes(name, top_k):
     scores = adversarial(name)
     logits, slots = product_key_topk(scores, top_k)
@@ -77,11 +77,28 @@ def test_rows_that_need_more_passes(name, top_k):
     assert torch.equal(logits, expected_logits)
 
 
+@pytest.mark.parametrize("name", ["few groups", "equal but few", "descending"])
+@pytest.mark.parametrize("top_k", [5, 64])
+def test_computed_rows_that_need_more_passes(monkeypatch, name, top_k):
+    """The same scores as products, exact in fp16, over more columns than one step multiplies."""
+    monkeypatch.setattr(cost, "stores_scores", lambda *_: False)
+    scores = adversarial(name)
+    query = torch.zeros(1, 1, 2, 90, dtype=torch.half)
+    query[..., 80] = 1
+    half_keys = torch.zeros(2, 1, 2048, 90, dtype=torch.half)
+    half_keys[..., 80] = scores[:, 0]
+    weights, slots = product_key_search(query.flatten(-2), half_keys, top_k)
+    logits, expected = product_key_topk_reference(scores, top_k)
+    assert torch.equal(slots.long(), expected)
+    torch.testing.assert_close(weights, logits.softmax(-1))
+
+
 @pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_search(monkeypatch, launched, dtype, stored):
-    """Both forms: exact choice, weights within the tolerance rule of fp64's."""
+    """Both forms: an exact choice, and the weights of all examples within the tolerance rule: those of one are few."""
     monkeypatch.setattr(cost, "stores_scores", lambda *_: stored)
+    triples = []
 
     @settings(max_examples=8)
     @given(
@@ -98,9 +115,10 @@ def test_search(monkeypatch, launched, dtype, stored):
         weights, slots = product_key_search(query, half_keys, top_k)
         plain, exact = scores_of(query, half_keys), scores_of(query.double(), half_keys.double())
         assert_best(slots, plain, top_k)
-        assert_as_accurate(weights, weights_at(plain, slots), weights_at(exact, slots))
+        triples.append([t.flatten() for t in (weights, weights_at(plain, slots), weights_at(exact, slots))])
 
     run()
+    assert_as_accurate(*(torch.cat(tensors) for tensors in zip(*triples, strict=True)))
     form = "select_stored" if stored else "select_computed"
     assert set(launched) == {form, "rank_candidates"}
 

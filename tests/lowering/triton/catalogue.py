@@ -1,0 +1,241 @@
+"""Every kernel that `launch.py` launches, in every configuration that `configs.py` picks, as instances to compile.
+
+Instances are recorded where `launch.py` would launch, on meta tensors, and typed as Triton types a launch: an integer
+of 1 becomes a constant of the kernel, a multiple of 16 is known to be one. So the catalogue follows the code.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from memcompile.lowering.triton import configs, cost, launch
+from tests.lowering.triton.offline import TARGETS, Compiled, compile_kernel
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+_HALF_AND_FULL = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """A kernel as one launch would compile it.
+
+    Attributes:
+        kernel: the kernel's name.
+        sizes: of the operator's arguments, in words.
+        function: what `@triton.jit` returned.
+        signature: type of each argument that is no constant.
+        constants: value of each that is.
+        divisible: arguments that are multiples of 16.
+        num_warps: as at the launch.
+        num_stages: as at the launch; without one, the kernel has nothing to pipeline.
+    """
+
+    kernel: str
+    sizes: str
+    function: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...]
+    num_warps: int
+    num_stages: int | None
+
+    @property
+    def name(self) -> str:
+        """Kernel and sizes: no two instances share them."""
+        return f"{self.kernel} {self.sizes}"
+
+    @property
+    def configuration(self) -> str:
+        """What `configs.py` picked: the constants in capitals, warps and stages."""
+        picked = {"warps": self.num_warps} | ({"stages": self.num_stages} if self.num_stages else {})
+        constants = {name: value for name, value in self.constants.items() if name.isupper()}
+        return ", ".join(f"{name}={value}" for name, value in (constants | picked).items())
+
+    @property
+    def specialisation(self) -> tuple[Any, ...]:
+        """Equal for two launches that run the same machine code."""
+        typed, fixed = sorted(self.signature.items()), sorted(self.constants.items())
+        return self.kernel, *typed, *fixed, *self.divisible, self.num_warps, self.num_stages
+
+    def compile(self, target: str) -> Compiled:
+        """Its machine code for one of `offline.TARGETS`."""
+        return compile_kernel(
+            self.function, self.signature, self.constants, divisible=self.divisible,
+            num_warps=self.num_warps, num_stages=self.num_stages or 1, target=target,
+        )  # fmt: skip
+
+
+def targets_to_test(index: int) -> list[str]:
+    """Where a test compiles instance `index`: one target, the next one for the next instance. As each kernel has four
+    instances or more one after the other, it is compiled for each target.
+    """
+    return [list(TARGETS)[index % len(TARGETS)]]
+
+
+# --- recording ------------------------------------------------------------------------------------
+
+
+def _launches(sizes: str, run: Callable[[], Any]) -> list[Instance]:
+    """What `run()`, a call of `launch.py`, would launch."""
+    found: list[Instance] = []
+
+    def record(function: Any, grid: Any) -> Callable[..., None]:
+        def launcher(*args: Any, num_warps: int, num_stages: int | None = None, **constants: Any) -> None:
+            given = dict(zip(function.arg_names, args, strict=False))
+            ones = {name: 1 for name, value in given.items() if isinstance(value, int) and value == 1}
+            signature = {name: _type(value) for name, value in given.items() if name not in ones}
+            divisible = tuple(name for name in signature if isinstance(given[name], Tensor) or given[name] % 16 == 0)
+            found.append(
+                Instance(
+                    function.fn.__name__, sizes, function, signature, ones | constants, divisible, num_warps, num_stages
+                )
+            )
+
+        return launcher
+
+    with mock.patch.object(launch, "_kernel", record):
+        run()
+    return found
+
+
+def _type(value: Tensor | int) -> str:
+    if isinstance(value, Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    return "i32" if value < 2**31 else "i64"
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _search(
+    top_k: int,
+    n_keys: int = 1024,
+    *,
+    stored: bool,
+    tokens: int = 512,
+    heads: int = 4,
+    half_dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Instance]:
+    sizes = f"top_k={top_k} n_keys={n_keys} tokens={tokens} heads={heads}"
+    sizes += "" if stored else f" half_dim={half_dim} {_TYPES[dtype]}"
+    query = _tensor(tokens, heads, 2 * half_dim, dtype=dtype)
+    half_keys = _tensor(2, heads, n_keys, half_dim, dtype=dtype)
+    with mock.patch.object(cost, "stores_scores", return_value=stored):
+        return _launches(sizes, lambda: launch.product_key_search(query, half_keys, top_k))
+
+
+def _topk(top_k: int, scores: Tensor, words: str) -> list[Instance]:
+    return _launches(f"top_k={top_k} {words}", lambda: launch.product_key_topk(scores, top_k))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Sizes of a call that reads or writes rows."""
+
+    value_dim: int
+    dtype: torch.dtype = torch.bfloat16
+    tokens: int = 4096
+    hits: int = 128
+    slots_dtype: torch.dtype = torch.int32
+    strided: bool = False
+
+    def __str__(self) -> str:
+        words = f"value_dim={self.value_dim} {_TYPES[self.dtype]} tokens={self.tokens} hits={self.hits}"
+        words += " int64 slots" if self.slots_dtype is torch.int64 else ""
+        return words + (" every second column" if self.strided else "")
+
+    def rows(self, count: int) -> Tensor:
+        step = 2 if self.strided else 1
+        return _tensor(count, self.value_dim * step, dtype=self.dtype)[:, ::step]
+
+    def gather(self, config: configs.Rows | None = None) -> list[Instance]:
+        sizes = str(self)
+        with ExitStack() as stack:
+            if config is not None:
+                sizes += f" {config.block_hits}x{config.block_columns}"
+                stack.enter_context(mock.patch.object(configs, "gather_configs", return_value=[config]))
+            return _launches(sizes, lambda: launch.weighted_gather(self.rows(2**20), self._slots(), self._weights()))
+
+    def dot(self) -> list[Instance]:
+        return _launches(str(self), lambda: launch.gather_dot(self.rows(2**20), self._slots(), self.rows(self.tokens)))
+
+    def scatter(self, atomics: str = "0") -> list[Instance]:
+        with mock.patch.dict("os.environ", MEMCOMPILE_ATOMICS=atomics):
+            return _launches(
+                str(self),
+                lambda: launch.weighted_scatter(self._slots(), self._weights(), self.rows(self.tokens), 2**20),
+            )
+
+    def _slots(self) -> Tensor:
+        return _tensor(self.tokens, self.hits, dtype=self.slots_dtype)
+
+    def _weights(self) -> Tensor:
+        return _tensor(self.tokens, self.hits)
+
+
+# --- the catalogue --------------------------------------------------------------------------------
+
+TOP_KS = (1, 8, 32, 50, 64)
+VALUE_DIMS = (1000, 1024, 4096)
+TOKENS = (16, 512, 4096)  # one of each range that `computed_config` tells apart
+
+
+def _searches() -> Iterator[Instance]:
+    for top_k in TOP_KS:
+        for n_keys in (1024, 4096, 1000, top_k):
+            yield from _search(top_k, n_keys, stored=True)
+        for dtype in _HALF_AND_FULL:
+            for tokens in TOKENS:
+                yield from _search(top_k, stored=False, tokens=tokens, dtype=dtype, half_dim=256)
+    yield from _search(32, stored=False, dtype=torch.float16)
+    for half_dim in (1, 5, 32):
+        yield from _search(32, stored=False, half_dim=half_dim)
+    for top_k, tokens in itertools.product((32, 64), TOKENS):  # loads are narrow where rows are no multiples of 16
+        yield from _search(top_k, stored=False, tokens=tokens, half_dim=100)
+    # Integers of 1 are constants.
+    for stored in (True, False):
+        yield from _search(32, stored=stored, tokens=1)
+        yield from _search(32, stored=stored, heads=1)
+        yield from _search(32, stored=stored, tokens=1, heads=1)
+        yield from _search(1, 1, stored=stored, tokens=1, heads=1, half_dim=1)
+        yield from _search(1, 1, stored=stored, dtype=torch.float32, tokens=499, half_dim=100)
+    # Without a softmax, of scores at any strides.
+    for top_k in TOP_KS:
+        yield from _topk(top_k, _tensor(2, 512, 4, 1024), "logits")
+    yield from _topk(32, _tensor(2, 512, 4, 2048)[..., ::2], "logits every second key")
+
+
+def _tables() -> Iterator[Instance]:
+    sizes = [_Table(value_dim, dtype) for value_dim in VALUE_DIMS for dtype in _HALF_AND_FULL]
+    sizes += [_Table(value_dim) for value_dim in (1, 5, 64, 256)]
+    sizes += [_Table(1024, torch.float16), _Table(1024, hits=1), _Table(1, torch.float32, tokens=1, hits=1)]
+    sizes += [_Table(1024, slots_dtype=torch.int64), _Table(1000, strided=True)]
+    totals = [_Table(1024, tokens=tokens) for tokens in (512, 1024, 2048, 2**14)]  # each with a chunk of its own
+    for table in sizes:
+        yield from table.gather()
+    for dtype in _HALF_AND_FULL:
+        for config in configs.GATHERING:
+            yield from _Table(4096, dtype).gather(config)
+    yield from (instance for table in sizes for instance in table.dot())
+    yield from (instance for table in [*sizes, *totals] for instance in table.scatter())
+    yield from (instance for table in sizes for instance in table.scatter(atomics="1"))
+
+
+@functools.cache
+def instances() -> tuple[Instance, ...]:
+    """All that differ, by kernel."""
+    different: dict[tuple[Any, ...], Instance] = {}
+    for instance in (*_searches(), *_tables()):
+        different.setdefault(instance.specialisation, instance)
+    return tuple(sorted(different.values(), key=lambda instance: instance.kernel))

@@ -1,0 +1,90 @@
+"""Every kernel in every configuration, compiled with no GPU: it compiles, nothing spills, it takes what docs/kernels.md
+says, and its addresses hold the largest tables. Each instance is compiled for one target here; `resources.py` compiles
+all of them for all.
+"""
+
+import pytest
+import triton
+
+from tests.lowering.triton.addresses import overflowing_offsets
+from tests.lowering.triton.catalogue import Instance, instances, targets_to_test
+from tests.lowering.triton.offline import SHARED_LIMITS, TARGETS
+from tests.lowering.triton.resources import cell, read_page
+
+# Registers a thread, and bytes of shared memory a block: the most that any configuration may take of any target. A
+# multiprocessor has 65,536 registers: up to 128 leave room for 16 warps, and those that wait for memory want many.
+MOST = {
+    "add_atomically": (40, 0),
+    "gather_dot_rows": (88, 2_048),
+    "join_chunks": (40, 0),
+    "rank_candidates": (128, 2_048),
+    "select_computed": (255, 32_784),
+    "select_stored": (104, 2_048),
+    "sum_chunks": (72, 0),
+    "weighted_gather_rows": (104, 16_384),
+}
+
+# The largest that integers may be: 2**31 slots of 2**20 numbers, 2**24 tokens of 64 hits.
+_TOKENS, _HITS, _VALUE_DIM = 2**24, 64, 2**20
+LARGEST = {
+    "slots": 2**31 - 1,
+    "ranked": 2**31 - 1,
+    "order": _TOKENS * _HITS - 1,
+    "total": _TOKENS * _HITS,
+    "hits": _HITS,
+    "value_dim": _VALUE_DIM,
+    "value_row": 2 * _VALUE_DIM,
+    "grad_row": 2 * _VALUE_DIM,
+    "value_column": 2,
+    "grad_column": 2,
+    "tokens": _TOKENS,
+    "rows": _TOKENS,
+    "heads": 16,
+    "n_keys": 46_340,
+    "half_dim": 2_048,
+    "keys_key": 2**14,
+    "keys_column": 2**16,
+    "query_column": 2**16,
+}
+# Whose addresses hold in each of their steps, given these; of the others a sum counts as unbounded, see below.
+_EVERY_STEP = {"add_atomically", "gather_dot_rows", "join_chunks", "weighted_gather_rows"}
+
+
+def _largest(instance: Instance) -> dict[str, int]:
+    arguments = {*instance.signature}
+    first = {"rank_candidates": _TOKENS, "sum_chunks": 2**26, "join_chunks": 2**26}.get(instance.kernel, _TOKENS)
+    return {name: value for name, value in LARGEST.items() if name in arguments} | {"program_id(0)": first - 1}
+
+
+CASES = [
+    pytest.param(instance, target, id=f"{instance.name} {target}")
+    for index, instance in enumerate(instances())
+    for target in targets_to_test(index)
+]
+
+
+@pytest.mark.parametrize(("instance", "target"), CASES)
+def test_resources_and_addresses(instance, target):
+    compiled = instance.compile(target)
+    registers, shared = MOST[instance.kernel]
+    taken = compiled.resources
+    assert taken.spills == 0
+    assert taken.registers <= registers
+    assert taken.shared <= min(shared, SHARED_LIMITS[target])
+    version, rows = read_page()
+    if version == triton.__version__:
+        assert cell(taken) == rows[instance.name][target], "run python -m tests.lowering.triton.resources"
+    tables = [name for name, dtype in instance.signature.items() if dtype.startswith("*")]
+    faults = overflowing_offsets(compiled, tables, _largest(instance), products_only=instance.kernel not in _EVERY_STEP)
+    assert faults == []
+
+
+def test_each_kernel_is_compiled_for_each_target():
+    compiled = {(instance.kernel, target) for instance, target in (case.values for case in CASES)}
+    assert compiled == {(kernel, target) for kernel in MOST for target in TARGETS}
+
+
+def test_the_page_lists_every_instance_and_none_spills():
+    _, rows = read_page()
+    assert list(rows) == [instance.name for instance in instances()]
+    assert not [name for name, cells in rows.items() if "spill" in str(cells)]
