@@ -13,7 +13,9 @@ BAG = "F.embedding_bag"
 
 
 def gather_case(setting: Setting, table: nn.Parameter, tokens: int, all_peers: bool) -> Case:
-    """Rows at random, nearly all of them once: bytes count every row that is read."""
+    """Rows at random. Bytes count every read of a row: those read twice are too far apart to be found in a cache. (The
+    bytes of a whole layer count each row once, whatever its tokens share.)
+    """
     hits, itemsize = setting.hits, table.itemsize
     flops = 2.0 * tokens * hits * setting.value_dim
     moved = tokens * ((hits + 1) * setting.value_dim * itemsize + hits * 8)  # rows, outputs, slots and weights
