@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memcompile.lowering import inductor_patches
+from memcompile.lowering.triton import cost
 from tests.lowering.cases import assert_best, scores_of, weights_at
 from tests.tolerance import assert_as_accurate
 
@@ -80,9 +81,12 @@ def test_scores_at_any_strides(device):
 
 
 @HOW
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "computed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_the_best_of_a_query(dtype, compiled, device, sizes, needs_memory):
+def test_the_best_of_a_query(dtype, stored, compiled, device, sizes, needs_memory, monkeypatch):
+    """In both forms of the search, whichever is cheaper."""
     needs_memory(25e9)
+    monkeypatch.setattr(cost, "stores_scores", lambda *_: stored)
     for n_keys in sizes.search_keys:
         part = max(1, 2**25 // n_keys**2)  # tokens, of which all n * n sums are sorted at once
         tokens = min(sizes.search_tokens, 16 * part)
