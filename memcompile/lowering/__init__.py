@@ -2,19 +2,20 @@
 
 from typing import TYPE_CHECKING, Any
 
-from memcompile.lowering import cpu, flops, product_key_search, product_key_topk, weighted_gather
+from memcompile.lowering import caches, cpu, flops, product_key_search, product_key_topk, weighted_gather
 from memcompile.lowering.memory_lookup import memory_lookup
 from memcompile.lowering.reference import memory_lookup_reference, product_key_topk_reference
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, SCHEMAS, operator
 
 if TYPE_CHECKING:
-    from memcompile.lowering.inductor import LoweringPass, inductor_patches, source_digest
+    from memcompile.lowering.inductor import LoweringPass, inductor_patches
 
 __all__ = [
     "LIBRARY",
     "NAMESPACE",
     "SCHEMAS",
     "LoweringPass",
+    "caches",
     "cpu",
     "flops",
     "inductor_patches",
@@ -24,14 +25,15 @@ __all__ = [
     "product_key_search",
     "product_key_topk",
     "product_key_topk_reference",
-    "source_digest",
     "weighted_gather",
 ]
+
+caches.tag_caches()
 
 
 def __getattr__(name: str) -> Any:
     # Inductor takes longer to import than everything else here, and only who compiles needs it.
-    if name in ("LoweringPass", "inductor_patches", "source_digest"):
+    if name in ("LoweringPass", "inductor_patches"):
         from memcompile.lowering import inductor
 
         return getattr(inductor, name)

@@ -1,36 +1,21 @@
-"""What Inductor is told: the pass that this package runs on its graphs, and what its on-disk caches depend on.
+"""What Inductor is told: the pass that this package runs on its graphs, and the options that its on-disk caches key on.
 
-Changed code here must not hit an old entry. FxGraphCache and AOTAutogradCache key on the graph and on PyTorch, not on
-the Python of out-of-tree operators. They do key on the `uuid()` of a custom graph pass; `inductor_patches` gives them
-one. Importing this file imports Inductor, so `memcompile.lowering` does so only when one of its names is asked for.
+FxGraphCache and AOTAutogradCache key on the graph and on PyTorch, and on the `uuid()` of a custom graph pass:
+`inductor_patches` gives them one. Importing this file imports Inductor, so `memcompile.lowering` does so only when one
+of its names is asked for.
 """
 
-import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from memcompile.lowering._torch import GraphPass, KeyedPass, configured_pre_passes, graph_pass_base, run_graph_pass
+from memcompile.lowering.caches import source_digest
 from memcompile.lowering.cpu.gemm import mkl_is_held_back, use_onednn
 from memcompile.lowering.triton import template
 from memcompile.lowering.triton.settings import uses_atomics
 from memcompile.version import __version__
-
-
-@lru_cache
-def source_digest() -> str:
-    """SHA-256 of every source file of `memcompile.lowering`, by name and content."""
-    root = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            content = path.read_bytes()
-            digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
-            digest.update(content)
-    return digest.hexdigest()
 
 
 class LoweringPass(KeyedPass, graph_pass_base()):  # type: ignore[misc]

@@ -10,7 +10,6 @@ import torch
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from memcompile.lowering import inductor
 from memcompile.lowering.inductor import LoweringPass, inductor_patches
 
 ROOT = Path(__file__).parents[2]
@@ -59,29 +58,6 @@ def test_cache_hits_and_misses_across_processes(tmp_path):
 
     assert run(",") == ["miss"]
     assert run(",", ",changed source", "other options,") == ["hit", "miss", "miss"]
-
-
-def test_the_digest_follows_every_source_file(tmp_path, monkeypatch):
-    (tmp_path / "cpu").mkdir()
-    source, kernel = tmp_path / "op.py", tmp_path / "cpu" / "kernel.cpp"
-    monkeypatch.setattr(inductor, "__file__", str(source))
-
-    def digest() -> str:
-        inductor.source_digest.cache_clear()
-        return inductor.source_digest()
-
-    source.write_text("a")
-    kernel.write_text("b")
-    seen = {digest()}
-    assert digest() in seen
-    for path, text in ((source, "c"), (kernel, "d"), (tmp_path / "new.py", "")):
-        path.write_text(text)
-        assert digest() not in seen
-        seen.add(digest())
-    (tmp_path / "__pycache__").mkdir()
-    (tmp_path / "__pycache__" / "op.pyc").write_text("e")
-    assert digest() in seen
-    inductor.source_digest.cache_clear()
 
 
 class UserPass(CustomGraphPass):
