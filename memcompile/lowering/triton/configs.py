@@ -54,29 +54,30 @@ def stored_config(top_k: int, n_keys: int) -> Select:
     return Select(rows=1, groups=groups, depth=0, num_warps=1 if groups <= 256 else 4, num_stages=1)
 
 
-# Of `select_computed` by bytes of an element, for few tokens and for many. More rows share a read of the keys, and take
-# registers; half as many groups then hold them, and let 44 keys pass where 128 let 36.
+# Of `select_computed` by bytes of an element, for few tokens and for many, which share a read of the keys. Half as many
+# groups as of stored scores spare registers, and let 44 keys pass instead of 36.
 COMPUTING = {
     2: (
-        Select(16, 128, 64, num_warps=8, num_stages=2),
+        Select(16, 64, 64, num_warps=4, num_stages=1),
         Select(32, 64, 64, num_warps=8, num_stages=2),
         Select(64, 64, 64, num_warps=8, num_stages=2),
     ),
     4: (Select(16, 64, 32, num_warps=4, num_stages=1),),
 }
+# Of more than 32 keys.
+_LONG_LISTS = {2: Select(16, 128, 64, num_warps=8, num_stages=2), 4: Select(16, 128, 32, num_warps=4, num_stages=1)}
 
 
 def computed_config(top_k: int, n_keys: int, half_dim: int, tokens: int, itemsize: int) -> Select:
     """Of `select_computed`; `tokens` is a hint. What `tl.dot` multiplies has 16 rows, columns and keys at least. Of
     fewer than two groups for each key that is kept, so many keys pass that rows are scanned again and again.
     """
-    sizes = COMPUTING[itemsize]
-    best = sizes[min(len(sizes) - 1, (tokens > 64) + (tokens > 1024))]
     kept = list_sizes(top_k)["PADDED_K"]
-    groups = max(16, kept, min(max(best.groups, 2 * kept), next_power_of_2(n_keys)))
-    rows = max(16, min(best.rows, 4096 // groups))  # what fits the registers
+    sizes = COMPUTING[itemsize]
+    best = sizes[min(len(sizes) - 1, (tokens > 64) + (tokens > 1024))] if kept <= 32 else _LONG_LISTS[itemsize]
+    groups = max(16, kept, min(best.groups, next_power_of_2(n_keys)))
     depth = max(16, min(best.depth, next_power_of_2(half_dim)))
-    return Select(rows, groups, depth, best.num_warps, best.num_stages)
+    return Select(best.rows, groups, depth, best.num_warps, best.num_stages)
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,9 @@ def device_rates(device: torch.device) -> Device:
     clock, memory_clock, width, multiprocessors, cache = (float(getattr(found, name, 0)) for name in names)
     if min(clock, memory_clock, width, multiprocessors, cache) <= 0:
         return H200
-    lanes = multiprocessors * 128 * clock * 1e3  # clocks are in kHz
-    per_lane = {8: 16, 9: 32, 10: 64}.get(found.major, 16)  # dense FLOPs a clock, half dtypes
-    half_flops = lanes * per_lane * 0.8
+    clocks = multiprocessors * clock * 1e3  # a second, of all multiprocessors
+    lanes = clocks * (64 if (found.major, found.minor) == (8, 0) else 128)
+    half_flops = clocks * {8: 2048, 9: 4096, 10: 8192}.get(found.major, 2048) * 0.8  # dense, half dtypes
     return Device(
         bandwidth=2 * memory_clock * 1e3 * width / 8 * 0.9,
         library_flops=half_flops,

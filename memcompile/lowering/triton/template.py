@@ -49,13 +49,17 @@ def register() -> bool:
 
         _register(_inductor)
     except (ImportError, AttributeError, TypeError) as error:
-        log.warning(
-            "torch %s is not a version whose Inductor is known (%s): memory layers run, but their gate is not fused",
-            torch.__version__, error,
-        )  # fmt: skip
+        _say_unknown(error)
         return False
     serve.TEMPLATED.add("weighted_gather")
     return True
+
+
+def _say_unknown(error: Exception) -> None:
+    log.warning(
+        "torch %s is not a version whose Inductor is known (%s): memory layers run, but their gate is not fused",
+        torch.__version__, error,
+    )  # fmt: skip
 
 
 def _register(inductor: Any) -> None:
@@ -81,14 +85,17 @@ def _register(inductor: Any) -> None:
         layout = inductor.output_layout(values, [tokens, value_dim])
         configs = gather_configs(inductor.hint(tokens), value_dim)
         choices: list[Any] = []
-        for config in configs if inductor.is_autotuned() else configs[:1]:
-            error = template.maybe_append_choice(
-                choices, input_nodes=inputs, layout=layout,
-                num_stages=1, num_warps=config.num_warps,
-                HITS=hits, BLOCK_HITS=config.block_hits, BLOCK_COLUMNS=config.block_columns,
-            )  # fmt: skip
-            if error is not None:
-                raise error
+        try:
+            for config in configs if inductor.is_autotuned() else configs[:1]:
+                error = template.maybe_append_choice(
+                    choices, input_nodes=inputs, layout=layout, num_stages=1, num_warps=config.num_warps,
+                    HITS=hits, BLOCK_HITS=config.block_hits, BLOCK_COLUMNS=config.block_columns,
+                )  # fmt: skip
+                if error is not None:
+                    raise error
+        except (TypeError, AttributeError, NotImplementedError) as error:
+            _say_unknown(error)
+            return inductor.call_operator(overload, values, slots, weights)
         rows = min(inductor.hint(num_slots), _EXAMPLE_ROWS)
         examples = {
             0: lambda node: torch.zeros(rows, value_dim, dtype=node.get_dtype(), device=node.get_device()),

@@ -267,7 +267,8 @@ def test_one_source_for_any_number_of_tokens():
         assert_no_detours(source)
     assert ours(sources.forward)[1:] == ["rank_candidates"] and len(templates(sources.forward)) == 1
     again = generate(503)
-    assert (code(again.forward), code(again.backward)) == (code(sources.forward), code(sources.backward))
+    for one, other in ((sources.forward, again.forward), (sources.backward, again.backward)):
+        assert re.sub(r"\bs\d+\b", "tokens", code(one)) == re.sub(r"\bs\d+\b", "tokens", code(other))
 
 
 # --- A planned model ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tests.lowering.triton.resources import cell, read_page
 MOST = {
     "add_atomically": (40, 0),
     "gather_dot_rows": (88, 2_048),
-    "join_chunks": (40, 0),
+    "join_chunks": (48, 0),
     "rank_candidates": (128, 2_048),
     "select_computed": (255, 32_784),
     "select_stored": (104, 2_048),
@@ -25,11 +25,10 @@ MOST = {
 }
 
 # The largest that integers may be: 2**31 slots of 2**20 numbers, 2**24 tokens of 64 hits.
-_TOKENS, _HITS, _VALUE_DIM = 2**24, 64, 2**20
+_TOKENS, _HEADS, _HITS, _VALUE_DIM = 2**24, 16, 64, 2**20
 LARGEST = {
     "slots": 2**31 - 1,
     "ranked": 2**31 - 1,
-    "order": _TOKENS * _HITS - 1,
     "total": _TOKENS * _HITS,
     "hits": _HITS,
     "value_dim": _VALUE_DIM,
@@ -38,22 +37,30 @@ LARGEST = {
     "value_column": 2,
     "grad_column": 2,
     "tokens": _TOKENS,
-    "rows": _TOKENS,
-    "heads": 16,
+    "rows": _TOKENS * _HEADS,
+    "heads": _HEADS,
     "n_keys": 46_340,
     "half_dim": 2_048,
     "keys_key": 2**14,
     "keys_column": 2**16,
     "query_column": 2**16,
 }
-# Whose addresses hold in each of their steps, given these; of the others a sum counts as unbounded, see below.
-_EVERY_STEP = {"add_atomically", "gather_dot_rows", "join_chunks", "weighted_gather_rows"}
+# How many programs there are along the first dimension of a grid, where these are not the tokens.
+PROGRAMS = {
+    "rank_candidates": _TOKENS * _HEADS,
+    "select_stored": _TOKENS * _HEADS,
+    "select_computed": _TOKENS * _HEADS // 16,
+    "sum_chunks": _TOKENS * _HITS // 16,
+    "join_chunks": _TOKENS * _HITS // 16,
+}
+# Their addresses hold in each of their steps. Of the others a sum that a loop carries counts as unbounded, so only what
+# multiplies is held: there a row's length comes in.
+_EVERY_STEP = {"add_atomically", "gather_dot_rows", "join_chunks", "sum_chunks", "weighted_gather_rows"}
 
 
 def _largest(instance: Instance) -> dict[str, int]:
-    arguments = {*instance.signature}
-    first = {"rank_candidates": _TOKENS, "sum_chunks": 2**26, "join_chunks": 2**26}.get(instance.kernel, _TOKENS)
-    return {name: value for name, value in LARGEST.items() if name in arguments} | {"program_id(0)": first - 1}
+    bounds = {name: LARGEST[name] for name in instance.signature if name in LARGEST}
+    return bounds | {"program_id(0)": PROGRAMS.get(instance.kernel, _TOKENS) - 1}
 
 
 CASES = [
@@ -66,14 +73,16 @@ CASES = [
 @pytest.mark.parametrize(("instance", "target"), CASES)
 def test_resources_and_addresses(instance, target):
     compiled = instance.compile(target)
-    registers, shared = MOST[instance.kernel]
     taken = compiled.resources
-    assert taken.spills == 0
-    assert taken.registers <= registers
-    assert taken.shared <= min(shared, SHARED_LIMITS[target])
+    assert taken.registers <= 256 and taken.shared <= SHARED_LIMITS[target]
     version, rows = read_page()
     if version == triton.__version__:
+        registers, shared = MOST[instance.kernel]
+        assert taken.spills == 0
+        assert taken.registers <= registers and taken.shared <= shared
         assert cell(taken) == rows[instance.name][target], "run python -m tests.lowering.triton.resources"
+    else:  # of another compiler nothing is tuned: some give up a few bytes for the next step of occupancy
+        assert taken.spills <= 64
     tables = [name for name, dtype in instance.signature.items() if dtype.startswith("*")]
     faults = overflowing_offsets(compiled, tables, _largest(instance), products_only=instance.kernel not in _EVERY_STEP)
     assert faults == []

@@ -94,7 +94,7 @@ def test_layouts_that_are_not_strided_are_not_served(monkeypatch):
     values, slots, weights = torch.zeros(10, 8), torch.zeros(5, 4, dtype=torch.int32), torch.zeros(5, 4)
     assert gpu_kernel("weighted_gather", values, slots, weights) is launch.weighted_gather
     assert gpu_kernel("weighted_gather", values.to_sparse(), slots, weights) is None
-    assert gpu_kernel("weighted_gather", values, slots, weights.to_sparse_csr()) is None
+    assert gpu_kernel("weighted_gather", values, slots, weights.to_sparse()) is None
 
 
 def test_long_lists_are_not_served():
