@@ -28,6 +28,7 @@ def launched(monkeypatch):
     return names
 
 
+@settings(max_examples=16)
 @given(scores_and_k(st.one_of(TYING, ANY)))
 def test_the_rule(drawn):
     scores, top_k = drawn
@@ -127,8 +128,8 @@ def test_search(monkeypatch, launched, dtype, stored):
 def test_the_forms_agree_on_numbers_that_are_exact(monkeypatch, stored):
     """Small integers have exact products: the same weights, bit for bit, and ties broken alike."""
     generator = torch.Generator().manual_seed(0)
-    query = torch.randint(-2, 3, (9, 3, 12), generator=generator).half()
-    half_keys = torch.randint(-2, 3, (2, 3, 70, 6), generator=generator).half()
+    query = torch.randint(-2, 3, (5, 2, 12), generator=generator).half()
+    half_keys = torch.randint(-2, 3, (2, 2, 70, 6), generator=generator).half()
     monkeypatch.setattr(cost, "stores_scores", lambda *_: stored)
     weights, slots = product_key_search(query, half_keys, 9)
     logits, expected = product_key_topk_reference(scores_of(query, half_keys), 9)
