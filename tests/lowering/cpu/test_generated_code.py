@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 import memcompile
@@ -27,6 +28,7 @@ def tokens(count):
     return torch.randint(50, (2, count), generator=torch.Generator().manual_seed(count))
 
 
+@inductor_config.patch(force_disable_caches=True)  # a cache returns the forward's code and the backward's at once
 def test_the_code_calls_our_kernels_and_no_others():
     model = tiny_gpt(layers=1)
     compiled = torch.compile(model, backend="memcompile", fullgraph=True, **ONE)
