@@ -77,7 +77,7 @@ class KeyedPass:
 
 
 def is_keyed() -> bool:
-    """Whether the compilation that runs has a `KeyedPass`; without one, caches would return code of older kernels."""
+    """Whether the compilation that runs has a `KeyedPass`; without, caches would return code of other settings."""
     return any(isinstance(graph_pass, KeyedPass) for graph_pass in configured_pre_passes())
 
 

@@ -53,11 +53,10 @@ def _kernel(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tenso
 
 def _under_autograd(query: Tensor, half_keys: Tensor, top_k: int) -> Any:
     # The next torch.func transform needs the operator whole, or it would differentiate the dense scores.
-    has_kernel = (query.device.type == "cpu" and cpu.load()) or gpu_kernel(
-        "product_key_search", query, half_keys, top_k
-    )
-    whole = functorch_is_active() or has_kernel
-    return (operator("product_key_search") if whole else _kernel)(query, half_keys, top_k)
+    arguments = query, half_keys, top_k
+    on_the_cpu = query.device.type == "cpu" and cpu.load()
+    whole = functorch_is_active() or on_the_cpu or gpu_kernel("product_key_search", *arguments) is not None
+    return (operator("product_key_search") if whole else _kernel)(*arguments)
 
 
 def _fake(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

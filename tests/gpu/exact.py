@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from memcompile.lowering import inductor_patches, memory_lookup, memory_lookup_reference
+from memcompile.lowering import memory_lookup, memory_lookup_reference
 from memcompile.lowering.reference import scores_reference
+from tests.gpu.how import how
 from tests.gpu.sizes import Layer
-from tests.lowering.cases import TENSOR_NAMES
+from tests.lowering.cases import TENSOR_NAMES, gradients
 from tests.tolerance import assert_as_accurate
 
 VALUES = TENSOR_NAMES.index("values")
@@ -75,7 +76,7 @@ def lookup(layer: Layer, compiled: bool) -> Callable[..., Tensor]:
     def run(*arguments: Tensor | None) -> Tensor:
         return memory_lookup(*arguments, **layer.options)
 
-    return torch.compile(run, fullgraph=True, options=inductor_patches("tests")) if compiled else run
+    return how(run, compiled)
 
 
 class HitRows:
@@ -170,9 +171,3 @@ def assert_right(*layers: dict[str, Triple]) -> None:
     for name in layers[0]:
         found = ([layer[name][i].flatten() for layer in layers] for i in range(3))
         assert_as_accurate(*map(torch.cat, found), name=name)
-
-
-def gradients(output: Tensor, arguments: list[Tensor | None], grad: Tensor) -> dict[str, Tensor]:
-    """The gradient of every tensor that is there, by name."""
-    named = {name: t for name, t in zip(TENSOR_NAMES, arguments, strict=True) if t is not None}
-    return dict(zip(named, torch.autograd.grad(output, [*named.values()], grad.to(output.dtype)), strict=True))

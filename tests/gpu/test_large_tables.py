@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from memcompile.lowering import inductor_patches
 from tests.gpu.exact import assert_zero_elsewhere, rows_of
+from tests.gpu.how import HOW, how
 from tests.lowering.test_weighted_gather import plain_dot, plain_gather, plain_scatter
 from tests.tolerance import assert_as_accurate
 
@@ -16,14 +16,7 @@ dot = torch.ops.memcompile.gather_dot.default
 scatter = torch.ops.memcompile.weighted_scatter.default
 
 TOKENS, HITS, DTYPE = 256, 128, torch.bfloat16
-HOW = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 INDEX = pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
-
-
-def how(function, compiled):
-    if not compiled:
-        return function
-    return torch.compile(function, fullgraph=True, dynamic=False, options=inductor_patches("tests"))
 
 
 class Data(NamedTuple):
@@ -58,7 +51,7 @@ def table(device, sizes, data):
 @HOW
 def test_weighted_gather(index, compiled, data, table):
     rows = rows_of(table, data.hit)
-    actual = how(lambda v, s, w: gather(v, s, w), compiled)(table, data.slots.to(index), data.weights)
+    actual = how(lambda v, s, w: gather(v, s, w), compiled, dynamic=False)(table, data.slots.to(index), data.weights)
     plain = plain_gather(rows, data.position, data.weights)
     assert_as_accurate(actual, plain, plain_gather(rows.double(), data.position, data.weights.double()))
 
@@ -67,7 +60,7 @@ def test_weighted_gather(index, compiled, data, table):
 @HOW
 def test_gather_dot(index, compiled, data, table):
     rows = rows_of(table, data.hit)
-    actual = how(lambda v, s, u: dot(v, s, u), compiled)(table, data.slots.to(index), data.grad)
+    actual = how(lambda v, s, u: dot(v, s, u), compiled, dynamic=False)(table, data.slots.to(index), data.grad)
     plain = plain_dot(rows.float(), data.position, data.grad.float())
     assert_as_accurate(actual, plain, plain_dot(rows.double(), data.position, data.grad.double()))
 
@@ -76,7 +69,7 @@ def test_gather_dot(index, compiled, data, table):
 @HOW
 def test_weighted_scatter(index, compiled, data, sizes):
     num_slots = sizes.large_rows
-    run = how(lambda s, w, u: scatter(s, w, u, num_slots), compiled)
+    run = how(lambda s, w, u: scatter(s, w, u, num_slots), compiled, dynamic=False)
     actual = run(data.slots.to(index), data.weights, data.grad)
     assert actual.shape == (num_slots, sizes.large_width)
     assert_zero_elsewhere(actual, data.hit)

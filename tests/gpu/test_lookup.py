@@ -5,10 +5,11 @@ import torch
 
 from memcompile.lowering.reference import scores_reference
 from tests.gpu import exact
+from tests.gpu.how import HOW
 from tests.gpu.sizes import Layer
+from tests.lowering.cases import gradients
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HOW = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 
 
 @HOW
@@ -76,7 +77,7 @@ def test_no_tokens(leading, gate, compiled, device):
     arguments = exact.tensors(layer, torch.bfloat16, device)
     output = exact.lookup(layer, compiled)(*arguments)
     assert output.shape == (*leading, 56)
-    found = exact.gradients(output, arguments, torch.ones_like(output))
+    found = gradients(output, arguments, torch.ones_like(output))
     assert not any(gradient.any() for gradient in found.values())
 
 

@@ -6,20 +6,25 @@ import pytest
 import torch
 
 from tests.gpu import exact
+from tests.gpu.how import HOW
+from tests.lowering.cases import gradients
 
-HOW = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+
+def crowded(dtype, compiled, device, sizes):
+    """A lookup in which many tokens hit a slot, its arguments, and a gradient of its output."""
+    layer = sizes.crowded
+    grad = torch.randn(*layer.leading, layer.out_dim, device=device)
+    return exact.lookup(layer, compiled), exact.tensors(layer, dtype, device), grad
 
 
 @HOW
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_same_bits_every_time(dtype, compiled, device, sizes):
-    layer = sizes.crowded
-    arguments, run = exact.tensors(layer, dtype, device), exact.lookup(layer, compiled)
-    grad = torch.randn(*layer.leading, layer.out_dim, device=device)
+    run, arguments, grad = crowded(dtype, compiled, device, sizes)
 
     def everything():
         output = run(*arguments)
-        return {"output": output.detach(), **exact.gradients(output, arguments, grad)}
+        return {"output": output.detach(), **gradients(output, arguments, grad)}
 
     first = everything()
     for repeat in range(sizes.repeats):
@@ -43,11 +48,9 @@ def no_synchronisation(device):
 @HOW
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_no_call_waits_for_the_device(dtype, compiled, device, sizes):
-    layer = sizes.crowded
-    arguments, run = exact.tensors(layer, dtype, device), exact.lookup(layer, compiled)
-    grad = torch.randn(*layer.leading, layer.out_dim, device=device)
-    exact.gradients(run(*arguments), arguments, grad)  # kernels are compiled and tuned
+    run, arguments, grad = crowded(dtype, compiled, device, sizes)
+    gradients(run(*arguments), arguments, grad)  # kernels are compiled and tuned
     with no_synchronisation(device):
-        exact.gradients(run(*arguments), arguments, grad)
+        gradients(run(*arguments), arguments, grad)
         with torch.no_grad():
             run(*arguments)

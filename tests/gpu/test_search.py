@@ -5,19 +5,14 @@ import math
 import pytest
 import torch
 
-from memcompile.lowering import inductor_patches
 from memcompile.lowering.triton import cost
+from tests.gpu.how import HOW, how
 from tests.lowering.cases import assert_best, scores_of, weights_at
 from tests.tolerance import assert_as_accurate
 
 topk = torch.ops.memcompile.product_key_topk.default
 search = torch.ops.memcompile.product_key_search.default
 HEADS, TOP_K = 4, 32
-HOW = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-
-
-def how(function, compiled):
-    return torch.compile(function, fullgraph=True, options=inductor_patches("tests")) if compiled else function
 
 
 def drawn(n_keys, tokens):

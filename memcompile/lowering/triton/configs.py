@@ -123,11 +123,7 @@ def gather_configs(tokens: int, value_dim: int) -> list[Rows]:
     if not fitting:
         return [Rows(32, max(8, width), num_warps=2)]
     # Few tokens: the rows are cut finer, until every multiprocessor has a program or two. Of none nothing is known.
-    enough = (
-        fitting
-        if tokens == 0
-        else [config for config in fitting if tokens * -(-value_dim // config.block_columns) >= 256]
-    )
+    enough = [c for c in fitting if tokens == 0 or tokens * -(-value_dim // c.block_columns) >= 256]
     best = enough[0] if enough else min(fitting, key=lambda config: config.block_columns)
     return [best, *(config for config in fitting if config is not best)]
 

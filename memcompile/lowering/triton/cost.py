@@ -7,11 +7,14 @@ Bytes and FLOPs are counted; the rates are the device's own, as it reports them.
 """
 
 import functools
-from dataclasses import astuple, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
 import torch
 
+from memcompile.lowering._torch import size_hint
 from memcompile.lowering.triton.configs import computed_config
 
 _PASSES = 2
@@ -22,7 +25,7 @@ _FP32 = 4
 class Search:
     """A search: `tokens` x `heads` queries of two halves of half_dim elements of itemsize bytes, n_keys half-keys."""
 
-    tokens: int
+    tokens: int | torch.SymInt
     heads: int
     n_keys: int
     half_dim: int
@@ -45,9 +48,8 @@ class Device:
 
 
 H200 = Device(4.3e12, 800e12, 800e12, 50e12, 28e12, 132, 50e6)
-MI300X = Device(
-    4.0e12, 100e12, 600e12, 100e12, 40e12, 304, 256e6
-)  # where the library's results of half dtypes are half
+# Its library has no fp32 results of half dtypes: operands are widened.
+MI300X = Device(4.0e12, 100e12, 600e12, 100e12, 40e12, 304, 256e6)
 
 # Shares of a device's rates, and lane operations a score; set from instruction counts of the compiled kernels and from
 # common experience with cuBLAS and tl.dot, not yet measured on a GPU.
@@ -68,13 +70,14 @@ stored_bytes = _FP32 * scores
 
 
 @functools.cache
-def _evaluator(expression: sympy.Expr) -> object:
-    return sympy.lambdify(_SYMBOLS, expression)
+def _evaluator(expression: sympy.Expr) -> Callable[..., Any]:
+    evaluator: Callable[..., Any] = sympy.lambdify(_SYMBOLS, expression)
+    return evaluator
 
 
-def evaluate(expression: sympy.Expr, search: Search) -> float:
-    """The number that an expression of this module is for one search."""
-    return float(_evaluator(expression)(*astuple(search)))  # type: ignore[operator]
+def evaluate(expression: sympy.Expr, search: Search) -> Any:
+    """The number that an expression of this module is for one search: symbolic where its tokens are."""
+    return _evaluator(expression)(search.tokens, search.heads, search.n_keys, search.half_dim, search.itemsize)
 
 
 def seconds_stored(search: Search, device: Device) -> float:
@@ -104,14 +107,19 @@ def seconds_computed(search: Search, device: Device, rows: int) -> float:
 
 
 def stores_scores(search: Search, top_k: int, device: Device) -> bool:
-    """Whether to store the scores: where they fit, and it is the cheaper form. So too for a number of tokens that is
-    not known (0).
+    """Whether to store the scores: where they fit, and it is the cheaper form for the tokens that were traced. So too
+    for a number of tokens of which nothing is known (a hint of 0).
+
+    Of symbolic tokens whether they fit is a guard: more than do compile once more.
     """
-    if search.tokens == 0:
+    hint = size_hint(search.tokens)
+    if hint == 0:
         return True
-    config = computed_config(top_k, search.n_keys, search.half_dim, search.tokens, search.itemsize)
-    fits = evaluate(stored_bytes, search) <= MOST_STORED
-    return fits and seconds_stored(search, device) <= seconds_computed(search, device, config.rows)
+    if evaluate(stored_bytes, search) > MOST_STORED:
+        return False
+    traced = replace(search, tokens=hint)
+    config = computed_config(top_k, traced.n_keys, traced.half_dim, hint, traced.itemsize)
+    return bool(seconds_stored(traced, device) <= seconds_computed(traced, device, config.rows))
 
 
 @functools.cache

@@ -125,10 +125,8 @@ def product_key_search(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Te
     tokens, heads, key_dim = query.shape
     n_keys = half_keys.shape[2]
     halves = query.reshape(tokens, heads, 2, key_dim // 2).permute(2, 0, 1, 3)
-    search = cost.Search(size_hint(tokens), heads, n_keys, key_dim // 2, query.element_size())
-    # The first condition guards: more tokens than fit compile once more. The second is of the tokens that were traced.
-    fits = search.tokens == 0 or 2 * tokens * heads * n_keys * 4 <= cost.MOST_STORED
-    if fits and cost.stores_scores(search, top_k, cost.device_rates(query.device)):
+    search = cost.Search(tokens, heads, n_keys, key_dim // 2, query.element_size())
+    if cost.stores_scores(search, top_k, cost.device_rates(query.device)):
         kept = _select_stored(_scores(halves, half_keys), top_k)
     else:
         kept = _select_computed(halves, half_keys, top_k)

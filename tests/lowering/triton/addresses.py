@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from tests.lowering.triton.offline import Compiled
+from tests.lowering.triton.ranges import ARITHMETIC, PASSED_ON, UNSIGNED, Range
 
 
 def overflowing_offsets(
@@ -50,96 +51,11 @@ def overflowing_offsets(
         for cause in program.narrow_causes(offset):
             if products_only and cause.operation not in ("arith.muli", "arith.shli"):
                 continue
-            if cause.exact_bounds(bounds, program) not in _Range.of(cause.bits):
+            if cause.exact_bounds(bounds, program) not in Range.of(cause.bits):
                 faults |= {f"{table}: {cause.text}": None for table in sorted(reached)}
     if unused:
         raise ValueError(f"{compiled.name}: no address is computed from {sorted(unused)}")
     return list(faults)
-
-
-# --- Ranges of integers -----------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Range:
-    """Integers from low to high, both included."""
-
-    low: int
-    high: int
-
-    @staticmethod
-    def of(bits: int) -> _Range:
-        """All that fit: signed, except for one bit."""
-        return _Range(0, 1) if bits == 1 else _Range(-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-
-    def __contains__(self, other: _Range) -> bool:
-        return self.low <= other.low and other.high <= self.high
-
-    def __or__(self, other: _Range) -> _Range:
-        return _Range(min(self.low, other.low), max(self.high, other.high))
-
-    @property
-    def size(self) -> int:
-        """The largest absolute value."""
-        return max(abs(self.low), abs(self.high))
-
-    def corners(self, other: _Range, operation: Callable[[int, int], int]) -> _Range:
-        """The range of an operation that is monotonic in each operand."""
-        ends = [operation(a, b) for a in (self.low, self.high) for b in (other.low, other.high)]
-        return _Range(min(ends), max(ends))
-
-
-def _divided(a: _Range, b: _Range) -> _Range:
-    if b.low < 1:
-        return _Range(-a.size, a.size)
-    return a.corners(b, lambda x, y: x // y if x >= 0 else -(-x // y))
-
-
-def _remainder(a: _Range, b: _Range) -> _Range:
-    size = min(a.size, b.size)
-    return _Range(0 if a.low >= 0 else -size, size)
-
-
-def _shifted(a: _Range, b: _Range, operation: Callable[[int, int], int]) -> _Range:
-    return a.corners(_Range(min(63, max(0, b.low)), min(63, max(0, b.high))), operation)
-
-
-def _combined_bits(a: _Range, b: _Range) -> _Range:
-    size = 1 << max(a.size, b.size).bit_length()
-    return _Range(0 if a.low >= 0 and b.low >= 0 else -size, size - 1)
-
-
-def _common_bits(a: _Range, b: _Range) -> _Range:
-    positive = [value.high for value in (a, b) if value.low >= 0]
-    return _Range(0, min(positive)) if positive else _combined_bits(a, b)
-
-
-_ARITHMETIC: dict[str, Callable[[_Range, _Range], _Range]] = {
-    "arith.addi": lambda a, b: _Range(a.low + b.low, a.high + b.high),
-    "arith.subi": lambda a, b: _Range(a.low - b.high, a.high - b.low),
-    "arith.muli": lambda a, b: a.corners(b, lambda x, y: x * y),
-    "arith.divsi": _divided,
-    "arith.divui": _divided,
-    "arith.remsi": _remainder,
-    "arith.remui": _remainder,
-    "arith.shli": lambda a, b: _shifted(a, b, lambda x, y: x << y),
-    "arith.shrsi": lambda a, b: _shifted(a, b, lambda x, y: x >> y),
-    "arith.shrui": lambda a, b: _shifted(a, b, lambda x, y: x >> y),
-    "arith.andi": _common_bits,
-    "arith.ori": _combined_bits,
-    "arith.xori": _combined_bits,
-    "arith.minsi": lambda a, b: a.corners(b, min),
-    "arith.minui": lambda a, b: a.corners(b, min),
-    "arith.maxsi": lambda a, b: a.corners(b, max),
-    "arith.maxui": lambda a, b: a.corners(b, max),
-}
-_UNSIGNED = {"arith.divui", "arith.remui", "arith.shrui", "arith.minui", "arith.maxui", "arith.extui"}
-# The result is one of the operands' numbers, elsewhere or wider. `join` is ours: where paths of the program meet.
-_PASSED_ON = {
-    *("arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast", "arith.select", "join"),
-    *("tt.broadcast", "tt.cat", "tt.expand_dims", "tt.gather", "tt.join", "tt.reshape", "tt.splat", "tt.split"),
-    *("tt.trans", "tt.unsplat"),
-}
 
 
 # --- The program ------------------------------------------------------------------------------------------------------
@@ -153,7 +69,7 @@ class _Node:
     operands: list[_Node]
     dtype: str  # of an element: i32, bf16, !tt.ptr<...>
     text: str
-    fixed: _Range | None = None  # known without the operands
+    fixed: Range | None = None  # known without the operands
 
     @property
     def bits(self) -> int:
@@ -162,7 +78,7 @@ class _Node:
             return 64
         return int(self.dtype[1:]) if re.fullmatch(r"i\d+", self.dtype) else 0
 
-    def exact_bounds(self, bounds: Mapping[_Node, _Range], program: _Program) -> _Range:
+    def exact_bounds(self, bounds: Mapping[_Node, Range], program: _Program) -> Range:
         """What the result would be if integers had no end."""
         if self.fixed is not None:
             return self.fixed
@@ -170,16 +86,16 @@ class _Node:
             return program.loaded(self)
         operands = self.operands[self.operation == "arith.select" :]  # a select's first one is its condition
         known = [bounds[operand] for operand in operands if operand in bounds]
-        if self.operation in _UNSIGNED and any(value.low < 0 for value in known):
-            return _Range(0, (1 << max(operand.bits for operand in operands)) - 1)
+        if self.operation in UNSIGNED and any(value.low < 0 for value in known):
+            return Range(0, (1 << max(operand.bits for operand in operands)) - 1)
         if self.operation == "scf.for":
             low, high = known
-            return _Range(low.low, max(low.low, high.high - 1))
-        if self.operation in _ARITHMETIC:
-            return _ARITHMETIC[self.operation](*known)
-        if self.operation in _PASSED_ON and known:
-            return _Range(min(value.low for value in known), max(value.high for value in known))
-        return _Range.of(self.bits)
+            return Range(low.low, max(low.low, high.high - 1))
+        if self.operation in ARITHMETIC:
+            return ARITHMETIC[self.operation](*known)
+        if self.operation in PASSED_ON and known:
+            return Range(min(value.low for value in known), max(value.high for value in known))
+        return Range.of(self.bits)
 
 
 @dataclasses.dataclass
@@ -218,15 +134,15 @@ class _Program:
         for line in ttir.splitlines():
             self._read(_LOCATION.sub("", line).strip())
 
-    def bounds(self) -> dict[_Node, _Range]:
+    def bounds(self) -> dict[_Node, Range]:
         """A range for each integer. What still grows after a few turns of a loop may be anything of its type."""
-        bounds: dict[_Node, _Range] = {}
+        bounds: dict[_Node, Range] = {}
         for turn in range(20):
             before = dict(bounds)
             for node in self.nodes:
                 if not node.bits or not self._is_ready(node, bounds):
                     continue
-                limit = _Range.of(node.bits)
+                limit = Range.of(node.bits)
                 exact = node.exact_bounds(bounds, self)
                 new = exact if exact in limit else limit
                 if node in bounds and new not in bounds[node]:
@@ -239,19 +155,19 @@ class _Program:
         raise ValueError("the ranges of this kernel's integers do not settle")
 
     @staticmethod
-    def _is_ready(node: _Node, bounds: Mapping[_Node, _Range]) -> bool:
+    def _is_ready(node: _Node, bounds: Mapping[_Node, Range]) -> bool:
         if node.fixed is not None:
             return True
         integers = [operand in bounds for operand in node.operands if operand.bits]
         return any(integers) if node.operation == "join" else all(integers)
 
-    def loaded(self, node: _Node) -> _Range:
+    def loaded(self, node: _Node) -> Range:
         """What lies behind the pointers of a load, and what it gives where its mask is off."""
-        high = _Range.of(node.bits).high
+        high = Range.of(node.bits).high
         known = [self._largest.get(name, high) for name in self.arguments_of(node.operands[0])]
-        bounds = _Range(0, max(known, default=high))
+        bounds = Range(0, max(known, default=high))
         for other in node.operands[2:]:
-            bounds |= other.fixed or _Range.of(node.bits)
+            bounds |= other.fixed or Range.of(node.bits)
         return bounds
 
     def arguments_of(self, pointer: _Node) -> set[str]:
@@ -262,7 +178,7 @@ class _Program:
     def narrow_causes(self, offset: _Node) -> Iterator[_Node]:
         """The computations in 32 bits or fewer that an offset comes from, up to what was loaded or compared."""
         for node in _backwards(offset, lambda node: node.bits > 1 and node.operation != "tt.load"):
-            if node.bits <= 32 and (node.operation in _ARITHMETIC or node.operation == "arith.trunci"):
+            if node.bits <= 32 and (node.operation in ARITHMETIC or node.operation == "arith.trunci"):
                 yield node
 
     # One line
@@ -299,7 +215,7 @@ class _Program:
             node = self._define(name, _Node("argument", [], dtype, name))
             self._arguments[node] = name[1:]
             if node.bits > 1:
-                node.fixed = _Range(0, self._largest.get(name[1:], _Range.of(node.bits).high))
+                node.fixed = Range(0, self._largest.get(name[1:], Range.of(node.bits).high))
 
     def _read_operation(self, results: list[str], right: str, line: str) -> None:
         operation = right.split()[0].split("(")[0].strip('"')
@@ -324,21 +240,21 @@ class _Program:
             if self._regions and operation in ("arith.addi", "arith.subi", "arith.muli"):
                 self._regions[-1].adds = True
 
-    def _known(self, operation: str, text: str) -> _Range | None:
+    def _known(self, operation: str, text: str) -> Range | None:
         if operation == "arith.constant":
             match = re.search(r"arith\.constant (?:dense<)?(-?\d+|true|false)>? :", text + " :")
             if match is None:
                 return None
             value = {"true": 1, "false": 0}.get(match.group(1))
             value = int(match.group(1)) if value is None else value
-            return _Range(value, value)
+            return Range(value, value)
         if operation == "tt.make_range":
             ends = dict(re.findall(r"(start|end) = (\d+)", text))
-            return _Range(int(ends["start"]), int(ends["end"]) - 1)
+            return Range(int(ends["start"]), int(ends["end"]) - 1)
         if operation in ("tt.get_program_id", "tt.get_num_programs"):
             axis = "xyz".index(text.split()[1])
             last = self._largest.get(f"program_id({axis})", 2**31 - 2 if axis == 0 else 65_534)
-            return _Range(0, last + (operation == "tt.get_num_programs"))
+            return Range(0, last + (operation == "tt.get_num_programs"))
         return None
 
     # Regions

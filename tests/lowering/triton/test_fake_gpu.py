@@ -16,14 +16,8 @@ from torch.library import triton_op, wrap_triton
 import memcompile
 from memcompile.lowering import inductor_patches
 from tests.lowering.triton.addresses import overflowing_offsets
-from tests.lowering.triton.fake_gpu import (
-    allocations,
-    compile_kernels,
-    extern_calls,
-    generated_sources,
-    launches,
-    triton_kernels,
-)
+from tests.lowering.triton.fake_gpu import generated_sources
+from tests.lowering.triton.generated import allocations, compile_kernels, extern_calls, launches, triton_kernels
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> Tensor:

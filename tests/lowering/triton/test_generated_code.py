@@ -19,16 +19,8 @@ import memcompile
 from memcompile.lowering import inductor_patches, memory_lookup, operator
 from memcompile.lowering.triton import configs, cost, serve
 from tests.lowering.triton.addresses import overflowing_offsets
-from tests.lowering.triton.fake_gpu import (
-    Sources,
-    allocations,
-    compile_kernels,
-    extern_calls,
-    first_choice,
-    generated_sources,
-    launches,
-    triton_kernels,
-)
+from tests.lowering.triton.fake_gpu import Sources, first_choice, generated_sources
+from tests.lowering.triton.generated import allocations, compile_kernels, extern_calls, launches, triton_kernels
 from tests.models import Block, plain_ffn
 
 # Each number tells what it counts: heads * key_dim is 512 + 128, chunks of hits are 4,096.

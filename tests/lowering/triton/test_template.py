@@ -12,7 +12,8 @@ import memcompile.lowering.triton as folder
 from memcompile.lowering import inductor_patches
 from memcompile.lowering.triton import serve, template
 from tests.lowering.triton import test_generated_code as known
-from tests.lowering.triton.fake_gpu import allocations, extern_calls, generated_sources, launches
+from tests.lowering.triton.fake_gpu import generated_sources
+from tests.lowering.triton.generated import allocations, extern_calls, launches
 
 _inductor: Any = importlib.import_module("memcompile.lowering.triton._inductor")
 

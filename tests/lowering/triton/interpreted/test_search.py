@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memcompile.lowering import product_key_topk_reference
-from memcompile.lowering.triton import cost, launch
+from memcompile.lowering.triton import cost
 from tests.lowering.cases import assert_best, scores_of, weights_at
 from tests.lowering.test_product_key_topk import ANY, TYING, rule, scores_and_k
 from tests.tolerance import assert_as_accurate
@@ -16,16 +16,6 @@ from tests.tolerance import assert_as_accurate
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 product_key_search = torch.ops.memcompile.product_key_search.default
 product_key_topk = torch.ops.memcompile.product_key_topk.default
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The names of the kernels that were launched."""
-    names, run = [], launch._kernel
-    monkeypatch.setattr(
-        launch, "_kernel", lambda function, grid: names.append(function.fn.__name__) or run(function, grid)
-    )
-    return names
 
 
 @settings(max_examples=16)

@@ -8,14 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memcompile.lowering import memory_lookup, memory_lookup_reference
-from memcompile.lowering.triton import configs, launch
+from memcompile.lowering.triton import configs
 from tests.lowering.cases import VARIANTS, Recorder, gradients, leaves
+from tests.lowering.test_weighted_gather import (
+    gather_dot,
+    make,
+    plain_dot,
+    plain_gather,
+    plain_scatter,
+    weighted_gather,
+    weighted_scatter,
+)
 from tests.tolerance import assert_as_accurate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-weighted_gather = torch.ops.memcompile.weighted_gather.default
-gather_dot = torch.ops.memcompile.gather_dot.default
-weighted_scatter = torch.ops.memcompile.weighted_scatter.default
 
 shapes = given(
     tokens=st.integers(0, 6),
@@ -29,37 +35,23 @@ shapes = given(
 
 
 def inputs(tokens, hits, value_dim, num_slots, dtype, wide, seed):
-    """values, slots, weights, grad; of int64 slots and of values and grad at strides of their own, where `wide`."""
-    generator = torch.Generator().manual_seed(seed)
-    columns = 2 * value_dim if wide else value_dim
-    values, grad = (
-        torch.randn(rows, columns, generator=generator).to(dtype)[:, :: 2 if wide else 1]
-        for rows in (num_slots, tokens)
-    )
-    slots = torch.randint(num_slots, (tokens, hits), generator=generator, dtype=torch.int64 if wide else torch.int32)
-    return values, slots, torch.randn(tokens, hits, generator=generator), grad
-
-
-def sum_by_slot(slots, weights, grad, num_slots):
-    """`weighted_scatter` by a matrix of tokens and slots."""
-    matrix = weights.new_zeros(len(slots), num_slots).scatter_add_(1, slots.long(), weights)
-    return matrix.T @ grad
+    """Weights in fp32; slots in int64 and all at strides of their own, where `wide`."""
+    index_dtype = torch.int64 if wide else torch.int32
+    return make(tokens, hits, num_slots, value_dim, dtype, torch.float32, index_dtype, strided=wide, seed=seed)
 
 
 @shapes
 def test_weighted_gather(**sizes):
     values, slots, weights, _ = inputs(**sizes)
-    read = lambda v, w: (w.unsqueeze(-1) * v[slots.long()]).sum(1)  # noqa: E731
-    plain = read(values, weights.to(values.dtype)).to(values.dtype)
-    assert_as_accurate(weighted_gather(values, slots, weights), plain, read(values.double(), weights.double()))
+    plain, exact = plain_gather(values, slots, weights), plain_gather(values.double(), slots, weights)
+    assert_as_accurate(weighted_gather(values, slots, weights), plain, exact)
 
 
 @shapes
 def test_gather_dot(**sizes):
     values, slots, _, grad = inputs(**sizes)
-    dot = lambda v, g: (v[slots.long()] * g.unsqueeze(1)).sum(-1)  # noqa: E731
-    found = gather_dot(values, slots, grad)
-    assert_as_accurate(found, dot(values.float(), grad.float()), dot(values.double(), grad.double()))
+    plain, exact = (plain_dot(values.to(dtype), slots, grad.to(dtype)) for dtype in (torch.float32, torch.float64))
+    assert_as_accurate(gather_dot(values, slots, grad), plain, exact)
 
 
 @pytest.mark.parametrize("atomics", ["0", "1"])
@@ -73,8 +65,8 @@ def test_weighted_scatter(monkeypatch, atomics):
         _, slots, weights, grad = inputs(**sizes)
         num_slots = sizes["num_slots"]
         found = weighted_scatter(slots, weights, grad, num_slots)
-        plain = sum_by_slot(slots, weights, grad.float(), num_slots).to(grad.dtype)
-        assert_as_accurate(found, plain, sum_by_slot(slots, weights.double(), grad.double(), num_slots))
+        plain = plain_scatter(slots, weights, grad.float(), num_slots).to(grad.dtype)
+        assert_as_accurate(found, plain, plain_scatter(slots, weights, grad.double(), num_slots))
         untouched = torch.ones(num_slots, dtype=torch.bool).index_fill_(0, slots.reshape(-1).long(), False)
         assert (found[untouched] == 0).all()
 
@@ -90,12 +82,12 @@ def test_a_slot_sums_its_hits_in_their_order():
 
 
 def test_a_block_of_a_row_and_many_of_it():
+    """Integers, whose sums are exact in any order."""
     for value_dim in (7, 64, 100, 513, 1100):
         values, slots, weights, grad = inputs(2, 9, value_dim, 11, torch.float32, False, 0)
-        torch.testing.assert_close(
-            weighted_gather(values, slots, weights), (weights.unsqueeze(-1) * values[slots]).sum(1)
-        )
-        torch.testing.assert_close(gather_dot(values, slots, grad), (values[slots] * grad.unsqueeze(1)).sum(-1))
+        values, weights, grad = (4 * values).round(), (4 * weights).round(), (4 * grad).round()
+        assert torch.equal(weighted_gather(values, slots, weights), plain_gather(values, slots, weights))
+        assert torch.equal(gather_dot(values, slots, grad), plain_dot(values, slots, grad))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,12 +114,8 @@ def test_a_layer_and_its_gradients(variant, dtype):
         assert_as_accurate(*(torch.stack(tensors) for tensors in zip(*layers, strict=True)), name=name)
 
 
-def test_it_was_triton(monkeypatch):
-    names, run = [], launch._kernel
-    monkeypatch.setattr(
-        launch, "_kernel", lambda function, grid: names.append(function.fn.__name__) or run(function, grid)
-    )
+def test_it_was_triton(launched):
     values = torch.randn(9, 5, requires_grad=True)
     weights = torch.randn(2, 3, requires_grad=True)
     weighted_gather(values, torch.randint(9, (2, 3)), weights).sum().backward()
-    assert sorted(names) == ["gather_dot_rows", "join_chunks", "sum_chunks", "weighted_gather_rows"]
+    assert sorted(launched) == ["gather_dot_rows", "join_chunks", "sum_chunks", "weighted_gather_rows"]

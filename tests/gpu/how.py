@@ -1,0 +1,18 @@
+"""The two ways to run what is tested: eager, and compiled with memcompile's Inductor lowering."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from memcompile.lowering import inductor_patches
+
+HOW = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+
+
+def how(function: Callable[..., Any], compiled: bool, dynamic: bool | None = None) -> Callable[..., Any]:
+    """`function`, compiled or as it is; `dynamic` as `torch.compile` takes it."""
+    if not compiled:
+        return function
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, options=inductor_patches("tests"))
