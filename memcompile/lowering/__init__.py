@@ -2,7 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-from memcompile.lowering import caches, cpu, flops, product_key_search, product_key_topk, weighted_gather
+from memcompile.lowering import (
+    caches,
+    cpu,
+    flops,
+    product_key_search,
+    product_key_topk,
+    row_adagrad,
+    row_adam,
+    row_sgd,
+    weighted_gather,
+)
 from memcompile.lowering.memory_lookup import memory_lookup
 from memcompile.lowering.reference import memory_lookup_reference, product_key_topk_reference
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, SCHEMAS, operator
@@ -25,6 +35,9 @@ __all__ = [
     "product_key_search",
     "product_key_topk",
     "product_key_topk_reference",
+    "row_adagrad",
+    "row_adam",
+    "row_sgd",
     "weighted_gather",
 ]
 

@@ -17,6 +17,19 @@ SCHEMAS = {
     "weighted_gather": "(Tensor values, Tensor slots, Tensor weights) -> Tensor",
     "gather_dot": "(Tensor values, Tensor slots, Tensor grad) -> Tensor",
     "weighted_scatter": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> Tensor",
+    # These update rows of tables in place: row_tables.py.
+    "row_adam": (
+        "(Tensor(a!) values, Tensor(b!)? rounded, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor rows, "
+        "Tensor? grad, Tensor? plan_of_row, Tensor? decays, Tensor? panels, Tensor numbers, int seed) -> ()"
+    ),
+    "row_adagrad": (
+        "(Tensor(a!) values, Tensor(b!)? rounded, Tensor(c!) squares, Tensor rows, Tensor grad, "
+        "float lr, float eps, float weight_decay, bool decoupled, int seed) -> ()"
+    ),
+    "row_sgd": (
+        "(Tensor(a!) values, Tensor(b!)? rounded, Tensor rows, Tensor? grad, Tensor? decays, float rate, int seed) "
+        "-> ()"
+    ),
     "onednn_mm": "(Tensor left, Tensor right, Tensor? bias) -> Tensor",  # a product in Inductor's graphs: cpu/gemm.py
 }
 

@@ -1,0 +1,86 @@
+"""What the operators that update rows in place share: how they are registered, and rows in and out of tables.
+
+Such an operator reads and writes the rows that it is given and no others. Its `values` are the table that learns, its
+`rounded` a bf16 copy of fp32 values, or None. Rows must be distinct. It has no derivative and returns nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memcompile.lowering.schema import LIBRARY, NAMESPACE
+from memcompile.lowering.stochastic_rounding import round_rows
+
+VALUES, EXP_AVG, EXP_AVG_SQ = range(3)  # the tables of a step, which round apart
+_CHUNK_ELEMENTS = 2**20  # of one table that the PyTorch operators hold at once
+
+
+def sum_dtype(values: Tensor) -> torch.dtype:
+    """The dtype that rows are updated in: float64 for float64, else float32."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def check_table(name: str, table: Tensor, like: Tensor) -> None:
+    """Raises ValueError unless the table is floating point, contiguous and of the shape of `like`."""
+    if table.shape != like.shape or table.dim() != 2 or not table.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous {list(like.shape)}, got {list(table.shape)}")
+    allowed = (torch.float64,) if like.dtype is torch.float64 else (torch.float32, torch.bfloat16)
+    if table.dtype not in allowed:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, allowed))}, got {table.dtype}")
+
+
+def check_rows(values: Tensor, rounded: Tensor | None, rows: Tensor, grad: Tensor | None) -> None:
+    """Raises ValueError for what no operator on rows takes."""
+    check_table("values", values, values)
+    if rounded is not None and (rounded.shape != values.shape or rounded.dtype is not torch.bfloat16):
+        raise ValueError(f"rounded: expected bfloat16 {list(values.shape)}, got {rounded.dtype} {list(rounded.shape)}")
+    if rounded is not None and values.dtype is not torch.float32:
+        raise ValueError(f"values: expected float32 beside a rounded copy, got {values.dtype}")
+    if rows.dim() != 1 or rows.dtype is not torch.int64:
+        raise ValueError(f"rows: expected int64 [n], got {rows.dtype} {list(rows.shape)}")
+    if grad is not None and (grad.shape != (len(rows), values.shape[1]) or grad.dtype is not sum_dtype(values)):
+        raise ValueError(
+            f"grad: expected {sum_dtype(values)} {[len(rows), values.shape[1]]}, got {grad.dtype} {list(grad.shape)}"
+        )
+
+
+def chunks(rows: Tensor, dim: int) -> Iterator[slice]:
+    """Parts of the rows, so that what is gathered stays small."""
+    size = max(1, _CHUNK_ELEMENTS // max(1, dim))
+    return (slice(start, start + size) for start in range(0, len(rows), size))
+
+
+def load_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """A copy of the rows [n, dim] in the dtype that they are updated in."""
+    return table.index_select(0, rows).to(sum_dtype(table))
+
+
+def store_rows(table: Tensor, rows: Tensor, x: Tensor, seed: int, number: int) -> None:
+    """Writes rows back: bf16 from fp32 is rounded stochastically."""
+    lower = table.dtype is torch.bfloat16 and x.dtype is torch.float32
+    table.index_copy_(0, rows, round_rows(x, rows, seed, number) if lower else x)
+
+
+def store_values(values: Tensor, rounded: Tensor | None, rows: Tensor, x: Tensor, seed: int) -> None:
+    """Writes the values back, and their rounded copy to the nearest bf16."""
+    store_rows(values, rows, x, seed, VALUES)
+    if rounded is not None:
+        rounded.index_copy_(0, rows, x.to(rounded.dtype))
+
+
+def register_row_operator(name: str, check: Callable[..., None], kernel: Callable[..., None]) -> None:
+    """Gives the operator `name` of `schema.SCHEMAS` its PyTorch operators and its fake.
+
+    Args:
+        check: raises ValueError for arguments that the operator cannot serve.
+        kernel: the update, in operations of PyTorch.
+    """
+
+    def anywhere(*args: Any) -> None:
+        check(*args)
+        kernel(*args)
+
+    LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"{NAMESPACE}::{name}", check, lib=LIBRARY)

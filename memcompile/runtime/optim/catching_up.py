@@ -1,0 +1,63 @@
+"""Optimizers whose rows fall behind between two touches, and how they are asked to catch up."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from memcompile.runtime.optim.rate_history import RateHistory
+from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State
+
+
+class CatchingUpOptimizer(RowOptimizer):
+    """An optimizer that keeps, in a parameter's state, `last_step` int32 [slots] and a `RateHistory`.
+
+    The history has one entry for each change of the rates, and at most max(1024, slots) of them: with more, all rows
+    are caught up and it starts again, which costs one row a step on average.
+    """
+
+    factors: int  # of the history
+
+    @torch.no_grad()
+    def catch_up(self, parameter: Tensor, rows: Tensor | None = None) -> None:
+        """Does what rows have missed, so that their values are those of the dense optimizer after the steps so far.
+
+        Args:
+            parameter: one of this optimizer's.
+            rows: int32 or int64, of any shape, repeats allowed: the rows that are about to be read. None is all.
+
+        Raises:
+            ValueError: the parameter is not in this optimizer.
+            IndexError: a row is not in the table.
+        """
+        group = next((g for g in self.param_groups if any(p is parameter for p in g["params"])), None)
+        if group is None:
+            raise ValueError(f"catch_up: the parameter {list(parameter.shape)} is not in this optimizer")
+        state = self.state.get(parameter)
+        if not state or "last_step" not in state:
+            return  # nothing was missed
+        last = state["last_step"]
+        if rows is None:
+            behind = (last != state["step"]).nonzero()[:, 0]
+        else:
+            asked: Tensor = torch.unique(rows.detach().reshape(-1).to(last.device, torch.int64))
+            if len(asked) and (asked[0] < 0 or asked[-1] >= len(last)):
+                raise IndexError(f"catch_up: rows {asked[0]} to {asked[-1]} of a table of {len(last)}")
+            behind = asked[last[asked] != state["step"]]
+        if len(behind):
+            self._catch_up_rows(parameter, state, group, behind)
+            increment_version(parameter)
+        if rows is None:
+            self._history(state).forget()
+
+    @abstractmethod
+    def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor) -> None:
+        """Catches distinct rows int64 [n], all of them behind, up with the last step."""
+
+    def _history(self, state: State) -> RateHistory:
+        return RateHistory(state, self.factors)
+
+    def _bound_history(self, parameter: Tensor, state: State) -> None:
+        if len(self._history(state)) > max(1024, parameter.shape[0]):
+            self.catch_up(parameter)

@@ -1,0 +1,84 @@
+"""LazyAdam: Adam in which a step is one of the rows that it touches, and others stand still."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memcompile.errors import OptionError
+from memcompile.lowering.schema import operator
+from memcompile.runtime.optim.gradients import as_rows
+from memcompile.runtime.optim.row_optimizer import (
+    Group,
+    RowOptimizer,
+    State,
+    check_betas,
+    check_state_dtype,
+    moment_dtype,
+    step_seed,
+    tables,
+)
+
+
+class LazyAdam(RowOptimizer):
+    """`torch.optim.SparseAdam`, to rounding, with weight decay by choice.
+
+    A row's moments decay, and it moves, in the steps that touch it; the bias correction counts all steps. Weight
+    decay is decoupled (x = (1 - lr * weight_decay) * x, as in AdamW) and of touched rows alone, so a row that is
+    touched in one step out of a hundred decays a hundred times as slowly. Nothing is ever behind.
+
+    State of a parameter: `exp_avg` and `exp_avg_sq` [slots, dim], `step`, and `master` fp32 if asked for.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate, a number or a tensor of one.
+        betas, eps: as in `torch.optim.SparseAdam`; eps is positive and added to sqrt(exp_avg_sq) before the bias
+            correction.
+        weight_decay: see above.
+        maximize, master_weights, seed: see `RowOptimizer`.
+        state_dtype: of the moments. None is float32, float64 for float64 parameters; bfloat16 is rounded
+            stochastically.
+
+    Raises:
+        OptionError: an option's value is not served.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        seed: int = 0,
+    ) -> None:
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(
+            params, {**options, "state_dtype": state_dtype, "master_weights": master_weights, "seed": seed}
+        )
+
+    def _check_group(self, group: Group) -> None:
+        check_betas(group)
+        check_state_dtype(group)
+        if group.get("amsgrad"):
+            raise OptionError("amsgrad: LazyAdam has none, as torch.optim.SparseAdam; use amsgrad=False")
+
+    def _start(self, parameter: Tensor, state: State, group: Group) -> None:
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(as_rows(parameter), dtype=moment_dtype(parameter, group))
+
+    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        step = state["step"] = state["step"] + 1
+        rate = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        decay = 1 - lr * float(group["weight_decay"])
+        numbers = torch.tensor([decay, beta1, beta2, rate, 1.0, group["eps"]], dtype=torch.float64)
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        seed = step_seed(state, group)
+        values, rounded = tables(parameter, state)
+        operator("row_adam")(values, rounded, *moments, rows, grad, None, None, None, numbers, seed)

@@ -1,0 +1,163 @@
+"""What the optimizers of rows share: the loop of a step, options, tables of state, and loading them as they were."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+
+from memcompile.errors import OptionError
+from memcompile.lowering.stochastic_rounding import seed_of_step
+from memcompile.runtime.optim.gradients import as_rows, touched_rows
+
+Group = dict[str, Any]
+State = dict[str, Any]
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_ON_THE_CPU = ("rates",)  # state that stays there
+
+
+class RowOptimizer(Optimizer):
+    """A step updates the rows [slots, dim] that a gradient touches; a parameter of more dimensions is [slots, -1].
+
+    Gradients are sparse COO in dim 0, coalesced or not, or dense, which touches all rows. An empty gradient is a step;
+    a gradient of None is none. A step is bit for bit reproducible, and does not depend on the order of duplicates.
+
+    Options of a group that all of them take:
+
+    * maximize: steps along the gradient.
+    * master_weights: bf16 parameters are the nearest to fp32 masters, which are kept in the state. Otherwise they
+      are rounded stochastically.
+    * seed: of what is rounded stochastically, together with the number of the step.
+
+    Parameters are float32, float64 or bfloat16 and contiguous.
+    """
+
+    def __init__(self, params: Any, defaults: Group) -> None:
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            OptionError: an option's value, or a parameter, is not served.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for option in ("lr", "weight_decay"):
+                require(option, group[option], float(group[option]) >= 0, "0 or more")
+            require("seed", group["seed"], isinstance(group["seed"], int), "an integer")
+            self._check_group(group)
+            for parameter in group["params"]:
+                _check_parameter(parameter)
+        except OptionError:
+            del self.param_groups[-1]
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step. A closure is run first, with gradients enabled, and its loss returned.
+
+        Raises:
+            ValueError: a gradient has another layout than sparse COO in dim 0 or dense.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_parameter(parameter, group)
+        return loss
+
+    def _step_parameter(self, parameter: Tensor, group: Group) -> None:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        rows, grad = touched_rows(parameter.grad, dtype)  # type: ignore[arg-type]
+        state = self.state[parameter]
+        if not state:
+            _check_parameter(parameter)
+            state["step"] = 0
+            if group["master_weights"] and parameter.dtype is torch.bfloat16:
+                state["master"] = parameter.detach().float()
+            self._start(parameter, state, group)
+        self._update(parameter, state, group, rows, -grad if group["maximize"] else grad)
+        increment_version(parameter)
+
+    @abstractmethod
+    def _check_group(self, group: Group) -> None:
+        """Raises OptionError where the options of a group cannot be served."""
+
+    @abstractmethod
+    def _start(self, parameter: Tensor, state: State, group: Group) -> None:
+        """Adds what a parameter that has no state needs."""
+
+    @abstractmethod
+    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
+        """Counts a step and does it, for distinct rows int64 [n] with gradients [n, dim]."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`, with every tensor in the dtype that it was saved in."""
+        seen: list[dict[str, Any]] = []
+        # The last of the hooks, it sees what the others made of the dict.
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        saved = seen[0]
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in saved["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    value = value.to("cpu" if name in _ON_THE_CPU else parameter.device)
+                self.state[parameter][name] = value
+
+
+def tables(parameter: Tensor, state: State) -> tuple[Tensor, Tensor | None]:
+    """The values [slots, dim] that a step updates, and the bf16 copy that it rounds them into, if there is one."""
+    values = as_rows(parameter)
+    return (as_rows(state["master"]), values) if "master" in state else (values, None)
+
+
+def step_seed(state: State, group: Group) -> int:
+    """The seed of the step that is being done."""
+    return seed_of_step(group["seed"], state["step"])
+
+
+def moment_dtype(parameter: Tensor, group: Group) -> torch.dtype:
+    """The dtype of a parameter's moments: `state_dtype`, or that of its sums."""
+    given: torch.dtype | None = group["state_dtype"]
+    return given or torch.promote_types(parameter.dtype, torch.float32)
+
+
+def check_state_dtype(group: Group) -> None:
+    """Raises OptionError unless the moments of the group's parameters can have its `state_dtype`."""
+    given = group["state_dtype"]
+    require("state_dtype", given, given in (None, torch.float32, torch.bfloat16), "None, float32 or bfloat16")
+    double = any(parameter.dtype is torch.float64 for parameter in group["params"])
+    require("state_dtype", given, given is None or not double, "None for float64 parameters")
+
+
+def check_betas(group: Group) -> None:
+    """Raises OptionError unless 0 <= beta < 1 for both, and eps is positive."""
+    betas = group["betas"]
+    require("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")
+    require("eps", group["eps"], group["eps"] > 0, "positive: rows without gradients have exp_avg_sq = 0")
+
+
+def require(option: str, value: Any, holds: bool, expected: str) -> None:
+    """Raises OptionError, naming the option, unless it holds."""
+    if not holds:
+        raise OptionError(f"{option}: expected {expected}; got {value}")
+
+
+def _check_parameter(parameter: Tensor) -> None:
+    shape = list(parameter.shape)
+    require("params", parameter.dtype, parameter.dtype in _DTYPES, "float32, float64 or bfloat16")
+    require("params", shape, parameter.dim() > 0 and parameter.is_contiguous(), "a contiguous [slots, ...]")
+    require("params", parameter.layout, parameter.layout is torch.strided, "dense parameters")

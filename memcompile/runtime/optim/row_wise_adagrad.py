@@ -1,0 +1,72 @@
+"""RowwiseAdagrad: Adagrad whose state is one number a row."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memcompile.lowering.schema import operator
+from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State, require, step_seed, tables
+
+
+class RowwiseAdagrad(RowOptimizer):
+    """Adagrad with the sum, over a row's steps, of the mean of its gradient's squares: FBGEMM's
+    `EXACT_ROWWISE_ADAGRAD`.
+
+        squares[row] += mean(g**2);  x -= lr / (sqrt(squares[row]) + eps) * g
+
+    "Exact" is that a row is updated once a step, by its summed gradient. With one number a row it is
+    `torch.optim.Adagrad`. Rows that a step does not touch stay as they are, weight decay included, as in FBGEMM; with
+    weight_decay = 0 they would in a dense Adagrad too.
+
+    State of a parameter: `sum` [slots], fp32 or, for float64 parameters, float64 (it grows by ever smaller parts of
+    itself, and is a row's smallest cost); `step`; and `master` fp32 if asked for.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate, a number or a tensor of one.
+        eps: added to the root.
+        weight_decay: of touched rows. By default L2, added to the gradient before its squares; `decoupled` multiplies
+            the row by 1 - lr * weight_decay. FBGEMM's weight decay modes 1 and 2.
+        initial_accumulator_value: what `sum` starts with.
+        maximize, master_weights, seed: see `RowOptimizer`.
+
+    Raises:
+        OptionError: an option's value is not served.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        decoupled: bool = False,
+        initial_accumulator_value: float = 0.0,
+        maximize: bool = False,
+        master_weights: bool = False,
+        seed: int = 0,
+    ) -> None:
+        options = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled, "maximize": maximize}
+        options["initial_accumulator_value"] = initial_accumulator_value
+        super().__init__(params, {**options, "master_weights": master_weights, "seed": seed})
+
+    def _check_group(self, group: Group) -> None:
+        first = group["initial_accumulator_value"]
+        require("initial_accumulator_value", first, first >= 0, "0 or more")
+        require("eps", group["eps"], group["eps"] > 0, "positive: a row whose gradient is 0 may have sum = 0")
+
+    def _start(self, parameter: Tensor, state: State, group: Group) -> None:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        first = group["initial_accumulator_value"]
+        state["sum"] = torch.full(parameter.shape[:1], first, dtype=dtype, device=parameter.device)
+
+    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
+        state["step"] += 1
+        decay = float(group["weight_decay"]), bool(group["decoupled"])
+        seed = step_seed(state, group)
+        values, rounded = tables(parameter, state)
+        lr, eps = float(group["lr"]), float(group["eps"])
+        operator("row_adagrad")(values, rounded, state["sum"], rows, grad, lr, eps, *decay, seed)

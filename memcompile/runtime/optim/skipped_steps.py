@@ -1,0 +1,127 @@
+"""AdamW's steps without a gradient, many at once.
+
+A row was last touched in step t0 with value x and moments m, v. A dense AdamW goes on moving it: step k = t0 + j
+without a gradient decays m to beta1**j * m and v to beta2**j * v and does
+
+    x = (1 - lr_k * weight_decay) * x - lr_k / (1 - beta1**k) * beta1**j * m
+                                        / (sqrt(beta2**j * v / (1 - beta2**k)) + eps)
+
+so that in step t, with P the products of (1 - lr_k * weight_decay),
+
+    x_t = P(t0+1..t) * x - m * S(sqrt(v)),   S(r) = sum over j of c_j / (a_j * r + eps),                         (1)
+    c_j = P(k+1..t) * lr_k / (1 - beta1**k) * beta1**j,   a_j = beta2**(j/2) / sqrt(1 - beta2**k).
+
+eps and the schedule deny the sum a closed form. Two facts make it cheap and exact to rounding:
+
+* It may stop. A term is at most lr_k * q**j * m / sqrt(v) with q = beta1 / sqrt(beta2) < 1 (and P <= 1), and
+  |m| / sqrt(v) is at most (1 - beta1) / sqrt((1 - beta2) * (1 - q**2)), 7.3 by default. After J steps, with
+  q**J / (1 - q) = u, the rest is below u times the largest learning rate in it. u is 2**-32 for fp32 and 2**-61 for
+  fp64: 2**-8 of a rounding of one step's movement. J is 234 and 426 by default. After J only P goes on, and it is a
+  matter of prefix sums of logarithms (`RateHistory`).
+* Its terms are alike. The a_j that remain span little: in late steps a_J is 0.89 * a_1 (fp64: 0.81). They are divided
+  into panels, each within (1 +- 1/16) of its centre a. With d = (a_j - a) / a and y = a * r / (a * r + eps) in [0, 1],
+
+      c_j / (a_j * r + eps) = c_j / (a * r + eps) * 1 / (1 + d * y),   1 / (1 + d * y) = sum over i of (-d * y)**i,
+
+  whose first K terms have a relative error of at most 16**-K, whatever r and eps are: below 2**-24 for K = 7 (fp32)
+  and 2**-53 for K = 14 (fp64). So a panel is its centre and K moments M_i = sum of c_j * (-d_j)**i, which all rows
+  last touched in the same step share, and an element costs one square root and one division a panel: one panel
+  (fp64: two) in all but the first steps, when 1 - beta2**k changes fast (23 and 26 from t0 = 0).
+
+What it costs is O(distinct t0 * J) for the plans, of which there are at most as many as rows, and O(rows * dim).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memcompile.lowering.row_adam import moments_of
+from memcompile.runtime.optim.rate_history import RateHistory
+
+DECAY, BETA1, BETA2 = range(3)  # the factors of the history
+_HALF_WIDTH = 1 / 16  # of a panel, relative to its centre
+_RATIO = math.log((1 + _HALF_WIDTH) / (1 - _HALF_WIDTH))
+_NONE = 1e-300  # stands for a beta1 of 0 where its logarithm is taken
+
+
+@dataclass(frozen=True)
+class SkippedSteps:
+    """What n rows have missed, as `row_adam` reads it."""
+
+    plan_of_row: Tensor  # int64 [n]
+    decays: Tensor  # float64 [plans, 3], of the value and both moments
+    panels: Tensor  # float64 [plans, panels, 1 + K]: centre, moments; a panel without moments adds 0
+
+
+def factors_of_step(lr: float, weight_decay: float, betas: tuple[float, float]) -> list[float]:
+    """The logarithms of the factors of one step, in the order of DECAY, BETA1, BETA2.
+
+    Raises:
+        ValueError: lr * weight_decay is 1 or more.
+    """
+    return [log_decay(lr, weight_decay), math.log(max(betas[0], _NONE)), math.log(betas[1])]
+
+
+def log_decay(lr: float, weight_decay: float) -> float:
+    """log(1 - lr * weight_decay).
+
+    Raises:
+        ValueError: lr * weight_decay is 1 or more.
+    """
+    if lr * weight_decay >= 1:
+        raise ValueError(f"weight_decay: lr * weight_decay must be below 1, got {lr} * {weight_decay}")
+    return math.log1p(-lr * weight_decay)
+
+
+def plan(history: RateHistory, last: Tensor, until: int, dtype: torch.dtype) -> SkippedSteps | None:
+    """What rows that were last touched in steps `last` int32 [n] missed up to step `until`; None where they are new.
+
+    Args:
+        history: of the factors DECAY, BETA1 and BETA2.
+        dtype: of the values' sums, float32 or float64.
+    """
+    starts, plan_of_row = torch.unique(last, return_inverse=True)
+    starts = starts.long().cpu()
+    if len(starts) == 0 or int(starts[0]) >= until:
+        return None
+    end = torch.full_like(starts, until)
+    decays = torch.stack([history.log_product(f, starts, end) for f in (DECAY, BETA1, BETA2)], 1).exp()
+    panels = _panels(history, starts.unsqueeze(1), until, dtype)
+    return SkippedSteps(plan_of_row, decays.to(last.device), panels.to(last.device))
+
+
+def _panels(history: RateHistory, starts: Tensor, until: int, dtype: torch.dtype) -> Tensor:
+    """[plans, panels, 1 + K] for starts [plans, 1]."""
+    length = min(until - int(starts[0]), _terms(history, dtype))
+    steps = starts + torch.arange(1, length + 1)  # [plans, terms]
+    missed = steps <= until
+    steps = steps.clamp(max=until)
+    end = torch.full_like(steps, until)
+    log_c = history.log_product(BETA1, starts.expand_as(steps), steps) + history.log_product(DECAY, steps, end)
+    unbiased = -torch.expm1(steps * history.log(BETA1, steps))
+    c = torch.where(missed, history.lr(steps) * log_c.exp() / unbiased, 0.0)
+    log_a = history.log_product(BETA2, starts.expand_as(steps), steps) / 2
+    log_a -= torch.log(-torch.expm1(steps * history.log(BETA2, steps))) / 2
+    highest = log_a.amax(1, keepdim=True)  # [plans, 1]
+    panel = ((highest - log_a) / _RATIO).long()  # [plans, terms]
+    count = int(panel.max()) + 1
+    log_top = highest - torch.arange(count) * _RATIO
+    centres = log_top.exp() / (1 + _HALF_WIDTH)  # [plans, count]
+    minus_d = 1 - log_a.exp() / centres.gather(1, panel)
+    into = (panel + torch.arange(len(starts)).unsqueeze(1) * count).view(-1)
+    columns = [centres]
+    for _ in range(moments_of(dtype)):
+        moment = torch.zeros(len(starts) * count, dtype=torch.float64).index_add_(0, into, c.reshape(-1))
+        columns.append(moment.view(len(starts), count))
+        c = c * minus_d
+    return torch.stack(columns, 2)
+
+
+def _terms(history: RateHistory, dtype: torch.dtype) -> int:
+    """J, for the largest beta1 / sqrt(beta2) in the history."""
+    entries = history.entries
+    log_q = float((entries[:, 2 + 2 * BETA1] - entries[:, 2 + 2 * BETA2] / 2).max())
+    log_u = (-61 if dtype is torch.float64 else -32) * math.log(2)
+    return max(1, math.ceil((log_u + math.log(-math.expm1(log_q))) / log_q))

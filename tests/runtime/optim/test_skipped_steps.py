@@ -1,0 +1,82 @@
+"""The sum over skipped steps: its error bound, how many terms and panels it takes, and its history of rates."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memcompile.lowering.row_adam import _steps_a_moment, moments_of
+from memcompile.runtime.optim.rate_history import RateHistory
+from memcompile.runtime.optim.skipped_steps import _terms, factors_of_step, plan
+
+
+def history_of(rates, betas=(0.9, 0.999)):
+    history = RateHistory({}, 3)
+    for step, (lr, weight_decay) in enumerate(rates, 1):
+        history.record(step, lr, factors_of_step(lr, weight_decay, betas))
+    return history
+
+
+def term_by_term(rates, betas, eps, root, start, until):
+    """P, and S(root) of the module's docstring, one step after the other in Python's floats."""
+    beta1, beta2 = betas
+    value, moved = 1.0, 0.0
+    for step in range(start + 1, until + 1):
+        lr, weight_decay = rates[step - 1]
+        first, second = beta1 ** (step - start), beta2 ** (step - start)
+        denominator = math.sqrt(second) * root / math.sqrt(1 - beta2**step) + eps
+        keep = 1 - lr * weight_decay
+        value, moved = value * keep, moved * keep + lr / (1 - beta1**step) * first / denominator
+    return value, moved
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 1e-4, 3e-3, 0.1]), st.sampled_from([0.0, 0.01, 1.0])), min_size=1),
+    st.integers(1, 40),
+    st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.97, 0.98), (0.99, 0.9999), (0.3, 0.1)]),
+    st.sampled_from([1e-30, 1e-8, 1e-2, 10.0]),
+    st.floats(0, 1),
+)
+def test_one_plan_is_every_step(runs, repeats, betas, eps, where):
+    """For any sqrt(v) from 0 to far above eps, in fp64 to a few roundings, in fp32's panels to one of fp32."""
+    rates = [rate for rate in runs for _ in range(repeats)]
+    history, until = history_of(rates, betas), len(rates)
+    assert len(history) <= len(runs)
+    start = int(where * (until - 1))
+    roots = torch.tensor([[0.0, 1e-20, 1e-8, 1e-4, 1e-2, 1.0, 1e6]], dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32):
+        missed = plan(history, torch.tensor([start], dtype=torch.int32), until, dtype)
+        actual = _steps_a_moment(roots, missed.panels, eps)[0].tolist()
+        allowed = 1e-13 if dtype is torch.float64 else 2**-24
+        for root, sum_of_steps in zip(roots[0].tolist(), actual, strict=True):
+            value, moved = term_by_term(rates, betas, eps, root, start, until)
+            assert missed.decays[0, 0] == pytest.approx(value, rel=1e-12)
+            # What is cut off is relative to the largest rate: see the docstring of the module.
+            cut = max(lr for lr, _ in rates) * (2**-61 if dtype is torch.float64 else 2**-32) / (root + eps)
+            assert abs(sum_of_steps - moved) <= allowed * moved + cut
+        assert missed.decays[0, 1] == pytest.approx(betas[0] ** (until - start), rel=1e-12, abs=1e-290)
+        assert missed.decays[0, 2] == pytest.approx(betas[1] ** (until - start), rel=1e-12)
+
+
+def test_the_documented_numbers():
+    history = history_of([(1e-3, 0.01)])
+    assert [_terms(history, dtype) for dtype in (torch.float32, torch.float64)] == [234, 426]
+    assert 16.0 ** -moments_of(torch.float32) < 2**-24 and 16.0 ** -moments_of(torch.float64) < 2**-53
+
+    def panels(start, dtype):
+        return plan(history, torch.tensor([start], dtype=torch.int32), start + 1000, dtype).panels.shape[1]
+
+    assert panels(0, torch.float32) == 23 and panels(0, torch.float64) == 26
+    assert panels(20_000, torch.float32) == 1 and panels(20_000, torch.float64) == 2
+
+
+def test_new_rows_have_no_plan():
+    history = history_of([(1e-3, 0.01)] * 3)
+    assert plan(history, torch.tensor([3, 3], dtype=torch.int32), 3, torch.float32) is None
+    assert plan(history, torch.tensor([], dtype=torch.int32), 3, torch.float32) is None
+    both = plan(history, torch.tensor([3, 1], dtype=torch.int32), 3, torch.float32)
+    upto_date = both.plan_of_row[0]
+    assert both.decays[upto_date].tolist() == [1, 1, 1] and not both.panels[upto_date, :, 1:].any()

@@ -1,0 +1,151 @@
+"""State: saved and loaded in the middle bit for bit, copied, pickled; closures, schedulers, hooks, groups of memory."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+
+import memcompile  # noqa: F401  registers the hooks that step the values by their own rate
+from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
+from tests.runtime.optim.sequences import Sequence, sequences
+
+MAKERS = {
+    "RowAdamW": RowAdamW,
+    "LazyAdam": LazyAdam,
+    "RowwiseAdagrad": RowwiseAdagrad,
+    "RowSGD": RowSGD,
+}
+FORMS = {
+    "fp32": (torch.float32, {}),
+    "fp64": (torch.float64, {}),
+    "bf16": (torch.bfloat16, {"seed": 5}),
+    "bf16 with masters": (torch.bfloat16, {"master_weights": True}),
+}
+
+
+def steps(optimizer, parameter, run):
+    for gradient, lr in run:
+        optimizer.param_groups[0]["lr"] = lr
+        parameter.grad = gradient
+        optimizer.step()
+
+
+def through_a_file(tree):
+    file = io.BytesIO()
+    torch.save(tree, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=5, deadline=None)
+@given(sequence=sequences(steps=60), at=st.integers(0, 60), lower=st.booleans())
+def test_save_and_load_in_the_middle(name, form, sequence, at, lower):
+    dtype, options = FORMS[form]
+    options = {**options, "weight_decay": sequence.weight_decay}
+    if name in ("RowAdamW", "LazyAdam") and lower and form != "fp64":
+        options["state_dtype"] = torch.bfloat16
+    parameter = nn.Parameter(sequence.initial(dtype))
+    optimizer = MAKERS[name]([parameter], **options)
+    run = list(sequence.gradients(dtype))
+    steps(optimizer, parameter, run[:at])
+    values, saved = through_a_file([parameter.detach(), optimizer.state_dict()])
+    again = nn.Parameter(values)
+    restored = MAKERS[name]([again])
+    restored.load_state_dict(saved)
+    for one, its in ((optimizer, parameter), (restored, again)):
+        steps(one, its, run[at:])
+        if hasattr(one, "catch_up"):
+            one.catch_up(its)
+    assert torch.equal(parameter, again)
+    first, second = optimizer.state_dict(), restored.state_dict()
+    assert first["param_groups"] == second["param_groups"]
+    for key, value in first["state"].get(0, {}).items():
+        other = second["state"][0][key]
+        assert torch.equal(value, other) and value.dtype == other.dtype if torch.is_tensor(value) else value == other
+
+
+def test_saving_changes_nothing():
+    sequence = Sequence(0, 40, 20, 3, "constant", 0.1)
+    results = []
+    for saves in (False, True):
+        parameter = nn.Parameter(sequence.initial(torch.float32))
+        optimizer = RowAdamW([parameter])
+        for gradient, _ in sequence.gradients(torch.float32):
+            parameter.grad = gradient
+            optimizer.step()
+            if saves:
+                optimizer.state_dict()
+        results.append(parameter)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_copies_and_pickles(name):
+    sequence = Sequence(2, 40, 20, 3, "warm-up and cosine", 0.1)
+    run = list(sequence.gradients(torch.float32))
+    parameter = nn.Parameter(sequence.initial(torch.float32))
+    optimizer = MAKERS[name]([parameter], weight_decay=0.1)
+    steps(optimizer, parameter, run[:20])
+    parameter.grad = None
+    others = copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))
+    steps(optimizer, parameter, run[20:])
+    for other in others:
+        (same,) = other.param_groups[0]["params"]
+        steps(other, same, run[20:])
+        assert torch.equal(same, parameter)
+
+
+def test_closures_hooks_and_schedulers():
+    parameter = nn.Parameter(torch.ones(5, 2))
+    other = nn.Parameter(torch.ones(4, 2))
+    optimizer = RowAdamW([{"params": [parameter], "lr": 0.1}, {"params": [other], "weight_decay": 0.0}], lr=0.01)
+    scheduler = LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append([group["lr"] for group in optimizer.param_groups]))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.embedding(torch.tensor([1, 3]), parameter, sparse=True).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        assert optimizer.step(closure).requires_grad
+        scheduler.step()
+    assert seen == [[0.1, 0.01], [0.05, 0.005]]
+    assert list(optimizer.state) == [parameter]
+    assert optimizer.state[parameter]["changes"] == 2
+
+
+def test_learning_rate_in_a_tensor():
+    parameter = nn.Parameter(torch.ones(5, 2, dtype=torch.float64))
+    same = nn.Parameter(torch.ones(5, 2, dtype=torch.float64))
+    optimizers = [
+        RowAdamW([parameter], lr=torch.tensor(0.1, dtype=torch.float64)),
+        RowAdamW([same], lr=0.1),
+    ]
+    schedulers = [CosineAnnealingLR(optimizer, 20) for optimizer in optimizers]
+    for step in range(20):
+        for p, optimizer, scheduler in zip((parameter, same), optimizers, schedulers, strict=True):
+            p.grad = torch.sparse_coo_tensor(torch.tensor([[step % 4]]), torch.ones(1, 2).double(), (5, 2))
+            optimizer.step()
+            scheduler.step()
+    torch.testing.assert_close(parameter, same)
+
+
+def test_in_place_changes_are_seen_by_autograd():
+    parameter = nn.Parameter(torch.ones(5, 2))
+    optimizer = RowSGD([parameter])
+    loss = parameter.square().sum()
+    parameter.grad = torch.ones(5, 2).to_sparse(1)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
