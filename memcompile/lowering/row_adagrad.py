@@ -52,6 +52,8 @@ def _kernel(
     decoupled: bool,
     seed: int,
 ) -> None:
+    if values.shape[1] == 0:
+        return  # the mean of nothing
     for part in chunks(rows, values.shape[1]):
         these, g = rows[part], grad[part]
         x = load_rows(values, these)  # [n, dim]

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memcompile.lowering.schema import LIBRARY, NAMESPACE
+from memcompile.lowering import cpu
+from memcompile.lowering._torch import on_the_cpu
+from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
 from memcompile.lowering.stochastic_rounding import round_rows
 
 VALUES, EXP_AVG, EXP_AVG_SQ = range(3)  # the tables of a step, which round apart
@@ -75,12 +77,17 @@ def register_row_operator(name: str, check: Callable[..., None], kernel: Callabl
 
     Args:
         check: raises ValueError for arguments that the operator cannot serve.
-        kernel: the update, in operations of PyTorch.
+        kernel: the update, in operations of PyTorch. On the CPU the C++ of `lowering.cpu` runs in its place, where it
+            can be built.
     """
 
     def anywhere(*args: Any) -> None:
         check(*args)
-        kernel(*args)
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if all(t.device.type == "cpu" for t in tensors) and cpu.load():
+            on_the_cpu(operator(name), *args)  # from the next call on the dispatcher goes there by itself
+        else:
+            kernel(*args)
 
     LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", check, lib=LIBRARY)

@@ -14,7 +14,9 @@ from memcompile.lowering import cpu
 from memcompile.lowering.cpu import build
 
 ROOT = Path(__file__).parents[3]
-FILES = "test_weighted_gather test_product_key_topk test_product_key_search test_autocast cpu/test_kernels".split()
+FILES = (
+    "test_weighted_gather test_product_key_topk test_product_key_search test_autocast test_row_updates cpu/test_kernels"
+).split()
 WAYS = {"PyTorch operators": {"MEMCOMPILE_CPU_KERNELS": "0"}}
 if platform.machine() in ("x86_64", "AMD64") and cpu.load():
     WAYS |= {f"C++ for {name}": {"MEMCOMPILE_CPU_ARCH": name} for name in ("x86-64", "x86-64-v3", "x86-64-v4")}

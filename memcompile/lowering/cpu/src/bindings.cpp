@@ -1,49 +1,17 @@
 // The CPU kernels of memcompile's operators, over PyTorch's stable ABI. What each computes is in the Python file of its
 // operator; the loops are in the headers beside this file, which know no PyTorch.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <tuple>
 #include <vector>
 
 #include "by_slot.h"
+#include "row_bindings.h"
 #include "rows.h"
 #include "scores.h"
 #include "search.h"
+#include "tensors.h"
 
 namespace memcompile {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Elements that a thread should have before another is worth its start.
-constexpr int64_t kGrain = 1 << 14;
-
-// f(begin, end) over parts of 0..count, each of which costs about `elements` elements.
-template <class F>
-void parallel(int64_t count, int64_t elements, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
-  torch::stable::parallel_for(0, count, grain, f);
-}
-
-// f(T{}) for the type of the rows.
-template <class F>
-auto with_row_type(const Tensor& rows, const F& f) {
-  switch (rows.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    default:
-      STD_TORCH_CHECK(false, "memcompile: rows must be float32, float64, bfloat16 or float16");
-  }
-}
 
 template <class F>
 auto with_slot_type(const Tensor& slots, const F& f) {
@@ -52,40 +20,16 @@ auto with_slot_type(const Tensor& slots, const F& f) {
   return type == ScalarType::Int ? f(int32_t{}) : f(int64_t{});
 }
 
-bool is_floating(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half;
-}
-
 void check_weights(const Tensor& slots, const Tensor& weights) {
   STD_TORCH_CHECK(slots.dim() == 2 && weights.dim() == 2 && weights.size(0) == slots.size(0) && weights.size(1) == slots.size(1),
                   "memcompile: slots and weights must be [tokens, hits]");
   STD_TORCH_CHECK(is_floating(weights), "memcompile: weights must be floating point");
 }
 
-ScalarType sum_type(const Tensor& rows) {
-  return rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// The tensor, contiguous and of this type; itself where it is.
-Tensor as(const Tensor& tensor, ScalarType type) {
-  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
-}
-
 // A table [num_rows, dim] whose rows may be apart: a table is large, and is not copied for its strides.
 Tensor with_whole_rows(const Tensor& rows) {
   STD_TORCH_CHECK(rows.dim() == 2, "memcompile: expected rows [num_rows, dim]");
   return rows.size(1) <= 1 || rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
-}
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 template <class Row>
@@ -342,6 +286,9 @@ STABLE_TORCH_LIBRARY_IMPL(memcompile, CPU, m) {
   m.impl("weighted_gather", TORCH_BOX(&weighted_gather));
   m.impl("gather_dot", TORCH_BOX(&gather_dot));
   m.impl("weighted_scatter", TORCH_BOX(&weighted_scatter));
+  m.impl("row_adam", TORCH_BOX(&row_adam));
+  m.impl("row_adagrad", TORCH_BOX(&row_adagrad));
+  m.impl("row_sgd", TORCH_BOX(&row_sgd));
 }
 
 }  // namespace memcompile

@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace memcompile {
@@ -209,6 +211,36 @@ inline void store_pair(Half* p, Pair<float> x) {
     for (int j = 0; j < kLanes<float>; ++j) from_sum(part[i][j], p + i * kLanes<float> + j);
 #endif
   }
+}
+
+inline Vector<float> square_root(Vector<float> x) {
+#if defined(MEMCOMPILE_AVX512)
+  return reinterpret_cast<Vector<float>>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
+#elif defined(MEMCOMPILE_AVX2)
+  return reinterpret_cast<Vector<float>>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#elif defined(__x86_64__)
+  return reinterpret_cast<Vector<float>>(_mm_sqrt_ps(reinterpret_cast<__m128>(x)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Vector<float>>(vsqrtq_f32(reinterpret_cast<float32x4_t>(x)));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+inline Vector<double> square_root(Vector<double> x) {
+#if defined(MEMCOMPILE_AVX512)
+  return reinterpret_cast<Vector<double>>(_mm512_sqrt_pd(reinterpret_cast<__m512d>(x)));
+#elif defined(MEMCOMPILE_AVX2)
+  return reinterpret_cast<Vector<double>>(_mm256_sqrt_pd(reinterpret_cast<__m256d>(x)));
+#elif defined(__x86_64__)
+  return reinterpret_cast<Vector<double>>(_mm_sqrt_pd(reinterpret_cast<__m128d>(x)));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Vector<double>>(vsqrtq_f64(reinterpret_cast<float64x2_t>(x)));
+#else
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+#endif
 }
 
 // The sum of all lanes, halves first: one order on every thread, whatever the compiler likes.

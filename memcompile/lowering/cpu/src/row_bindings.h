@@ -1,0 +1,201 @@
+// The operators that update rows of tables in place: what they are given is checked here, the loops are in row_updates.h.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "row_updates.h"
+#include "tensors.h"
+
+namespace memcompile {
+namespace {
+
+bool is_table(const Tensor& table, const Tensor& like) {
+  return table.dim() == 2 && table.size(0) == like.size(0) && table.size(1) == like.size(1) && table.is_contiguous();
+}
+
+bool is_vector(const Tensor& tensor, int64_t size, ScalarType type) {
+  return tensor.dim() == 1 && tensor.size(0) == size && tensor.scalar_type() == type;
+}
+
+void check_rows(const Tensor& values, const std::optional<Tensor>& rounded, const Tensor& rows, const Tensor* grad) {
+  const ScalarType type = values.scalar_type();
+  STD_TORCH_CHECK(is_table(values, values) && is_floating(values) && type != ScalarType::Half,
+                  "memcompile: values must be contiguous [slots, dim] and float32, float64 or bfloat16");
+  if (rounded) {
+    STD_TORCH_CHECK(is_table(*rounded, values) && rounded->scalar_type() == ScalarType::BFloat16 && type == ScalarType::Float,
+                    "memcompile: rounded must be bfloat16 as values, which are then float32");
+  }
+  STD_TORCH_CHECK(is_vector(rows, rows.numel(), ScalarType::Long), "memcompile: rows must be int64 [n]");
+  if (grad) {
+    STD_TORCH_CHECK(grad->dim() == 2 && grad->size(0) == rows.size(0) && grad->size(1) == values.size(1) &&
+                        grad->scalar_type() == sum_type(values),
+                    "memcompile: grad must be [n, dim] in the dtype of the values' sums");
+  }
+}
+
+void check_range(const Tensor& numbers, int64_t end, const char* name) {
+  const int64_t* first = data<int64_t>(numbers);
+  int64_t lowest = 0, highest = 0;
+  for (int64_t i = 0; i < numbers.numel(); ++i) {
+    lowest = std::min(lowest, first[i]);
+    highest = std::max(highest, first[i]);
+  }
+  STD_TORCH_CHECK(numbers.numel() == 0 || (lowest >= 0 && highest < end), "memcompile: ", name, " ",
+                  lowest < 0 ? lowest : highest, " is out of range: there are ", end);
+}
+
+// f(Value{}) for the type of the values.
+template <class F>
+void with_value_type(const Tensor& values, const F& f) {
+  with_row_type(values, [&](auto value) {
+    if constexpr (!std::is_same_v<decltype(value), Half>) f(value);
+  });
+}
+
+// f(State{}) for the type of the moments of these values: that of their sums, or bf16 beside fp32.
+template <class Value, class F>
+void with_state_type(const Tensor& state, const F& f) {
+  if (state.scalar_type() == sum_type(state) && std::is_same_v<Sum<Value>, double> == (state.scalar_type() == ScalarType::Double)) {
+    return f(Sum<Value>{});
+  }
+  if constexpr (std::is_same_v<Sum<Value>, float>) {
+    if (state.scalar_type() == ScalarType::BFloat16) return f(BFloat16{});
+  }
+  STD_TORCH_CHECK(false, "memcompile: exp_avg must have the dtype of the values' sums, or bfloat16 beside float32");
+}
+
+// The row of the i-th gradient.
+template <class Value>
+ValueRow<Value> row_of(Value* values, BFloat16* rounded, const Sum<Value>* grad, int64_t dim, int64_t row, int64_t i, uint32_t seed) {
+  return {values + row * dim, rounded ? rounded + row * dim : nullptr, grad ? grad + i * dim : nullptr,
+          noise_key(row, seed, kValues)};
+}
+
+// The plans of `decays` [plans, 3] and `panels` [plans, panels, 1 + moments]; `room` gets the panels in the type of sums.
+template <class S>
+std::vector<Plan<S>> plans_of(const Tensor& decays, const Tensor& panels, std::vector<S>& room) {
+  constexpr int64_t size = 1 + Plan<S>::kMoments;
+  const int64_t number = decays.size(0), panels_each = panels.size(1);
+  const double* from = data<double>(panels);
+  room.assign(from, from + panels.numel());
+  std::vector<Plan<S>> plans(number);
+  for (int64_t i = 0; i < number; ++i) {
+    const double* decay = data<double>(decays) + 3 * i;
+    const double* first = from + i * panels_each * size;
+    int64_t count = panels_each;  // those at the end have no moments: other plans have more panels
+    while (count > 0 && std::all_of(first + (count - 1) * size + 1, first + count * size, [](double m) { return m == 0; })) --count;
+    plans[i] = {{S(decay[0]), S(decay[1]), S(decay[2])}, room.data() + i * panels_each * size, count};
+  }
+  return plans;
+}
+
+void row_adam(const Tensor& values, std::optional<Tensor> rounded, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+              const Tensor& rows_given, std::optional<Tensor> grad_given, std::optional<Tensor> plan_of_row,
+              std::optional<Tensor> decays_given, std::optional<Tensor> panels_given, const Tensor& numbers, int64_t seed) {
+  check_rows(values, rounded, rows_given, grad_given ? &*grad_given : nullptr);
+  STD_TORCH_CHECK(is_table(exp_avg, values), "memcompile: exp_avg must be contiguous and of the shape of values");
+  STD_TORCH_CHECK(is_table(exp_avg_sq, values) && exp_avg_sq.scalar_type() == exp_avg.scalar_type(),
+                  "memcompile: exp_avg_sq must be as exp_avg");
+  STD_TORCH_CHECK(is_vector(numbers, 6, ScalarType::Double) && numbers.is_contiguous(), "memcompile: numbers must be float64 [6]");
+  const bool late = plan_of_row.has_value();
+  STD_TORCH_CHECK(late == decays_given.has_value() && late == panels_given.has_value(),
+                  "memcompile: plan_of_row, decays and panels must be there together");
+  const int64_t count = rows_given.size(0), dim = values.size(1);
+  const Tensor rows = torch::stable::contiguous(rows_given);
+  check_range(rows, values.size(0), "row");
+  with_value_type(values, [&](auto value) {
+    using Value = decltype(value);
+    using S = Sum<Value>;
+    std::vector<S> room;
+    std::vector<Plan<S>> plans;
+    Tensor plan_numbers = rows;
+    if (late) {
+      STD_TORCH_CHECK(is_vector(*plan_of_row, count, ScalarType::Long), "memcompile: plan_of_row must be int64 as rows");
+      STD_TORCH_CHECK(decays_given->dim() == 2 && decays_given->size(1) == 3 && decays_given->scalar_type() == ScalarType::Double,
+                      "memcompile: decays must be float64 [plans, 3]");
+      STD_TORCH_CHECK(panels_given->dim() == 3 && panels_given->size(0) == decays_given->size(0) &&
+                          panels_given->size(2) == 1 + Plan<S>::kMoments && panels_given->scalar_type() == ScalarType::Double,
+                      "memcompile: panels must be float64 [plans, panels, ", 1 + Plan<S>::kMoments, "]");
+      plan_numbers = torch::stable::contiguous(*plan_of_row);
+      check_range(plan_numbers, decays_given->size(0), "plan_of_row");
+      plans = plans_of<S>(torch::stable::contiguous(*decays_given), torch::stable::contiguous(*panels_given), room);
+    }
+    const Tensor grad = grad_given ? torch::stable::contiguous(*grad_given) : values;
+    with_state_type<Value>(exp_avg, [&](auto state) {
+      using State = decltype(state);
+      const AdamUpdate<Value, State> update{AdamNumbers<S>(data<double>(numbers))};
+      Value* x = mutable_data<Value>(values);
+      BFloat16* copy = rounded ? mutable_data<BFloat16>(*rounded) : nullptr;
+      State* m = mutable_data<State>(exp_avg);
+      State* v = mutable_data<State>(exp_avg_sq);
+      const S* g = grad_given ? data<S>(grad) : nullptr;
+      const int64_t* row = data<int64_t>(rows);
+      const int64_t* plan = data<int64_t>(plan_numbers);
+      parallel(count, 4 * dim, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t at = row[i] * dim, next = row[std::min(i + 1, end - 1)] * dim;
+          const uint32_t keys[2] = {noise_key(row[i], uint32_t(seed), kExpAvg), noise_key(row[i], uint32_t(seed), kExpAvgSq)};
+          update.run(row_of(x, copy, g, dim, row[i], i, uint32_t(seed)), m + at, v + at, late ? &plans[plan[i]] : nullptr, dim,
+                     keys, x + next, m + next, v + next);
+        }
+      });
+    });
+  });
+}
+
+void row_adagrad(const Tensor& values, std::optional<Tensor> rounded, const Tensor& squares, const Tensor& rows_given,
+                 const Tensor& grad_given, double lr, double eps, double weight_decay, bool decoupled, int64_t seed) {
+  check_rows(values, rounded, rows_given, &grad_given);
+  STD_TORCH_CHECK(is_vector(squares, values.size(0), sum_type(values)) && squares.is_contiguous(),
+                  "memcompile: squares must be contiguous [slots] in the dtype of the values' sums");
+  const Tensor rows = torch::stable::contiguous(rows_given), grad = torch::stable::contiguous(grad_given);
+  check_range(rows, values.size(0), "row");
+  const int64_t dim = values.size(1);
+  const double added = decoupled ? 0 : weight_decay, kept = decoupled ? 1 - lr * weight_decay : 1;
+  with_value_type(values, [&](auto value) {
+    using Value = decltype(value);
+    using S = Sum<Value>;
+    Value* x = mutable_data<Value>(values);
+    BFloat16* copy = rounded ? mutable_data<BFloat16>(*rounded) : nullptr;
+    S* sum = mutable_data<S>(squares);
+    const S* g = data<S>(grad);
+    const int64_t* row = data<int64_t>(rows);
+    parallel(rows.size(0), 2 * dim, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const ValueRow<Value> to = row_of(x, copy, g, dim, row[i], i, uint32_t(seed));
+        update_adagrad(to, dim, sum + row[i], S(lr), S(eps), S(added), S(kept));
+      }
+    });
+  });
+}
+
+void row_sgd(const Tensor& values, std::optional<Tensor> rounded, const Tensor& rows_given, std::optional<Tensor> grad_given,
+             std::optional<Tensor> decays_given, double rate, int64_t seed) {
+  check_rows(values, rounded, rows_given, grad_given ? &*grad_given : nullptr);
+  if (decays_given) {
+    STD_TORCH_CHECK(is_vector(*decays_given, rows_given.size(0), ScalarType::Double), "memcompile: decays must be float64 as rows");
+  }
+  const Tensor rows = torch::stable::contiguous(rows_given);
+  const Tensor grad = grad_given ? torch::stable::contiguous(*grad_given) : values;
+  const Tensor decays = decays_given ? torch::stable::contiguous(*decays_given) : values;
+  check_range(rows, values.size(0), "row");
+  const int64_t dim = values.size(1);
+  with_value_type(values, [&](auto value) {
+    using Value = decltype(value);
+    using S = Sum<Value>;
+    Value* x = mutable_data<Value>(values);
+    BFloat16* copy = rounded ? mutable_data<BFloat16>(*rounded) : nullptr;
+    const S* g = grad_given ? data<S>(grad) : nullptr;
+    const double* decay = decays_given ? data<double>(decays) : nullptr;
+    const int64_t* row = data<int64_t>(rows);
+    parallel(rows.size(0), dim, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        update_sgd(row_of(x, copy, g, dim, row[i], i, uint32_t(seed)), dim, decay ? S(decay[i]) : S(1), S(rate));
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace memcompile

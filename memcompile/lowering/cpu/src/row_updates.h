@@ -1,0 +1,171 @@
+// One row of a table updated by its gradient, as row_adam.py, row_adagrad.py and row_sgd.py have it: a vector at a time,
+// everything that it needs read once and written once.
+#pragma once
+
+#include <algorithm>
+
+#include "lanes.h"
+
+namespace memcompile {
+
+enum RowTable : uint32_t { kValues, kExpAvg, kExpAvgSq };  // which round apart
+
+// A row of the values, with its rounded copy where there is one, or the end of a row in room for whole vectors.
+template <class Value>
+struct ValueRow {
+  Value* x;
+  BFloat16* rounded;
+  const Sum<Value>* grad;
+  uint32_t key;
+
+  void store(Vector<Sum<Value>> value, int64_t c, int64_t column) const {
+    store_lanes(x + c, value, key, column);
+    if constexpr (std::is_same_v<Value, float>) {
+      if (rounded) store_nearest(rounded + c, value);
+    }
+  }
+};
+
+// Room for the end of one array of a row: its numbers, then zeros; and back.
+template <class T>
+class Tail {
+ public:
+  Tail(const T* from, int64_t count) : count_(from ? count : 0) {
+    if (from) std::memcpy(static_cast<void*>(room_), from, count * sizeof(T));
+  }
+  T* data() { return room_; }
+  void write(T* to) const { std::memcpy(static_cast<void*>(to), room_, count_ * sizeof(T)); }
+
+ private:
+  T room_[kVectorBytes / sizeof(uint16_t)] = {};
+  int64_t count_;
+};
+
+// f(row, c, column, in_room) for each vector of a row: c is where it is in the row's arrays, `column` in the table's. The
+// end of a row that fills no vector is brought to a row of its own, `in_room`.
+template <class Value, class F>
+inline void for_each_vector(const ValueRow<Value>& row, int64_t dim, const F& f) {
+  constexpr int64_t lanes = kLanes<Sum<Value>>;
+  const int64_t whole = dim / lanes * lanes;
+  for (int64_t c = 0; c < whole; c += lanes) f(row, c, c, std::false_type{});
+  if (whole == dim) return;
+  Tail<Value> x(row.x + whole, dim - whole);
+  Tail<BFloat16> rounded(row.rounded ? row.rounded + whole : nullptr, dim - whole);
+  Tail<Sum<Value>> grad(row.grad ? row.grad + whole : nullptr, dim - whole);
+  f(ValueRow<Value>{x.data(), row.rounded ? rounded.data() : nullptr, row.grad ? grad.data() : nullptr, row.key}, 0, whole,
+    std::true_type{});
+  x.write(row.x + whole);
+  if (row.rounded) rounded.write(row.rounded + whole);
+}
+
+// What the rows that were last touched in one step have missed.
+template <class S>
+struct Plan {
+  static constexpr int64_t kMoments = std::is_same_v<S, double> ? 14 : 7;
+
+  S decay[3];  // of the value and both moments
+  const S* panels;  // [count, 1 + kMoments]: centre, moments
+  int64_t count;
+};
+
+// Of row_adam's numbers; 1 - beta in double, since fp32 of beta2 = 0.999 has an error of 2e-5 of it.
+template <class S>
+struct AdamNumbers {
+  S decay, beta1, beta2, rate, scale, eps, taken1, taken2;
+
+  explicit AdamNumbers(const double* from)
+      : decay(S(from[0])), beta1(S(from[1])), beta2(S(from[2])), rate(S(from[3])), scale(S(from[4])), eps(S(from[5])),
+        taken1(S(1 - from[1])), taken2(S(1 - from[2])) {}
+};
+
+template <class Value, class State>
+struct AdamUpdate {
+  using S = Sum<Value>;
+  AdamNumbers<S> number;
+
+  // The skipped steps for m = 1 and root = sqrt(v).
+  Vector<S> steps_a_moment(const Plan<S>& plan, Vector<S> root) const {
+    Vector<S> total{};
+    for (const S* panel = plan.panels; panel < plan.panels + plan.count * (1 + Plan<S>::kMoments); panel += 1 + Plan<S>::kMoments) {
+      const Vector<S> scaled = root * panel[0], inverse = S(1) / (scaled + number.eps), y = scaled * inverse;
+      Vector<S> powers = splat(panel[Plan<S>::kMoments]);
+      for (int64_t i = Plan<S>::kMoments - 1; i > 0; --i) powers = powers * y + panel[i];
+      total += powers * inverse;
+    }
+    return total;
+  }
+
+  void operator()(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const Plan<S>* plan, int64_t c,
+                  int64_t column, const uint32_t (&keys)[2]) const {
+    Vector<S> x = load_lanes(row.x + c), m = load_lanes(exp_avg + c), v = load_lanes(exp_avg_sq + c);
+    if (plan) {
+      const Vector<S> moved = plan->count ? m * steps_a_moment(*plan, square_root(v)) : Vector<S>{};
+      x = x * plan->decay[0] - moved;
+      m *= plan->decay[1];
+      v *= plan->decay[2];
+    }
+    if (row.grad) {
+      const Vector<S> g = load(row.grad + c);
+      m += number.taken1 * (g - m);
+      v = v * number.beta2 + number.taken2 * (g * g);
+      x = x * number.decay - number.rate * m / (square_root(v) * number.scale + number.eps);
+    }
+    row.store(x, c, column);
+    store_lanes(exp_avg + c, m, keys[0], column);
+    store_lanes(exp_avg_sq + c, v, keys[1], column);
+  }
+
+  // `ahead` are the tables' rows that come next.
+  void run(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const Plan<S>* plan, int64_t dim,
+           const uint32_t (&keys)[2], const Value* values_ahead, const State* avg_ahead, const State* avg_sq_ahead) const {
+    for_each_vector(row, dim, [&](const ValueRow<Value>& part, int64_t c, int64_t column, auto in_room) __attribute__((always_inline)) {
+      if constexpr (!in_room) {
+        __builtin_prefetch(values_ahead + c, 1, 0);
+        __builtin_prefetch(avg_ahead + c, 1, 0);
+        __builtin_prefetch(avg_sq_ahead + c, 1, 0);
+        (*this)(part, exp_avg, exp_avg_sq, plan, c, column, keys);
+      } else {
+        Tail<State> m(exp_avg + column, dim - column), v(exp_avg_sq + column, dim - column);
+        (*this)(part, m.data(), v.data(), plan, c, column, keys);
+        m.write(exp_avg + column);
+        v.write(exp_avg_sq + column);
+      }
+    });
+  }
+};
+
+// x = kept * x - lr / (sqrt(squares) + eps) * g with g = grad + added * x, where squares has grown by the mean of g**2.
+template <class Value>
+inline void update_adagrad(const ValueRow<Value>& row, int64_t dim, Sum<Value>* squares, Sum<Value> lr, Sum<Value> eps,
+                           Sum<Value> added, Sum<Value> kept) {
+  using S = Sum<Value>;
+  Vector<S> sums{};
+  const int64_t whole = dim / kLanes<S> * kLanes<S>;
+  for (int64_t c = 0; c < whole; c += kLanes<S>) {
+    const Vector<S> g = load(row.grad + c) + added * load_lanes(row.x + c);
+    sums += g * g;
+  }
+  S sum = sum_of_lanes<S>(sums);
+  for (int64_t c = whole; c < dim; ++c) {
+    const S g = row.grad[c] + added * to_sum(row.x[c]);
+    sum += g * g;
+  }
+  if (dim > 0) *squares += sum / S(dim);
+  const S step = lr / (square_root(splat(*squares))[0] + eps);
+  for_each_vector(row, dim, [&](const ValueRow<Value>& part, int64_t c, int64_t column, auto) __attribute__((always_inline)) {
+    const Vector<S> x = load_lanes(part.x + c), g = load(part.grad + c) + added * x;
+    part.store(x * kept - step * g, c, column);
+  });
+}
+
+// x = decay * x - rate * g
+template <class Value>
+inline void update_sgd(const ValueRow<Value>& row, int64_t dim, Sum<Value> decay, Sum<Value> rate) {
+  using S = Sum<Value>;
+  for_each_vector(row, dim, [&](const ValueRow<Value>& part, int64_t c, int64_t column, auto) __attribute__((always_inline)) {
+    const Vector<S> x = load_lanes(part.x + c) * decay;
+    part.store(part.grad ? x - rate * load(part.grad + c) : x, c, column);
+  });
+}
+
+}  // namespace memcompile

@@ -1,0 +1,68 @@
+// What the bindings share: PyTorch's tensors as pointers and element types, and its threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace memcompile {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Elements that a thread should have before another is worth its start.
+inline constexpr int64_t kGrain = 1 << 14;
+
+// f(begin, end) over parts of 0..count, each of which costs about `elements` elements.
+template <class F>
+void parallel(int64_t count, int64_t elements, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
+  torch::stable::parallel_for(0, count, grain, f);
+}
+
+// f(T{}) for the type of the rows.
+template <class F>
+auto with_row_type(const Tensor& rows, const F& f) {
+  switch (rows.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Half{});
+    default:
+      STD_TORCH_CHECK(false, "memcompile: rows must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline bool is_floating(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+inline ScalarType sum_type(const Tensor& rows) {
+  return rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The tensor, contiguous and of this type; itself where it is.
+inline Tensor as(const Tensor& tensor, ScalarType type) {
+  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+}  // namespace memcompile
