@@ -105,6 +105,19 @@ def test_against_fp64(name, form, count, dim, seed, grad, lags, decoupled):
     assert all(torch.equal(a, b) for a, b in zip(before, [a for a in args if torch.is_tensor(a)], strict=True))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_number_of_threads(name, form):
+    args = arguments(name, form, count=700, dim=83, slots=1000)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(changed(name, operator(name), args))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_refusals(name):
     args = arguments(name)

@@ -130,4 +130,4 @@ class RowAdamW(CatchingUpOptimizer):
         constants = torch.tensor([*numbers, state["eps"]], dtype=torch.float64)
         seed = step_seed(state, group)
         operator("row_adam")(values, rounded, *moments, rows, grad, *parts, constants, seed)
-        state["last_step"][rows] = state["step"]
+        state["last_step"].index_fill_(0, rows, state["step"])

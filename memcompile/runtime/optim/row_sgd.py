@@ -86,5 +86,5 @@ class RowSGD(CatchingUpOptimizer):
             after = state["last_step"][rows].long().cpu()
             until = torch.full_like(after, state["step"])
             decays = self._history(state).log_product(0, after, until).exp().to(rows.device)
-            state["last_step"][rows] = state["step"]
+            state["last_step"].index_fill_(0, rows, state["step"])
         operator("row_sgd")(values, rounded, rows, grad, decays, rate, step_seed(state, group))

@@ -12,6 +12,7 @@ from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
 aten = torch.ops.aten
 # Of these, the first operand is a table of which the rest tells the rows.
 BY_ROW = {aten.index.Tensor, aten.index_put_.default, aten.index_select.default, aten.index_copy_.default}
+BY_ROW |= {aten.index_fill_.int_Scalar}
 VIEWS = {aten.view.default, aten.detach.default, aten.alias.default, aten.select.int, aten.slice.Tensor}
 VIEWS |= {aten.unsqueeze.default, aten._indices.default, aten._values.default, aten.expand.default}
 VIEWS |= {aten.is_coalesced.default, aten.t.default}

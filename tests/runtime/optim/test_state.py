@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-import memcompile  # noqa: F401  registers the hooks that step the values by their own rate
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
+from memcompile.runtime.pool import pool_of
+from tests.planned import batch, planned_gpt
 from tests.runtime.optim.sequences import Sequence, sequences
 
 MAKERS = {
@@ -139,6 +140,35 @@ def test_learning_rate_in_a_tensor():
             optimizer.step()
             scheduler.step()
     torch.testing.assert_close(parameter, same)
+
+
+def test_scaled_gradients():
+    """GradScaler divides sparse gradients, and skips a step whose gradients overflow."""
+    parameter = nn.Parameter(torch.ones(5, 2))
+    optimizer = RowAdamW([parameter], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (1.0, float("inf"), 1.0):
+        optimizer.zero_grad()
+        loss = nn.functional.embedding(torch.tensor([1, 1]), parameter, sparse=True).sum() * factor
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.state[parameter]["step"] == 2 and parameter.isfinite().all()
+    assert optimizer.state[parameter]["exp_avg"][1].tolist() == pytest.approx([0.38, 0.38])
+
+
+def test_memory_values_step_by_their_own_rate():
+    """The values of a planned model learn at `values_lr`, which their history then holds; a read needs no rate."""
+    model = planned_gpt()
+    values = pool_of(model).values
+    optimizer = RowAdamW([values], lr=0.5)
+    model(*batch()).backward()
+    values.grad = values.grad.to_sparse(1)
+    optimizer.step()
+    assert optimizer.state[values]["rates"][0, :2].tolist() == [1, pool_of(model).config.values_lr]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5]
+    optimizer.catch_up(values)
+    assert (optimizer.state[values]["last_step"] == 1).all()
 
 
 def test_in_place_changes_are_seen_by_autograd():
