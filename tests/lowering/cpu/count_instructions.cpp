@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "by_slot.h"
+#include "row_updates.h"
 #include "rows.h"
 #include "scores.h"
 #include "search.h"
@@ -102,6 +103,25 @@ void sort() {
   });
 }
 
+// Adam of a row; `panels` of what it has missed.
+template <class State>
+void adam(int64_t panels) {
+  std::vector<float> x = random_rows<float>(kDim);
+  const std::vector<float> grad = random_rows<float>(kDim), terms = random_rows<float>(panels * (1 + Plan<float>::kMoments));
+  std::vector<State> m = random_rows<State>(kDim), v(kDim);
+  for (int64_t c = 0; c < kDim; ++c) from_sum(to_sum(m[c]) * to_sum(m[c]), &v[c]);
+  const double numbers[6] = {1, 0.9, 0.999, 1e-3, 1, 1e-8};
+  const AdamUpdate<float, State> update{AdamNumbers<float>(numbers)};
+  const Plan<float> plan{{1, 0.9f, 0.999f}, terms.data(), panels};
+  measured([&] {
+    for (int64_t t = 0; t < kTokens; ++t) {
+      const ValueRow<float> row{x.data(), nullptr, grad.data(), noise_key(t, 0, kValues)};
+      update.run(row, m.data(), v.data(), panels ? &plan : nullptr, kDim, {noise_key(t, 0, kExpAvg), noise_key(t, 0, kExpAvgSq)},
+                 x.data(), m.data(), v.data());
+    }
+  });
+}
+
 int main(int, char** arguments) {
   const char* kernel = arguments[1];
   if (!std::strcmp(kernel, "gather fp32")) gather<float>();
@@ -110,6 +130,9 @@ int main(int, char** arguments) {
   else if (!std::strcmp(kernel, "search")) search();
   else if (!std::strcmp(kernel, "scores")) scores();
   else if (!std::strcmp(kernel, "sort")) sort();
+  else if (!std::strcmp(kernel, "adam")) adam<float>(0);
+  else if (!std::strcmp(kernel, "adam late")) adam<float>(1);
+  else if (!std::strcmp(kernel, "adam bf16 state")) adam<BFloat16>(0);
   else return 1;
   std::printf("%d\n", int(kTokens));
 }

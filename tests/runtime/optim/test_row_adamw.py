@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from memcompile.errors import OptionError
 from memcompile.runtime.optim import RowAdamW
-from tests.runtime.optim.sequences import Sequence, sequences, train
+from tests.runtime.optim.sequences import ExactSequence, Sequence, sequences, train
 from tests.tolerance import assert_as_accurate, largest_error
 
 BETAS = st.sampled_from([(0.9, 0.999), (0.9, 0.95), (0.5, 0.9), (0.0, 0.99), (0.95, 0.9999)])
@@ -42,20 +42,12 @@ def test_equals_dense_in_fp64(sequence, betas, eps, maximize):
 @settings(max_examples=25, deadline=None)
 @given(sequences(), BETAS, EPS)
 def test_as_accurate_as_dense_in_fp32(sequence, betas, eps):
+    sequence = sequence.wide()
     options = {"betas": betas, "eps": eps, "weight_decay": sequence.weight_decay}
     ours, p = train(sequence, lambda p: RowAdamW([p], **options), torch.float32)
     dense, q = train(sequence, lambda p: AdamW([p], foreach=False, **options), torch.float32, dense=True)
 
-    class Exactly(Sequence):
-        def gradients(self, dtype):
-            for grad, lr in super().gradients(torch.float32):
-                yield grad.to(dtype), lr
-
-        def initial(self, dtype):
-            return super().initial(torch.float32).to(dtype)
-
-    exactly = Exactly(**vars(sequence))
-    exact, r = train(exactly, lambda p: AdamW([p], **options), torch.float64, dense=True)
+    exact, r = train(ExactSequence(**vars(sequence)), lambda p: AdamW([p], **options), torch.float64, dense=True)
     assert_as_accurate(ours, dense, exact, "values")
     for moment in ("exp_avg", "exp_avg_sq"):
         assert_as_accurate(p.state[ours][moment], q.state[dense][moment], r.state[exact][moment], moment)

@@ -9,20 +9,10 @@ from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 
 from memcompile.errors import OptionError
 from memcompile.runtime.optim import LazyAdam, RowSGD, RowwiseAdagrad
-from tests.runtime.optim.sequences import Sequence, sequences, train
+from tests.runtime.optim.sequences import ExactSequence, Sequence, sequences, train
 from tests.tolerance import assert_as_accurate, largest_error
 
 FEW = settings(max_examples=20, deadline=None)
-
-
-class ExactSequence(Sequence):
-    """The numbers of an fp32 run, in fp64."""
-
-    def gradients(self, dtype):
-        return ((grad.to(dtype), lr) for grad, lr in super().gradients(torch.float32))
-
-    def initial(self, dtype):
-        return super().initial(torch.float32).to(dtype)
 
 
 def assert_same(sequence, make, make_plain, dense=False):
@@ -30,6 +20,7 @@ def assert_same(sequence, make, make_plain, dense=False):
     ours, _ = train(sequence, make, torch.float64)
     theirs, _ = train(sequence, make_plain, torch.float64, dense)
     assert largest_error(ours, theirs) <= 1e-10
+    sequence = sequence.wide()
     ours, _ = train(sequence, make, torch.float32)
     plain, _ = train(sequence, make_plain, torch.float32, dense)
     exact, _ = train(ExactSequence(**vars(sequence)), make_plain, torch.float64, dense)

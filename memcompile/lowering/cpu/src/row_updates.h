@@ -106,7 +106,8 @@ struct AdamUpdate {
     }
     if (row.grad) {
       const Vector<S> g = load(row.grad + c);
-      m += number.taken1 * (g - m);
+      // As torch.lerp: from the nearer end, so that what is near m or near g has their precision.
+      m = number.taken1 < S(0.5) ? m + number.taken1 * (g - m) : g + number.beta1 * (m - g);
       v = v * number.beta2 + number.taken2 * (g * g);
       x = x * number.decay - number.rate * m / (square_root(v) * number.scale + number.eps);
     }
