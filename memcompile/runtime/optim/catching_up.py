@@ -9,6 +9,8 @@ from torch.autograd.graph import increment_version
 from memcompile.runtime.optim.rate_history import RateHistory
 from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State
 
+_ROWS = 2**16  # that are caught up at once: so many plans there may be
+
 
 class CatchingUpOptimizer(RowOptimizer):
     """An optimizer that keeps, in a parameter's state, `last_step` int32 [slots] and a `RateHistory`.
@@ -45,8 +47,9 @@ class CatchingUpOptimizer(RowOptimizer):
             if len(asked) and (asked[0] < 0 or asked[-1] >= len(last)):
                 raise IndexError(f"catch_up: rows {asked[0]} to {asked[-1]} of a table of {len(last)}")
             behind = asked[last[asked] != state["step"]]
+        for part in torch.split(behind, _ROWS):
+            self._catch_up_rows(parameter, state, group, part)
         if len(behind):
-            self._catch_up_rows(parameter, state, group, behind)
             increment_version(parameter)
         if rows is None:
             self._history(state).forget()

@@ -28,7 +28,7 @@ class LazyAdam(RowOptimizer):
     decay is decoupled (x = (1 - lr * weight_decay) * x, as in AdamW) and of touched rows alone, so a row that is
     touched in one step out of a hundred decays a hundred times as slowly. Nothing is ever behind.
 
-    State of a parameter: `exp_avg` and `exp_avg_sq` [slots, dim], `step`, and `master` fp32 if asked for.
+    State of a parameter: `exp_avg` and `exp_avg_sq` of its shape, `step`, and `master` fp32 if asked for.
 
     Args:
         params: parameters or groups of them.
@@ -70,7 +70,7 @@ class LazyAdam(RowOptimizer):
 
     def _start(self, parameter: Tensor, state: State, group: Group) -> None:
         for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(as_rows(parameter), dtype=moment_dtype(parameter, group))
+            state[name] = torch.zeros_like(parameter, dtype=moment_dtype(parameter, group))
 
     def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
@@ -78,7 +78,7 @@ class LazyAdam(RowOptimizer):
         rate = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
         decay = 1 - lr * float(group["weight_decay"])
         numbers = torch.tensor([decay, beta1, beta2, rate, 1.0, group["eps"]], dtype=torch.float64)
-        moments = state["exp_avg"], state["exp_avg_sq"]
+        moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
         seed = step_seed(state, group)
         values, rounded = tables(parameter, state)
         operator("row_adam")(values, rounded, *moments, rows, grad, None, None, None, numbers, seed)

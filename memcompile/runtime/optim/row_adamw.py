@@ -32,7 +32,7 @@ class RowAdamW(CatchingUpOptimizer):
     how exactly, is told in `skipped_steps`. So before rows are read, in a forward, an evaluation or a checkpoint of
     the model, call `catch_up(parameter, rows)` or `catch_up(parameter)`.
 
-    State of a parameter: `exp_avg` and `exp_avg_sq` [slots, dim], `last_step` int32 [slots], `step`, `master` fp32 if
+    State of a parameter: `exp_avg` and `exp_avg_sq` of its shape, `last_step` int32 [slots], `step`, `master` fp32 if
     asked for, and the history of the rates (see `CatchingUpOptimizer` for its bound). `state_dict` saves the lag as
     it is and changes nothing; with the parameter as it is at that time, `load_state_dict` goes on bit for bit.
 
@@ -87,12 +87,16 @@ class RowAdamW(CatchingUpOptimizer):
             raise OptionError("amsgrad: RowAdamW cannot catch up with a maximum over skipped steps; use amsgrad=False")
 
     def _start(self, parameter: Tensor, state: State, group: Group) -> None:
-        like = as_rows(parameter)
         for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(like, dtype=moment_dtype(parameter, group))
-        state["last_step"] = torch.zeros(len(like), dtype=torch.int32, device=like.device)
-        state["eps"] = float(group["eps"])
-        self._history(state)
+            state[name] = torch.zeros_like(parameter, dtype=moment_dtype(parameter, group))
+        self._complete(parameter, state, group)
+
+    def _complete(self, parameter: Tensor, state: State, group: Group) -> None:
+        if "last_step" not in state:  # every row is as of now
+            slots, device = parameter.shape[0], parameter.device
+            state["last_step"] = torch.full((slots,), state["step"], dtype=torch.int32, device=device)
+            state["eps"] = float(group["eps"])
+            self._history(state)
 
     def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
         lr, weight_decay, eps = float(group["lr"]), float(group["weight_decay"]), float(group["eps"])
@@ -123,7 +127,7 @@ class RowAdamW(CatchingUpOptimizer):
     ) -> None:
         """Catches the rows up until the step `until`, and then does a step with the gradient, if there is one."""
         values, rounded = tables(parameter, state)
-        moments = state["exp_avg"], state["exp_avg_sq"]
+        moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
         dtype = torch.promote_types(values.dtype, torch.float32)
         missed = plan(self._history(state), state["last_step"][rows], until, dtype)
         parts = (None, None, None) if missed is None else (missed.plan_of_row, missed.decays, missed.panels)

@@ -45,17 +45,19 @@ class RowOptimizer(Optimizer):
             OptionError: an option's value, or a parameter, is not served.
         """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            for option in ("lr", "weight_decay"):
-                require(option, group[option], float(group[option]) >= 0, "0 or more")
-            require("seed", group["seed"], isinstance(group["seed"], int), "an integer")
-            self._check_group(group)
-            for parameter in group["params"]:
-                _check_parameter(parameter)
+            self._check(self.param_groups[-1])
         except OptionError:
             del self.param_groups[-1]
             raise
+
+    def _check(self, group: Group) -> None:
+        for option in ("lr", "weight_decay"):
+            require(option, group[option], float(group[option]) >= 0, "0 or more")
+        require("seed", group["seed"], isinstance(group["seed"], int), "an integer")
+        self._check_group(group)
+        for parameter in group["params"]:
+            _check_parameter(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -95,12 +97,21 @@ class RowOptimizer(Optimizer):
     def _start(self, parameter: Tensor, state: State, group: Group) -> None:
         """Adds what a parameter that has no state needs."""
 
+    def _complete(self, parameter: Tensor, state: State, group: Group) -> None:
+        """Adds what the state of PyTorch's optimizer lacks."""
+
     @abstractmethod
     def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
         """Counts a step and does it, for distinct rows int64 [n] with gradients [n, dim]."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`, with every tensor in the dtype that it was saved in."""
+        """As `torch.optim.Optimizer.load_state_dict`, with every tensor in the dtype that it was saved in.
+
+        The state of PyTorch's optimizer of the same mathematics may be loaded too: dense training goes on by rows.
+
+        Raises:
+            OptionError: an option that was saved is not served.
+        """
         seen: list[dict[str, Any]] = []
         # The last of the hooks, it sees what the others made of the dict.
         handle = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))
@@ -116,6 +127,20 @@ class RowOptimizer(Optimizer):
                 if isinstance(value, Tensor):
                     value = value.to("cpu" if name in _ON_THE_CPU else parameter.device)
                 self.state[parameter][name] = value
+        for group in self.param_groups:
+            self._check(group)
+            for parameter in group["params"]:
+                if parameter in self.state:
+                    state = self.state[parameter]
+                    state["step"] = int(state.get("step", 0))  # PyTorch's is a tensor, or SGD's is not there
+                    self._complete(parameter, state, group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for option, value in self.defaults.items():
+                if option != "differentiable":  # which PyTorch adds to the defaults here, and nothing reads
+                    group.setdefault(option, value)
 
 
 def tables(parameter: Tensor, state: State) -> tuple[Tensor, Tensor | None]:

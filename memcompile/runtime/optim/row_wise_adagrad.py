@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memcompile.errors import OptionError
 from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State, require, step_seed, tables
 
@@ -62,6 +63,13 @@ class RowwiseAdagrad(RowOptimizer):
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         first = group["initial_accumulator_value"]
         state["sum"] = torch.full(parameter.shape[:1], first, dtype=dtype, device=parameter.device)
+
+    def _complete(self, parameter: Tensor, state: State, group: Group) -> None:
+        shape = state["sum"].shape
+        if shape == (parameter.shape[0], 1):  # of torch.optim.Adagrad, where the two are the same
+            state["sum"] = state["sum"][:, 0].contiguous()
+        elif shape != parameter.shape[:1]:
+            raise OptionError(f"sum: expected one number a row, {list(parameter.shape[:1])}; got {list(shape)}")
 
     def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
         state["step"] += 1

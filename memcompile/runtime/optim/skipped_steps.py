@@ -35,6 +35,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memcompile.lowering.row_adam import moments_of
@@ -43,6 +44,7 @@ from memcompile.runtime.optim.rate_history import RateHistory
 DECAY, BETA1, BETA2 = range(3)  # the factors of the history
 _HALF_WIDTH = 1 / 16  # of a panel, relative to its centre
 _RATIO = math.log((1 + _HALF_WIDTH) / (1 - _HALF_WIDTH))
+_STARTS = 2**10  # whose terms are held at once
 _NONE = 1e-300  # stands for a beta1 of 0 where its logarithm is taken
 
 
@@ -88,7 +90,9 @@ def plan(history: RateHistory, last: Tensor, until: int, dtype: torch.dtype) -> 
         return None
     end = torch.full_like(starts, until)
     decays = torch.stack([history.log_product(f, starts, end) for f in (DECAY, BETA1, BETA2)], 1).exp()
-    panels = _panels(history, starts.unsqueeze(1), until, dtype)
+    parts = [_panels(history, some.unsqueeze(1), until, dtype) for some in torch.split(starts, _STARTS)]
+    most = max(part.shape[1] for part in parts)
+    panels = torch.cat([F.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts])
     return SkippedSteps(plan_of_row, decays.to(last.device), panels.to(last.device))
 
 

@@ -73,6 +73,22 @@ def test_the_documented_numbers():
     assert panels(20_000, torch.float32) == 1 and panels(20_000, torch.float64) == 2
 
 
+def test_many_plans_are_each_their_own(monkeypatch):
+    """A row's plan does not depend on what others missed, nor on how many plans are made at once."""
+    history = history_of([(1e-3 * (1 + step % 5), 0.01) for step in range(400)])
+    last = torch.arange(0, 400, 7, dtype=torch.int32)
+    together = plan(history, last, 400, torch.float32)
+    monkeypatch.setattr("memcompile.runtime.optim.skipped_steps._STARTS", 5)
+    in_parts = plan(history, last, 400, torch.float32)
+    roots = torch.rand(len(last), 6, dtype=torch.float64)
+    moved = _steps_a_moment(roots, together.panels, 1e-3)
+    assert torch.equal(_steps_a_moment(roots, in_parts.panels, 1e-3), moved)
+    for i, start in enumerate(last):
+        alone = plan(history, start[None], 400, torch.float32)
+        assert torch.equal(_steps_a_moment(roots[i : i + 1], alone.panels, 1e-3)[0], moved[i])
+        assert torch.equal(alone.decays[0], together.decays[i])
+
+
 def test_new_rows_have_no_plan():
     history = history_of([(1e-3, 0.01)] * 3)
     assert plan(history, torch.tensor([3, 3], dtype=torch.int32), 3, torch.float32) is None

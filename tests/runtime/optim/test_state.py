@@ -9,12 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim import SGD, Adagrad, AdamW, SparseAdam
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
+from memcompile.errors import OptionError
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
 from memcompile.runtime.pool import pool_of
 from tests.planned import batch, planned_gpt
 from tests.runtime.optim.sequences import Sequence, sequences
+from tests.tolerance import largest_error
 
 MAKERS = {
     "RowAdamW": RowAdamW,
@@ -140,6 +143,42 @@ def test_learning_rate_in_a_tensor():
             optimizer.step()
             scheduler.step()
     torch.testing.assert_close(parameter, same)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_goes_on_from_pytorch(name):
+    """A run of PyTorch's own optimizer, saved and continued by rows."""
+    pytorch = {"RowAdamW": AdamW, "LazyAdam": SparseAdam, "RowwiseAdagrad": Adagrad, "RowSGD": SGD}[name]
+    sequence = Sequence(6, 80, 20, 1 if name == "RowwiseAdagrad" else 3, "constant", 0.1)
+    run = list(sequence.gradients(torch.float64))
+    dense = nn.Parameter(sequence.initial(torch.float64))
+    options = {} if name == "LazyAdam" else {"eps": 1e-8} if name == "RowwiseAdagrad" else {"weight_decay": 0.1}
+    reference = pytorch([dense], **options)
+
+    def go_on(part):
+        steps(reference, dense, [(g if name == "LazyAdam" else g.to_dense(), lr) for g, lr in part])
+
+    go_on(run[:40])
+    ours = nn.Parameter(dense.detach().clone())
+    optimizer = MAKERS[name]([ours])
+    optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
+    go_on(run[40:])
+    steps(optimizer, ours, run[40:])
+    if hasattr(optimizer, "catch_up"):
+        optimizer.catch_up(ours)
+    assert largest_error(ours, dense) <= 1e-12
+
+
+def test_what_was_saved_may_be_refused():
+    parameter = nn.Parameter(torch.zeros(3, 2))
+    for ours, theirs, message in (
+        (RowAdamW([parameter]), AdamW([parameter], amsgrad=True), "amsgrad"),
+        (LazyAdam([parameter]), AdamW([parameter], amsgrad=True), "amsgrad"),
+        (RowSGD([parameter]), SGD([parameter], momentum=0.9), "momentum"),
+        (RowwiseAdagrad([parameter]), Adagrad([parameter], eps=1e-8), "sum: expected one number a row"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            ours.load_state_dict(theirs.state_dict())
 
 
 def test_scaled_gradients():
