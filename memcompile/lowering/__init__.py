@@ -11,6 +11,7 @@ from memcompile.lowering import (
     row_adagrad,
     row_adam,
     row_sgd,
+    row_sums,
     weighted_gather,
 )
 from memcompile.lowering.memory_lookup import memory_lookup
@@ -38,6 +39,7 @@ __all__ = [
     "row_adagrad",
     "row_adam",
     "row_sgd",
+    "row_sums",
     "weighted_gather",
 ]
 

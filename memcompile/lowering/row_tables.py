@@ -1,7 +1,7 @@
-"""What the operators that update rows in place share: how they are registered, and rows in and out of tables.
+"""What the operators on rows of tables share: how they are registered, and rows in and out of tables.
 
-Such an operator reads and writes the rows that it is given and no others. Its `values` are the table that learns, its
-`rounded` a bf16 copy of fp32 values, or None. Rows must be distinct. It has no derivative and returns nothing.
+An operator that updates rows in place reads and writes the rows that it is given and no others. Its `values` are the
+table that learns, its `rounded` a bf16 copy of fp32 values, or None. Rows must be distinct. It returns nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,22 +72,28 @@ def store_values(values: Tensor, rounded: Tensor | None, rows: Tensor, x: Tensor
         rounded.index_copy_(0, rows, x.to(rounded.dtype))
 
 
-def register_row_operator(name: str, check: Callable[..., None], kernel: Callable[..., None]) -> None:
-    """Gives the operator `name` of `schema.SCHEMAS` its PyTorch operators and its fake.
+def register_row_operator(
+    name: str, check: Callable[..., None], kernel: Callable[..., Any], fake: Callable[..., Any] | None = None
+) -> None:
+    """Gives the operator `name` of `schema.SCHEMAS` its PyTorch operators and its fake. It has no derivative.
 
     Args:
         check: raises ValueError for arguments that the operator cannot serve.
-        kernel: the update, in operations of PyTorch. On the CPU the C++ of `lowering.cpu` runs in its place, where it
+        kernel: the operator, in operations of PyTorch. On the CPU the C++ of `lowering.cpu` runs in its place, where it
             can be built.
+        fake: shapes and dtypes of what it returns, if anything.
     """
 
-    def anywhere(*args: Any) -> None:
+    def anywhere(*args: Any) -> Any:
         check(*args)
         tensors = [a for a in args if isinstance(a, Tensor)]
         if all(t.device.type == "cpu" for t in tensors) and cpu.load():
-            on_the_cpu(operator(name), *args)  # from the next call on the dispatcher goes there by itself
-        else:
-            kernel(*args)
+            return on_the_cpu(operator(name), *args)  # from the next call on the dispatcher goes there by itself
+        return kernel(*args)
+
+    def checked_fake(*args: Any) -> Any:
+        check(*args)
+        return fake(*args) if fake else None
 
     LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"{NAMESPACE}::{name}", check, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)

@@ -17,6 +17,8 @@ SCHEMAS = {
     "weighted_gather": "(Tensor values, Tensor slots, Tensor weights) -> Tensor",
     "gather_dot": "(Tensor values, Tensor slots, Tensor grad) -> Tensor",
     "weighted_scatter": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> Tensor",
+    "hits_by_row": "(Tensor slots, SymInt num_slots) -> (Tensor rows, Tensor ends, Tensor hits)",
+    "row_sums": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> (Tensor rows, Tensor sums)",
     # These update rows of tables in place: row_tables.py.
     "row_adam": (
         "(Tensor(a!) values, Tensor(b!)? rounded, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor rows, "

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from memcompile.lowering.batching import fold_into_tokens, offset_slots, unfold_tokens
 from memcompile.lowering.differentiable import register_operator
+from memcompile.lowering.hits import check_grad, check_slots, check_weights, sums_of_hits
 from memcompile.lowering.schema import operator
 
 # Gathered rows that gather_dot holds at once, in elements. On a CPU they stay in the second-level cache: 26 ms
@@ -28,29 +29,10 @@ from memcompile.lowering.schema import operator
 _CHUNK_ELEMENTS = {"cpu": 2**17, "accelerator": 2**26}
 
 
-def _check_slots(slots: Tensor) -> None:
-    if slots.dim() != 2 or slots.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"slots: expected int32 or int64 [tokens, hits], got {slots.dtype} {list(slots.shape)}")
-
-
 def _check_values(values: Tensor) -> None:
     if values.dim() != 2 or not values.is_floating_point():
         raise ValueError(
             f"values: expected floating point [num_slots, value_dim], got {values.dtype} {list(values.shape)}"
-        )
-
-
-def _check_weights(slots: Tensor, weights: Tensor) -> None:
-    if weights.shape != slots.shape or not weights.is_floating_point():
-        raise ValueError(
-            f"weights: expected floating point {list(slots.shape)} as slots, got {weights.dtype} {list(weights.shape)}"
-        )
-
-
-def _check_grad(slots: Tensor, grad: Tensor) -> None:
-    if grad.dim() != 2 or grad.shape[0] != slots.shape[0] or not grad.is_floating_point():
-        raise ValueError(
-            f"grad: expected floating point [tokens = {slots.shape[0]}, value_dim], got {grad.dtype} {list(grad.shape)}"
         )
 
 
@@ -76,8 +58,8 @@ def _reading_vmap(name: str) -> Callable[..., tuple[Tensor, int]]:
 
 def _check_gather(values: Tensor, slots: Tensor, weights: Tensor) -> None:
     _check_values(values)
-    _check_slots(slots)
-    _check_weights(slots, weights)
+    check_slots(slots)
+    check_weights(slots, weights)
 
 
 def _gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -109,8 +91,8 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tenso
 
 def _check_dot(values: Tensor, slots: Tensor, grad: Tensor) -> None:
     _check_values(values)
-    _check_slots(slots)
-    _check_grad(slots, grad)
+    check_slots(slots)
+    check_grad(slots, grad)
     if grad.dtype != values.dtype or grad.shape[1] != values.shape[1]:
         raise ValueError(
             f"grad: expected value_dim = {values.shape[1]} and {values.dtype} as values, "
@@ -155,27 +137,14 @@ def _dot_backward(ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, None, Ten
 
 
 def _check_scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> None:
-    _check_slots(slots)
-    _check_weights(slots, weights)
-    _check_grad(slots, grad)
+    check_slots(slots)
+    check_weights(slots, weights)
+    check_grad(slots, grad)
 
 
 def _scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> Tensor:
-    weights, grad = weights.detach(), grad.detach()
-    out = grad.new_zeros(num_slots, grad.shape[1])
-    if slots.numel() == 0:
-        return out
-    # Hits sorted by slot: each slot that was hit is a bag of (token, weight), its sum a gather once more.
-    ranked, order = slots.reshape(-1).sort(stable=True)
-    hit_slots, counts = torch.unique_consecutive(ranked, return_counts=True)
-    sums = F.embedding_bag(
-        order // slots.shape[1],
-        grad,
-        counts.cumsum(0) - counts,
-        per_sample_weights=weights.reshape(-1)[order].to(grad.dtype),
-        mode="sum",
-    )
-    return out.index_copy_(0, hit_slots.long(), sums)
+    rows, sums = sums_of_hits(slots, weights, grad)
+    return grad.new_zeros(num_slots, grad.shape[1]).index_copy_(0, rows, sums)
 
 
 def _scatter_fake(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> Tensor:

@@ -49,6 +49,7 @@ def test_bit_for_bit_over_repeats_and_threads(dtype, threads):
             dot(values, slots, grad),
             scatter(slots, weights, grad, len(values)),
             scatter(slots.long(), weights, grad, len(values)),
+            *operator("row_sums")(slots, weights, grad, len(values)),
             *operator("product_key_search")(query, half_keys, 19),
             *operator("product_key_topk")(scores, 19),
         )
@@ -75,6 +76,8 @@ def test_many_hits_of_large_tables(num_slots, index_dtype, threads):
         found = scatter(slots, weights, grad, num_slots)
         torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-4)
         assert torch.equal(found == 0, exact == 0)
+        rows, sums = operator("row_sums")(slots, weights, grad, num_slots)
+        assert torch.equal(rows, slots.unique().long()) and torch.equal(found[rows], sums)
 
 
 @pytest.mark.parametrize("half_dim", [1024, 2050])

@@ -232,50 +232,110 @@ Tensor gather_dot(const Tensor& values_given, const Tensor& slots_given, const T
   return out;
 }
 
+// The hits sorted by slot, and where each slot's end: f(sorted, ends).
+template <class Slot, class F>
+void with_runs(const Slot* slots, int64_t count, int64_t num_slots, const F& f) {
+  const SortedHits<Slot> sorted =
+      sort_by_slot(slots, count, num_slots, torch::stable::get_num_threads(),
+                   [](int64_t begin, int64_t end, const auto& part) { torch::stable::parallel_for(begin, end, 1, part); });
+  f(sorted, ends_of_runs(sorted.slots.get(), count));
+}
+
+// f(run, sums) for every run of hits on the thread that has its first hit, in order; each thread has sums of its own.
+template <class Row, class F>
+void for_each_run(const WeightedHits<Row>& hits, const std::vector<int64_t>& ends, const F& f) {
+  parallel(ends.back(), hits.grad.dim, [&](int64_t begin, int64_t end) {
+    const auto first = std::lower_bound(ends.begin(), ends.end() - 1, begin), last = std::lower_bound(first, ends.end() - 1, end);
+    HitSums<Row> sums(hits, *first, *last);
+    for (auto run = first; run < last; ++run) f(run - ends.begin(), sums);
+  });
+}
+
+// What was given of hits, checked and as the loops read it.
+struct Hits {
+  Tensor slots, weights, grad;
+
+  Hits(const Tensor& slots_given, const Tensor& weights_given, const Tensor& grad_given)
+      : slots(torch::stable::contiguous(slots_given)), weights(as(weights_given, sum_type(grad_given))),
+        grad(with_whole_rows(grad_given)) {
+    check_weights(slots, weights_given);
+    STD_TORCH_CHECK(grad.size(0) == slots.size(0), "memcompile: grad must be [tokens, value_dim]");
+  }
+
+  // f(sorted, hits, ends)
+  template <class F>
+  void with_runs(int64_t num_slots, const F& f) const {
+    with_rows_and_slots(grad, slots, num_slots, [&]<class Row, class Slot>(const Table<Row>& table, const Slot* s) {
+      memcompile::with_runs(s, slots.numel(), num_slots, [&](const SortedHits<Slot>& sorted, const std::vector<int64_t>& ends) {
+        f(sorted, WeightedHits<Row>{sorted.hits.get(), data<Sum<Row>>(weights), slots.size(1), table}, ends);
+      });
+    });
+  }
+};
+
 // Rows first..last of out, of which a thread owns those that its hits reach and the unhit ones before each.
 template <class Row>
 void zero_rows(Row* out, int64_t dim, int64_t first, int64_t last) {
   if (first < last) std::memset(static_cast<void*>(out + first * dim), 0, (last - first) * dim * sizeof(Row));
 }
 
-Tensor weighted_scatter(const Tensor& slots_given, const Tensor& weights_given, const Tensor& grad_given, int64_t num_slots) {
-  const Tensor grad = with_whole_rows(grad_given);
-  check_weights(slots_given, weights_given);
-  STD_TORCH_CHECK(grad.size(0) == slots_given.size(0), "memcompile: grad must be [tokens, value_dim]");
-  const Tensor slots = torch::stable::contiguous(slots_given), weights = as(weights_given, sum_type(grad));
-  const int64_t hits = slots.size(1), count = slots.numel(), dim = grad.size(1);
+Tensor weighted_scatter(const Tensor& slots, const Tensor& weights, const Tensor& grad, int64_t num_slots) {
+  const Hits given(slots, weights, grad);
+  const int64_t dim = grad.size(1);
   Tensor out = torch::stable::new_empty(grad, {num_slots, dim}, grad.scalar_type());
-  with_rows_and_slots(grad, slots, num_slots, [&]<class Row, class Slot>(const Table<Row>& table, const Slot* s) {
-    const Sum<Row>* w = data<Sum<Row>>(weights);
+  given.with_runs(num_slots, [&]<class Slot, class Row>(const SortedHits<Slot>& sorted, const WeightedHits<Row>& hits,
+                                                        const std::vector<int64_t>& ends) {
     Row* rows = mutable_data<Row>(out);
-    const SortedHits<Slot> sorted =
-        sort_by_slot(s, count, num_slots, torch::stable::get_num_threads(),
-                     [](int64_t begin, int64_t end, const auto& f) { torch::stable::parallel_for(begin, end, 1, f); });
-    if (count == 0) zero_rows(rows, dim, 0, num_slots);
-    parallel(count, dim, [&](int64_t begin, int64_t end) {
-      RowSums<Row> sums(dim);
-      std::vector<Sum<Row>> weight;
-      std::vector<int64_t> token;
-      const Slot* first = sorted.slots.get();
-      int64_t i = begin;
-      // A slot belongs to whom its first hit belongs to.
-      if (i > 0 && first[i] == first[i - 1]) i = std::upper_bound(first + i, first + count, first[i]) - first;
-      while (i < end) {
-        const int64_t slot = first[i];
-        zero_rows(rows, dim, i == 0 ? 0 : int64_t(first[i - 1]) + 1, slot);
-        token.clear();
-        weight.clear();
-        for (; i < count && first[i] == slot; ++i) {
-          token.push_back(sorted.hits[i] / hits);
-          weight.push_back(w[sorted.hits[i]]);
-        }
-        const int64_t size = int64_t(token.size());
-        sums.weighted_sum(table, token.data(), weight.data(), size, size, rows + slot * dim);
-        if (i == count) zero_rows(rows, dim, slot + 1, num_slots);
-      }
+    const int64_t runs = int64_t(ends.size()) - 1;
+    if (runs == 0) zero_rows(rows, dim, 0, num_slots);
+    for_each_run(hits, ends, [&](int64_t run, HitSums<Row>& sums) {
+      const int64_t slot = sorted.slots[ends[run]];
+      zero_rows(rows, dim, run == 0 ? 0 : int64_t(sorted.slots[ends[run] - 1]) + 1, slot);
+      sums.sum(ends[run], ends[run + 1], rows + slot * dim);
+      if (run + 1 == runs) zero_rows(rows, dim, slot + 1, num_slots);
     });
   });
   return out;
+}
+
+// The slot of each run.
+template <class Slot>
+Tensor rows_of_runs(const Tensor& like, const SortedHits<Slot>& sorted, const std::vector<int64_t>& ends) {
+  const int64_t runs = int64_t(ends.size()) - 1;
+  Tensor rows = torch::stable::new_empty(like, {runs}, ScalarType::Long);
+  for (int64_t run = 0; run < runs; ++run) mutable_data<int64_t>(rows)[run] = sorted.slots[ends[run]];
+  return rows;
+}
+
+std::tuple<Tensor, Tensor> row_sums(const Tensor& slots, const Tensor& weights, const Tensor& grad, int64_t num_slots) {
+  const Hits given(slots, weights, grad);
+  const int64_t dim = grad.size(1);
+  std::vector<Tensor> out;
+  given.with_runs(num_slots, [&]<class Slot, class Row>(const SortedHits<Slot>& sorted, const WeightedHits<Row>& hits,
+                                                        const std::vector<int64_t>& ends) {
+    out = {rows_of_runs(grad, sorted, ends), torch::stable::new_empty(grad, {int64_t(ends.size()) - 1, dim}, grad.scalar_type())};
+    Row* sums_out = mutable_data<Row>(out[1]);
+    for_each_run(hits, ends, [&](int64_t run, HitSums<Row>& sums) { sums.sum(ends[run], ends[run + 1], sums_out + run * dim); });
+  });
+  return {out[0], out[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> hits_by_row(const Tensor& slots_given, int64_t num_slots) {
+  STD_TORCH_CHECK(slots_given.dim() == 2, "memcompile: slots must be [tokens, hits]");
+  const Tensor slots = torch::stable::contiguous(slots_given);
+  const int64_t count = slots.numel();
+  Tensor hits = torch::stable::new_empty(slots, {count}, ScalarType::Long);
+  std::vector<Tensor> out;
+  with_slot_type(slots, [&](auto slot) {
+    const auto* numbers = data<decltype(slot)>(slots);
+    check_slots(numbers, count, num_slots);
+    with_runs(numbers, count, num_slots, [&](const auto& sorted, const std::vector<int64_t>& ends) {
+      std::copy(sorted.hits.get(), sorted.hits.get() + count, mutable_data<int64_t>(hits));
+      out = {rows_of_runs(slots, sorted, ends), torch::stable::new_empty(slots, {int64_t(ends.size())}, ScalarType::Long)};
+      std::copy(ends.begin(), ends.end(), mutable_data<int64_t>(out[1]));
+    });
+  });
+  return {out[0], out[1], hits};
 }
 
 }  // namespace
@@ -286,6 +346,8 @@ STABLE_TORCH_LIBRARY_IMPL(memcompile, CPU, m) {
   m.impl("weighted_gather", TORCH_BOX(&weighted_gather));
   m.impl("gather_dot", TORCH_BOX(&gather_dot));
   m.impl("weighted_scatter", TORCH_BOX(&weighted_scatter));
+  m.impl("hits_by_row", TORCH_BOX(&hits_by_row));
+  m.impl("row_sums", TORCH_BOX(&row_sums));
   m.impl("row_adam", TORCH_BOX(&row_adam));
   m.impl("row_adagrad", TORCH_BOX(&row_adagrad));
   m.impl("row_sgd", TORCH_BOX(&row_sgd));

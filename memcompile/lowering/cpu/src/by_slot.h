@@ -1,4 +1,5 @@
-// Hits in the order of their slots, by a stable radix sort that is the same on any number of threads.
+// Hits in the order of their slots, by a stable radix sort that is the same on any number of threads; and what they sum to,
+// a slot's hits at a time.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "simd.h"
+#include "rows.h"
 
 namespace memcompile {
 
@@ -58,5 +59,49 @@ SortedHits<Slot> sort_by_slot(const Slot* slots, int64_t count, int64_t num_slot
   }
   return from;
 }
+
+// Where the runs of equal slots end: run i of them is from ends[i] to ends[i + 1].
+template <class Slot>
+std::vector<int64_t> ends_of_runs(const Slot* sorted, int64_t count) {
+  std::vector<int64_t> ends{0};
+  for (int64_t i = 1; i <= count; ++i) {
+    if (i == count || sorted[i] != sorted[i - 1]) ends.push_back(i);
+  }
+  return ends;
+}
+
+// Sorted hits with what they weigh: each adds weights[hit] * the gradient of the token that it is of.
+template <class Row>
+struct WeightedHits {
+  const int64_t* hits;
+  const Sum<Row>* weights;
+  int64_t hits_a_token;
+  Table<Row> grad;
+};
+
+// Sums of the hits from `first` to `last`, a run at a time and in order, so that the next run's rows are fetched ahead.
+template <class Row>
+class HitSums {
+ public:
+  HitSums(const WeightedHits<Row>& all, int64_t first, int64_t last)
+      : grad_(all.grad), first_(first), last_(last), tokens_(last - first), weights_(last - first), sums_(all.grad.dim) {
+    for (int64_t i = first; i < last; ++i) {
+      tokens_[i - first] = all.hits[i] / all.hits_a_token;
+      weights_[i - first] = all.weights[all.hits[i]];
+    }
+  }
+
+  void sum(int64_t begin, int64_t end, Row* out) {
+    const int64_t at = begin - first_;
+    sums_.weighted_sum(grad_, tokens_.data() + at, weights_.data() + at, end - begin, last_ - begin, out);
+  }
+
+ private:
+  Table<Row> grad_;
+  int64_t first_, last_;
+  std::vector<int64_t> tokens_;
+  std::vector<Sum<Row>> weights_;
+  RowSums<Row> sums_;
+};
 
 }  // namespace memcompile

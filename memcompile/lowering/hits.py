@@ -1,0 +1,58 @@
+"""Hits: slots and weights [tokens, hits] with a gradient [tokens, value_dim]; what they must be; their sums by slot.
+
+A hit's number is token * hits + its place among the token's. The sums are in PyTorch's operators here.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def check_slots(slots: Tensor) -> None:
+    """Raises ValueError unless they are int32 or int64 [tokens, hits]."""
+    if slots.dim() != 2 or slots.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"slots: expected int32 or int64 [tokens, hits], got {slots.dtype} {list(slots.shape)}")
+
+
+def check_weights(slots: Tensor, weights: Tensor) -> None:
+    """Raises ValueError unless the weights are floating point and of the shape of the slots."""
+    if weights.shape != slots.shape or not weights.is_floating_point():
+        raise ValueError(
+            f"weights: expected floating point {list(slots.shape)} as slots, got {weights.dtype} {list(weights.shape)}"
+        )
+
+
+def check_grad(slots: Tensor, grad: Tensor) -> None:
+    """Raises ValueError unless the gradient is floating point [tokens, value_dim]."""
+    if grad.dim() != 2 or grad.shape[0] != slots.shape[0] or not grad.is_floating_point():
+        raise ValueError(
+            f"grad: expected floating point [tokens = {slots.shape[0]}, value_dim], got {grad.dtype} {list(grad.shape)}"
+        )
+
+
+def runs_of_hits(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct slots, ascending, int64 [n]; and the hits of each: hits[ends[i] : ends[i + 1]], ascending.
+
+    Returns:
+        rows int64 [n], ends int64 [n + 1], hits int64 [tokens * hits].
+    """
+    ranked, hits = slots.reshape(-1).sort(stable=True)
+    rows, counts = torch.unique_consecutive(ranked, return_counts=True)
+    return rows.long(), F.pad(counts.cumsum(0), (1, 0)), hits
+
+
+def sums_of_runs(ends: Tensor, hits: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
+    """The sum of each run's weights[hit] * grad[token of the hit], [n, value_dim] in grad's dtype."""
+    weights, grad = weights.detach(), grad.detach()
+    if len(ends) == 1:
+        return grad.new_empty(0, grad.shape[1])
+    # Each run is a bag of (token, weight), its sum a gather.
+    weights = weights.reshape(-1)[hits].to(grad.dtype)
+    tokens = hits // (len(hits) // len(grad))
+    return F.embedding_bag(tokens, grad, ends[:-1], per_sample_weights=weights, mode="sum")
+
+
+def sums_of_hits(slots: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct slots int64 [n] and their sums [n, value_dim]."""
+    rows, ends, hits = runs_of_hits(slots)
+    return rows, sums_of_runs(ends, hits, weights, grad)
