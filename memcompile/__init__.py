@@ -10,10 +10,12 @@ from memcompile.compile import install_front_door
 from memcompile.config import MemoryConfig
 from memcompile.errors import CaptureError, MemcompileError, OptionError, PlanError
 from memcompile.explain import ExplainedSite, Explanation, explain
+from memcompile.lowering.sparse_table import set_stepper_of
 from memcompile.passes.detect import find_ffns
 from memcompile.planning import config_from, plan, reset_parameters
 from memcompile.runtime.checkpoint import install_load_guard
-from memcompile.runtime.optimizers import install_step_hooks
+from memcompile.runtime.steps import install_step_hooks
+from memcompile.runtime.values_stepper import stepper_of
 from memcompile.sites import FfnSite
 from memcompile.version import __version__
 
@@ -37,3 +39,4 @@ __all__ = [
 install_front_door()
 install_load_guard()
 install_step_hooks()
+set_stepper_of(stepper_of)

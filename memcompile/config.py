@@ -13,7 +13,19 @@ from memcompile.sites import FfnSite
 
 LayerChoice = int | str | Sequence[int | str] | Callable[[FfnSite], bool]
 
-PLACEMENTS = ("replace", "add")
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "placement": ("replace", "add"),
+    "values_grad": ("auto", "dense", "sparse", "fused"),
+    "values_optimizer": (None, "row_adamw", "lazy_adam", "row_wise_adagrad", "row_sgd"),
+    "values_state_dtype": ("float32", "bfloat16"),
+}
+SPARSE_FROM = 2**16  # slots
+TRAINING_OPTIONS = (
+    "values_lr",
+    "values_grad",
+    "values_optimizer",
+    "values_state_dtype",
+)  # may change in a checkpoint's life
 MAX_KEYS = 46340  # n_keys**2 slots must be addressable by an int32
 
 
@@ -50,6 +62,17 @@ class MemoryConfig:
         values_lr: constant learning rate of the values, whatever the optimizer and its schedule use for the
             rest; None follows the rest.
 
+        values_grad: "dense" for a gradient of all slots. "sparse" for one of the rows that were hit, as a coalesced
+            sparse COO tensor: a step then costs what it touches, however many slots there are. "fused" keeps no
+            gradient at all: the rows are updated inside the backward; it refuses gradient accumulation, clipping,
+            scaling, recomputation and DDP. "auto" is "sparse" from 65,536 slots on, else "dense".
+        values_optimizer: what steps the rows of a sparse or fused gradient, in the user's optimizer's own ``step()``:
+            "row_adamw", "lazy_adam", "row_wise_adagrad" or "row_sgd" (:mod:`memcompile.runtime.optim`), with the
+            options of the values' parameter group. None is the one that does what the user's optimizer does: RowAdamW
+            in AdamW (and in Adam without weight decay), RowSGD in SGD without momentum; SparseAdam and Adagrad
+            take sparse gradients themselves. Others are given a dense gradient, which the log says once.
+        values_state_dtype: "float32", or "bfloat16" for moments in half the memory, rounded stochastically.
+
     Raises:
         OptionError: naming the option, what it got and what it takes.
     """
@@ -64,11 +87,15 @@ class MemoryConfig:
     gate: bool = True
     qk_norm: bool = False
     values_lr: float | None = 1e-3
+    values_grad: str = "auto"
+    values_optimizer: str | None = None
+    values_state_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory_layers", _checked_layers(self.memory_layers))
-        if self.placement not in PLACEMENTS:
-            raise OptionError(f"placement must be 'replace' or 'add', got {self.placement!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise OptionError(f"{name} must be {_listed(choices)}, got {getattr(self, name)!r}")
         for name in ("heads", "top_k"):
             _check_int(name, getattr(self, name), minimum=1)
         for name in ("n_keys", "key_dim", "value_dim"):
@@ -87,6 +114,13 @@ class MemoryConfig:
         if lr is not None and (isinstance(lr, bool) or not isinstance(lr, numbers.Real) or not 0 <= lr < float("inf")):
             raise OptionError(f"values_lr must be a learning rate >= 0 or None, got {lr!r}")
         object.__setattr__(self, "values_lr", lr if lr is None else float(lr))
+
+    @property
+    def gradient(self) -> str:
+        """What ``values_grad`` means for ``n_keys`` half-keys a side: "dense", "sparse" or "fused"."""
+        if self.values_grad != "auto":
+            return self.values_grad
+        return "sparse" if self.n_keys is not None and self.n_keys**2 >= SPARSE_FROM else "dense"
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON types; a filter has none, so plans record the names that it chose."""
@@ -116,6 +150,11 @@ def check_names(options: Mapping[str, Any], also_known: Sequence[str] = ()) -> N
             near = difflib.get_close_matches(name, [*OPTION_NAMES, *also_known], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(OPTION_NAMES)}"
             raise OptionError(f"unknown memcompile option {name!r}: {hint}")
+
+
+def _listed(choices: Sequence[object]) -> str:
+    *others, last = map(repr, choices)
+    return f"{', '.join(others)} or {last}"
 
 
 def _check_int(name: str, value: object, minimum: int, or_none: bool = False) -> None:

@@ -26,6 +26,9 @@ def test_defaults_are_those_of_the_paper():
         "gate": True,
         "qk_norm": False,
         "values_lr": 1e-3,
+        "values_grad": "auto",
+        "values_optimizer": None,
+        "values_state_dtype": "float32",
     }
 
 
@@ -54,6 +57,13 @@ WRONG = [
     ("memory_layers", {1, 2}, r"got \{1, 2\}"),
     ("placement", "beside", "placement must be 'replace' or 'add', got 'beside'"),
     ("placement", None, "placement must be 'replace' or 'add', got None"),
+    ("values_grad", "lazy", "values_grad must be 'auto', 'dense', 'sparse' or 'fused', got 'lazy'"),
+    (
+        "values_optimizer",
+        "adam",
+        "values_optimizer must be None, 'row_adamw', 'lazy_adam', 'row_wise_adagrad' or 'row_sgd'",
+    ),
+    ("values_state_dtype", "float16", "values_state_dtype must be 'float32' or 'bfloat16', got 'float16'"),
     ("n_keys", 0, "n_keys must be an integer >= 1 or None, got 0"),
     ("n_keys", 64.0, "n_keys must be an integer >= 1 or None, got 64.0"),
     ("n_keys", True, "n_keys must be an integer"),

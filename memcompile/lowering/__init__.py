@@ -12,6 +12,8 @@ from memcompile.lowering import (
     row_adam,
     row_sgd,
     row_sums,
+    sparse_clipping,
+    sparse_table,
     weighted_gather,
 )
 from memcompile.lowering.memory_lookup import memory_lookup
@@ -40,6 +42,8 @@ __all__ = [
     "row_adam",
     "row_sgd",
     "row_sums",
+    "sparse_clipping",
+    "sparse_table",
     "weighted_gather",
 ]
 

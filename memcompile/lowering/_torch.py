@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
@@ -23,8 +25,10 @@ __all__ = [
     "decompose_in_graphs",
     "functorch_is_active",
     "graph_pass_base",
+    "has_kernel",
     "has_onednn_linear",
     "is_keyed",
+    "is_traced",
     "on_the_cpu",
     "onednn_linear",
     "run_graph_pass",
@@ -81,6 +85,11 @@ def is_keyed() -> bool:
     return any(isinstance(graph_pass, KeyedPass) for graph_pass in configured_pre_passes())
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """Whether AOTAutograd or Dynamo is tracing what is done with the tensor."""
+    return isinstance(tensor, (FakeTensor, FunctionalTensor))
+
+
 def graph_pass_base() -> type:
     """The class that a graph pass with a cache key derives from.
 
@@ -110,6 +119,11 @@ def run_graph_pass(graph_pass: GraphPass, graph: torch.fx.Graph, is_inference: b
         graph_pass(graph, is_inference)
     else:
         graph_pass(graph)
+
+
+def has_kernel(name: str, dispatch_key: str) -> bool:
+    """Whether an operator has a kernel of its own for this dispatch key."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key))
 
 
 def has_onednn_linear() -> bool:

@@ -13,6 +13,7 @@ import torch
 from memcompile.lowering._torch import GraphPass, KeyedPass, configured_pre_passes, graph_pass_base, run_graph_pass
 from memcompile.lowering.caches import source_digest
 from memcompile.lowering.cpu.gemm import mkl_is_held_back, use_onednn
+from memcompile.lowering.merge_scatters import merge_scatters
 from memcompile.lowering.triton import template
 from memcompile.lowering.triton.settings import uses_atomics
 from memcompile.version import __version__
@@ -30,6 +31,7 @@ class LoweringPass(KeyedPass, graph_pass_base()):  # type: ignore[misc]
     def __call__(self, graph: torch.fx.Graph, is_inference: bool = False) -> None:
         for graph_pass in self.wrapped:
             run_graph_pass(graph_pass, graph, is_inference)
+        merge_scatters(graph)
         if self.use_onednn:
             use_onednn(graph)
 

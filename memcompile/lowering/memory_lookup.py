@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.product_key_topk import check_top_k
 from memcompile.lowering.schema import LIBRARY, operator
+
+VALUES_GRADS = ("dense", "sparse", "fused")
 
 
 def memory_lookup(
@@ -28,6 +31,7 @@ def memory_lookup(
     *,
     heads: int,
     top_k: int,
+    values_grad: str = "dense",
 ) -> Tensor:
     """A product-key memory layer (Lample et al. 2019; Memory Layers at Scale, arXiv 2412.09764, section 3).
 
@@ -51,6 +55,9 @@ def memory_lookup(
             and a head's scores are multiplied by its temperature.
         heads: number of heads.
         top_k: slots read by a head, at most n.
+        values_grad: "dense", or "sparse" for a gradient of `values` that is a coalesced sparse COO tensor of the rows
+            that were hit, or "fused" for none at all: `sparse_table` tells who then updates them. Under torch.func
+            transforms it is always dense.
 
     Returns:
         [..., d_out], or [..., value_dim] with no projection, in the dtype of `F.linear(x, query_weight)`.
@@ -61,7 +68,7 @@ def memory_lookup(
     """
     return operator("memory_lookup")(
         x, query_weight, query_bias, half_keys, values,
-        gate_weight, gate_bias, out_weight, out_bias, temperature, heads, top_k,
+        gate_weight, gate_bias, out_weight, out_bias, temperature, heads, top_k, values_grad,
     )  # fmt: skip
 
 
@@ -78,9 +85,12 @@ def _composite(
     temperature: Tensor | None,
     heads: int,
     top_k: int,
+    values_grad: str = "dense",
 ) -> Tensor:
     _check_search(x, query_weight, query_bias, half_keys, temperature, heads, top_k)
     _check_read(x, half_keys, values, gate_weight, gate_bias, out_weight, out_bias)
+    if values_grad not in VALUES_GRADS:
+        raise ValueError(f"values_grad: expected one of {', '.join(VALUES_GRADS)}, got {values_grad!r}")
     half_dim, value_dim = half_keys.shape[3], values.shape[1]
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     query = F.linear(tokens, query_weight, query_bias)  # [tokens, heads * key_dim]
@@ -96,7 +106,11 @@ def _composite(
         halves = F.normalize(halves, dim=-1) * temperature.to(search_dtype)[:, None, None]
         half_keys = F.normalize(half_keys, dim=-1)
     weights, slots = operator("product_key_search")(halves.flatten(-2), half_keys, top_k)  # [tokens, heads, k]
-    y = operator("weighted_gather")(values, slots.flatten(1), weights.flatten(1))  # [tokens, value_dim]
+    slots, weights = slots.flatten(1), weights.flatten(1)
+    if values_grad == "dense" or functorch_is_active():
+        y = operator("weighted_gather")(values, slots, weights)  # [tokens, value_dim]
+    else:
+        y = operator("table_gather")(values, slots, weights, values_grad)
     y = y.to(layer_dtype)
     if gate_weight is not None:
         y = y * F.silu(F.linear(tokens, gate_weight, gate_bias))

@@ -10,7 +10,7 @@ SCHEMAS = {
     "memory_lookup": (
         "(Tensor x, Tensor query_weight, Tensor? query_bias, Tensor half_keys, Tensor values, "
         "Tensor? gate_weight, Tensor? gate_bias, Tensor? out_weight, Tensor? out_bias, "
-        "Tensor? temperature, int heads, int top_k) -> Tensor"
+        'Tensor? temperature, int heads, int top_k, str values_grad="dense") -> Tensor'
     ),
     "product_key_search": "(Tensor query, Tensor half_keys, int top_k) -> (Tensor weights, Tensor slots)",
     "product_key_topk": "(Tensor scores, int top_k) -> (Tensor logits, Tensor slots)",
@@ -19,6 +19,11 @@ SCHEMAS = {
     "weighted_scatter": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> Tensor",
     "hits_by_row": "(Tensor slots, SymInt num_slots) -> (Tensor rows, Tensor ends, Tensor hits)",
     "row_sums": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> (Tensor rows, Tensor sums)",
+    # A table whose gradient is of the rows that were hit: sparse_table.py.
+    "table_gather": "(Tensor values, Tensor slots, Tensor weights, str gradient) -> Tensor",
+    "table_dot": "(Tensor values, Tensor slots, Tensor grad) -> Tensor",
+    "sparse_scatter": "(Tensor values, Tensor[] slots, Tensor[] weights, Tensor[] grads, bool opaque=False) -> Tensor",
+    "fused_scatter": "(Tensor values, Tensor[] slots, Tensor[] weights, Tensor[] grads, bool opaque=False) -> Tensor",
     # These update rows of tables in place: row_tables.py.
     "row_adam": (
         "(Tensor(a!) values, Tensor(b!)? rounded, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor rows, "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memcompile.config import TRAINING_OPTIONS
 from memcompile.errors import PlanError
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.sites import LAYER_NAME, VALUES_NAME
@@ -18,12 +19,22 @@ from memcompile.sites import LAYER_NAME, VALUES_NAME
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+# Options that plans saved before them do not have, and what those plans did.
+_LATER_OPTIONS = {
+    "placement": "replace",
+    "values_grad": "dense",
+    "values_optimizer": None,
+    "values_state_dtype": "float32",
+}
 _PLAN_KEY = f"{LAYER_NAME}._extra_state"
 _MAGIC = b'{"memcompile"'  # how every encoded plan starts
 
 
 def install_checkpoint_hook(root: nn.Module) -> None:
-    """Checks what ``root.load_state_dict()`` is given, before anything is copied."""
+    """Checks what ``root.load_state_dict()`` is given, before anything is copied; brings the values up to date before
+    they are saved or overwritten.
+    """
+    root.register_state_dict_pre_hook(_catch_up)  # type: ignore[no-untyped-call]
     root.register_load_state_dict_pre_hook(_check_state_dict)  # type: ignore[no-untyped-call]
 
 
@@ -82,6 +93,12 @@ def _is_plan(entry: Any) -> bool:
     return bytes(entry.flatten()[: len(_MAGIC)].tolist()) == _MAGIC
 
 
+def _catch_up(root: nn.Module, prefix: str, keep_vars: bool) -> None:
+    pool = pool_of(root)
+    if pool is not None:
+        pool.catch_up()
+
+
 def _check_state_dict(
     root: nn.Module,
     state_dict: dict[str, Any],
@@ -94,6 +111,7 @@ def _check_state_dict(
 ) -> None:
     pool = pool_of(root)
     assert pool is not None, "the hook is installed on planned models alone"
+    pool.catch_up()  # what rows have missed is of the values as they are now
     own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
     saved = plan_in(own)
     if saved is not None:
@@ -131,7 +149,7 @@ def _is_memory(name: str, pool: MemoryPool) -> bool:
 
 
 def _check_same_plan(saved: dict[str, Any], own: dict[str, Any]) -> None:
-    sizes = {k: v for k, v in own["config"].items() if k not in ("memory_layers", "values_lr")}
+    sizes = {k: v for k, v in own["config"].items() if k not in ("memory_layers", *TRAINING_OPTIONS)}
     differing = [
         f"{k}={saved['config'].get(k)!r} (here {v!r})" for k, v in sizes.items() if saved["config"].get(k) != v
     ]
@@ -162,5 +180,6 @@ def _decode(entry: Any) -> dict[str, Any]:
         raise PlanError(f"the plan in the checkpoint ({_PLAN_KEY}) is damaged: {error}") from error
     if saved_format > FORMAT:
         raise PlanError(f"the checkpoint's plan has format {saved_format}, this memcompile reads {FORMAT}: upgrade it")
-    config.setdefault("placement", "replace")  # plans that were saved before the option
+    for name, value in _LATER_OPTIONS.items():
+        config.setdefault(name, value)
     return plan

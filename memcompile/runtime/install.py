@@ -14,6 +14,7 @@ from memcompile.runtime.checkpoint import install_checkpoint_hook
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.stand_ins import ReplacedParameter, Role
+from memcompile.runtime.values_gradient import watch_gradient
 from memcompile.sites import LAYER_NAME, VALUES_NAME, FfnSite
 
 
@@ -41,6 +42,7 @@ def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
 
     parameters = [root.get_parameter(name) for site in chosen for name in site.replaced]
     pool.attach(values)
+    watch_gradient(pool)
     install_checkpoint_hook(root)
     for site, layer in zip(chosen, layers, strict=True):
         put_stand_ins(root, site, layer, pool.adds)

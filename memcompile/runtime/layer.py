@@ -72,7 +72,7 @@ class MemoryLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return memory_lookup(x, *self.tensors(), heads=self.heads, top_k=self.top_k)
+        return memory_lookup(x, *self.tensors(), heads=self.heads, top_k=self.top_k, values_grad=self.pool.values_grad)
 
     def get_extra_state(self) -> Tensor:
         return encode_plan(self.pool)

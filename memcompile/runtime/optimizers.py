@@ -1,24 +1,21 @@
-"""Optimizers: those alive when a model is planned are adopted; every step gives the values their own learning rate.
+"""Optimizers that are alive when a model is planned are adopted.
 
-Nothing here adds a lasting parameter group: schedulers (LambdaLR, OneCycleLR, SequentialLR) keep lists of one entry
-a group, and checkpoints of optimizers are matched by group.
+Nothing here adds a parameter group: schedulers (LambdaLR, OneCycleLR, SequentialLR) keep lists of one entry a group,
+and checkpoints of optimizers are matched by group.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
-import weakref
 from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from memcompile.runtime.pool import MemoryPool, live_pools
+from memcompile.runtime.pool import MemoryPool
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ def adopt_optimizers(ffns: Iterable[nn.Parameter], pool: MemoryPool) -> int:
     ffns = list(ffns)
     held_in: dict[int, list[dict[str, Any]]] = {id(p): [] for p in ffns}  # the groups that hold each
     adopted: list[Optimizer] = []
-    for optimizer in _live_optimizers():
+    for optimizer in live_optimizers():
         held = [(p, g) for g in optimizer.param_groups for p in g["params"] if id(p) in held_in]
         if held:
             for parameter, group in held:
@@ -86,7 +83,8 @@ def _groups_of_vectors(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
     return [group for group in groups if all(p.dim() <= 1 for p in group["params"])]
 
 
-def _live_optimizers() -> list[Optimizer]:
+def live_optimizers() -> list[Optimizer]:
+    """Every optimizer of the process."""
     # type(o), not isinstance: a lazy proxy's __class__ may import half a library
     return [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
 
@@ -97,83 +95,10 @@ def _take_out(optimizer: Optimizer, removed_ids: Container[int]) -> None:
         for parameter in group["params"]:
             if id(parameter) in removed_ids:
                 optimizer.state.pop(parameter, None)
-        for key in _per_parameter(group):
+        for key in per_parameter(group):
             group[key][:] = [group[key][index] for index in keep]
 
 
-# --- the values' own learning rate -----------------------------------------------------------------------------
-
-_SPLIT_FROM = "memcompile_split_from"  # marks a group that lives for one step: (index of its group, positions)
-_guarded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-
-
-def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Splits the values off for the step. A closure runs with the user's groups: it may read them, and may raise."""
-    _split_values(optimizer)
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if not callable(closure) or not any(_SPLIT_FROM in group for group in optimizer.param_groups):
-        return None
-
-    @functools.wraps(closure)
-    def with_groups_joined() -> Any:
-        _join_values(optimizer)
-        loss = closure()
-        _split_values(optimizer)
-        return loss
-
-    return (
-        ((args[0], with_groups_joined, *args[2:]), kwargs)
-        if len(args) > 1
-        else (args, {**kwargs, "closure": with_groups_joined})
-    )
-
-
-def _split_values(optimizer: Optimizer) -> None:
-    """Moves values with a learning rate of their own into groups that live for one step."""
-    _join_values(optimizer)  # a step that raised left its groups behind
-    rates = {id(pool.values): pool.config.values_lr for pool in live_pools() if pool.config.values_lr is not None}
-    if not rates or isinstance(optimizer, torch.optim.LBFGS):  # LBFGS steps along one direction: it has one rate
-        return
-    if isinstance(getattr(optimizer, "optim", None), Optimizer):  # ZeRO steps another optimizer: that one is split
-        return
-    for index, group in enumerate(list(optimizer.param_groups)):
-        positions = [i for i, p in enumerate(group["params"]) if id(p) in rates]
-        for rate in {rates[id(group["params"][i])] for i in positions}:
-            same = [i for i in positions if rates[id(group["params"][i])] == rate]
-            own = {**group, "lr": _like(group["lr"], rate), _SPLIT_FROM: (index, same)}
-            for key in _per_parameter(group):
-                own[key] = [group[key][i] for i in same]
-            optimizer.param_groups.append(own)
-        for key in _per_parameter(group) if positions else ():
-            group[key][:] = [item for i, item in enumerate(group[key]) if i not in positions]
-        if positions and optimizer not in _guarded:
-            _guarded.add(optimizer)
-            optimizer.register_state_dict_pre_hook(_join_values)  # a checkpoint written after ctrl-C in a step
-
-
-def _join_values(optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
-    """After a step: puts the values back where the user's groups had them."""
-    split = [group for group in optimizer.param_groups if _SPLIT_FROM in group]
-    if not split:
-        return
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if _SPLIT_FROM not in group]
-    places = [(own, rank) for own in split for rank in range(len(own["params"]))]
-    for own, rank in sorted(places, key=lambda place: place[0][_SPLIT_FROM][1][place[1]]):
-        index, positions = own[_SPLIT_FROM]
-        for key in _per_parameter(own):
-            optimizer.param_groups[index][key].insert(positions[rank], own[key][rank])
-
-
-def _per_parameter(group: dict[str, Any]) -> list[str]:
+def per_parameter(group: dict[str, Any]) -> list[str]:
+    """The entries of a group that hold one item a parameter."""
     return [key for key in ("params", "param_names") if key in group]
-
-
-def _like(lr: Any, rate: float) -> Any:
-    """A learning rate of the same kind: capturable optimizers hold it in a tensor."""
-    return torch.full_like(lr, rate) if isinstance(lr, torch.Tensor) else rate
-
-
-def install_step_hooks() -> None:
-    """Registers the hooks for every optimizer of the process, once."""
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_join_values)

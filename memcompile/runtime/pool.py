@@ -14,6 +14,7 @@ from memcompile.sites import VALUES_NAME, FfnSite
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
+    from memcompile.runtime.values_stepper import ValuesReader
 
 _POOL_ATTRIBUTE = "_memcompile_pool"
 
@@ -33,6 +34,7 @@ class MemoryPool:
         sites: every FFN that was found, in execution order, refused ones included.
         layers: the memory layer of each chosen FFN, by the name of its down-projection's weight.
         removed_parameters: how many numbers the replaced FFNs held; none left where the memory is added.
+        stepper: who steps the values by rows, and reads them; None until an optimizer does.
     """
 
     root: nn.Module
@@ -41,13 +43,16 @@ class MemoryPool:
     sites: tuple[FfnSite, ...]
     layers: dict[str, MemoryLayer] = dataclasses.field(default_factory=dict)
     removed_parameters: int = 0
+    stepper: ValuesReader | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A filter may be a lambda, which cannot be pickled; the config names the blocks that it chose."""
+        """A filter may be a lambda, which cannot be pickled; the config names the blocks that it chose. A copy is in
+        no optimizer yet.
+        """
         requested = self.requested
         if callable(requested.memory_layers):
             requested = dataclasses.replace(requested, memory_layers=self.config.memory_layers)
-        return {**self.__dict__, "requested": requested}
+        return {**self.__dict__, "requested": requested, "stepper": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A deep copy or an unpickled model is a planned model of its own."""
@@ -69,6 +74,17 @@ class MemoryPool:
         self.root.register_parameter(VALUES_NAME, values)
         object.__setattr__(self.root, _POOL_ATTRIBUTE, self)
         _LIVE.add(self)
+
+    @property
+    def values_grad(self) -> str:
+        """What gradient the values get: as planned where they are a parameter of the root's own, else dense."""
+        alone = isinstance(self.values, nn.Parameter) and not hasattr(type(self.root), "set_requires_gradient_sync")
+        return self.config.gradient if alone else "dense"  # not a parametrization, nor FSDP's view of a shard
+
+    def catch_up(self) -> None:
+        """Brings all rows of the values up to date with the optimizer's last step."""
+        if self.stepper is not None:
+            self.stepper.catch_up()
 
     def memory_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The values and the parameters of every memory layer, by their full names in the model."""

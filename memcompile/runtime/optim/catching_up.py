@@ -33,9 +33,7 @@ class CatchingUpOptimizer(RowOptimizer):
             ValueError: the parameter is not in this optimizer.
             IndexError: a row is not in the table.
         """
-        group = next((g for g in self.param_groups if any(p is parameter for p in g["params"])), None)
-        if group is None:
-            raise ValueError(f"catch_up: the parameter {list(parameter.shape)} is not in this optimizer")
+        group = self._group_of(parameter)
         state = self.state.get(parameter)
         if not state or "last_step" not in state:
             return  # nothing was missed
@@ -53,6 +51,28 @@ class CatchingUpOptimizer(RowOptimizer):
             increment_version(parameter)
         if rows is None:
             self._history(state).forget()
+
+    @torch.no_grad()
+    def current_gather(self, parameter: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        rows, places = self._current_rows(parameter, slots)
+        return super().current_gather(rows, places, weights)
+
+    @torch.no_grad()
+    def current_dot(self, parameter: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
+        rows, places = self._current_rows(parameter, slots)
+        return super().current_dot(rows, places, grad)
+
+    def _current_rows(self, parameter: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """A table that has what the slots' rows are by now, and where each slot is in it."""
+        state = self.state.get(parameter)
+        if not state or "last_step" not in state or not bool((state["last_step"][slots] != state["step"]).any()):
+            return parameter, slots
+        rows, places = torch.unique(slots, return_inverse=True)
+        few = {"last_step": state["last_step"][rows]}
+        few |= {name: state[name][rows] for name in ("exp_avg", "exp_avg_sq") if name in state}
+        current = parameter.detach()[rows]
+        self._catch_up_rows(current, {**state, **few}, self._group_of(parameter), torch.arange(len(rows)))
+        return current, places
 
     @abstractmethod
     def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from memcompile.errors import OptionError
+from memcompile.lowering.schema import operator
 from memcompile.lowering.stochastic_rounding import seed_of_step
 from memcompile.runtime.optim.gradients import as_rows, touched_rows
 
@@ -89,6 +90,26 @@ class RowOptimizer(Optimizer):
         self._update(parameter, state, group, rows, -grad if group["maximize"] else grad)
         increment_version(parameter)
 
+    @torch.no_grad()
+    def catch_up(self, parameter: Tensor, rows: Tensor | None = None) -> None:
+        """Brings rows up to date: nothing to do where untouched rows stand still."""
+
+    @torch.no_grad()
+    def current_gather(self, parameter: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        """`weighted_gather` [tokens, dim] over the rows as they are by now, without changing any.
+
+        Args:
+            parameter: one of this optimizer's, [slots, dim].
+            slots: int32 or int64 [tokens, hits].
+            weights: [tokens, hits].
+        """
+        return operator("weighted_gather")(parameter.detach(), slots, weights)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def current_dot(self, parameter: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
+        """`gather_dot` [tokens, hits] of the rows as they are by now with grad [tokens, dim], without changing any."""
+        return operator("gather_dot")(parameter.detach(), slots, grad)  # type: ignore[no-any-return]
+
     @abstractmethod
     def _check_group(self, group: Group) -> None:
         """Raises OptionError where the options of a group cannot be served."""
@@ -131,9 +152,25 @@ class RowOptimizer(Optimizer):
             self._check(group)
             for parameter in group["params"]:
                 if parameter in self.state:
-                    state = self.state[parameter]
-                    state["step"] = int(state.get("step", 0))  # PyTorch's is a tensor, or SGD's is not there
-                    self._complete(parameter, state, group)
+                    self.adopt(parameter, self.state[parameter])
+
+    def adopt(self, parameter: Tensor, state: State) -> None:
+        """Goes on from a parameter's state, this optimizer's own or that of PyTorch's of the same mathematics: the
+        tensors themselves, where their dtype and layout are the ones that this optimizer would give them.
+        """
+        group = self._group_of(parameter)
+        own = dict(state)
+        own["step"] = int(own.get("step", 0))  # PyTorch's is a tensor, or SGD's is not there
+        for name in MOMENTS & own.keys():
+            own[name] = own[name].to(moment_dtype(parameter, group)).contiguous()
+        self._complete(parameter, own, group)
+        self.state[parameter] = own
+
+    def _group_of(self, parameter: Tensor) -> Group:
+        group = next((g for g in self.param_groups if any(p is parameter for p in g["params"])), None)
+        if group is None:
+            raise ValueError(f"the parameter {list(parameter.shape)} is not in this optimizer")
+        return group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -141,6 +178,9 @@ class RowOptimizer(Optimizer):
             for option, value in self.defaults.items():
                 if option != "differentiable":  # which PyTorch adds to the defaults here, and nothing reads
                     group.setdefault(option, value)
+
+
+MOMENTS = {"exp_avg", "exp_avg_sq"}
 
 
 def tables(parameter: Tensor, state: State) -> tuple[Tensor, Tensor | None]:
@@ -156,7 +196,7 @@ def step_seed(state: State, group: Group) -> int:
 
 def moment_dtype(parameter: Tensor, group: Group) -> torch.dtype:
     """The dtype of a parameter's moments: `state_dtype`, or that of its sums."""
-    given: torch.dtype | None = group["state_dtype"]
+    given: torch.dtype | None = group.get("state_dtype")
     return given or torch.promote_types(parameter.dtype, torch.float32)
 
 

@@ -1,0 +1,169 @@
+"""What happens around a step of any optimizer: the values get their own learning rate, and are stepped by rows.
+
+The user's groups look untouched before and after: for one step the values leave theirs, into one that the step ends, or
+to a `ValuesStepper`, which steps their rows when the optimizer has done the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import weakref
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from memcompile.errors import OptionError
+from memcompile.runtime.optimizers import per_parameter
+from memcompile.runtime.pool import MemoryPool, live_pools
+from memcompile.runtime.values_stepper import ValuesStepper, row_optimizer_in, stepper_in, takes_sparse_gradients
+
+log = logging.getLogger(__name__)
+
+_MARK = "memcompile_for_one_step"  # of groups that live for one
+
+
+@dataclasses.dataclass(frozen=True)
+class _Aside:
+    """Values that are not in their group while a step runs."""
+
+    group: int  # its index
+    positions: list[int]  # in it
+    items: dict[str, list[Any]]  # what the group's lists have at these positions
+    stepper: ValuesStepper | None  # who steps them; None is the optimizer, in a group that lives for one step
+
+
+_aside: weakref.WeakKeyDictionary[Optimizer, list[_Aside]] = weakref.WeakKeyDictionary()
+_guarded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def install_step_hooks() -> None:
+    """Registers the hooks for every optimizer of the process, once."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Takes the values aside for the step. A closure runs with the user's groups and gradients: it may read them, and
+    may raise.
+    """
+    aside = _take_aside(optimizer)
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure) or not aside:
+        return None
+
+    @functools.wraps(closure)
+    def with_all_in_place() -> Any:
+        _put_back(optimizer)
+        loss = closure()
+        _take_aside(optimizer)
+        return loss
+
+    return (
+        ((args[0], with_all_in_place, *args[2:]), kwargs)
+        if len(args) > 1
+        else (args, {**kwargs, "closure": with_all_in_place})
+    )
+
+
+def _after_step(optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
+    for stepper in _put_back(optimizer):
+        lr = stepper.group["lr"]
+        rate = stepper.pool.config.values_lr
+        stepper.step(lr if rate is None else _like(lr, rate))
+
+
+def _take_aside(optimizer: Optimizer) -> bool:
+    """Returns whether the optimizer has values of a memory."""
+    _put_back(optimizer)  # a step that raised left them aside
+    pools = {id(pool.values): pool for pool in live_pools()}
+    mine = [pools[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in pools]
+    if any(pool.stepper is not None and pool.stepper.rows is optimizer is not pool.stepper.optimizer for pool in mine):
+        return False  # a stepper's own
+    if not mine or isinstance(optimizer, torch.optim.LBFGS):  # LBFGS steps along one direction: it has one rate
+        return False
+    if isinstance(getattr(optimizer, "optim", None), Optimizer):  # ZeRO steps another optimizer: that one is split
+        _refuse_sparse(optimizer, mine)
+        return False
+    for index, group in enumerate(list(optimizer.param_groups)):
+        _split(optimizer, index, group, pools)
+    if optimizer not in _guarded:
+        _guarded.add(optimizer)
+        optimizer.register_state_dict_pre_hook(_before_saving)
+    return True
+
+
+def _before_saving(optimizer: Optimizer) -> None:
+    _put_back(optimizer)  # after ctrl-C in a step
+
+
+def _split(optimizer: Optimizer, index: int, group: dict[str, Any], pools: dict[int, MemoryPool]) -> None:
+    """Moves values that are stepped by rows, or at their own rate, out of a group."""
+    moved: dict[int, tuple[float | None, ValuesStepper | None]] = {}  # by position in the group
+    for position, parameter in enumerate(group["params"]):
+        pool = pools.get(id(parameter))
+        if pool is not None:
+            to = pool.config.values_lr, _stepper(optimizer, group, pool)
+            if to != (None, None):
+                moved[position] = to
+    for rate, stepper in dict.fromkeys(moved.values()):
+        positions = [position for position in moved if moved[position] == (rate, stepper)]
+        own = {key: [group[key][i] for i in positions] for key in per_parameter(group)}
+        _aside.setdefault(optimizer, []).append(_Aside(index, positions, own, stepper))
+        if stepper is None:
+            lr = group["lr"] if rate is None else _like(group["lr"], rate)
+            optimizer.param_groups.append({**group, **own, "lr": lr, _MARK: True})
+    for key in per_parameter(group) if moved else ():
+        group[key][:] = [item for i, item in enumerate(group[key]) if i not in moved]
+
+
+def _put_back(optimizer: Optimizer) -> list[ValuesStepper]:
+    """Puts the values back where the user's groups had them; returns who steps those that the optimizer did not."""
+    asides = _aside.pop(optimizer, [])
+    if asides:
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if _MARK not in group]
+    places = [(aside, rank) for aside in asides for rank in range(len(aside.positions))]
+    for aside, rank in sorted(places, key=lambda place: place[0].positions[place[1]]):
+        for key, items in aside.items.items():
+            optimizer.param_groups[aside.group][key].insert(aside.positions[rank], items[rank])
+    return [aside.stepper for aside in asides if aside.stepper is not None]
+
+
+def _stepper(optimizer: Optimizer, group: dict[str, Any], pool: MemoryPool) -> ValuesStepper | None:
+    """Who steps the values of a pool in this group; None is the optimizer itself, with a gradient that it takes."""
+    if pool.values_grad == "dense":
+        return None
+    kind = row_optimizer_in(optimizer, group, pool.config)
+    if kind is not None:
+        stepper = stepper_in(optimizer, pool, kind)
+        return stepper if isinstance(stepper, ValuesStepper) else None
+    grad = pool.values.grad
+    if grad is not None and grad.is_sparse and not takes_sparse_gradients(optimizer, group):
+        _say_dense(type(optimizer).__name__)
+        pool.values.grad = grad.to_dense()
+    return None
+
+
+@functools.cache
+def _say_dense(name: str) -> None:
+    log.warning(
+        "%s has no counterpart by rows: the gradient of the memory's values is made dense in each step, which costs "
+        "their whole size. Plan with values_optimizer='row_adamw' (or another) to step them by rows",
+        name,
+    )
+
+
+def _refuse_sparse(optimizer: Optimizer, pools: list[MemoryPool]) -> None:
+    if any(pool.values_grad != "dense" for pool in pools):
+        raise OptionError(
+            f"{type(optimizer).__name__} keeps the state of each parameter on one rank, and the values' rows are "
+            f"stepped on all: plan with values_grad='dense'"
+        )
+
+
+def _like(lr: Any, rate: float) -> Any:
+    """A learning rate of the same kind: capturable optimizers hold it in a tensor."""
+    return torch.full_like(lr, rate) if isinstance(lr, torch.Tensor) else rate

@@ -1,0 +1,44 @@
+"""The gradient of the values when autograd has added it up: coalesced, summed over replicas, or used up at once."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from memcompile.lowering.schema import operator
+from memcompile.lowering.sparse_table import coalesced
+from memcompile.runtime._torch import sparse_parts
+from memcompile.runtime.pool import MemoryPool
+
+_HOOK = "_memcompile_gradient_hook"
+
+
+def watch_gradient(pool: MemoryPool) -> None:
+    """Sees every gradient that the values get from here on. Idempotent: values that were replaced are watched anew."""
+    values, of = pool.values, weakref.ref(pool)
+    if pool.config.gradient == "dense" or hasattr(values, _HOOK):
+        return
+
+    def hook(parameter: Tensor) -> None:
+        owner = of()
+        if owner is not None and parameter.grad is not None and parameter.grad.is_sparse:
+            _added_up(owner, parameter)
+
+    setattr(values, _HOOK, values.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+
+
+def _added_up(pool: MemoryPool, values: Tensor) -> None:
+    assert values.grad is not None
+    values.grad = sum_of_rows(values.grad)
+
+
+def sum_of_rows(grad: Tensor) -> Tensor:
+    """The same gradient, coalesced: autograd forgets that one is, and on some devices adds two by appending them."""
+    rows, sums = sparse_parts(grad)
+    if bool((rows[0, 1:] > rows[0, :-1]).all()):
+        return coalesced(rows[0], sums, grad.shape[0])
+    ones = torch.ones_like(rows[0], dtype=torch.promote_types(sums.dtype, torch.float32)).unsqueeze(1)
+    rows, sums = operator("row_sums")(rows[0].unsqueeze(1), ones, sums, grad.shape[0])
+    return coalesced(rows, sums, grad.shape[0])

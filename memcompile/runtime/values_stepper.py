@@ -1,0 +1,221 @@
+"""ValuesStepper: steps the values of a pool by rows, as a part of the user's own optimizer.
+
+The values stay in that optimizer's groups. Its `step()` is not shown their gradient, and a row optimizer steps them
+afterwards with the options that their group has by then, and their own learning rate. Their state is in
+`optimizer.state`, in the layout of the PyTorch optimizer of the same mathematics: so one checkpoint holds it, and
+dense and sparse training read each other's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
+
+from memcompile.config import MemoryConfig
+from memcompile.runtime.optim import LazyAdam, RowAdamW, RowOptimizer, RowSGD, RowwiseAdagrad
+from memcompile.runtime.pool import MemoryPool, live_pools
+from memcompile.runtime.values_gradient import watch_gradient
+
+log = logging.getLogger(__name__)
+
+_BY_NAME: dict[str, type[RowOptimizer]] = {
+    "row_adamw": RowAdamW,
+    "lazy_adam": LazyAdam,
+    "row_wise_adagrad": RowwiseAdagrad,
+    "row_sgd": RowSGD,
+}
+_OWN_STATE = ("last_step", "rates", "changes", "eps")  # what rows have missed: nothing, in what is saved
+
+
+def row_optimizer_in(optimizer: Optimizer, group: dict[str, Any], config: MemoryConfig) -> type[RowOptimizer] | None:
+    """The class that steps the values of this group by rows; None where the optimizer has no counterpart by rows."""
+    if isinstance(optimizer, RowOptimizer):
+        return type(optimizer)
+    if config.values_optimizer is not None:
+        return _BY_NAME[config.values_optimizer]
+    if _steps_as(optimizer, Adam):
+        decoupled = group.get("decoupled_weight_decay", False) or not group["weight_decay"]
+        return RowAdamW if decoupled and not group["amsgrad"] and not group["differentiable"] else None
+    if _steps_as(optimizer, SGD):
+        return None if group["momentum"] or group["differentiable"] else RowSGD
+    return None
+
+
+def stepper_in(optimizer: Optimizer, pool: MemoryPool, kind: type[RowOptimizer]) -> ValuesReader:
+    """Who steps the values of a pool in this optimizer; from here on nobody else does."""
+    if pool.stepper is None or not pool.stepper.is_for(optimizer, kind):
+        pool.catch_up()
+        own = isinstance(optimizer, RowOptimizer)
+        pool.stepper = ValuesReader(pool, optimizer) if own else ValuesStepper(pool, optimizer, kind)
+    return pool.stepper
+
+
+def stepper_of(values: Tensor) -> ValuesReader | None:
+    """Who steps the rows of this table, a planned model's values or a view of all of them; None if nobody does yet."""
+    for pool in live_pools():
+        if pool.stepper is not None and pool.values.data_ptr() == values.data_ptr() and not values.is_meta:
+            return pool.stepper
+    return None
+
+
+def takes_sparse_gradients(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether PyTorch's own optimizer steps a sparse gradient as it would the dense one."""
+    if _steps_as(optimizer, Adagrad):
+        return not group["weight_decay"] and not group.get("fused")
+    return _steps_as(optimizer, SparseAdam) or isinstance(optimizer, torch.optim.LBFGS)
+
+
+def _steps_as(optimizer: Optimizer, kind: type[Optimizer]) -> bool:
+    """Whether the step of an optimizer is that of this class: subclasses may have their own."""
+    return isinstance(optimizer, kind) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(kind.step)
+
+
+class ValuesReader:
+    """Reads the values of one pool as they are by now, for `lowering.sparse_table`.
+
+    Attributes:
+        rows: the row optimizer that steps the values: here the user's own.
+    """
+
+    rows: RowOptimizer
+
+    def __init__(self, pool: MemoryPool, optimizer: Optimizer) -> None:
+        self._pool = weakref.ref(pool)
+        self._optimizer = weakref.ref(optimizer)
+        optimizer.register_state_dict_pre_hook(_catch_up_before_saving)
+        weakref.finalize(optimizer, _retire, weakref.ref(pool), weakref.ref(self)).atexit = False
+        watch_gradient(pool)
+        self._start(optimizer)
+
+    def _start(self, optimizer: Optimizer) -> None:
+        assert isinstance(optimizer, RowOptimizer)
+        self.rows = optimizer
+
+    @property
+    def pool(self) -> MemoryPool:
+        pool = self._pool()
+        assert pool is not None, "a stepper lives in its pool"
+        return pool
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The user's; None once it is gone."""
+        return self._optimizer()
+
+    def is_for(self, optimizer: Optimizer, kind: type[RowOptimizer]) -> bool:
+        """Whether this steps the values in this optimizer, by this class."""
+        return self.optimizer is optimizer and type(self.rows) is kind
+
+    def gather(self, slots: Tensor, weights: Tensor) -> Tensor:
+        """As `weighted_gather`, of the rows as they are by now."""
+        self._take_over_state()
+        return self.rows.current_gather(self.pool.values, slots, weights)
+
+    def dot(self, slots: Tensor, grad: Tensor) -> Tensor:
+        """As `gather_dot`, of the rows as they are by now."""
+        self._take_over_state()
+        return self.rows.current_dot(self.pool.values, slots, grad)
+
+    def take_factors(self, slots: Tensor, weights: Tensor, grad: Tensor) -> None:
+        raise NotImplementedError
+
+    def catch_up(self) -> None:
+        """Brings all rows up to date with the last step."""
+        self._take_over_state()
+        self.rows.catch_up(self.pool.values)
+
+    def _take_over_state(self) -> None:
+        """Nothing: the state is the row optimizer's own."""
+
+
+class ValuesStepper(ValuesReader):
+    """Steps the values of one pool as a part of the user's optimizer, by rows.
+
+    Attributes:
+        rows: the row optimizer; it has the values alone.
+    """
+
+    def __init__(self, pool: MemoryPool, optimizer: Optimizer, kind: type[RowOptimizer]) -> None:
+        self._kind = kind
+        self._published: dict[str, Any] | None = None
+        super().__init__(pool, optimizer)
+        log.info("%s steps the memory's values by rows, in %s.step()", kind.__name__, type(optimizer).__name__)
+
+    def _start(self, optimizer: Optimizer) -> None:
+        dtype = self.pool.config.values_state_dtype
+        takes_dtype = "state_dtype" in inspect.signature(self._kind).parameters
+        options: dict[str, Any] = {"state_dtype": torch.bfloat16} if takes_dtype and dtype == "bfloat16" else {}
+        self.rows = self._kind([self.pool.values], **options)
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The group of the user's optimizer that the values are in."""
+        optimizer, values = self.optimizer, self.pool.values
+        assert optimizer is not None
+        return next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
+
+    def step(self, lr: Any) -> None:
+        """Steps the rows of the values' gradient, with the options that their group has now."""
+        optimizer, values = self.optimizer, self.pool.values
+        if optimizer is None or values.grad is None or not _unscaled(optimizer, values.grad):
+            return
+        self._take_over_state()
+        group, own = self.group, self.rows.param_groups[0]
+        own.update({name: group[name] for name in own.keys() & group.keys() if name not in ("params", "lr")}, lr=lr)
+        self.rows.step()
+        self._publish(optimizer)
+
+    def _take_over_state(self) -> None:
+        """Goes on from what `optimizer.state` holds: a checkpoint may have been loaded, or the state dropped."""
+        optimizer, values = self.optimizer, self.pool.values
+        if optimizer is None:
+            return
+        if self.rows.param_groups[0]["params"][0] is not values:  # load_state_dict(assign=True), to_empty()
+            self._published = None
+            self._start(optimizer)
+            watch_gradient(self.pool)
+        state = optimizer.state.get(values) or None
+        if state is self._published:
+            return
+        self._published = None
+        self.rows.state.pop(values, None)
+        if state is not None:
+            self.rows.adopt(values, state)
+            self._publish(optimizer)
+
+    def _publish(self, optimizer: Optimizer) -> None:
+        """Shows the state in the user's optimizer: the same tensors, and the number of steps as PyTorch has it."""
+        own = self.rows.state[self.pool.values]
+        shown = {name: value for name, value in own.items() if name not in _OWN_STATE}
+        shown["step"] = torch.tensor(float(own["step"]))
+        optimizer.state[self.pool.values] = self._published = shown
+
+
+def _unscaled(optimizer: Optimizer, grad: Tensor) -> bool:
+    """What a fused optimizer does with the numbers that GradScaler leaves to it; False where the step is skipped."""
+    scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+    if found_inf is not None and bool(found_inf):
+        return False
+    if scale is not None:
+        (grad._values() if grad.is_sparse else grad).div_(scale)
+    return True
+
+
+def _catch_up_before_saving(optimizer: Optimizer) -> None:
+    for pool in live_pools():
+        if pool.stepper is not None and pool.stepper.optimizer is optimizer:
+            pool.catch_up()
+
+
+def _retire(pool_of: weakref.ref[MemoryPool], stepper_of: weakref.ref[ValuesReader]) -> None:
+    """The user's optimizer is gone: the values stay as its last step has them, and its state goes."""
+    pool, stepper = pool_of(), stepper_of()
+    if pool is not None and stepper is not None and pool.stepper is stepper:
+        stepper.catch_up()
+        pool.stepper = None
