@@ -61,7 +61,7 @@ WRONG = [
     (
         "values_optimizer",
         "adam",
-        "values_optimizer must be None, 'row_adamw', 'lazy_adam', 'row_wise_adagrad' or 'row_sgd'",
+        "None, 'row_adamw', 'lazy_adam', 'row_wise_adagrad' or 'row_sgd', got 'adam'",
     ),
     ("values_state_dtype", "float16", "values_state_dtype must be 'float32' or 'bfloat16', got 'float16'"),
     ("n_keys", 0, "n_keys must be an integer >= 1 or None, got 0"),
