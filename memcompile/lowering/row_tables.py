@@ -14,6 +14,7 @@ from memcompile.lowering import cpu
 from memcompile.lowering._torch import on_the_cpu
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
 from memcompile.lowering.stochastic_rounding import round_rows
+from memcompile.lowering.triton.serve import row_kernel
 
 VALUES, EXP_AVG, EXP_AVG_SQ = range(3)  # the tables of a step, which round apart
 _CHUNK_ELEMENTS = 2**20  # of one table that the PyTorch operators hold at once
@@ -36,8 +37,12 @@ def check_table(name: str, table: Tensor, like: Tensor) -> None:
 def check_rows(values: Tensor, rounded: Tensor | None, rows: Tensor, grad: Tensor | None) -> None:
     """Raises ValueError for what no operator on rows takes."""
     check_table("values", values, values)
-    if rounded is not None and (rounded.shape != values.shape or rounded.dtype is not torch.bfloat16):
-        raise ValueError(f"rounded: expected bfloat16 {list(values.shape)}, got {rounded.dtype} {list(rounded.shape)}")
+    if rounded is not None and (
+        rounded.shape != values.shape or rounded.dtype is not torch.bfloat16 or not rounded.is_contiguous()
+    ):
+        raise ValueError(
+            f"rounded: expected contiguous bfloat16 {list(values.shape)}, got {rounded.dtype} {list(rounded.shape)}"
+        )
     if rounded is not None and values.dtype is not torch.float32:
         raise ValueError(f"values: expected float32 beside a rounded copy, got {values.dtype}")
     if rows.dim() != 1 or rows.dtype is not torch.int64:
@@ -78,13 +83,17 @@ def register_row_operator(name: str, check: Callable[..., None], kernel: Callabl
     Args:
         check: raises ValueError for arguments that the operator cannot serve.
         kernel: the update, in operations of PyTorch. On the CPU the C++ of `lowering.cpu` runs in its place, where it
-            can be built.
+            can be built, and on a GPU the Triton of `lowering.triton`.
     """
 
     def anywhere(*args: Any) -> None:
         check(*args)
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if all(t.device.type == "cpu" for t in tensors) and cpu.load():
+        launch = row_kernel(name, *args)
+        if launch is not None:
+            with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
+                launch(*args)
+        elif all(t.device.type == "cpu" for t in tensors) and cpu.load():
             on_the_cpu(operator(name), *args)  # from the next call on the dispatcher goes there by itself
         else:
             kernel(*args)
