@@ -114,3 +114,17 @@ def test_optimizers_as_on_the_cpu(optimizer, schedule, device):
         return table.weight.detach().cpu()
 
     torch.testing.assert_close(trained(device), trained("cpu"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["LazyAdam", "RowwiseAdagrad", "RowSGD"])
+def test_a_step_of_distinct_rows_does_not_wait(optimizer, device):
+    """Of a coalesced gradient, at a constant rate. RowAdamW waits: its plans need when rows were last touched."""
+    table = nn.Parameter(torch.zeros(50, 24, device=device))
+    rows = torch.arange(20, device=device).unsqueeze(0)
+    grad = torch.sparse_coo_tensor(rows, torch.ones(20, 24, device=device), table.shape, is_coalesced=True)
+    steps = OPTIMIZERS[optimizer]([table], 1e-2)
+    table.grad = grad
+    for _ in range(2):  # the state is allocated, the kernel compiled
+        steps.step()
+    with no_synchronisation(device):
+        steps.step()
