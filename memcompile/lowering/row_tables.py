@@ -1,7 +1,8 @@
 """What the operators that update rows in place share: how they are registered, and rows in and out of tables.
 
 Such an operator reads and writes the rows that it is given and no others. Its `values` are the table that learns, its
-`rounded` a bf16 copy of fp32 values, or None. Rows must be distinct. It has no derivative and returns nothing.
+`rounded` a bf16 copy of fp32 values, or None. Rows must be distinct. It has no derivative and returns nothing. A row
+that the table does not have raises, but on a GPU, where Triton's kernels leave it out: they do not wait to know.
 """
 
 from collections.abc import Callable, Iterator

@@ -61,10 +61,9 @@ def test_rows_of_large_tables(name, device, sizes, needs_memory):
     needs_memory(4.2 * ROWS_AT[name] * slots * dim)
     first = sizes.large_elements // dim
     small = moved(name, arguments(name, "fp32", count, dim, slots=count), device)
-    rows = torch.cat(
-        [torch.randperm(first, device=device)[:32], first + torch.randperm(slots - first, device=device)[:32]]
-    )
-    rows[32], rows[33] = first, slots - 1
+    before = torch.randperm(first, device=device)[:32]
+    beyond = first + 1 + torch.randperm(slots - first - 2, device=device)[:30]
+    rows = torch.cat([before, beyond, torch.tensor([first, slots - 1], device=device)])
     at = ROWS_AT[name]
     large = [*small]
     for position, table in enumerate(small[:at]):

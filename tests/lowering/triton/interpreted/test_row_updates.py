@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from memcompile.lowering import operator
 from memcompile.lowering.stochastic_rounding import round_rows
+from memcompile.lowering.triton import launch
 from tests.lowering.test_row_updates import FORMS, NAMES, ROWS_AT, arguments, assert_updates, changed, tables_of
 
 KERNEL_OF = {"row_adam": "update_adam", "row_adagrad": "update_adagrad", "row_sgd": "update_sgd"}
@@ -50,6 +51,16 @@ def test_the_bits_of_stochastic_rounding(seed):
     grad[0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
     operator("row_sgd")(values, None, rows, grad, None, 1.0, seed)
     torch.testing.assert_close(values[rows], round_rows(-grad, rows, seed, 0), rtol=0, atol=0, equal_nan=True)
+
+
+def test_how_many_panels_a_plan_has():
+    """Up to the last that has a moment, whichever."""
+    panels = torch.zeros(4, 3, 8, dtype=torch.float64)
+    panels[:, :, 0] = 1.0  # centres
+    panels[1, 0, 1] = panels[2, 1, 7] = panels[3, 0, 1] = panels[3, 2, 4] = 1e-300
+    assert launch._panel_counts(panels).tolist() == [0, 1, 2, 3]
+    assert launch._panel_counts(panels[:, :0]).tolist() == [0, 0, 0, 0]
+    assert launch._panel_counts(panels[:, :1]) is None and launch._panel_counts(None) is None
 
 
 @pytest.mark.parametrize("panels", [0, 1, 2, 5])
