@@ -11,7 +11,8 @@ from benchmarks.common.setting import Setting
 from benchmarks.common.tables import of_tokens
 
 GATHER, SEARCH, SCORED_SEARCH, LAYER = "gather", "search of given scores", "search with its scores", "layer"
-FROZEN = "forward+backward, values frozen"
+UPDATE = "Adam's update of a row a token"
+FROZEN, STEP = "forward+backward, values frozen", "step"
 OURS = "memcompile"
 
 

@@ -22,6 +22,7 @@ from benchmarks.gpu.limits import measure_limits
 from benchmarks.gpu.plan import SHARE_OF_MEMORY, Group, Plan, fitting_setting
 from benchmarks.gpu.results import Failure, Median, Results, Skipped
 from benchmarks.gpu.search import scored_search_case, search_case
+from benchmarks.gpu.update import update_case
 
 ROUNDS = Rounds(seconds=0.2, fewest=5, most=25)
 WARM_UPS = 2
@@ -61,7 +62,7 @@ class Run:
 
     @staticmethod
     def _cases_of(group: Group) -> int:
-        return 3 * group.parts + len(group.tokens) + len(group.backward_tokens) + group.frozen
+        return 4 * group.parts + len(group.tokens) + len(group.backward_tokens) + group.frozen
 
     def say(self, what: str) -> None:
         self.stop.check()
@@ -108,6 +109,7 @@ class Run:
             partial(gather_case, setting, table, tokens, peers),
             partial(search_case, setting, where, tokens, peers),
             partial(scored_search_case, setting, where, tokens, peers),
+            partial(update_case, setting, where, tokens, peers),
         ]
         for make in makers:
             self.measured([make()])

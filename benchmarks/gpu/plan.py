@@ -18,7 +18,7 @@ class Group:
     n_keys: int
     tokens: tuple[int, ...]  # of the forward, the most first: Inductor chooses its kernels for that
     backward_tokens: tuple[int, ...]  # nobody trains on one token
-    parts: bool = False  # gather and search on their own, too
+    parts: bool = False  # gather, search and an optimizer's update on their own, too
     frozen: bool = False  # the backward without the values' gradient, too
 
 

@@ -18,7 +18,7 @@ def _ratio(value: Median, ours: Median | None) -> str:
 
 
 def _parts(results: Results) -> list[str]:
-    """Gathers and searches, with what they reach of the limits."""
+    """Gathers, searches and updates, with what they reach of the limits."""
     assert results.limits is not None
     shown = []
     others = [m for m in results.medians if m.kind != LAYER]

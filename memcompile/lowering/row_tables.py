@@ -1,7 +1,8 @@
 """What the operators on rows of tables share: how they are registered, and rows in and out of tables.
 
 An operator that updates rows in place reads and writes the rows that it is given and no others. Its `values` are the
-table that learns, its `rounded` a bf16 copy of fp32 values, or None. Rows must be distinct. It returns nothing.
+table that learns, its `rounded` a bf16 copy of fp32 values, or None. Rows must be distinct. It returns nothing. A row
+that the table does not have raises, but on a GPU, where Triton's kernels leave it out: they do not wait to know.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from memcompile.lowering import cpu
 from memcompile.lowering._torch import on_the_cpu
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
 from memcompile.lowering.stochastic_rounding import round_rows
+from memcompile.lowering.triton.serve import row_kernel
 
 VALUES, EXP_AVG, EXP_AVG_SQ = range(3)  # the tables of a step, which round apart
 _CHUNK_ELEMENTS = 2**20  # of one table that the PyTorch operators hold at once
@@ -36,8 +38,12 @@ def check_table(name: str, table: Tensor, like: Tensor) -> None:
 def check_rows(values: Tensor, rounded: Tensor | None, rows: Tensor, grad: Tensor | None) -> None:
     """Raises ValueError for what no operator on rows takes."""
     check_table("values", values, values)
-    if rounded is not None and (rounded.shape != values.shape or rounded.dtype is not torch.bfloat16):
-        raise ValueError(f"rounded: expected bfloat16 {list(values.shape)}, got {rounded.dtype} {list(rounded.shape)}")
+    if rounded is not None and (
+        rounded.shape != values.shape or rounded.dtype is not torch.bfloat16 or not rounded.is_contiguous()
+    ):
+        raise ValueError(
+            f"rounded: expected contiguous bfloat16 {list(values.shape)}, got {rounded.dtype} {list(rounded.shape)}"
+        )
     if rounded is not None and values.dtype is not torch.float32:
         raise ValueError(f"values: expected float32 beside a rounded copy, got {values.dtype}")
     if rows.dim() != 1 or rows.dtype is not torch.int64:
@@ -80,13 +86,17 @@ def register_row_operator(
     Args:
         check: raises ValueError for arguments that the operator cannot serve.
         kernel: the operator, in operations of PyTorch. On the CPU the C++ of `lowering.cpu` runs in its place, where it
-            can be built.
+            can be built, and on a GPU the Triton of `lowering.triton`, where it has a kernel.
         fake: shapes and dtypes of what it returns, if anything.
     """
 
     def anywhere(*args: Any) -> Any:
         check(*args)
         tensors = [a for a in args if isinstance(a, Tensor)]
+        launch = row_kernel(name, *args)
+        if launch is not None:
+            with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
+                return launch(*args)
         if all(t.device.type == "cpu" for t in tensors) and cpu.load():
             return on_the_cpu(operator(name), *args)  # from the next call on the dispatcher goes there by itself
         return kernel(*args)

@@ -15,11 +15,12 @@ from benchmarks.common.setting import Setting
 from benchmarks.common.timing import Rounds, medians_in_turns
 from benchmarks.gpu import layers, measure
 from benchmarks.gpu.__main__ import benchmark, main
-from benchmarks.gpu.case import FROZEN, GATHER, LAYER, OURS, SCORED_SEARCH, SEARCH
+from benchmarks.gpu.case import FROZEN, GATHER, LAYER, OURS, SCORED_SEARCH, SEARCH, UPDATE
 from benchmarks.gpu.goals import judge
 from benchmarks.gpu.limits import Limits
 from benchmarks.gpu.plan import Group, Plan, fitting_setting, full_plan, quick_plan
 from benchmarks.gpu.results import Median, Results
+from benchmarks.gpu.update import FUSED, SPARSE
 
 PLAN = Plan(
     (Group(32, 8, (12, 1), (12,), parts=True, frozen=True), Group(64, 8, (12,), ())),
@@ -77,6 +78,7 @@ def test_a_whole_run(tmp_path, capsys):
     for kind in (SEARCH, SCORED_SEARCH):
         expected = {OURS, "memcompile, eager", "torch.topk + merge", "torch.topk + merge, Inductor"}
         assert names(content, kind=kind) == expected
+    assert names(content, kind=UPDATE) == {OURS, "memcompile, rows that are late", SPARSE, FUSED}
     cases = [(32, 12, FORWARD), (32, 1, FORWARD), (32, 12, BACKWARD), (32, 12, FROZEN), (64, 12, FORWARD)]
     for width, tokens, direction in cases:
         assert names(content, kind=LAYER, width=width, tokens=tokens, direction=direction) == PEERS
@@ -135,7 +137,7 @@ def test_what_does_not_fit_or_comes_too_late_is_skipped(tmp_path):
     assert not written(tmp_path)["medians"]
     benchmark(Host(), replace(PLAN, minutes=0), tmp_path)
     content = written(tmp_path)
-    assert not content["medians"] and len(content["skipped"]) == 3 + 4 + 1
+    assert not content["medians"] and len(content["skipped"]) == 4 + 4 + 1
     assert {g["reached"] for g in content["goals"]} == {"not measured"} and not any(g["met"] for g in content["goals"])
 
 

@@ -1,12 +1,10 @@
 """What is asked of each call: the same bits every time, and no wait for the device."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 from tests.gpu import exact
-from tests.gpu.how import HOW
+from tests.gpu.how import HOW, no_synchronisation
 from tests.lowering.cases import gradients
 
 
@@ -31,18 +29,6 @@ def test_the_same_bits_every_time(dtype, compiled, device, sizes):
         again = everything()
         different = [name for name in first if not torch.equal(first[name], again[name])]
         assert not different, f"repeat {repeat}: {different} differ"
-
-
-@contextmanager
-def no_synchronisation(device):
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @HOW

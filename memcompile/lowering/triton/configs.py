@@ -149,3 +149,33 @@ def sum_config(value_dim: int, total: int) -> Sum:
     """
     chunk = min(256, max(16, next_power_of_2(total // 4096)))
     return Sum(chunk, min(256, max(8, next_power_of_2(value_dim))), num_warps=1)
+
+
+# --- rows updated in place ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How rows are updated: ROWS of them a program, BLOCK_COLUMNS columns."""
+
+    rows: int
+    block_columns: int
+    num_warps: int
+
+
+# Of sums, 16 a thread. Narrow rows share a warp and no more: each row of a thread takes registers for its own numbers.
+_BYTES_A_WARP = 512
+
+
+def update_config(value_dim: int, itemsize: int) -> Tile:
+    """Of the kernels that update each number by itself; `itemsize` is of their sums."""
+    a_warp = _BYTES_A_WARP // itemsize
+    width = min(8 * a_warp, max(16, next_power_of_2(value_dim)))
+    return Tile(max(1, min(4, a_warp // width)), width, num_warps=max(1, width // a_warp))
+
+
+def adagrad_config(value_dim: int, itemsize: int) -> Tile:
+    """Of `update_adagrad`, whose program has all of a row while 16 KiB hold it."""
+    a_warp = _BYTES_A_WARP // itemsize
+    width = min(32 * a_warp, max(16, next_power_of_2(value_dim)))
+    return Tile(max(1, min(4, a_warp // width)), width, num_warps=min(8, max(1, width // a_warp)))

@@ -9,12 +9,16 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memcompile.lowering._torch import size_hint
+from memcompile.lowering.row_adam import moments_of
+from memcompile.lowering.row_tables import sum_dtype
 from memcompile.lowering.triton import configs, cost, serve
 from memcompile.lowering.triton.kernels.candidates import rank_candidates
 from memcompile.lowering.triton.kernels.gather import gather_dot_rows, weighted_gather_rows
+from memcompile.lowering.triton.kernels.row_updates import update_adagrad, update_adam, update_sgd
 from memcompile.lowering.triton.kernels.segments import add_atomically, join_chunks, sum_chunks
 from memcompile.lowering.triton.kernels.select import select_computed, select_stored
 from memcompile.lowering.triton.settings import is_interpreted, uses_atomics
@@ -197,3 +201,99 @@ def _scatter_atomically(slots: Tensor, weights: Tensor, grad: Tensor, num_slots:
         BLOCK_COLUMNS=config.block_columns, num_warps=config.num_warps,
     )  # fmt: skip
     return out.to(grad.dtype)
+
+
+# --- rows updated in place ------------------------------------------------------------------------
+
+
+def row_adam(
+    values: Tensor,
+    rounded: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rows: Tensor,
+    grad: Tensor | None,
+    plan_of_row: Tensor | None,
+    decays: Tensor | None,
+    panels: Tensor | None,
+    numbers: Tensor,
+    seed: int,
+) -> None:
+    """See `memcompile.lowering.row_adam`."""
+    decay, beta1, beta2, rate, scale, eps = numbers.tolist()  # on the CPU
+    config = configs.update_config(values.shape[1], sum_dtype(values).itemsize)
+    plans = (plan_of_row, decays, panels)
+    _update(
+        update_adam, config, (_blocks(values.shape[1], config.block_columns),), (values, rounded, exp_avg, exp_avg_sq),
+        rows, (grad, *plans, _panel_counts(panels)), (panels.shape[1] if panels is not None else 0,), seed,
+        (decay, beta1, beta2, rate, scale, eps, 1 - beta1, 1 - beta2), MOMENTS=moments_of(values.dtype),
+    )  # fmt: skip
+
+
+def _panel_counts(panels: Tensor | None) -> Tensor | None:
+    """int32 [plans]: how many panels each plan has up to its last with moments; None where there is one for each."""
+    if panels is None or panels.shape[1] == 1:
+        return None
+    used = F.pad(panels[:, :, 1:].ne(0).any(2), (1, 0))  # [plans, 1 + panels]
+    order = torch.arange(used.shape[1], dtype=torch.int32, device=used.device)
+    return (used * order).amax(1)
+
+
+def row_adagrad(
+    values: Tensor,
+    rounded: Tensor | None,
+    squares: Tensor,
+    rows: Tensor,
+    grad: Tensor,
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    seed: int,
+) -> None:
+    """See `memcompile.lowering.row_adagrad`."""
+    config = configs.adagrad_config(values.shape[1], sum_dtype(values).itemsize)
+    added, kept = (0.0, 1 - lr * weight_decay) if decoupled else (weight_decay, 1.0)
+    _update(
+        update_adagrad, config, (), (values, rounded, squares), rows, (grad,), (), seed, (lr, eps, added, kept),
+        WHOLE=config.block_columns >= values.shape[1],
+    )  # fmt: skip
+
+
+def row_sgd(
+    values: Tensor,
+    rounded: Tensor | None,
+    rows: Tensor,
+    grad: Tensor | None,
+    decays: Tensor | None,
+    rate: float,
+    seed: int,
+) -> None:
+    """See `memcompile.lowering.row_sgd`."""
+    config = configs.update_config(values.shape[1], sum_dtype(values).itemsize)
+    columns = (_blocks(values.shape[1], config.block_columns),)
+    _update(update_sgd, config, columns, (values, rounded), rows, (grad, decays), (), seed, (rate,))
+
+
+def _update(
+    kernel: Any,
+    config: configs.Tile,
+    columns: tuple[int, ...],
+    tables: tuple[Tensor | None, ...],
+    rows: Tensor,
+    of_rows: tuple[Tensor | None, ...],
+    sizes: tuple[int, ...],
+    seed: int,
+    numbers: tuple[float, ...],
+    **constants: Any,
+) -> None:
+    """Launches an update of rows int64 [n]: arguments in the order that its kernels share."""
+    values = tables[0]
+    assert values is not None
+    if values.shape[1] == 0 or len(rows) == 0:
+        return
+    given = (None if tensor is None else tensor.contiguous() for tensor in of_rows)
+    _kernel(kernel, (_blocks(len(rows), config.rows), *columns))(
+        *tables, rows.contiguous(), *given, len(rows), *values.shape, *sizes, seed & 0xFFFFFFFF, *map(float, numbers),
+        ROWS=config.rows, BLOCK_COLUMNS=config.block_columns, num_warps=config.num_warps, **constants,
+    )  # fmt: skip

@@ -62,6 +62,23 @@ def gpu_kernel(name: str, *args: Any) -> Callable[..., Any] | None:
     return kernel
 
 
+def row_kernel(name: str, *args: Any) -> Callable[..., None] | None:
+    """What runs operator `name`, which updates rows in place, on a GPU; None where no kernel serves such arguments. It takes
+    float64 too. `row_adam` has its numbers on the CPU, and everything else where the values are.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    device = tensors[0].device
+    if not serves(device, ()):
+        return None
+    elsewhere = [tensor for tensor in tensors if tensor.device != device or tensor.layout is not torch.strided]
+    if any(tensor is not args[-2] for tensor in elsewhere):
+        return None
+    from memcompile.lowering.triton import launch
+
+    kernel: Callable[..., None] | None = getattr(launch, name, None)
+    return kernel
+
+
 def graph_kernel(name: str, *args: Any) -> Callable[..., Any] | None:
     """What a graph that is compiled holds in the place of operator `name`; None where it holds the operator itself."""
     if name in TEMPLATED or is_interpreted() or not is_keyed():

@@ -42,8 +42,9 @@ class CatchingUpOptimizer(RowOptimizer):
             behind = (last != state["step"]).nonzero()[:, 0]
         else:
             asked: Tensor = torch.unique(rows.detach().reshape(-1).to(last.device, torch.int64))
-            if len(asked) and (asked[0] < 0 or asked[-1] >= len(last)):
-                raise IndexError(f"catch_up: rows {asked[0]} to {asked[-1]} of a table of {len(last)}")
+            ends = torch.stack([asked[0], asked[-1]]).tolist() if len(asked) else [0, 0]  # one wait for a GPU
+            if len(asked) and (ends[0] < 0 or ends[1] >= len(last)):
+                raise IndexError(f"catch_up: rows {ends[0]} to {ends[1]} of a table of {len(last)}")
             behind = asked[last[asked] != state["step"]]
         for part in torch.split(behind, _ROWS):
             self._catch_up_rows(parameter, state, group, part)

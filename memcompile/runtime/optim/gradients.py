@@ -47,24 +47,24 @@ def sum_by_row(rows: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor
     """
     order = rows.argsort(stable=True)
     ranked = rows[order]
-    if bool((ranked[1:] != ranked[:-1]).all()):
+    distinct, counts = torch.unique_consecutive(ranked, return_counts=True)  # the one wait for a GPU
+    if len(distinct) == len(rows):
         return rows, values.to(dtype)
     order = _fingerprints(values).argsort(stable=True)
     order = order[rows[order].argsort(stable=True)]
-    distinct, counts = torch.unique_consecutive(ranked, return_counts=True)
     sums = F.embedding_bag(order, values.to(dtype), counts.cumsum(0) - counts, mode="sum")
     return distinct, sums
 
 
 def _fingerprints(values: Tensor) -> Tensor:
     """A hash, int64 [nnz], of each row's bits: sums of products with fixed odd numbers, modulo 2**64."""
-    factors = _factors(values.shape[1]).to(values.device)
+    factors = _factors(values.shape[1], values.device)
     bits = values.contiguous().view(_INTEGER[values.element_size()])
     size = max(1, _CHUNK_ELEMENTS // max(1, values.shape[1]))
     return torch.cat([(part.long() * factors).sum(1) for part in torch.split(bits, size)])
 
 
 @functools.lru_cache(maxsize=8)
-def _factors(dim: int) -> Tensor:
+def _factors(dim: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(-(2**62), 2**62, (dim,), generator=generator) * 2 + 1
+    return (torch.randint(-(2**62), 2**62, (dim,), generator=generator) * 2 + 1).to(device)

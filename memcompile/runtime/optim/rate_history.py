@@ -68,14 +68,15 @@ class RateHistory:
     def log_product(self, factor: int, after: Tensor, until: Tensor) -> Tensor:
         """The logarithm, float64, of the product of a factor over the steps `after` + 1 to `until`.
 
-        A product within one entry is a power; across entries it is the difference of two sums.
+        A product within one entry is a power; across entries it is the difference of two sums. The steps are on the
+        CPU, as the entries are; while there is one entry, on any device.
         """
+        if len(self) == 1:
+            return (until - after).double() * float(self.entries[0, _LOGS + 2 * factor])
         first, last = self._entry_of(after), self._entry_of(until)
         at = _LOGS + 2 * factor
         entries = self.entries
         within = (until - after) * entries[last, at]
-        if len(self) == 1:
-            return within
 
         def total(entry: Tensor, steps: Tensor) -> Tensor:
             return entries[entry, at + 1] + (steps + 1 - entries[entry, _START]) * entries[entry, at]

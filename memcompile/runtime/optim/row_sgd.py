@@ -83,8 +83,9 @@ class RowSGD(CatchingUpOptimizer):
         values, rounded = tables(parameter, state)
         decays = None
         if "last_step" in state:
-            after = state["last_step"][rows].long().cpu()
+            history, after = self._history(state), state["last_step"][rows].long()
+            after = after if len(history) == 1 else after.cpu()
             until = torch.full_like(after, state["step"])
-            decays = self._history(state).log_product(0, after, until).exp().to(rows.device)
+            decays = history.log_product(0, after, until).exp().to(rows.device, non_blocking=True)
             state["last_step"].index_fill_(0, rows, state["step"])
         operator("row_sgd")(values, rounded, rows, grad, decays, rate, step_seed(state, group))

@@ -93,7 +93,9 @@ def plan(history: RateHistory, last: Tensor, until: int, dtype: torch.dtype) -> 
     parts = [_panels(history, some.unsqueeze(1), until, dtype) for some in torch.split(starts, _STARTS)]
     most = max(part.shape[1] for part in parts)
     panels = torch.cat([F.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts])
-    return SkippedSteps(plan_of_row, decays.to(last.device), panels.to(last.device))
+    # Without waiting for a GPU to have them.
+    decays, panels = (tensor.to(last.device, non_blocking=True) for tensor in (decays, panels))
+    return SkippedSteps(plan_of_row, decays, panels)
 
 
 def _panels(history: RateHistory, starts: Tensor, until: int, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
 """Every kernel that `launch.py` launches, in every configuration that `configs.py` picks, as instances to compile.
 
 Instances are recorded where `launch.py` would launch, on meta tensors, and typed as Triton types a launch: an integer
-of 1 becomes a constant of the kernel, a multiple of 16 is known to be one. So the catalogue follows the code.
+of 1 becomes a constant of the kernel, a multiple of 16 is known to be one, unless the kernel specialises on neither. So
+the catalogue follows the code.
 """
 
 from __future__ import annotations
@@ -17,10 +18,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from memcompile.lowering.row_adam import moments_of
+from memcompile.lowering.row_tables import sum_dtype
 from memcompile.lowering.triton import configs, cost, launch
 from tests.lowering.triton.offline import TARGETS, Compiled, compile_kernel
 
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 _HALF_AND_FULL = (torch.bfloat16, torch.float32)
 
 
@@ -91,12 +101,23 @@ def _launches(sizes: str, run: Callable[[], Any]) -> list[Instance]:
     def record(function: Any, grid: Any) -> Callable[..., None]:
         def launcher(*args: Any, num_warps: int, num_stages: int | None = None, **constants: Any) -> None:
             given = dict(zip(function.arg_names, args, strict=False))
-            ones = {name: 1 for name, value in given.items() if isinstance(value, int) and value == 1}
-            signature = {name: _type(value) for name, value in given.items() if name not in ones}
-            divisible = tuple(name for name in signature if isinstance(given[name], Tensor) or given[name] % 16 == 0)
+            declared = {param.name: param.annotation_type for param in function.params if param.annotation_type}
+            special = {param.name for param in function.params if not param.do_not_specialize} - {*declared}
+            fixed = {
+                name: value for name, value in given.items() if value is None or (name in special and _is_1(value))
+            }
+            signature = {name: declared.get(name) or _type(given[name]) for name in given if name not in fixed}
+            divisible = tuple(name for name in signature if name in special and _is_divisible(given[name]))
             found.append(
                 Instance(
-                    function.fn.__name__, sizes, function, signature, ones | constants, divisible, num_warps, num_stages
+                    function.fn.__name__,
+                    sizes,
+                    function,
+                    signature,
+                    fixed | constants,
+                    divisible,
+                    num_warps,
+                    num_stages,
                 )
             )
 
@@ -105,6 +126,14 @@ def _launches(sizes: str, run: Callable[[], Any]) -> list[Instance]:
     with mock.patch.object(launch, "_kernel", record):
         run()
     return found
+
+
+def _is_1(value: Tensor | int) -> bool:
+    return isinstance(value, int) and value == 1
+
+
+def _is_divisible(value: Tensor | int) -> bool:
+    return isinstance(value, Tensor) or value % 16 == 0
 
 
 def _type(value: Tensor | int) -> str:
@@ -184,6 +213,64 @@ class _Table:
         return _tensor(self.tokens, self.hits)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """A call that updates rows in place, of tables in these dtypes."""
+
+    value_dim: int = 1024
+    dtype: torch.dtype = torch.float32
+    state: torch.dtype = torch.float32
+    copied: bool = False
+    grad: bool = True
+    panels: int | None = None  # of the steps that rows have skipped, if there are any
+    slots: int = 2**20
+    count: int = 5000
+
+    def __str__(self) -> str:
+        words = f"value_dim={self.value_dim} {_TYPES[self.dtype]}" + (" and bf16 copy" if self.copied else "")
+        words += "" if self.grad else " no grad"
+        return words + (f" {self.slots} slots" if self.slots != 2**20 else "")
+
+    def adam(self) -> list[Instance]:
+        plans: tuple[Tensor | None, ...] = (None, None, None)
+        if self.panels is not None:
+            of_plans = _double(7, 3), _double(7, self.panels, 1 + moments_of(self.dtype))
+            plans = (_tensor(self.count, dtype=torch.int64), *of_plans)
+        moments = self._table(self.state), self._table(self.state)
+        words = f"{self} state {_TYPES[self.state]}" + ("" if self.panels is None else f" panels={self.panels}")
+        numbers = torch.zeros(6, dtype=torch.float64)
+        arguments = (*self._values(), *moments, self._numbers(), self._grad(), *plans, numbers, 7)
+        return _launches(words, lambda: launch.row_adam(*arguments))
+
+    def adagrad(self) -> list[Instance]:
+        squares = _tensor(self.slots, dtype=sum_dtype(self._table(self.dtype)))
+        arguments = (*self._values(), squares, self._numbers(), self._grad(), 0.1, 1e-8, 0.1, True, 7)
+        return _launches(str(self), lambda: launch.row_adagrad(*arguments))
+
+    def sgd(self) -> list[Instance]:
+        decays = None if self.panels is None else _double(self.count)
+        words = str(self) + (" decays" if self.panels is not None else "")
+        arguments = (*self._values(), self._numbers(), self._grad(), decays, 0.1, 7)
+        return _launches(words, lambda: launch.row_sgd(*arguments))
+
+    def _table(self, dtype: torch.dtype) -> Tensor:
+        return _tensor(self.slots, self.value_dim, dtype=dtype)
+
+    def _values(self) -> tuple[Tensor, Tensor | None]:
+        return self._table(self.dtype), self._table(torch.bfloat16) if self.copied else None
+
+    def _numbers(self) -> Tensor:
+        return _tensor(self.count, dtype=torch.int64)
+
+    def _grad(self) -> Tensor | None:
+        sums = sum_dtype(self._table(self.dtype))
+        return _tensor(self.count, self.value_dim, dtype=sums) if self.grad else None
+
+
+def _double(*shape: int) -> Tensor:
+    return _tensor(*shape, dtype=torch.float64)
+
+
 # --- the catalogue --------------------------------------------------------------------------------
 
 TOP_KS = (1, 8, 32, 50, 64)
@@ -233,10 +320,31 @@ def _tables() -> Iterator[Instance]:
     yield from (instance for table in sizes for instance in table.scatter(atomics="1"))
 
 
+def _updates() -> Iterator[Instance]:
+    single, half, double = torch.float32, torch.bfloat16, torch.float64
+    forms = [(single, single, False), (double, double, False), (half, single, False), (single, single, True)]
+    forms += [(single, half, False), (half, half, False)]
+    for dtype, state, copied in forms:
+        rows = functools.partial(_Rows, dtype=dtype, state=state, copied=copied)
+        for panels in (None, 1, 23):
+            yield from rows(panels=panels).adam()
+        yield from rows(grad=False, panels=23).adam()
+        if dtype is not single or state is single:
+            for value_dim in (1024, 4096, 5000):
+                yield from rows(value_dim).adagrad()
+            yield from rows(panels=1).sgd()
+            yield from rows(grad=False, panels=1).sgd()
+    for value_dim in (1, 64, 100):
+        yield from _Rows(value_dim, panels=23).adam()
+        yield from _Rows(value_dim).adagrad()
+        yield from _Rows(value_dim).sgd()
+    yield from _Rows(panels=1, slots=2**31).adam()
+
+
 @functools.cache
 def instances() -> tuple[Instance, ...]:
     """All that differ, by kernel."""
     different: dict[tuple[Any, ...], Instance] = {}
-    for instance in (*_searches(), *_tables()):
+    for instance in (*_searches(), *_tables(), *_updates()):
         different.setdefault(instance.specialisation, instance)
     return tuple(sorted(different.values(), key=lambda instance: instance.kernel))

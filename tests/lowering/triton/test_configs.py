@@ -100,3 +100,13 @@ def test_sums(value_dim, total):
 def test_chunks_do_not_depend_on_the_environment(value_dim, exponent):
     total = 2**exponent
     assert configs.sum_config(value_dim, total).chunk == configs.sum_config(1, total).chunk
+
+
+@given(st.one_of(value_dims, st.just(0)), itemsizes.map(lambda size: 2 * size))
+def test_rows_updated_in_place(value_dim, itemsize):
+    for config in (configs.update_config(value_dim, itemsize), configs.adagrad_config(value_dim, itemsize)):
+        assert is_power_of_2(config.rows) and is_power_of_2(config.block_columns) and is_power_of_2(config.num_warps)
+        assert config.num_warps <= 8
+        assert config.block_columns <= max(16, configs.next_power_of_2(value_dim))
+        assert -(-value_dim // config.block_columns) <= 65_535
+    assert config.block_columns >= min(value_dim, 16_384 // itemsize)  # a row at once, whose mean square is asked

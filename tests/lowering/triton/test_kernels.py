@@ -21,6 +21,9 @@ MOST = {
     "select_computed": (255, 32_784),
     "select_stored": (104, 2_048),
     "sum_chunks": (72, 0),
+    "update_adagrad": (88, 16_384),
+    "update_adam": (72, 0),
+    "update_sgd": (24, 0),
     "weighted_gather_rows": (104, 16_384),
 }
 
@@ -28,6 +31,7 @@ MOST = {
 _TOKENS, _HEADS, _HITS, _VALUE_DIM = 2**24, 16, 64, 2**20
 LARGEST = {
     "slots": 2**31 - 1,
+    "num_slots": 2**31,
     "ranked": 2**31 - 1,
     "total": _TOKENS * _HITS,
     "hits": _HITS,
@@ -44,6 +48,9 @@ LARGEST = {
     "keys_key": 2**14,
     "keys_column": 2**16,
     "query_column": 2**16,
+    "plan_of_row": 2**16,
+    "counts": 64,
+    "panels_each": 64,
 }
 # How many programs there are along the first dimension of a grid, where these are not the tokens.
 PROGRAMS = {
@@ -52,10 +59,14 @@ PROGRAMS = {
     "select_computed": _TOKENS * _HEADS // 16,
     "sum_chunks": _TOKENS * _HITS // 16,
     "join_chunks": _TOKENS * _HITS // 16,
+    "update_adagrad": _TOKENS * _HITS,
+    "update_adam": _TOKENS * _HITS,
+    "update_sgd": _TOKENS * _HITS,
 }
 # Their addresses hold in each of their steps. Of the others a sum that a loop carries counts as unbounded, so only what
 # multiplies is held: there a row's length comes in.
 _EVERY_STEP = {"add_atomically", "gather_dot_rows", "join_chunks", "sum_chunks", "weighted_gather_rows"}
+_EVERY_STEP |= {"update_adagrad", "update_adam", "update_sgd"}
 
 
 def _largest(instance: Instance) -> dict[str, int]:

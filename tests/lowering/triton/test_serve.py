@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memcompile.lowering import cpu
 from memcompile.lowering.triton import launch, serve
-from memcompile.lowering.triton.serve import MAX_TOP_K, gpu_kernel, graph_kernel, serves
+from memcompile.lowering.triton.serve import MAX_TOP_K, gpu_kernel, graph_kernel, row_kernel, serves
 from tests.lowering.triton import test_generated_code as generated
 
 CUDA, OTHER = torch.device("cuda:0"), torch.device("cuda:1")
@@ -28,6 +28,18 @@ def search_arguments(dtype: torch.dtype = torch.float32, device: torch.device = 
 
 def gather_arguments(dtype: torch.dtype = torch.float32) -> tuple:
     return on(CUDA, 100, 8, dtype=dtype), on(CUDA, 5, 4, dtype=torch.int32), on(CUDA, 5, 4)
+
+
+def row_arguments(name: str, dtype: torch.dtype = torch.float32, device: torch.device = CUDA) -> list:
+    rows = on(device, 5, dtype=torch.int64)
+    values, grad = on(device, 100, 8, dtype=dtype), on(device, 5, 8)
+    if name == "row_sgd":
+        return [values, None, rows, grad, on(device, 5, dtype=torch.float64), 0.1, 7]
+    if name == "row_adagrad":
+        return [values, None, on(device, 100), rows, grad, 0.1, 1e-8, 0.0, False, 7]
+    plans = rows, on(device, 3, 3, dtype=torch.float64), on(device, 3, 1, 8, dtype=torch.float64)
+    moments = on(device, 100, 8), on(device, 100, 8)
+    return [values, None, *moments, rows, grad, *plans, torch.zeros(6, dtype=torch.float64), 7]
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +159,24 @@ def test_a_graph_of_long_lists_runs_operators(monkeypatch):
     ).forward
     assert generated.ours(source) == []
     assert "torch.ops.memcompile.product_key_topk.default" in generated.extern_calls(source)
+
+
+ROW_OPERATORS = pytest.mark.parametrize("name", ["row_adam", "row_adagrad", "row_sgd"])
+
+
+@ROW_OPERATORS
+def test_rows_are_updated_by_triton(name):
+    """In every dtype that the operators take. `row_adam` has its numbers on the CPU; nothing else may be elsewhere."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        assert row_kernel(name, *row_arguments(name, dtype)) is getattr(launch, name)
+    assert row_kernel(name, *row_arguments(name, device=torch.device("cpu"))) is None
+    for position, argument in enumerate(row_arguments(name)):
+        if isinstance(argument, Tensor) and argument.device != torch.device("cpu"):
+            mixed = row_arguments(name)
+            mixed[position] = on(OTHER if position else torch.device("cpu"), *argument.shape, dtype=argument.dtype)
+            assert row_kernel(name, *mixed) is None
+
+
+@ROW_OPERATORS
+def test_without_triton_rows_are_updated_by_pytorch(name, without_triton):
+    assert row_kernel(name, *row_arguments(name)) is None
