@@ -63,8 +63,8 @@ def gpu_kernel(name: str, *args: Any) -> Callable[..., Any] | None:
 
 
 def row_kernel(name: str, *args: Any) -> Callable[..., None] | None:
-    """What runs operator `name`, which updates rows in place, on a GPU; None where no kernel serves such arguments. It takes
-    float64 too. `row_adam` has its numbers on the CPU, and everything else where the values are.
+    """What runs operator `name`, which updates rows in place, on a GPU; None where no kernel serves such arguments.
+    float64 is served too. `row_adam` has its numbers on the CPU, and everything else where the values are.
     """
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     device = tensors[0].device
