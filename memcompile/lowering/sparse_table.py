@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from memcompile.lowering._torch import autograd_kernel, below_autograd, is_keyed, is_traced
+from memcompile.lowering._torch import autograd_kernel, below_autograd, in_backward, is_keyed, is_traced
 from memcompile.lowering.hits import check_grad, check_slots, check_weights
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
 
@@ -39,16 +39,27 @@ class Stepper(Protocol):
         """Takes the factors of one layer's gradient, to update the rows by those of all layers."""
 
 
-_stepper_of: Callable[[Tensor], Stepper | None] = lambda values: None  # noqa: E731
+def _nobody(values: Tensor, needed: bool = False) -> Stepper | None:
+    return None
 
 
-def set_stepper_of(find: Callable[[Tensor], Stepper | None]) -> None:
-    """Says how the stepper of a table is found; None is one whose rows are as they stand."""
+_stepper_of = _nobody
+
+
+def set_stepper_of(find: Callable[..., Stepper | None]) -> None:
+    """Says how the stepper of a table is found, by `find(values, needed)`; None is one whose rows are as they stand.
+    Where a table cannot do without, it is `needed`, and worth a search.
+    """
     global _stepper_of
     _stepper_of = find
 
 
 def _gather(values: Tensor, slots: Tensor, weights: Tensor, gradient: str) -> Tensor:
+    if gradient == "fused" and in_backward():
+        raise RuntimeError(
+            "values_grad='fused' cannot serve activation checkpointing: a layer would be run again when its values may "
+            "be updated already. Use values_grad='sparse'"
+        )
     stepper = _stepper_of(values)
     if stepper is not None:
         return stepper.gather(slots, weights)
@@ -77,11 +88,11 @@ def _sparse_scatter(values: Tensor, slots: Factors, weights: Factors, grads: Fac
 
 
 def _fused_scatter(values: Tensor, slots: Factors, weights: Factors, grads: Factors, opaque: bool = False) -> Tensor:
-    stepper = _stepper_of(values)
+    stepper = _stepper_of(values, needed=True)
     if stepper is None:
         raise RuntimeError(
-            "values_grad='fused' updates the values in the backward, but no optimizer holds them: build the optimizer "
-            "from model.parameters() before the first backward, or use values_grad='sparse'"
+            "values_grad='fused' updates the memory's values in the backward, but no optimizer steps them by rows: "
+            "build one from model.parameters() before the first backward, or use values_grad='sparse'"
         )
     stepper.take_factors(*_joined(slots, weights, grads))
     return _without_rows(values)

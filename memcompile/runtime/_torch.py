@@ -3,12 +3,26 @@
 Tried with torch 2.11, 2.13 and 2.15.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from torch._dynamo import OptimizedModule
+from torch.autograd import Variable
 
-__all__ = ["OptimizedModule", "sparse_parts"]
+__all__ = ["OptimizedModule", "after_backward", "backward_number", "sparse_parts"]
 
 
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Indices [sparse_dim, nnz] and values [nnz, ...] of a sparse COO tensor, coalesced or not, without a copy."""
     return tensor._indices(), tensor._values()
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Has `call()` run when the backward that is running ends, after what others asked for before."""
+    Variable._execution_engine.queue_callback(call)  # type: ignore[no-untyped-call]
+
+
+def backward_number() -> int:
+    """A number of the backward that is running in this thread; -1 outside of one."""
+    return int(torch._C._current_graph_task_id())

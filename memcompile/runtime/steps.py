@@ -19,7 +19,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from memcompile.errors import OptionError
 from memcompile.runtime.optimizers import per_parameter
 from memcompile.runtime.pool import MemoryPool, live_pools
-from memcompile.runtime.values_stepper import ValuesStepper, row_optimizer_in, stepper_in, takes_sparse_gradients
+from memcompile.runtime.values_stepper import (
+    ValuesStepper,
+    rate_like,
+    row_optimizer_in,
+    stepper_in,
+    takes_sparse_gradients,
+)
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +77,7 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> t
 
 def _after_step(optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
     for stepper in _put_back(optimizer):
-        lr = stepper.group["lr"]
-        rate = stepper.pool.config.values_lr
-        stepper.step(lr if rate is None else _like(lr, rate))
+        stepper.step()
 
 
 def _take_aside(optimizer: Optimizer) -> bool:
@@ -114,7 +118,7 @@ def _split(optimizer: Optimizer, index: int, group: dict[str, Any], pools: dict[
         own = {key: [group[key][i] for i in positions] for key in per_parameter(group)}
         _aside.setdefault(optimizer, []).append(_Aside(index, positions, own, stepper))
         if stepper is None:
-            lr = group["lr"] if rate is None else _like(group["lr"], rate)
+            lr = group["lr"] if rate is None else rate_like(group["lr"], rate)
             optimizer.param_groups.append({**group, **own, "lr": lr, _MARK: True})
     for key in per_parameter(group) if moved else ():
         group[key][:] = [item for i, item in enumerate(group[key]) if i not in moved]
@@ -139,7 +143,10 @@ def _stepper(optimizer: Optimizer, group: dict[str, Any], pool: MemoryPool) -> V
     kind = row_optimizer_in(optimizer, group, pool.config)
     if kind is not None:
         stepper = stepper_in(optimizer, pool, kind)
-        return stepper if isinstance(stepper, ValuesStepper) else None
+        if not isinstance(stepper, ValuesStepper):
+            return None
+        stepper.before_step()
+        return stepper
     grad = pool.values.grad
     if grad is not None and grad.is_sparse and not takes_sparse_gradients(optimizer, group):
         _say_dense(type(optimizer).__name__)
@@ -162,8 +169,3 @@ def _refuse_sparse(optimizer: Optimizer, pools: list[MemoryPool]) -> None:
             f"{type(optimizer).__name__} keeps the state of each parameter on one rank, and the values' rows are "
             f"stepped on all: plan with values_grad='dense'"
         )
-
-
-def _like(lr: Any, rate: float) -> Any:
-    """A learning rate of the same kind: capturable optimizers hold it in a tensor."""
-    return torch.full_like(lr, rate) if isinstance(lr, torch.Tensor) else rate

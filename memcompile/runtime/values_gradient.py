@@ -31,7 +31,12 @@ def watch_gradient(pool: MemoryPool) -> None:
 
 def _added_up(pool: MemoryPool, values: Tensor) -> None:
     assert values.grad is not None
-    values.grad = sum_of_rows(values.grad)
+    if pool.config.gradient == "fused":
+        assert pool.stepper is not None, "it took the factors"
+        values.grad = None
+        pool.stepper.update()
+    else:
+        values.grad = sum_of_rows(values.grad)
 
 
 def sum_of_rows(grad: Tensor) -> Tensor:

@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
 
 from memcompile.config import MemoryConfig
+from memcompile.errors import OptionError
+from memcompile.runtime.fused_update import FusedUpdate
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowOptimizer, RowSGD, RowwiseAdagrad
+from memcompile.runtime.optimizers import live_optimizers
 from memcompile.runtime.pool import MemoryPool, live_pools
 from memcompile.runtime.values_gradient import watch_gradient
 
@@ -56,12 +59,27 @@ def stepper_in(optimizer: Optimizer, pool: MemoryPool, kind: type[RowOptimizer])
     return pool.stepper
 
 
-def stepper_of(values: Tensor) -> ValuesReader | None:
-    """Who steps the rows of this table, a planned model's values or a view of all of them; None if nobody does yet."""
+def stepper_of(values: Tensor, needed: bool = False) -> ValuesReader | None:
+    """Who steps the rows of this table, a planned model's values or a view of all of them; None if nobody does yet.
+
+    Args:
+        needed: an optimizer that holds the values and has made no step yet is looked for.
+    """
     for pool in live_pools():
-        if pool.stepper is not None and pool.values.data_ptr() == values.data_ptr() and not values.is_meta:
+        if pool.values.data_ptr() == values.data_ptr() and not values.is_meta:
+            if pool.stepper is None and needed:
+                _find_stepper(pool)
             return pool.stepper
     return None
+
+
+def _find_stepper(pool: MemoryPool) -> None:
+    for optimizer in live_optimizers():
+        for group in optimizer.param_groups:
+            if any(p is pool.values for p in group["params"]):
+                kind = row_optimizer_in(optimizer, group, pool.config)
+                if kind is not None:
+                    stepper_in(optimizer, pool, kind)
 
 
 def takes_sparse_gradients(optimizer: Optimizer, group: dict[str, Any]) -> bool:
@@ -123,7 +141,14 @@ class ValuesReader:
         return self.rows.current_dot(self.pool.values, slots, grad)
 
     def take_factors(self, slots: Tensor, weights: Tensor, grad: Tensor) -> None:
-        raise NotImplementedError
+        """Takes what one layer adds to a fused update."""
+        raise OptionError(
+            f"values_grad='fused' updates the values within an optimizer of the rest, and {type(self.rows).__name__} "
+            f"was given them itself: use values_grad='sparse'"
+        )
+
+    def update(self) -> None:
+        """Does the fused update, when all layers have added to it."""
 
     def catch_up(self) -> None:
         """Brings all rows up to date with the last step."""
@@ -143,6 +168,7 @@ class ValuesStepper(ValuesReader):
 
     def __init__(self, pool: MemoryPool, optimizer: Optimizer, kind: type[RowOptimizer]) -> None:
         self._kind = kind
+        self._fused = FusedUpdate()
         self._published: dict[str, Any] | None = None
         super().__init__(pool, optimizer)
         log.info("%s steps the memory's values by rows, in %s.step()", kind.__name__, type(optimizer).__name__)
@@ -160,15 +186,39 @@ class ValuesStepper(ValuesReader):
         assert optimizer is not None
         return next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
 
-    def step(self, lr: Any) -> None:
-        """Steps the rows of the values' gradient, with the options that their group has now."""
+    def take_factors(self, slots: Tensor, weights: Tensor, grad: Tensor) -> None:
+        self._fused.take(slots, weights, grad)
+
+    def update(self) -> None:
         optimizer, values = self.optimizer, self.pool.values
-        if optimizer is None or values.grad is None or not _unscaled(optimizer, values.grad):
-            return
+        assert optimizer is not None, "it was found alive when the factors came"
+        self._fused.finish(optimizer, values.shape[0], self._step_by)
+
+    def before_step(self) -> None:
+        """The user's optimizer is about to step the rest."""
+        if self.optimizer is not None and self.pool.config.gradient == "fused":
+            self._fused.before_step(self.optimizer)
+
+    def step(self) -> None:
+        """Steps the rows of the values' gradient; the user's optimizer has stepped the rest."""
+        optimizer, grad = self.optimizer, self.pool.values.grad
+        if optimizer is not None and grad is not None and _unscaled(optimizer, grad):
+            self._step_by(grad)
+
+    def _step_by(self, grad: Tensor) -> None:
+        """A step with the options that the values' group has now, and their own learning rate."""
+        optimizer, values = self.optimizer, self.pool.values
+        assert optimizer is not None
         self._take_over_state()
         group, own = self.group, self.rows.param_groups[0]
-        own.update({name: group[name] for name in own.keys() & group.keys() if name not in ("params", "lr")}, lr=lr)
-        self.rows.step()
+        own.update({name: group[name] for name in own.keys() & group.keys() if name != "params"})
+        if self.pool.config.values_lr is not None:
+            own["lr"] = rate_like(group["lr"], self.pool.config.values_lr)
+        given, values.grad = values.grad, grad
+        try:
+            self.rows.step()
+        finally:
+            values.grad = given
         self._publish(optimizer)
 
     def _take_over_state(self) -> None:
@@ -195,6 +245,11 @@ class ValuesStepper(ValuesReader):
         shown = {name: value for name, value in own.items() if name not in _OWN_STATE}
         shown["step"] = torch.tensor(float(own["step"]))
         optimizer.state[self.pool.values] = self._published = shown
+
+
+def rate_like(lr: Any, rate: float) -> Any:
+    """A learning rate of the same kind: capturable optimizers hold it in a tensor."""
+    return torch.full_like(lr, rate) if isinstance(lr, Tensor) else rate
 
 
 def _unscaled(optimizer: Optimizer, grad: Tensor) -> bool:

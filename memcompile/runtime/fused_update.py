@@ -1,0 +1,90 @@
+"""`values_grad="fused"`: the rows that a backward hits are updated before it ends, and no gradient is kept.
+
+The factors of all layers that share the values wait for the last of them: after an update in between, the layers that
+are still to come would read other values than their forward did. What cannot be served is refused before it goes wrong,
+or, where only the optimizer's step can tell, before that step.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from memcompile.errors import OptionError
+from memcompile.lowering.schema import operator
+from memcompile.lowering.sparse_table import coalesced
+from memcompile.runtime._torch import after_backward, backward_number
+
+_INSTEAD = "Use values_grad='sparse'"
+
+
+class FusedUpdate:
+    """Collects the factors of one backward, and knows whether the optimizer's step has followed it."""
+
+    def __init__(self) -> None:
+        self._factors: list[tuple[Tensor, Tensor, Tensor]] = []  # slots, weights, gradient of each layer
+        self._backward = -1  # which the factors are of
+        self._waits_for_step = False
+        self._versions: list[tuple[Tensor, int]] = []  # the other gradients after the backward
+        self._asked_scalers = False
+
+    def take(self, slots: Tensor, weights: Tensor, grad: Tensor) -> None:
+        """Takes what one layer has to add.
+
+        Raises:
+            OptionError: gradient accumulation, or scaling.
+        """
+        if self._waits_for_step:
+            raise OptionError(
+                "values_grad='fused' cannot accumulate gradients: a second backward came before the optimizer's "
+                f"step(), and the values are updated by the first. {_INSTEAD}"
+            )
+        if not self._asked_scalers:
+            self._asked_scalers = True
+            _refuse_scalers()
+        number = backward_number()
+        if number != self._backward:  # one that raised before its end leaves factors behind
+            self._factors, self._backward = [], number
+        self._factors.append((slots, weights, grad))
+
+    def finish(self, optimizer: Optimizer, num_slots: int, step: Callable[[Tensor], None]) -> None:
+        """Updates the rows, by `step` of a gradient that ends here; all layers have added what they have."""
+        slots, weights, grads = map(torch.cat, zip(*self._factors, strict=True))
+        self._factors = []
+        self._waits_for_step = True
+        rows, sums = operator("row_sums")(slots, weights, grads, num_slots)
+        step(coalesced(rows, sums, num_slots))
+        after_backward(lambda: self._note_versions(optimizer))
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """The optimizer is about to step the rest.
+
+        Raises:
+            OptionError: the other gradients are not those of the backward: clipped, scaled or added to.
+        """
+        waited, self._waits_for_step = self._waits_for_step, False
+        versions, self._versions = self._versions, []
+        scaled = getattr(optimizer, "grad_scale", None) is not None
+        if waited and (scaled or any(grad._version != version for grad, version in versions)):
+            raise OptionError(
+                "the gradients were changed between the backward and the optimizer's step() (clipped, unscaled or "
+                "added to); values_grad='fused' updates the memory's values in the backward, by gradients as they are "
+                f"there. {_INSTEAD}"
+            )
+
+    def _note_versions(self, optimizer: Optimizer) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._versions = [(grad, grad._version) for grad in grads]
+
+
+def _refuse_scalers() -> None:
+    scalers = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler)]
+    if any(scaler.is_enabled() and scaler._scale is not None for scaler in scalers):
+        raise OptionError(
+            f"values_grad='fused' updates the values in the backward, where a GradScaler's gradients are still scaled. "
+            f"{_INSTEAD}"
+        )
