@@ -13,6 +13,8 @@ from memcompile.config import MemoryConfig
 from memcompile.sites import VALUES_NAME, FfnSite
 
 if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
     from memcompile.runtime.layer import MemoryLayer
     from memcompile.runtime.values_stepper import ValuesReader
 
@@ -35,6 +37,7 @@ class MemoryPool:
         layers: the memory layer of each chosen FFN, by the name of its down-projection's weight.
         removed_parameters: how many numbers the replaced FFNs held; none left where the memory is added.
         stepper: who steps the values by rows, and reads them; None until an optimizer does.
+        replicas: the DDP that the model is in, where it is in one and the gradient of the values is sparse.
     """
 
     root: nn.Module
@@ -44,15 +47,16 @@ class MemoryPool:
     layers: dict[str, MemoryLayer] = dataclasses.field(default_factory=dict)
     removed_parameters: int = 0
     stepper: ValuesReader | None = None
+    replicas: weakref.ref[DistributedDataParallel] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A filter may be a lambda, which cannot be pickled; the config names the blocks that it chose. A copy is in
-        no optimizer yet.
+        no optimizer and no DDP yet.
         """
         requested = self.requested
         if callable(requested.memory_layers):
             requested = dataclasses.replace(requested, memory_layers=self.config.memory_layers)
-        return {**self.__dict__, "requested": requested, "stepper": None}
+        return {**self.__dict__, "requested": requested, "stepper": None, "replicas": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A deep copy or an unpickled model is a planned model of its own."""

@@ -11,6 +11,7 @@ from memcompile.lowering.schema import operator
 from memcompile.lowering.sparse_table import coalesced
 from memcompile.runtime._torch import sparse_parts
 from memcompile.runtime.pool import MemoryPool
+from memcompile.runtime.replicas import average_after_backward
 
 _HOOK = "_memcompile_gradient_hook"
 
@@ -37,6 +38,7 @@ def _added_up(pool: MemoryPool, values: Tensor) -> None:
         pool.stepper.update()
     else:
         values.grad = sum_of_rows(values.grad)
+        average_after_backward(pool)
 
 
 def sum_of_rows(grad: Tensor) -> Tensor:

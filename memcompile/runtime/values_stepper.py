@@ -99,9 +99,11 @@ class ValuesReader:
 
     Attributes:
         rows: the row optimizer that steps the values: here the user's own.
+        moved_all: whether all rows were brought up to date, since replicas of the model last did so too.
     """
 
     rows: RowOptimizer
+    moved_all = False
 
     def __init__(self, pool: MemoryPool, optimizer: Optimizer) -> None:
         self._pool = weakref.ref(pool)
@@ -154,6 +156,7 @@ class ValuesReader:
         """Brings all rows up to date with the last step."""
         self._take_over_state()
         self.rows.catch_up(self.pool.values)
+        self.moved_all = True
 
     def _take_over_state(self) -> None:
         """Nothing: the state is the row optimizer's own."""

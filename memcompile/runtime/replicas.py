@@ -1,0 +1,118 @@
+"""Replicas of a model under DistributedDataParallel: the rows of their sparse gradients are averaged.
+
+DDP is told to leave the values alone, since its reducer adds tables. Here each rank sends the rows that it hit, and
+all sum the same rows in the same order, so that the replicas stay equal bit for bit. It happens when a backward ends,
+behind DDP's own reduction, and not under `no_sync()`, as there.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from memcompile.errors import PlanError
+from memcompile.lowering.schema import operator
+from memcompile.lowering.sparse_table import coalesced
+from memcompile.runtime._torch import after_backward, sparse_parts
+from memcompile.runtime.pool import MemoryPool, live_pools
+
+
+def install_replica_hook() -> None:
+    """Has every DDP that is built around planned models average their rows. Idempotent."""
+    original = DistributedDataParallel.__init__
+    if hasattr(original, "_memcompile_replicas"):
+        return
+
+    @functools.wraps(original)
+    def build(self: DistributedDataParallel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        pools = _sparse_pools(module)
+        _leave_alone(module, pools)
+        original(self, module, *args, **kwargs)
+        for pool in pools:
+            pool.replicas = weakref.ref(self)
+            first = dist.get_global_rank(self.process_group, 0)
+            dist.broadcast(pool.values.detach(), first, group=self.process_group)
+
+    build._memcompile_replicas = True  # type: ignore[attr-defined]
+    DistributedDataParallel.__init__ = build  # type: ignore[method-assign]
+
+
+def average_after_backward(pool: MemoryPool) -> None:
+    """Has the values' gradient averaged over the replicas when the backward that is running ends.
+
+    Raises:
+        PlanError: under DDP's `join()`.
+    """
+    ddp = pool.replicas() if pool.replicas is not None else None
+    if ddp is None or not ddp.require_backward_grad_sync:
+        return
+    if ddp._join_config.enable:
+        raise PlanError(
+            "DDP's join() lets ranks stop early, and rows are averaged among all: plan with values_grad='dense'"
+        )
+    group = ddp.process_group
+
+    def average() -> None:
+        values = pool.values
+        if values.grad is not None and values.grad.is_sparse:
+            values.grad = _average(pool, values.grad, group)
+
+    after_backward(average)
+
+
+def _average(pool: MemoryPool, grad: Tensor, group: dist.ProcessGroup) -> Tensor:
+    rows, sums = sparse_parts(grad)
+    ranks = dist.get_world_size(group)
+    # A rank that has brought all rows up to date, to save them, has other bits than one that will do so row by row.
+    moved = pool.stepper is not None and pool.stepper.moved_all
+    mine = torch.tensor([rows.shape[1], moved], device=rows.device)
+    counts, moves = _gathered(mine.unsqueeze(0), 1, ranks, group).cpu().unbind(1)
+    if bool(moves.any()) and pool.stepper is not None:
+        pool.stepper.catch_up()
+        pool.stepper.moved_all = False
+    most = int(counts.max())
+    all_rows = _gathered(rows[0], most, ranks, group)
+    all_sums = _gathered(sums, most, ranks, group)
+    valid = torch.cat([torch.arange(count) + rank * most for rank, count in enumerate(counts.tolist())])
+    valid = valid.to(rows.device)
+    share = torch.full(
+        (len(valid), 1), 1 / ranks, device=rows.device, dtype=torch.promote_types(sums.dtype, torch.float32)
+    )
+    rows, sums = operator("row_sums")(all_rows[valid].unsqueeze(1), share, all_sums[valid], grad.shape[0])
+    return coalesced(rows, sums, grad.shape[0])
+
+
+def _gathered(tensor: Tensor, most: int, ranks: int, group: dist.ProcessGroup) -> Tensor:
+    """The tensors [n, ...] of all ranks, each at the start of its own [most, ...]."""
+    padded = tensor.new_zeros(most, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    everyones = tensor.new_empty(ranks * most, *tensor.shape[1:])
+    dist.all_gather_into_tensor(everyones, padded, group=group)
+    return everyones
+
+
+def _sparse_pools(module: nn.Module) -> list[MemoryPool]:
+    inside = set(module.modules())
+    pools = [pool for pool in live_pools() if pool.root in inside and pool.values_grad != "dense"]
+    if any(pool.config.gradient == "fused" for pool in pools):
+        raise PlanError(
+            "values_grad='fused' updates the values of each replica by its own gradient: for DDP plan with "
+            "values_grad='sparse'"
+        )
+    return pools
+
+
+def _leave_alone(module: nn.Module, pools: list[MemoryPool]) -> None:
+    values = {id(pool.values) for pool in pools}
+    names = [name for name, parameter in module.named_parameters() if id(parameter) in values]
+    if names:
+        # The reducer calls a parameter of the module's own ".name".
+        names += [f".{name}" for name in names]
+        ignored = [*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *names]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)  # type: ignore[no-untyped-call]
