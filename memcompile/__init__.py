@@ -14,6 +14,7 @@ from memcompile.lowering.sparse_table import set_stepper_of
 from memcompile.passes.detect import find_ffns
 from memcompile.planning import config_from, plan, reset_parameters
 from memcompile.runtime.checkpoint import install_load_guard
+from memcompile.runtime.optimizer_checkpoints import install_exact_loading
 from memcompile.runtime.replicas import install_replica_hook
 from memcompile.runtime.steps import install_step_hooks
 from memcompile.runtime.values_stepper import stepper_of
@@ -40,5 +41,6 @@ __all__ = [
 install_front_door()
 install_load_guard()
 install_step_hooks()
+install_exact_loading()
 install_replica_hook()
 set_stepper_of(stepper_of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch import Tensor, fx
 from memcompile._torch import compile_fx
 from memcompile.errors import PlanError
 from memcompile.lowering import cpu, inductor_patches
+from memcompile.passes.dense_gradient import make_dense_where_read
 from memcompile.passes.verify import verify
 from memcompile.runtime.pool import MemoryPool, live_pools
+
+log = logging.getLogger(__name__)
 
 _NOT_PLANNED = (
     "memcompile's backend was called for a model that has no memory, because `import memcompile` did not come before "
@@ -46,6 +50,8 @@ class Backend:
         }
         calls = {site.down: site.calls for pool in pools for site in pool.chosen} if self.whole else None
         verify(graph_module, example_inputs, layers, calls)
+        if make_dense_where_read(graph_module, example_inputs, [pool.values for pool in pools]):
+            log.info("the compiled graph reads the memory's values beside its layers: their gradient is dense there")
         return _lower(graph_module, example_inputs, repr([pool.config for pool in pools]), **kwargs)
 
 

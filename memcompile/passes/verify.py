@@ -33,9 +33,9 @@ def verify(
         CaptureError: a lookup that is no layer's, a layer's parameter that something else reads, or a layer that
             does not run as often as planned.
     """
-    owner = _owners(layers, inputs)
+    owner = names_by_identity(layers, inputs)
     found: collections.Counter[str] = collections.Counter()
-    for node, binding in _nodes(graph_module, dict(zip(_placeholders(graph_module), inputs, strict=False))):
+    for node, binding in operators_in(graph_module, dict(zip(placeholders_of(graph_module), inputs, strict=False))):
         read = {owner[id(v)] for v in (binding.get(a) for a in node.all_input_nodes) if id(v) in owner}
         if is_lookup(node):
             if len(read) != 1:
@@ -43,7 +43,7 @@ def verify(
                     f"memcompile: {node.name} reads the parameters of {len(read)} memory layers, not of one"
                 )
             found.update(read)
-        elif read and not _passes_on(node):
+        elif read and not passes_on(node):
             raise CaptureError(
                 f"memcompile: {node.name} ({node.target}) reads parameters of a memory layer, "
                 f"which only {OP_NAME} may; compile the model itself, not a function that reads its parameters"
@@ -56,8 +56,8 @@ def verify(
     return found
 
 
-def _owners(layers: Mapping[str, Sequence[torch.Tensor]], inputs: Sequence[object]) -> dict[int, str]:
-    """The layer that each parameter belongs to, by the parameter's identity.
+def names_by_identity(layers: Mapping[str, Sequence[torch.Tensor]], inputs: Sequence[object]) -> dict[int, str]:
+    """The name that each parameter has in `layers`, by the parameter's identity.
 
     DDPOptimizer hands over the parts of a graph with fake inputs. A fake mode makes one fake tensor of each real one,
     so a parameter is also known by its fake twin.
@@ -77,7 +77,7 @@ def is_lookup(node: fx.Node) -> bool:
     return node.op == "call_function" and str(node.target).removesuffix(".default") == OP_NAME
 
 
-def _nodes(
+def operators_in(
     graph_module: fx.GraphModule, binding: dict[fx.Node, object]
 ) -> Iterator[tuple[fx.Node, dict[fx.Node, object]]]:
     """Every operator, with the values of the placeholders that it can see."""
@@ -89,8 +89,8 @@ def _nodes(
         yield node, binding
         for body in _bodies(node, binding):
             operands = [a for a in node.all_input_nodes if not isinstance(binding.get(a), fx.GraphModule)]
-            inner = dict(zip(_placeholders(body), (binding.get(a) for a in operands), strict=False))
-            yield from _nodes(body, inner)
+            inner = dict(zip(placeholders_of(body), (binding.get(a) for a in operands), strict=False))
+            yield from operators_in(body, inner)
 
 
 def _bodies(node: fx.Node, binding: Mapping[fx.Node, object]) -> list[fx.GraphModule]:
@@ -98,10 +98,10 @@ def _bodies(node: fx.Node, binding: Mapping[fx.Node, object]) -> list[fx.GraphMo
     return [value for value in values if isinstance(value, fx.GraphModule)]
 
 
-def _passes_on(node: fx.Node) -> bool:
+def passes_on(node: fx.Node) -> bool:
     """Higher-order operators hand their operands to a body, which is looked into itself."""
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
-def _placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
+def placeholders_of(graph_module: fx.GraphModule) -> list[fx.Node]:
     return graph_module.graph.find_nodes(op="placeholder")
