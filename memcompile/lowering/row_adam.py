@@ -22,6 +22,7 @@ from torch import Tensor
 from memcompile.lowering.row_tables import (
     EXP_AVG,
     EXP_AVG_SQ,
+    Gradient,
     check_rows,
     check_table,
     chunks,
@@ -50,8 +51,12 @@ def _check(
     panels: Tensor | None,
     numbers: Tensor,
     seed: int,
+    ends: Tensor | None = None,
+    hits: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
-    check_rows(values, rounded, rows, grad)
+    check_rows(values, rounded, rows)
+    Gradient.check(values, rows, grad, ends, hits, weights)
     check_table("exp_avg", exp_avg, values)
     check_table("exp_avg_sq", exp_avg_sq, values)
     if exp_avg.dtype is not exp_avg_sq.dtype:
@@ -83,8 +88,12 @@ def _kernel(
     panels: Tensor | None,
     numbers: Tensor,
     seed: int,
+    ends: Tensor | None = None,
+    hits: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     decay, beta1, beta2, rate, scale, eps = numbers.tolist()
+    gradient = None if grad is None else Gradient(grad, ends, hits, weights)
     for part in chunks(rows, values.shape[1]):
         these = rows[part]
         x, m, v = (load_rows(table, these) for table in (values, exp_avg, exp_avg_sq))  # [n, dim]
@@ -94,8 +103,8 @@ def _kernel(
             past = decays[plan].to(sum_dtype(values)).unsqueeze(-1)  # [n, 3, 1]
             x = x * past[:, 0] - m * _steps_a_moment(root, panels[plan].to(sum_dtype(values)), eps)
             m, v = m * past[:, 1], v * past[:, 2]
-        if grad is not None:
-            g = grad[part]
+        if gradient is not None:
+            g = gradient.of(part, x.dtype)
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             x.mul_(decay).addcdiv_(m, v.sqrt().mul_(scale).add_(eps), value=-rate)
