@@ -7,6 +7,9 @@ M_{K-1}), which `runtime.optim.skipped_steps` derives:
     x     = P * x - m * sum over panels of (sum_i M_i * y**i) / (a * sqrt(v) + eps)
     m, v  = B1 * m, B2 * v
 
+A plan may leave the moments as they are, B1 = B2 = 1: without a gradient they are then not written, and where its
+panels are zeros too not even read.
+
 Then, where there is a gradient g, and with numbers = (decay, beta1, beta2, rate, scale, eps):
 
     m, v  = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
@@ -109,6 +112,8 @@ def _kernel(
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             x.mul_(decay).addcdiv_(m, v.sqrt().mul_(scale).add_(eps), value=-rate)
         store_values(values, rounded, these, x, seed)
+        if gradient is None and decays is not None and bool((decays[:, 1:] == 1).all()):
+            continue
         store_rows(exp_avg, these, m, seed, EXP_AVG)
         store_rows(exp_avg_sq, these, v, seed, EXP_AVG_SQ)
 

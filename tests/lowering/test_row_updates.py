@@ -118,6 +118,21 @@ def test_any_number_of_threads(name, form):
     assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_adam_may_keep_moments(form):
+    """Decays of 1 leave them bit for bit as they are; a plan without panels multiplies the value."""
+    args = arguments("row_adam", form, count=20, grad=False)
+    args[7][:, 1:] = 1
+    alone = args[6] % 3 == 0
+    args[8][::3, :, 1:] = 0
+    actual, plain = (changed("row_adam", run, args) for run in (operator("row_adam"), row_adam._kernel))
+    assert all(map(torch.equal, actual[-2:], args[2:4])) and all(map(torch.equal, plain[-2:], args[2:4]))
+    torch.testing.assert_close(actual[0], plain[0])
+    if args[0].dtype is not torch.bfloat16:
+        rows, decays = args[4][alone], args[7][args[6][alone], :1].to(args[0].dtype)
+        torch.testing.assert_close(actual[0][rows], args[0][rows] * decays)
+
+
 GRADIENTS = [(form, dtype) for form in FORMS if form != "fp64" for dtype in (torch.float32, torch.bfloat16)]
 GRADIENTS += [("fp64", torch.float64), ("fp32", torch.float16)]
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.rate_history import RateHistory
 from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State
 
@@ -20,6 +21,7 @@ class CatchingUpOptimizer(RowOptimizer):
     """
 
     factors: int  # of the history
+    reached = "last_step"  # the state that tells which step a row's values are as of
 
     @torch.no_grad()
     def catch_up(self, parameter: Tensor, rows: Tensor | None = None) -> None:
@@ -27,7 +29,8 @@ class CatchingUpOptimizer(RowOptimizer):
 
         Args:
             parameter: one of this optimizer's.
-            rows: int32 or int64, of any shape, repeats allowed: the rows that are about to be read. None is all.
+            rows: int32 or int64, of any shape, repeats allowed: the rows that are about to be read. What only steps
+                read, as RowAdamW's moments, may stay behind. None is all rows with all of their state.
 
         Raises:
             ValueError: the parameter is not in this optimizer.
@@ -43,20 +46,18 @@ class CatchingUpOptimizer(RowOptimizer):
         if rows is None:
             behind = (last != state["step"]).nonzero()[:, 0]
         else:
-            asked: Tensor = torch.unique(rows.detach().reshape(-1).to(last.device, torch.int64))
-            if len(asked) and (asked[0] < 0 or asked[-1] >= len(last)):
-                raise IndexError(f"catch_up: rows {asked[0]} to {asked[-1]} of a table of {len(last)}")
-            behind = asked[last[asked] != state["step"]]
+            asked = _distinct(rows.detach().to(last.device), len(last))
+            behind = asked[state[self.reached][asked] != state["step"]]
         for part in torch.split(behind, _ROWS):
-            self._catch_up_rows(parameter, state, group, part)
+            self._catch_up_rows(parameter, state, group, part, entirely=rows is None)
         if len(behind):
             increment_version(parameter)
         if rows is None:
             self._history(state).forget()
 
     @abstractmethod
-    def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor) -> None:
-        """Catches distinct rows int64 [n], all of them behind, up with the last step."""
+    def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor, entirely: bool) -> None:
+        """Catches distinct rows int64 [n], all of them behind, up with the last step: their values, or `entirely`."""
 
     def _history(self, state: State) -> RateHistory:
         return RateHistory(state, self.factors)
@@ -64,3 +65,14 @@ class CatchingUpOptimizer(RowOptimizer):
     def _bound_history(self, parameter: Tensor, state: State) -> None:
         if len(self._history(state)) > max(1024, parameter.shape[0]):
             self.catch_up(parameter)
+
+
+def _distinct(rows: Tensor, slots: int) -> Tensor:
+    """The distinct ones, int64 [n]; raises IndexError where one is not in a table of `slots` rows."""
+    if rows.numel() == 0:
+        return rows.new_empty(0, dtype=torch.int64)
+    lowest, highest = (int(row) for row in torch.aminmax(rows))
+    if lowest < 0 or highest >= slots:
+        raise IndexError(f"catch_up: rows {lowest} to {highest} of a table of {slots}")
+    distinct: Tensor = operator("hits_by_row")(rows.reshape(1, -1), slots)[0]
+    return distinct

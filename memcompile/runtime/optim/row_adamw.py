@@ -19,6 +19,7 @@ from memcompile.runtime.optim.row_optimizer import (
     require,
     step_seed,
     tables,
+    zeros_like,
 )
 from memcompile.runtime.optim.skipped_steps import factors_of_step, plan
 
@@ -32,8 +33,10 @@ class RowAdamW(CatchingUpOptimizer):
     how exactly, is told in `skipped_steps`. So before rows are read, in a forward, an evaluation or a checkpoint of
     the model, call `catch_up(parameter, rows)` or `catch_up(parameter)`.
 
-    State of a parameter: `exp_avg` and `exp_avg_sq` of its shape, `last_step` int32 [slots], `step`, `master` fp32 if
-    asked for, and the history of the rates (see `CatchingUpOptimizer` for its bound). `state_dict` saves the lag as
+    State of a parameter: `exp_avg` and `exp_avg_sq` of its shape, `step`, `master` fp32 if asked for, the history of
+    the rates (see `CatchingUpOptimizer` for its bound), and two int32 [slots]: `last_step`, which step a row's moments
+    are as of, and `value_step`, which one its value. To be read, rows catch up with their values alone; the moments
+    stay as of the last touch until the next. `catch_up(parameter)` moves all there is. `state_dict` saves the lag as
     it is and changes nothing; with the parameter as it is at that time, `load_state_dict` goes on bit for bit.
 
     A step costs O(touched rows), but for the first, which allocates, and one in which eps has changed, which catches
@@ -56,6 +59,7 @@ class RowAdamW(CatchingUpOptimizer):
     """
 
     factors = 3
+    reached = "value_step"
 
     def __init__(
         self,
@@ -88,7 +92,7 @@ class RowAdamW(CatchingUpOptimizer):
 
     def _start(self, parameter: Tensor, state: State, group: Group) -> None:
         for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(parameter, dtype=moment_dtype(parameter, group))
+            state[name] = zeros_like(parameter, moment_dtype(parameter, group))
         self._complete(parameter, state, group)
 
     def _complete(self, parameter: Tensor, state: State, group: Group) -> None:
@@ -97,6 +101,8 @@ class RowAdamW(CatchingUpOptimizer):
             state["last_step"] = torch.full((slots,), state["step"], dtype=torch.int32, device=device)
             state["eps"] = float(group["eps"])
             self._history(state)
+        if "value_step" not in state:
+            state["value_step"] = state["last_step"].clone()
 
     def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
         lr, weight_decay, eps = float(group["lr"]), float(group["weight_decay"]), float(group["eps"])
@@ -112,8 +118,8 @@ class RowAdamW(CatchingUpOptimizer):
         self._run(parameter, state, group, rows, grad, step - 1, [1 - lr * weight_decay, beta1, beta2, rate, scale])
         self._bound_history(parameter, state)
 
-    def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor) -> None:
-        self._run(parameter, state, group, rows, None, state["step"], [1.0, 0.0, 0.0, 0.0, 0.0])
+    def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor, entirely: bool) -> None:
+        self._run(parameter, state, group, rows, None, state["step"], [1.0, 0.0, 0.0, 0.0, 0.0], entirely)
 
     def _run(
         self,
@@ -124,14 +130,19 @@ class RowAdamW(CatchingUpOptimizer):
         grad: Tensor | None,
         until: int,
         numbers: list[float],
+        moments_too: bool = True,
     ) -> None:
         """Catches the rows up until the step `until`, and then does a step with the gradient, if there is one."""
         values, rounded = tables(parameter, state)
         moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
         dtype = torch.promote_types(values.dtype, torch.float32)
-        missed = plan(self._history(state), state["last_step"][rows], until, dtype)
+        last, reached = state["last_step"][rows], state["value_step"][rows]
+        last = last.masked_fill(last == 0, -1)  # no step has touched them: their moments are zeros
+        missed = plan(self._history(state), last, until, dtype, reached, moments_too)
         parts = (None, None, None) if missed is None else (missed.plan_of_row, missed.decays, missed.panels)
         constants = torch.tensor([*numbers, state["eps"]], dtype=torch.float64)
         seed = step_seed(state, group)
         operator("row_adam")(values, rounded, *moments, rows, grad, *parts, constants, seed)
-        state["last_step"].index_fill_(0, rows, state["step"])
+        state["value_step"].index_fill_(0, rows, state["step"])
+        if moments_too:
+            state["last_step"].index_fill_(0, rows, state["step"])

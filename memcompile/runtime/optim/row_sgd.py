@@ -74,7 +74,7 @@ class RowSGD(CatchingUpOptimizer):
         if "last_step" in state:
             self._bound_history(parameter, state)
 
-    def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor) -> None:
+    def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor, entirely: bool) -> None:
         self._run(parameter, state, group, rows, None, 0.0)
 
     def _run(

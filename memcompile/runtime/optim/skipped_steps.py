@@ -28,14 +28,16 @@ eps and the schedule deny the sum a closed form. Two facts make it cheap and exa
   last touched in the same step share, and an element costs one square root and one division a panel: one panel
   (fp64: two) in all but the first steps, when 1 - beta2**k changes fast (23 and 26 from t0 = 0).
 
-What it costs is O(distinct t0 * J) for the plans, of which there are at most as many as rows, and O(rows * dim).
+The moments may stay behind the value, since what is read is x alone. Of a row whose value is as of step s and its
+moments as of t0, (1) holds with x of s, P(s+1..t) and the terms of steps after s. Rows of one t0 and s share a plan.
+
+What it costs is O(distinct (t0, s) * J) for the plans, of which there are at most as many as rows, and O(rows * dim).
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memcompile.lowering.row_adam import moments_of
@@ -77,30 +79,52 @@ def log_decay(lr: float, weight_decay: float) -> float:
     return math.log1p(-lr * weight_decay)
 
 
-def plan(history: RateHistory, last: Tensor, until: int, dtype: torch.dtype) -> SkippedSteps | None:
-    """What rows that were last touched in steps `last` int32 [n] missed up to step `until`; None where they are new.
+def plan(
+    history: RateHistory,
+    last: Tensor,
+    until: int,
+    dtype: torch.dtype,
+    reached: Tensor | None = None,
+    moments: bool = True,
+) -> SkippedSteps | None:
+    """What rows missed up to step `until`; None where that is nothing.
 
     Args:
         history: of the factors DECAY, BETA1 and BETA2.
+        last: int32 [n], the steps that their moments are as of; -1 where these are zeros, and so miss nothing.
         dtype: of the values' sums, float32 or float64.
+        reached: int32 [n], the steps that their values are as of, not before `last`; by default the same.
+        moments: whether the moments go on too. Otherwise they stay as they are, as of `last`.
     """
-    starts, plan_of_row = torch.unique(last, return_inverse=True)
-    starts = starts.long().cpu()
-    if len(starts) == 0 or int(starts[0]) >= until:
+    reached = last if reached is None else reached
+    pairs, plan_of_row = torch.unique((last.long() + 1) * (until + 1) + reached, return_inverse=True)
+    pairs = pairs.cpu()
+    starts, reached = pairs // (until + 1) - 1, pairs % (until + 1)  # [plans]
+    moving = starts >= 0
+    if not bool((reached < until).any() or (moments and (moving & (starts < until)).any())):
         return None
     end = torch.full_like(starts, until)
-    decays = torch.stack([history.log_product(f, starts, end) for f in (DECAY, BETA1, BETA2)], 1).exp()
-    parts = [_panels(history, some.unsqueeze(1), until, dtype) for some in torch.split(starts, _STARTS)]
-    most = max(part.shape[1] for part in parts)
-    panels = torch.cat([F.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts])
+    decays = torch.ones(len(starts), 3, dtype=torch.float64)
+    decays[:, DECAY] = history.log_product(DECAY, reached, end).exp()
+    if moments:
+        for factor in (BETA1, BETA2):
+            product = history.log_product(factor, starts.clamp(min=0), end).exp()
+            decays[:, factor] = torch.where(moving, product, 1.0)
+    moved = (moving & (reached < until) & (reached - starts < _terms(history, dtype))).nonzero()[:, 0]
+    parts = [some for some in moved.split(_STARTS) if len(some)]
+    filled = [_panels(history, starts[some, None], reached[some, None], until, dtype) for some in parts]
+    most = max((part.shape[1] for part in filled), default=0)
+    panels = torch.zeros(len(starts), most, 1 + moments_of(dtype), dtype=torch.float64)
+    for some, part in zip(parts, filled, strict=True):
+        panels[some, : part.shape[1]] = part
     return SkippedSteps(plan_of_row, decays.to(last.device), panels.to(last.device))
 
 
-def _panels(history: RateHistory, starts: Tensor, until: int, dtype: torch.dtype) -> Tensor:
-    """[plans, panels, 1 + K] for starts [plans, 1]."""
-    length = min(until - int(starts[0]), _terms(history, dtype))
+def _panels(history: RateHistory, starts: Tensor, reached: Tensor, until: int, dtype: torch.dtype) -> Tensor:
+    """[plans, panels, 1 + K] for starts and reached [plans, 1]."""
+    length = min(until - int(starts.min()), _terms(history, dtype))
     steps = starts + torch.arange(1, length + 1)  # [plans, terms]
-    missed = steps <= until
+    missed = (steps > reached) & (steps <= until)
     steps = steps.clamp(max=until)
     end = torch.full_like(steps, until)
     log_c = history.log_product(BETA1, starts.expand_as(steps), steps) + history.log_product(DECAY, steps, end)

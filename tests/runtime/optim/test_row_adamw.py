@@ -83,6 +83,32 @@ def test_rows_that_are_read_are_up_to_date(sequence, seed):
     assert largest_error(ours, theirs) <= 1e-10
 
 
+def test_reading_moves_values_alone():
+    """Moments are neither written, nor read where they are zeros; all of a row catches up where all rows do."""
+    torch.manual_seed(0)
+    ours, dense = (nn.Parameter(torch.ones(5, 3, dtype=torch.float64)) for _ in range(2))
+    row, full = RowAdamW([ours], weight_decay=0.1), AdamW([dense], weight_decay=0.1)
+    for step in range(30):
+        rows = torch.tensor([[0, 2]] if step < 9 else [[2]])
+        ours.grad = torch.sparse_coo_tensor(rows, torch.randn(rows.numel(), 3).double(), (5, 3), check_invariants=False)
+        dense.grad = ours.grad.to_dense()
+        row.step()
+        full.step()
+    state = row.state[ours]
+    state["exp_avg"][3] = float("nan")  # of a row that was never touched: nobody may look
+    before = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq", "last_step")}
+    row.catch_up(ours, torch.tensor([[0, 3], [0, 2]]))
+    assert all(torch.equal(state[name].nan_to_num(), then.nan_to_num()) for name, then in before.items())
+    assert state["value_step"].tolist() == [30, 0, 30, 30, 0] and state["last_step"].tolist() == [9, 0, 30, 0, 0]
+    assert largest_error(ours[[0, 2, 3]], dense[[0, 2, 3]]) <= 1e-12
+    state["exp_avg"][3] = 0.0
+    row.catch_up(ours)
+    assert state["last_step"].tolist() == state["value_step"].tolist() == [30] * 5
+    assert largest_error(ours, dense) <= 1e-12
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert largest_error(state[moment], full.state[dense][moment]) <= 1e-14
+
+
 def test_a_row_untouched_for_long():
     """3,000 steps after its one gradient: far more than the steps that are summed."""
     torch.manual_seed(0)

@@ -89,6 +89,40 @@ def test_many_plans_are_each_their_own(monkeypatch):
         assert torch.equal(alone.decays[0], together.decays[i])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_may_be_ahead_of_their_moments(dtype):
+    """What is missed from t0 is what was missed until s, decayed, and what is missed from s, with the moments of t0."""
+    history = history_of([(1e-3 * (1 + step % 5), 0.1) for step in range(500)])
+    last = torch.tensor([3, 70, 70, 200, 400, 499], dtype=torch.int32)
+    reached = torch.tensor([5, 70, 90, 480, 500, 499], dtype=torch.int32)
+    whole, rest = plan(history, last, 500, dtype), plan(history, last, 500, dtype, reached, moments=False)
+    roots = torch.rand(len(last), 4, dtype=torch.float64)
+
+    def moved(missed):
+        return _steps_a_moment(roots, missed.panels[missed.plan_of_row], 1e-3)
+
+    for i, (start, there) in enumerate(zip(last.tolist(), reached.tolist(), strict=True)):
+        first = plan(history, last[i : i + 1], there, dtype)
+        done = _steps_a_moment(roots[i : i + 1], first.panels, 1e-3)[0] if first else 0.0
+        decay = rest.decays[rest.plan_of_row[i], 0]
+        torch.testing.assert_close(done * decay + moved(rest)[i], moved(whole)[i], rtol=2**-23, atol=1e-12)
+        kept = first.decays[0, 0] if first else 1.0
+        assert kept * decay == pytest.approx(float(whole.decays[whole.plan_of_row[i], 0]), rel=1e-12), start
+    assert (rest.decays[:, 1:] == 1).all()
+    everything = plan(history, last, 500, dtype, reached)
+    assert torch.equal(everything.decays[everything.plan_of_row, 1:], whole.decays[whole.plan_of_row, 1:])
+    assert plan(history, last, 500, dtype, torch.full_like(last, 500), moments=False) is None
+
+
+def test_moments_of_zero_miss_nothing():
+    history = history_of([(1e-3, 0.1)] * 50)
+    last, reached = torch.tensor([-1, -1, 20], dtype=torch.int32), torch.tensor([0, 30, 20], dtype=torch.int32)
+    missed = plan(history, last, 50, torch.float32, reached)
+    decays = missed.decays[missed.plan_of_row]
+    assert decays[:2, 1:].eq(1).all() and not missed.panels[missed.plan_of_row[:2], :, 1:].any()
+    assert decays[:, 0].tolist() == pytest.approx([(1 - 1e-4) ** 50, (1 - 1e-4) ** 20, (1 - 1e-4) ** 30])
+
+
 def test_new_rows_have_no_plan():
     history = history_of([(1e-3, 0.01)] * 3)
     assert plan(history, torch.tensor([3, 3], dtype=torch.int32), 3, torch.float32) is None

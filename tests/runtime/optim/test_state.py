@@ -76,6 +76,19 @@ def test_save_and_load_in_the_middle(name, form, sequence, at, lower):
         assert torch.equal(value, other) and value.dtype == other.dtype if torch.is_tensor(value) else value == other
 
 
+def test_state_from_before_values_had_a_step_of_their_own():
+    parameter = nn.Parameter(torch.ones(4, 2))
+    optimizer = RowAdamW([parameter])
+    parameter.grad = torch.ones(1, 4, 2)[0].to_sparse(1)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert torch.equal(saved["state"][0].pop("value_step"), saved["state"][0]["last_step"])
+    restored = RowAdamW([nn.Parameter(parameter.detach().clone())])
+    restored.load_state_dict(saved)
+    (state,) = restored.state.values()
+    assert torch.equal(state["value_step"], state["last_step"])
+
+
 def test_saving_changes_nothing():
     sequence = Sequence(0, 40, 20, 3, "constant", 0.1)
     results = []

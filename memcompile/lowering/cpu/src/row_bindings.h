@@ -200,11 +200,18 @@ void row_adam(const Tensor& values, std::optional<Tensor> rounded, const Tensor&
       const int64_t* plan = data<int64_t>(plan_numbers);
       parallel(count, 4 * dim, [&](int64_t begin, int64_t end) {
         const auto grad = gradients.of_rows<S>(begin, end);
+        const auto decays_alone = [&](int64_t i) { return late && !grad_given && plans[plan[i]].is_decay_alone(); };
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t at = row[i] * dim, next = row[std::min(i + 1, end - 1)] * dim;
+          const ValueRow<Value> to = row_of(x, copy, grad(i), dim, row[i], uint32_t(seed));
+          if (decays_alone(i)) {
+            update_sgd(to, dim, plans[plan[i]].decay[0], S(0));
+            continue;
+          }
+          // What comes next is fetched ahead: of a row that only decays, nothing but the value is read.
+          const int64_t after = std::min(i + 1, end - 1), at = row[i] * dim, next = row[after] * dim;
+          const int64_t next_moments = decays_alone(after) ? at : next;
           const uint32_t keys[2] = {noise_key(row[i], uint32_t(seed), kExpAvg), noise_key(row[i], uint32_t(seed), kExpAvgSq)};
-          update.run(row_of(x, copy, grad(i), dim, row[i], uint32_t(seed)), m + at, v + at, late ? &plans[plan[i]] : nullptr, dim,
-                     keys, x + next, m + next, v + next);
+          update.run(to, m + at, v + at, late ? &plans[plan[i]] : nullptr, dim, keys, x + next, m + next_moments, v + next_moments);
         }
       });
     });
