@@ -121,17 +121,22 @@ def plan(
 
 
 def _panels(history: RateHistory, starts: Tensor, reached: Tensor, until: int, dtype: torch.dtype) -> Tensor:
-    """[plans, panels, 1 + K] for starts and reached [plans, 1]."""
-    length = min(until - int(starts.min()), _terms(history, dtype))
-    steps = starts + torch.arange(1, length + 1)  # [plans, terms]
-    missed = (steps > reached) & (steps <= until)
-    steps = steps.clamp(max=until)
-    end = torch.full_like(steps, until)
-    log_c = history.log_product(BETA1, starts.expand_as(steps), steps) + history.log_product(DECAY, steps, end)
+    """[plans, panels, 1 + K] for starts, ascending, and reached [plans, 1]."""
+    length = min(until - int(starts[0]), _terms(history, dtype))
+    distinct, windows = _windows(starts[:, 0], length)
+
+    def spread(of_steps: Tensor) -> Tensor:  # [plans, terms]
+        return of_steps.unfold(0, length, 1)[windows]
+
+    missed = spread(distinct)
+    missed = (missed > reached) & (missed <= until)
+    steps = distinct.clamp(max=until)
+    log_p = history.log_product(DECAY, steps, torch.full_like(steps, until))
+    log_c = history.log_product(BETA1, starts, steps, spread) + spread(log_p)
     unbiased = -torch.expm1(steps * history.log(BETA1, steps))
-    c = torch.where(missed, history.lr(steps) * log_c.exp() / unbiased, 0.0)
-    log_a = history.log_product(BETA2, starts.expand_as(steps), steps) / 2
-    log_a -= torch.log(-torch.expm1(steps * history.log(BETA2, steps))) / 2
+    c = torch.where(missed, spread(history.lr(steps)) * log_c.exp_() / spread(unbiased), 0.0)
+    log_a = history.log_product(BETA2, starts, steps, spread) / 2
+    log_a -= spread(torch.log(-torch.expm1(steps * history.log(BETA2, steps))) / 2)
     highest = log_a.amax(1, keepdim=True)  # [plans, 1]
     panel = ((highest - log_a) / _RATIO).long()  # [plans, terms]
     count = int(panel.max()) + 1
@@ -145,6 +150,15 @@ def _panels(history: RateHistory, starts: Tensor, reached: Tensor, until: int, d
         columns.append(moment.view(len(starts), count))
         c = c * minus_d
     return torch.stack(columns, 2)
+
+
+def _windows(starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The steps that are among the `length` after any of the ascending starts, and where those of each start begin."""
+    gaps = starts.diff().clamp(max=length)
+    windows = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)])
+    place = torch.arange(int(windows[-1]) + length)
+    start = torch.searchsorted(windows, place, right=True) - 1
+    return starts[start] + 1 + place - windows[start], windows
 
 
 def _terms(history: RateHistory, dtype: torch.dtype) -> int:
