@@ -47,9 +47,8 @@ def sums_of_runs(ends: Tensor, hits: Tensor, weights: Tensor, grad: Tensor) -> T
     if len(ends) == 1:
         return grad.new_empty(0, grad.shape[1])
     # Each run is a bag of (token, weight), its sum a gather.
-    weights = weights.reshape(-1)[hits].to(grad.dtype)
-    tokens = hits // (len(hits) // len(grad))
-    return F.embedding_bag(tokens, grad, ends[:-1], per_sample_weights=weights, mode="sum")
+    hits_a_token, weights = weights.shape[1], weights.reshape(-1)[hits].to(grad.dtype)
+    return F.embedding_bag(hits // hits_a_token, grad, ends[:-1], per_sample_weights=weights, mode="sum")
 
 
 def sums_of_hits(slots: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

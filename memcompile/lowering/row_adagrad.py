@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering.row_tables import (
+    Gradient,
     check_rows,
     chunks,
     load_rows,
@@ -31,8 +32,12 @@ def _check(
     weight_decay: float,
     decoupled: bool,
     seed: int,
+    ends: Tensor | None = None,
+    hits: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
-    check_rows(values, rounded, rows, grad)
+    check_rows(values, rounded, rows)
+    Gradient.check(values, rows, grad, ends, hits, weights)
     if squares.shape != values.shape[:1] or squares.dtype is not sum_dtype(values) or not squares.is_contiguous():
         raise ValueError(
             f"squares: expected contiguous {sum_dtype(values)} {[values.shape[0]]}, "
@@ -51,12 +56,17 @@ def _kernel(
     weight_decay: float,
     decoupled: bool,
     seed: int,
+    ends: Tensor | None = None,
+    hits: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     if values.shape[1] == 0:
         return  # the mean of nothing
+    gradient = Gradient(grad, ends, hits, weights)
     for part in chunks(rows, values.shape[1]):
-        these, g = rows[part], grad[part]
+        these = rows[part]
         x = load_rows(values, these)  # [n, dim]
+        g = gradient.of(part, x.dtype)
         if weight_decay and not decoupled:
             g = torch.add(g, x, alpha=weight_decay)
         total = squares.index_select(0, these) + g.square().mean(1)  # [n]

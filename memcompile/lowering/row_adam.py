@@ -7,6 +7,9 @@ M_{K-1}), which `runtime.optim.skipped_steps` derives:
     x     = P * x - m * sum over panels of (sum_i M_i * y**i) / (a * sqrt(v) + eps)
     m, v  = B1 * m, B2 * v
 
+A plan may leave the moments as they are, B1 = B2 = 1: without a gradient they are then not written, and where its
+panels are zeros too not even read.
+
 Then, where there is a gradient g, and with numbers = (decay, beta1, beta2, rate, scale, eps):
 
     m, v  = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
@@ -22,6 +25,7 @@ from torch import Tensor
 from memcompile.lowering.row_tables import (
     EXP_AVG,
     EXP_AVG_SQ,
+    Gradient,
     check_rows,
     check_table,
     chunks,
@@ -50,8 +54,12 @@ def _check(
     panels: Tensor | None,
     numbers: Tensor,
     seed: int,
+    ends: Tensor | None = None,
+    hits: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
-    check_rows(values, rounded, rows, grad)
+    check_rows(values, rounded, rows)
+    Gradient.check(values, rows, grad, ends, hits, weights)
     check_table("exp_avg", exp_avg, values)
     check_table("exp_avg_sq", exp_avg_sq, values)
     if exp_avg.dtype is not exp_avg_sq.dtype:
@@ -83,8 +91,12 @@ def _kernel(
     panels: Tensor | None,
     numbers: Tensor,
     seed: int,
+    ends: Tensor | None = None,
+    hits: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     decay, beta1, beta2, rate, scale, eps = numbers.tolist()
+    gradient = None if grad is None else Gradient(grad, ends, hits, weights)
     for part in chunks(rows, values.shape[1]):
         these = rows[part]
         x, m, v = (load_rows(table, these) for table in (values, exp_avg, exp_avg_sq))  # [n, dim]
@@ -94,12 +106,14 @@ def _kernel(
             past = decays[plan].to(sum_dtype(values)).unsqueeze(-1)  # [n, 3, 1]
             x = x * past[:, 0] - m * _steps_a_moment(root, panels[plan].to(sum_dtype(values)), eps)
             m, v = m * past[:, 1], v * past[:, 2]
-        if grad is not None:
-            g = grad[part]
+        if gradient is not None:
+            g = gradient.of(part, x.dtype)
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             x.mul_(decay).addcdiv_(m, v.sqrt().mul_(scale).add_(eps), value=-rate)
         store_values(values, rounded, these, x, seed)
+        if gradient is None and decays is not None and bool((decays[:, 1:] == 1).all()):
+            continue
         store_rows(exp_avg, these, m, seed, EXP_AVG)
         store_rows(exp_avg_sq, these, v, seed, EXP_AVG_SQ)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering.row_tables import (
+    Gradient,
     check_rows,
     chunks,
     load_rows,
@@ -21,8 +22,12 @@ def _check(
     decays: Tensor | None,
     rate: float,
     seed: int,
+    ends: Tensor | None = None,
+    hits: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
-    check_rows(values, rounded, rows, grad)
+    check_rows(values, rounded, rows)
+    Gradient.check(values, rows, grad, ends, hits, weights)
     if decays is not None and (decays.shape != rows.shape or decays.dtype is not torch.float64):
         raise ValueError(f"decays: expected float64 as rows, got {decays.dtype} {list(decays.shape)}")
 
@@ -35,14 +40,18 @@ def _kernel(
     decays: Tensor | None,
     rate: float,
     seed: int,
+    ends: Tensor | None = None,
+    hits: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
+    gradient = None if grad is None else Gradient(grad, ends, hits, weights)
     for part in chunks(rows, values.shape[1]):
         these = rows[part]
         x = load_rows(values, these)  # [n, dim]
         if decays is not None:
             x.mul_(decays[part].to(sum_dtype(values)).unsqueeze(1))
-        if grad is not None:
-            x.sub_(grad[part], alpha=rate)
+        if gradient is not None:
+            x.sub_(gradient.of(part, x.dtype), alpha=rate)
         store_values(values, rounded, these, x, seed)
 
 

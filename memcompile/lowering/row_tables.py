@@ -3,9 +3,14 @@
 An operator that updates rows in place reads and writes the rows that it is given and no others. Its `values` are the
 table that learns, its `rounded` a bf16 copy of fp32 values, or None. Rows must be distinct. It returns nothing. A row
 that the table does not have raises, but on a GPU, where Triton's kernels leave it out: they do not wait to know.
+
+Its gradient `grad` is [n, dim] in the dtype that rows are updated in. Or it is in factors, and is nowhere as a whole:
+with `rows`, `ends` and `hits` of `hits_by_row` and `weights` [tokens, hits], `grad` is that of the tokens, [tokens,
+dim], and row i moves by what `row_sums` has for it. Layers that share a table have their tokens one behind the other.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +18,7 @@ from torch import Tensor
 
 from memcompile.lowering import cpu
 from memcompile.lowering._torch import on_the_cpu
+from memcompile.lowering.hits import sums_of_runs
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
 from memcompile.lowering.stochastic_rounding import round_rows
 from memcompile.lowering.triton.serve import row_kernel
@@ -35,7 +41,7 @@ def check_table(name: str, table: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name}: expected {' or '.join(map(str, allowed))}, got {table.dtype}")
 
 
-def check_rows(values: Tensor, rounded: Tensor | None, rows: Tensor, grad: Tensor | None) -> None:
+def check_rows(values: Tensor, rounded: Tensor | None, rows: Tensor) -> None:
     """Raises ValueError for what no operator on rows takes."""
     check_table("values", values, values)
     if rounded is not None and (
@@ -48,10 +54,56 @@ def check_rows(values: Tensor, rounded: Tensor | None, rows: Tensor, grad: Tenso
         raise ValueError(f"values: expected float32 beside a rounded copy, got {values.dtype}")
     if rows.dim() != 1 or rows.dtype is not torch.int64:
         raise ValueError(f"rows: expected int64 [n], got {rows.dtype} {list(rows.shape)}")
-    if grad is not None and (grad.shape != (len(rows), values.shape[1]) or grad.dtype is not sum_dtype(values)):
-        raise ValueError(
-            f"grad: expected {sum_dtype(values)} {[len(rows), values.shape[1]]}, got {grad.dtype} {list(grad.shape)}"
-        )
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of an update's rows, whole or in factors: see the top of this file."""
+
+    grad: Tensor
+    ends: Tensor | None = None
+    hits: Tensor | None = None
+    weights: Tensor | None = None
+
+    @staticmethod
+    def check(
+        values: Tensor,
+        rows: Tensor,
+        grad: Tensor | None,
+        ends: Tensor | None,
+        hits: Tensor | None,
+        weights: Tensor | None,
+    ) -> None:
+        """Raises ValueError for what is not a gradient of these rows."""
+        dtype, dim, count = sum_dtype(values), values.shape[1], len(rows)
+        if ends is None or hits is None or weights is None:
+            if not (ends is None and hits is None and weights is None):
+                raise ValueError("ends, hits and weights: expected all of them or none")
+            if grad is not None and (grad.shape != (count, dim) or grad.dtype is not dtype):
+                raise ValueError(f"grad: expected {dtype} {[count, dim]}, got {grad.dtype} {list(grad.shape)}")
+            return
+        if weights.dim() != 2 or not weights.is_floating_point():
+            raise ValueError(
+                f"weights: expected floating point [tokens, hits], got {weights.dtype} {list(weights.shape)}"
+            )
+        if (
+            grad is None
+            or grad.shape != (len(weights), dim)
+            or not grad.is_floating_point()
+            or sum_dtype(grad) is not dtype
+        ):
+            got = "None" if grad is None else f"{grad.dtype} {list(grad.shape)}"
+            raise ValueError(f"grad: expected {[len(weights), dim]} whose sums are {dtype}, got {got}")
+        for name, tensor, size in (("ends", ends, count + 1), ("hits", hits, hits.numel())):
+            if tensor.shape != (size,) or tensor.dtype is not torch.int64:
+                raise ValueError(f"{name}: expected int64 {[size]}, got {tensor.dtype} {list(tensor.shape)}")
+
+    def of(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Of some of the rows, [n, dim]."""
+        if self.ends is None or self.hits is None or self.weights is None:
+            return self.grad[part]
+        ends = self.ends[part.start : part.stop + 1]
+        return sums_of_runs(ends - ends[0], self.hits[ends[0] : ends[-1]], self.weights, self.grad).to(dtype)
 
 
 def chunks(rows: Tensor, dim: int) -> Iterator[slice]:

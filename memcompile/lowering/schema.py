@@ -27,15 +27,17 @@ SCHEMAS = {
     # These update rows of tables in place: row_tables.py.
     "row_adam": (
         "(Tensor(a!) values, Tensor(b!)? rounded, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor rows, "
-        "Tensor? grad, Tensor? plan_of_row, Tensor? decays, Tensor? panels, Tensor numbers, int seed) -> ()"
+        "Tensor? grad, Tensor? plan_of_row, Tensor? decays, Tensor? panels, Tensor numbers, int seed, "
+        "Tensor? ends=None, Tensor? hits=None, Tensor? weights=None) -> ()"
     ),
     "row_adagrad": (
         "(Tensor(a!) values, Tensor(b!)? rounded, Tensor(c!) squares, Tensor rows, Tensor grad, "
-        "float lr, float eps, float weight_decay, bool decoupled, int seed) -> ()"
+        "float lr, float eps, float weight_decay, bool decoupled, int seed, "
+        "Tensor? ends=None, Tensor? hits=None, Tensor? weights=None) -> ()"
     ),
     "row_sgd": (
-        "(Tensor(a!) values, Tensor(b!)? rounded, Tensor rows, Tensor? grad, Tensor? decays, float rate, int seed) "
-        "-> ()"
+        "(Tensor(a!) values, Tensor(b!)? rounded, Tensor rows, Tensor? grad, Tensor? decays, float rate, int seed, "
+        "Tensor? ends=None, Tensor? hits=None, Tensor? weights=None) -> ()"
     ),
     "onednn_mm": "(Tensor left, Tensor right, Tensor? bias) -> Tensor",  # a product in Inductor's graphs: cpu/gemm.py
 }

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memcompile.lowering import operator, row_adagrad, row_adam, row_sgd
+from memcompile.lowering import operator, row_adagrad, row_adam, row_sgd, row_sums
 from memcompile.runtime.optim.rate_history import RateHistory
 from memcompile.runtime.optim.skipped_steps import factors_of_step, plan
 from tests.tolerance import assert_as_accurate
@@ -137,6 +137,54 @@ def test_any_number_of_threads(name, form):
     assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_adam_may_keep_moments(form):
+    """Decays of 1 leave them bit for bit as they are; a plan without panels multiplies the value."""
+    args = arguments("row_adam", form, count=20, grad=False)
+    args[7][:, 1:] = 1
+    alone = args[6] % 3 == 0
+    args[8][::3, :, 1:] = 0
+    actual, plain = (changed("row_adam", run, args) for run in (operator("row_adam"), row_adam._kernel))
+    assert all(map(torch.equal, actual[-2:], args[2:4])) and all(map(torch.equal, plain[-2:], args[2:4]))
+    torch.testing.assert_close(actual[0], plain[0])
+    if args[0].dtype is not torch.bfloat16:
+        rows, decays = args[4][alone], args[7][args[6][alone], :1].to(args[0].dtype)
+        torch.testing.assert_close(actual[0][rows], args[0][rows] * decays)
+
+
+GRADIENTS = [(form, dtype) for form in FORMS if form != "fp64" for dtype in (torch.float32, torch.bfloat16)]
+GRADIENTS += [("fp64", torch.float64), ("fp32", torch.float16)]
+
+
+@pytest.mark.parametrize(("form", "dtype"), GRADIENTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_in_factors(name, form, dtype):
+    """Bit for bit what the sums give, in C++ and in PyTorch operators, however many rows are held at once."""
+    generator = torch.Generator().manual_seed(1)
+    slots = (torch.rand(23, 6, generator=generator) ** 2 * 40).int()
+    weights, grad = torch.randn(23, 6, generator=generator), torch.randn(23, 37, generator=generator).to(dtype)
+    rows, ends, hits = operator("hits_by_row")(slots, 40)
+    args = arguments(name, form, count=len(rows), dim=37)
+    at = {"row_adam": 4, "row_adagrad": 3, "row_sgd": 2}[name]
+    before, after = [*args[:at], rows], args[at + 2 :]
+    factors = [*before, grad, *after, ends, hits, weights]
+    torch.library.opcheck(operator(name), factors, test_utils=("test_schema", "test_faketensor"))
+    for run, sums in ((operator(name), operator("row_sums")), (KERNELS[name], row_sums._sums)):
+        summed = sums(slots, weights, grad, 40)[1].to(torch.promote_types(args[0].dtype, torch.float32))
+        expected = changed(name, run, [*before, summed, *after])
+        assert all(map(torch.equal, changed(name, run, factors), expected))
+
+
+def test_factors_in_chunks(monkeypatch):
+    args = arguments("row_sgd", count=40)
+    slots = torch.arange(40).repeat(3).view(12, 10)
+    rows, ends, hits = operator("hits_by_row")(slots, 40)
+    args = [*args[:2], rows, torch.randn(12, 21), *args[4:], ends, hits, torch.randn(12, 10)]
+    expected = changed("row_sgd", row_sgd._kernel, args)
+    monkeypatch.setattr("memcompile.lowering.row_tables._CHUNK_ELEMENTS", 7 * 21)
+    assert all(map(torch.equal, changed("row_sgd", row_sgd._kernel, args), expected))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_refusals(name):
     args = arguments(name)
@@ -155,6 +203,18 @@ def test_refusals(name):
     refuses(at, args[at].int(), "rows")
     refuses(at + 1, args[at + 1][:, 1:], "grad")
     refuses(at + 1, args[at + 1].bfloat16(), "grad")
+    rows, ends, hits = operator("hits_by_row")(args[at].view(-1, 1), 40)
+    factors = [*args[:at], rows, *args[at + 1 :], ends, hits, torch.ones(5, 1)]
+    first = len(args)
+    for position, value, message in (
+        (first, None, "ends, hits and weights"),
+        (first, ends[1:], "ends"),
+        (first + 1, hits.int(), "hits"),
+        (first + 2, torch.ones(4, 1), "grad"),
+        (at + 1, args[at + 1].double(), "grad"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            operator(name)(*factors[:position], value, *factors[position + 1 :])
     if name == "row_adam":
         refuses(2, args[2][:3], "exp_avg")
         refuses(3, args[3].bfloat16(), "exp_avg_sq")

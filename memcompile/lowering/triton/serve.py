@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import inspect
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,7 @@ from memcompile.lowering.triton.settings import is_interpreted
 log = logging.getLogger(__name__)
 
 MAX_TOP_K = 64  # to rank more takes ten seconds to compile and 190 registers
+_NUMBERS = 9  # the place of row_adam's
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Operators that graphs keep whole because Inductor lowers them to templates: see `template.py` beside this.
@@ -71,11 +73,13 @@ def row_kernel(name: str, *args: Any) -> Callable[..., None] | None:
     if not serves(device, ()):
         return None
     elsewhere = [tensor for tensor in tensors if tensor.device != device or tensor.layout is not torch.strided]
-    if any(tensor is not args[-2] for tensor in elsewhere):
+    if any(name != "row_adam" or tensor is not args[_NUMBERS] for tensor in elsewhere):
         return None
     from memcompile.lowering.triton import launch
 
     kernel: Callable[..., None] | None = getattr(launch, name, None)
+    if kernel is not None and len(args) > len(inspect.signature(kernel).parameters):  # a gradient in factors
+        return None
     return kernel
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.rate_history import RateHistory
 from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State
 
@@ -41,10 +42,7 @@ class CatchingUpOptimizer(RowOptimizer):
         if rows is None:
             behind = (last != state["step"]).nonzero()[:, 0]
         else:
-            asked: Tensor = torch.unique(rows.detach().reshape(-1).to(last.device, torch.int64))
-            ends = torch.stack([asked[0], asked[-1]]).tolist() if len(asked) else [0, 0]  # one wait for a GPU
-            if len(asked) and (ends[0] < 0 or ends[1] >= len(last)):
-                raise IndexError(f"catch_up: rows {ends[0]} to {ends[1]} of a table of {len(last)}")
+            asked = _distinct(rows.detach().to(last.device), len(last))
             behind = asked[last[asked] != state["step"]]
         for part in torch.split(behind, _ROWS):
             self._catch_up_rows(parameter, state, group, part)
@@ -85,3 +83,14 @@ class CatchingUpOptimizer(RowOptimizer):
     def _bound_history(self, parameter: Tensor, state: State) -> None:
         if len(self._history(state)) > max(1024, parameter.shape[0]):
             self.catch_up(parameter)
+
+
+def _distinct(rows: Tensor, slots: int) -> Tensor:
+    """The distinct ones, int64 [n]; raises IndexError where one is not in a table of `slots` rows."""
+    if rows.numel() == 0:
+        return rows.new_empty(0, dtype=torch.int64)
+    lowest, highest = (int(row) for row in torch.aminmax(rows))
+    if lowest < 0 or highest >= slots:
+        raise IndexError(f"catch_up: rows {lowest} to {highest} of a table of {slots}")
+    distinct: Tensor = operator("hits_by_row")(rows.reshape(1, -1), slots)[0]
+    return distinct

@@ -18,6 +18,7 @@ from memcompile.runtime.optim.row_optimizer import (
     moment_dtype,
     step_seed,
     tables,
+    zeros_like,
 )
 
 
@@ -70,7 +71,7 @@ class LazyAdam(RowOptimizer):
 
     def _start(self, parameter: Tensor, state: State, group: Group) -> None:
         for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(parameter, dtype=moment_dtype(parameter, group))
+            state[name] = zeros_like(parameter, moment_dtype(parameter, group))
 
     def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]

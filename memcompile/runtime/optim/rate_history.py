@@ -1,5 +1,6 @@
 """What every past step multiplied a row by, in a table with one entry for each change of the rates."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,23 +66,30 @@ class RateHistory:
         """The logarithms, float64, of a factor in these steps."""
         return self.entries[self._entry_of(steps), _LOGS + 2 * factor]
 
-    def log_product(self, factor: int, after: Tensor, until: Tensor) -> Tensor:
+    def log_product(
+        self, factor: int, after: Tensor, until: Tensor, spread: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> Tensor:
         """The logarithm, float64, of the product of a factor over the steps `after` + 1 to `until`.
 
         A product within one entry is a power; across entries it is the difference of two sums. The steps are on the
         CPU, as the entries are; while there is one entry, on any device.
+
+        Args:
+            spread: makes of numbers of the shape of `until` the shape of the result, as by an index: what is looked up
+                for a step is then looked up once, however often the step occurs.
         """
         if len(self) == 1:
-            return (until - after).double() * float(self.entries[0, _LOGS + 2 * factor])
+            return (spread(until) - after).double() * float(self.entries[0, _LOGS + 2 * factor])
         first, last = self._entry_of(after), self._entry_of(until)
         at = _LOGS + 2 * factor
         entries = self.entries
-        within = (until - after) * entries[last, at]
+        within = (spread(until) - after) * spread(entries[last, at])
 
         def total(entry: Tensor, steps: Tensor) -> Tensor:
             return entries[entry, at + 1] + (steps + 1 - entries[entry, _START]) * entries[entry, at]
 
-        return torch.where(first == last, within, total(last, until) - total(first, after))
+        across = spread(total(last, until)) - total(first, after)
+        return torch.where(first == spread(last), within, across)
 
     def _entry_of(self, steps: Tensor) -> Tensor:
         if len(self) == 1:

@@ -19,6 +19,7 @@ from memcompile.runtime.optim.row_optimizer import (
     require,
     step_seed,
     tables,
+    zeros_like,
 )
 from memcompile.runtime.optim.skipped_steps import factors_of_step, plan
 
@@ -88,7 +89,7 @@ class RowAdamW(CatchingUpOptimizer):
 
     def _start(self, parameter: Tensor, state: State, group: Group) -> None:
         for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(parameter, dtype=moment_dtype(parameter, group))
+            state[name] = zeros_like(parameter, moment_dtype(parameter, group))
         self._complete(parameter, state, group)
 
     def _complete(self, parameter: Tensor, state: State, group: Group) -> None:
@@ -129,7 +130,9 @@ class RowAdamW(CatchingUpOptimizer):
         values, rounded = tables(parameter, state)
         moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
         dtype = torch.promote_types(values.dtype, torch.float32)
-        missed = plan(self._history(state), state["last_step"][rows], until, dtype)
+        last = state["last_step"][rows]
+        last = last.masked_fill(last == 0, -1)  # no step has touched them: their moments are zeros
+        missed = plan(self._history(state), last, until, dtype)
         parts = (None, None, None) if missed is None else (missed.plan_of_row, missed.decays, missed.panels)
         constants = torch.tensor([*numbers, state["eps"]], dtype=torch.float64)
         seed = step_seed(state, group)

@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from memcompile.errors import OptionError
+from memcompile.lowering.cpu.pages import advise_huge_pages
 from memcompile.lowering.schema import operator
 from memcompile.lowering.stochastic_rounding import seed_of_step
 from memcompile.runtime.optim.gradients import as_rows, touched_rows
@@ -187,6 +188,13 @@ def tables(parameter: Tensor, state: State) -> tuple[Tensor, Tensor | None]:
     """The values [slots, dim] that a step updates, and the bf16 copy that it rounds them into, if there is one."""
     values = as_rows(parameter)
     return (as_rows(state["master"]), values) if "master" in state else (values, None)
+
+
+def zeros_like(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros of a parameter's shape, in huge pages where there are any: rows of them are read at random."""
+    table = torch.empty_like(parameter, dtype=dtype)
+    advise_huge_pages(table)
+    return table.zero_()
 
 
 def step_seed(state: State, group: Group) -> int:

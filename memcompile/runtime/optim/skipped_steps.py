@@ -35,7 +35,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memcompile.lowering.row_adam import moments_of
@@ -78,38 +77,47 @@ def log_decay(lr: float, weight_decay: float) -> float:
 
 
 def plan(history: RateHistory, last: Tensor, until: int, dtype: torch.dtype) -> SkippedSteps | None:
-    """What rows that were last touched in steps `last` int32 [n] missed up to step `until`; None where they are new.
+    """What rows missed up to step `until`; None where that is nothing.
 
     Args:
         history: of the factors DECAY, BETA1 and BETA2.
+        last: int32 [n], the steps that they were last touched in; -1 where no step has, and the moments are zeros.
         dtype: of the values' sums, float32 or float64.
     """
     starts, plan_of_row = torch.unique(last, return_inverse=True)
     starts = starts.long().cpu()
-    if len(starts) == 0 or int(starts[0]) >= until:
+    if len(starts) == 0 or max(int(starts[0]), 0) >= until:
         return None
     end = torch.full_like(starts, until)
-    decays = torch.stack([history.log_product(f, starts, end) for f in (DECAY, BETA1, BETA2)], 1).exp()
-    parts = [_panels(history, some.unsqueeze(1), until, dtype) for some in torch.split(starts, _STARTS)]
-    most = max(part.shape[1] for part in parts)
-    panels = torch.cat([F.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts])
+    decays = torch.stack([history.log_product(f, starts.clamp(min=0), end) for f in (DECAY, BETA1, BETA2)], 1).exp()
+    moved = ((starts >= 0) & (starts < until)).nonzero()[:, 0]
+    parts = [some for some in moved.split(_STARTS) if len(some)]
+    filled = [_panels(history, starts[some, None], until, dtype) for some in parts]
+    most = max((part.shape[1] for part in filled), default=0)
+    panels = torch.zeros(len(starts), most, 1 + moments_of(dtype), dtype=torch.float64)
+    for some, part in zip(parts, filled, strict=True):
+        panels[some, : part.shape[1]] = part
     # Without waiting for a GPU to have them.
     decays, panels = (tensor.to(last.device, non_blocking=True) for tensor in (decays, panels))
     return SkippedSteps(plan_of_row, decays, panels)
 
 
 def _panels(history: RateHistory, starts: Tensor, until: int, dtype: torch.dtype) -> Tensor:
-    """[plans, panels, 1 + K] for starts [plans, 1]."""
+    """[plans, panels, 1 + K] for starts [plans, 1], ascending."""
     length = min(until - int(starts[0]), _terms(history, dtype))
-    steps = starts + torch.arange(1, length + 1)  # [plans, terms]
-    missed = steps <= until
-    steps = steps.clamp(max=until)
-    end = torch.full_like(steps, until)
-    log_c = history.log_product(BETA1, starts.expand_as(steps), steps) + history.log_product(DECAY, steps, end)
+    distinct, windows = _windows(starts[:, 0], length)
+
+    def spread(of_steps: Tensor) -> Tensor:  # [plans, terms]
+        return of_steps.unfold(0, length, 1)[windows]
+
+    missed = spread(distinct <= until)
+    steps = distinct.clamp(max=until)
+    log_p = history.log_product(DECAY, steps, torch.full_like(steps, until))
+    log_c = history.log_product(BETA1, starts, steps, spread) + spread(log_p)
     unbiased = -torch.expm1(steps * history.log(BETA1, steps))
-    c = torch.where(missed, history.lr(steps) * log_c.exp() / unbiased, 0.0)
-    log_a = history.log_product(BETA2, starts.expand_as(steps), steps) / 2
-    log_a -= torch.log(-torch.expm1(steps * history.log(BETA2, steps))) / 2
+    c = torch.where(missed, spread(history.lr(steps)) * log_c.exp_() / spread(unbiased), 0.0)
+    log_a = history.log_product(BETA2, starts, steps, spread) / 2
+    log_a -= spread(torch.log(-torch.expm1(steps * history.log(BETA2, steps))) / 2)
     highest = log_a.amax(1, keepdim=True)  # [plans, 1]
     panel = ((highest - log_a) / _RATIO).long()  # [plans, terms]
     count = int(panel.max()) + 1
@@ -123,6 +131,15 @@ def _panels(history: RateHistory, starts: Tensor, until: int, dtype: torch.dtype
         columns.append(moment.view(len(starts), count))
         c = c * minus_d
     return torch.stack(columns, 2)
+
+
+def _windows(starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The steps that are among the `length` after any of the ascending starts, and where those of each start begin."""
+    gaps = starts.diff().clamp(max=length)
+    windows = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)])
+    place = torch.arange(int(windows[-1]) + length)
+    start = torch.searchsorted(windows, place, right=True) - 1
+    return starts[start] + 1 + place - windows[start], windows
 
 
 def _terms(history: RateHistory, dtype: torch.dtype) -> int:

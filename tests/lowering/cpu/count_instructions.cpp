@@ -103,6 +103,21 @@ void sort() {
   });
 }
 
+// Sums of the rows that are hit, most of them once or twice.
+void sums() {
+  const std::vector<float> grad = random_rows<float>(kTokens * kDim), weights = random_rows<float>(kTokens * kHits);
+  const std::vector<int32_t> slots = random_slots();
+  const SortedHits<int32_t> sorted = sort_by_slot(slots.data(), int64_t(slots.size()), kSlots, 1,
+                                                  [](int64_t begin, int64_t end, const auto& f) { f(begin, end); });
+  const WeightedHits<float> hits{sorted.hits.get(), weights.data(), kHits, {grad.data(), kDim, kDim}};
+  std::vector<float> out(kDim);
+  measured([&] {
+    const std::vector<int64_t> ends = ends_of_runs(sorted.slots.get(), int64_t(slots.size()));
+    HitSums<float> sum(hits, 0, ends.back());
+    for (size_t run = 0; run + 1 < ends.size(); ++run) sum.sum(ends[run], ends[run + 1], out.data());
+  });
+}
+
 // Adam of a row; `panels` of what it has missed.
 template <class State>
 void adam(int64_t panels) {
@@ -130,6 +145,7 @@ int main(int, char** arguments) {
   else if (!std::strcmp(kernel, "search")) search();
   else if (!std::strcmp(kernel, "scores")) scores();
   else if (!std::strcmp(kernel, "sort")) sort();
+  else if (!std::strcmp(kernel, "sums")) sums();
   else if (!std::strcmp(kernel, "adam")) adam<float>(0);
   else if (!std::strcmp(kernel, "adam late")) adam<float>(1);
   else if (!std::strcmp(kernel, "adam bf16 state")) adam<BFloat16>(0);

@@ -89,6 +89,14 @@ def test_many_plans_are_each_their_own(monkeypatch):
         assert torch.equal(alone.decays[0], together.decays[i])
 
 
+def test_moments_of_zero_move_nothing():
+    missed = plan(history_of([(1e-3, 0.1)] * 50), torch.tensor([-1, 20, -1], dtype=torch.int32), 50, torch.float32)
+    moments = missed.panels[missed.plan_of_row, :, 1:]
+    assert not moments[[0, 2]].any() and moments[1].any()
+    decays = missed.decays[missed.plan_of_row, 0]
+    assert decays.tolist() == pytest.approx([(1 - 1e-4) ** 50, (1 - 1e-4) ** 30, (1 - 1e-4) ** 50])
+
+
 def test_new_rows_have_no_plan():
     history = history_of([(1e-3, 0.01)] * 3)
     assert plan(history, torch.tensor([3, 3], dtype=torch.int32), 3, torch.float32) is None

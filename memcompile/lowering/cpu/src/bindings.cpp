@@ -314,6 +314,7 @@ std::tuple<Tensor, Tensor> row_sums(const Tensor& slots, const Tensor& weights, 
   given.with_runs(num_slots, [&]<class Slot, class Row>(const SortedHits<Slot>& sorted, const WeightedHits<Row>& hits,
                                                         const std::vector<int64_t>& ends) {
     out = {rows_of_runs(grad, sorted, ends), torch::stable::new_empty(grad, {int64_t(ends.size()) - 1, dim}, grad.scalar_type())};
+    advise_huge_pages(out[1]);
     Row* sums_out = mutable_data<Row>(out[1]);
     for_each_run(hits, ends, [&](int64_t run, HitSums<Row>& sums) { sums.sum(ends[run], ends[run + 1], sums_out + run * dim); });
   });

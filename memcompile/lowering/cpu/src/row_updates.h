@@ -66,6 +66,11 @@ struct Plan {
   S decay[3];  // of the value and both moments
   const S* panels;  // [count, 1 + kMoments]: centre, moments
   int64_t count;
+
+  // Whether both moments stay as they are.
+  bool keeps_moments() const { return decay[1] == 1 && decay[2] == 1; }
+  // Whether all that is left is to multiply the value, which needs no moments.
+  bool is_decay_alone() const { return count == 0 && keeps_moments(); }
 };
 
 // Of row_adam's numbers; 1 - beta in double, since fp32 of beta2 = 0.999 has an error of 2e-5 of it.
@@ -95,8 +100,9 @@ struct AdamUpdate {
     return total;
   }
 
-  void operator()(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const Plan<S>* plan, int64_t c,
-                  int64_t column, const uint32_t (&keys)[2]) const {
+  template <bool keeps_moments>
+  void update(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const Plan<S>* plan, int64_t c, int64_t column,
+              const uint32_t (&keys)[2]) const {
     Vector<S> x = load_lanes(row.x + c), m = load_lanes(exp_avg + c), v = load_lanes(exp_avg_sq + c);
     if (plan) {
       const Vector<S> moved = plan->count ? m * steps_a_moment(*plan, square_root(v)) : Vector<S>{};
@@ -112,6 +118,7 @@ struct AdamUpdate {
       x = x * number.decay - number.rate * m / (square_root(v) * number.scale + number.eps);
     }
     row.store(x, c, column);
+    if constexpr (keeps_moments) return;
     store_lanes(exp_avg + c, m, keys[0], column);
     store_lanes(exp_avg_sq + c, v, keys[1], column);
   }
@@ -119,15 +126,29 @@ struct AdamUpdate {
   // `ahead` are the tables' rows that come next.
   void run(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const Plan<S>* plan, int64_t dim,
            const uint32_t (&keys)[2], const Value* values_ahead, const State* avg_ahead, const State* avg_sq_ahead) const {
+    const AdamUpdate copy = *this;  // whose numbers no store can change, so that they stay in registers
+    if (!row.grad && plan && plan->keeps_moments()) {
+      copy.template run_row<true>(row, exp_avg, exp_avg_sq, plan, dim, keys, values_ahead, avg_ahead, avg_sq_ahead);
+    } else {
+      copy.template run_row<false>(row, exp_avg, exp_avg_sq, plan, dim, keys, values_ahead, avg_ahead, avg_sq_ahead);
+    }
+  }
+
+ private:
+  template <bool keeps_moments>
+  __attribute__((always_inline)) void run_row(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const Plan<S>* plan, int64_t dim,
+                                              const uint32_t (&keys)[2], const Value* values_ahead, const State* avg_ahead,
+                                              const State* avg_sq_ahead) const {
     for_each_vector(row, dim, [&](const ValueRow<Value>& part, int64_t c, int64_t column, auto in_room) __attribute__((always_inline)) {
       if constexpr (!in_room) {
         __builtin_prefetch(values_ahead + c, 1, 0);
         __builtin_prefetch(avg_ahead + c, 1, 0);
         __builtin_prefetch(avg_sq_ahead + c, 1, 0);
-        (*this)(part, exp_avg, exp_avg_sq, plan, c, column, keys);
+        update<keeps_moments>(part, exp_avg, exp_avg_sq, plan, c, column, keys);
       } else {
         Tail<State> m(exp_avg + column, dim - column), v(exp_avg_sq + column, dim - column);
-        (*this)(part, m.data(), v.data(), plan, c, column, keys);
+        update<keeps_moments>(part, m.data(), v.data(), plan, c, column, keys);
+        if constexpr (keeps_moments) return;
         m.write(exp_avg + column);
         v.write(exp_avg_sq + column);
       }

@@ -24,18 +24,18 @@ struct Table {
   const Row* row(int64_t number) const { return data + number * stride; }
 };
 
-// Up to eight of `count` rows from the first on, and the eight that follow of the `known` ones; the last one again where
-// there are no more.
-template <class Row>
+// `size` of `count` rows from the first on, and as many that follow of the `known` ones; the last one again where there
+// are no more.
+template <class Row, int64_t size = kSideBySide>
 struct RowGroup {
-  const Row* row[kSideBySide];
-  const Row* next[kSideBySide];
+  const Row* row[size];
+  const Row* next[size];
 
   template <class Number>
   RowGroup(const Table<Row>& table, const Number* numbers, int64_t first, int64_t count, int64_t known) {
-    for (int64_t z = 0; z < kSideBySide; ++z) {
+    for (int64_t z = 0; z < size; ++z) {
       row[z] = table.row(int64_t(numbers[std::min(first + z, count - 1)]));
-      next[z] = table.row(int64_t(numbers[std::min(first + kSideBySide + z, known - 1)]));
+      next[z] = table.row(int64_t(numbers[std::min(first + size + z, known - 1)]));
     }
   }
 
@@ -57,22 +57,22 @@ struct RowGroup {
  private:
   // Inlined: GCC takes a function that only prefetches for one without an effect, and drops the call.
   __attribute__((always_inline)) static void prefetch(const Row* const* rows, int64_t column) {
-    for (int64_t z = 0; z < kSideBySide; ++z) {
+    for (int64_t z = 0; z < size; ++z) {
       const char* p = reinterpret_cast<const char*>(rows[z] + column);
       for (int64_t byte = 0; byte < kPair<Row> * int64_t(sizeof(Row)); byte += kCacheLine) __builtin_prefetch(p + byte, 0, 0);
     }
   }
 };
 
-// sums += weights[z] * row z, for z < size. Inlined, the group is a copy that stores to the sums cannot change, and its
+// sums = from + weights[z] * row z, for z < size. Inlined, the group is a copy that stores to the sums cannot change, and its
 // pointers are not read again behind each.
 template <int64_t size, class Row>
-__attribute__((always_inline)) inline void add_rows(RowGroup<Row> group, const Sum<Row>* weights, int64_t dim, Sum<Row>* sums) {
+__attribute__((always_inline)) inline void add_rows(RowGroup<Row, size> group, const Sum<Row>* weights, int64_t dim, const Sum<Row>* from, Sum<Row>* sums) {
   using S = Sum<Row>;
   Vector<S> weight[size];
   for (int64_t z = 0; z < size; ++z) weight[z] = splat(weights[z]);
   group.for_each_pair(dim, [&](int64_t c) __attribute__((always_inline)) {
-    Pair<S> sum = load_pair(sums + c);
+    Pair<S> sum = load_pair(from + c);
     for (int64_t z = 0; z < size; ++z) {
       const Pair<S> x = load_pair(group.row[z] + c);
       sum.a += weight[z] * x.a;
@@ -81,7 +81,9 @@ __attribute__((always_inline)) inline void add_rows(RowGroup<Row> group, const S
     store_pair(sums + c, sum);
   });
   for (int64_t c = dim / kPair<Row> * kPair<Row>; c < dim; ++c) {
-    for (int64_t z = 0; z < size; ++z) sums[c] += weights[z] * to_sum(group.row[z][c]);
+    S sum = from[c];
+    for (int64_t z = 0; z < size; ++z) sum += weights[z] * to_sum(group.row[z][c]);
+    sums[c] = sum;
   }
 }
 
@@ -91,21 +93,26 @@ class RowSums {
  public:
   using S = Sum<Row>;
 
-  explicit RowSums(int64_t dim) : dim_(dim), part_(dim), total_(dim) {}
+  explicit RowSums(int64_t dim) : dim_(dim), zeros_(dim), part_(dim), total_(dim) {}
 
   // out = sum over i < count of weights[i] * table.row(numbers[i]). Of the numbers, `known` are there: those behind count
   // are of the rows that are wanted next, which are fetched ahead.
   template <class Number>
   void weighted_sum(const Table<Row>& table, const Number* numbers, const S* weights, int64_t count, int64_t known, Row* out) {
-    std::fill(total_.begin(), total_.end(), S(0));
-    for (int64_t first = 0; first < count; first += kPart) {
-      std::fill(part_.begin(), part_.end(), S(0));
-      add_part(table, numbers, weights, first, std::min(first + kPart, count), known);
-      for (int64_t c = 0; c < dim_; ++c) total_[c] += part_[c];
+    const S* sum = count == 0 ? zeros_.data() : part_.data();
+    if (count <= kPart) {
+      add_part(table, numbers, weights, 0, count, known);
+    } else {
+      sum = total_.data();
+      std::fill(total_.begin(), total_.end(), S(0));
+      for (int64_t first = 0; first < count; first += kPart) {
+        add_part(table, numbers, weights, first, std::min(first + kPart, count), known);
+        for (int64_t c = 0; c < dim_; ++c) total_[c] += part_[c];
+      }
     }
     int64_t c = 0;
-    for (; c + kPair<Row> <= dim_; c += kPair<Row>) store_pair(out + c, load_pair(total_.data() + c));
-    for (; c < dim_; ++c) from_sum(total_[c], out + c);
+    for (; c + kPair<Row> <= dim_; c += kPair<Row>) store_pair(out + c, load_pair(sum + c));
+    for (; c < dim_; ++c) from_sum(sum[c], out + c);
   }
 
  private:
@@ -113,8 +120,10 @@ class RowSums {
 
   template <class Number>
   void add_part(const Table<Row>& table, const Number* numbers, const S* weights, int64_t first, int64_t last, int64_t known) {
+    const S* from = zeros_.data();
     const auto add = [&]<int64_t size>(std::integral_constant<int64_t, size>) {
-      add_rows<size>(RowGroup<Row>(table, numbers, first, last, known), weights + first, dim_, part_.data());
+      add_rows<size>(RowGroup<Row, size>(table, numbers, first, last, known), weights + first, dim_, from, part_.data());
+      from = part_.data();
       first += size;
     };
     while (first + kSideBySide <= last) add(std::integral_constant<int64_t, kSideBySide>{});
@@ -124,7 +133,7 @@ class RowSums {
   }
 
   int64_t dim_;
-  std::vector<S> part_, total_;
+  std::vector<S> zeros_, part_, total_;
 };
 
 // out[i] = table.row(numbers[i]) . vector, for i < count; `known` as in RowSums; copy [dim] is scratch.

@@ -7,6 +7,10 @@
 
 #include <algorithm>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "simd.h"
 
 namespace memcompile {
@@ -63,6 +67,18 @@ const T* data(const Tensor& tensor) {
 template <class T>
 T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Asks for huge pages, as pages.py does, for a large tensor that was not written to yet: it is new memory in every call,
+// and the faults of small pages take longer than what is written.
+inline void advise_huge_pages(const Tensor& tensor) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 1 << 21;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (start + page - 1) / page * page;
+  const uintptr_t last = (start + uintptr_t(tensor.numel()) * tensor.element_size()) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace memcompile
