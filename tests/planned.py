@@ -34,8 +34,8 @@ def batch(seed: int = 0, size: int = BATCH) -> tuple[Tensor, Tensor]:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every gradient, by name; every parameter must have one."""
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    """A dense copy of every gradient, by name; every parameter must have one."""
+    return {name: p.grad.to_dense() if p.grad.is_sparse else p.grad.clone() for name, p in model.named_parameters()}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
