@@ -44,7 +44,7 @@ def benchmark(curve: Group, main: Group, threads: int, output: Path, start: Call
     begin, stop = time.perf_counter(), Stop()
     output.mkdir(parents=True, exist_ok=True)
     results = Results(machine())
-    if find_spec("fbgemm_gpu") is None:
+    if cases.FBGEMM in curve.names + main.names and find_spec("fbgemm_gpu") is None:
         curve, main = (group.without(cases.FBGEMM) for group in (curve, main))
         results.missing.append(Missing(cases.FBGEMM, main.width, "fbgemm-gpu-cpu is not installed"))
     with interruptible(stop):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, SparseAdam
 
 import memcompile
-from benchmarks.common.layer import Gather, layer_parameters
+from benchmarks.common.layer import layer_parameters
 from benchmarks.common.setting import Layer, fill_table
 from benchmarks.training_step import cases
 from benchmarks.training_step.cases import Case
@@ -19,6 +19,7 @@ from memcompile.lowering import cpu
 from memcompile.lowering.schema import operator
 
 HIDDEN_MULTIPLE = 32
+LONG = 10_000  # steps
 Lookup = Callable[[Tensor, Tensor], Tensor]  # slots and weights [tokens, hits] -> [tokens, value_dim]
 
 
@@ -35,6 +36,22 @@ class Trainee:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
+
+    def age(self, touched: int) -> None:
+        """Makes states those of a long training, of which each step touched so many rows at random.
+
+        Rows that were never touched have all missed the same steps and have moments of zero, which is too easy.
+        """
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                if "last_step" in state:  # int32 [slots]
+                    missed = torch.empty(len(state["last_step"])).geometric_(touched / len(state["last_step"])) - 1
+                    state["last_step"].copy_(LONG - missed.clamp(max=LONG - 1))
+                    state["step"] = LONG
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        if moment in state:
+                            fill_table(state[moment])
+                            state[moment].abs_()
 
 
 class SwiGLU(nn.Module):
@@ -137,8 +154,8 @@ def ours(case: Case, values_grad: str, values_optimizer: str | None = None, fuse
             if name.split(".")[-1] in own:
                 parameter.copy_(own[name.split(".")[-1]])
     fill(model.memory_values)
-    lookup: Gather = torch.ops.memcompile.weighted_gather
-    return Trainee(trained, (AdamW(model.parameters(), fused=fused),), partial(lookup, model.memory_values))
+    lookup = None if values_grad == "fused" else partial(operator("weighted_gather"), model.memory_values)
+    return Trainee(trained, (AdamW(model.parameters(), fused=fused),), lookup)
 
 
 def sparse_adam(case: Case) -> Trainee:

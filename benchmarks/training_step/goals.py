@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from benchmarks.common.results import Goal
-from benchmarks.training_step.cases import DENSE, FFN, FUSED, HARDWARE, OURS, Group
+from benchmarks.training_step.cases import DENSE, FUSED, HARDWARE, OURS, Group
 from benchmarks.training_step.results import Median, Results
 from benchmarks.training_step.worker import STEP, TABLE
 
@@ -17,7 +17,7 @@ def growth(curve: dict[int, Median]) -> float | None:
 
 
 def growth_beyond(ours: float, hardware: float) -> float:
-    """The growth of the part of the growth that is not the hardware's."""
+    """What is left of a growth where the hardware's is taken out."""
     return (1 + ours) / (1 + hardware) - 1
 
 
@@ -28,7 +28,7 @@ def judge(results: Results, curve: Group, main: Group) -> list[Goal]:
     slots = main.n_keys[-1] ** 2
 
     def add(name: str, asked: str, others: tuple[str, ...], verdict: Callable[..., tuple[str, bool]]) -> None:
-        found = [steps.get(other, {}).get(0 if other == FFN else slots) for other in others]
+        found = [steps.get(other, {}).get(slots) for other in others]
         reached, met = NOT_MEASURED if None in found else verdict(*found)
         goals.append(Goal(name, asked, "float32", reached, met))
 

@@ -47,8 +47,8 @@ def render(results: Results) -> str:
         parts += [_times(results, width, part) for part in results.parts(width)]
         parts += [_peaks(results, width)] if STEP in results.parts(width) else []
     if results.missing:
-        rows = [[f"d = {missing.width}: {missing.case}", missing.reason] for missing in results.missing]
-        parts.append(table(["not measured", "why"], rows))
+        lines = [f"- d = {missing.width}, {missing.case}: {missing.reason}" for missing in results.missing]
+        parts.append("\n".join(["Not measured:\n", *lines]))
     if results.goals:
         parts.append(f"goals: reached?\n\n{goal_table(results.goals)}")
     if results.neighbours.share > QUIET:
