@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "memcompile's kernels could not be built (the log says why): its operators run as PyTorch's",
             file=sys.stderr,
         )
+    if args.quick:
+        print("tiny layers, not compiled: whether all of it runs, and nothing about the goals")
     results = benchmark(*groups(args.quick), args.threads, args.output, Process)
     return 0 if results.complete else 130
 

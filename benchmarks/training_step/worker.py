@@ -20,7 +20,7 @@ from benchmarks.training_step.contestants import TRAINEES, search
 from benchmarks.training_step.hardware import new_tables, update_rows
 
 STEP, TABLE = "step", "table"
-_STATUS = Path("/proc/self/status")
+_STATUS, _KILLED_FIRST = Path("/proc/self/status"), Path("/proc/self/oom_score_adj")
 _WARM_UPS = 2
 _TURN, _MOST = 0.03, 9  # seconds and calls that are timed in a turn
 _LONG = 0.3  # seconds of a call that needs no other before it to fill the caches
@@ -129,6 +129,8 @@ def memory(field: str) -> float:
 
 def main() -> None:
     case = Case(**json.loads(sys.argv[1]))
+    if _KILLED_FIRST.exists():
+        _KILLED_FIRST.write_text("1000")  # where others come to need the memory, this goes, and the report says so
     torch.set_num_threads(case.threads)
     worker = Worker(case)
 
