@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.session import Stop, interruptible
+from benchmarks.common.timing import Rounds
 from benchmarks.cpu.results import machine
 from benchmarks.training_step import cases
 from benchmarks.training_step.cases import Case, Group
 from benchmarks.training_step.goals import judge
 from benchmarks.training_step.measure import Contestant, Run
 from benchmarks.training_step.plot import draw
-from benchmarks.training_step.processes import Process
+from benchmarks.training_step.processes import Here, Process
 from benchmarks.training_step.report import render
 from benchmarks.training_step.results import Missing, Results
 from memcompile.lowering import cpu
@@ -30,16 +31,22 @@ ALL = (
     *(cases.FBGEMM, cases.DENSE, cases.DENSE_LOOP, cases.SPARSE_ADAM),
 )
 
+ROUNDS = Rounds(seconds=1.5, fewest=3, most=15)
+FEW_ROUNDS = Rounds(seconds=0, fewest=2, most=2)
+
 
 def groups(quick: bool) -> tuple[Group, Group]:
     """The curve, of which each step touches about as many rows of every table, and what most goals are about."""
     if quick:
         small = {"heads": 2, "top_k": 4, "compiled": False}
-        return Group(64, 4, (8, 16), CURVE, **small), Group(128, 8, (16,), ALL, **small)
+        few = (cases.OURS, cases.FBGEMM, cases.HARDWARE)
+        return Group(64, 4, (8, 16), few, **small), Group(128, 8, (16,), ALL, **small)
     return Group(256, 64, (128, 256, 512, 1024, 2048), CURVE), Group(1024, 512, (1024,), ALL)
 
 
-def benchmark(curve: Group, main: Group, threads: int, output: Path, start: Callable[[Case], Contestant]) -> Results:
+def benchmark(
+    curve: Group, main: Group, threads: int, output: Path, start: Callable[[Case], Contestant], rounds: Rounds = ROUNDS
+) -> Results:
     """Measures, prints the report and writes `training-step.json` and `training-step.png` to `output`."""
     begin, stop = time.perf_counter(), Stop()
     output.mkdir(parents=True, exist_ok=True)
@@ -48,7 +55,7 @@ def benchmark(curve: Group, main: Group, threads: int, output: Path, start: Call
         curve, main = (group.without(cases.FBGEMM) for group in (curve, main))
         results.missing.append(Missing(cases.FBGEMM, main.width, "fbgemm-gpu-cpu is not installed"))
     with interruptible(stop):
-        Run(start, (main, curve), threads, results, stop).all()
+        Run(start, (main, curve), threads, rounds, results, stop).all()
     if stop.requested:
         print(f"\ninterrupted after {len(results.medians)} medians: what follows is a part")
     results.goals = judge(results, curve, main)
@@ -63,10 +70,12 @@ def benchmark(curve: Group, main: Group, threads: int, output: Path, start: Call
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny layers, not compiled, to try the benchmark")
+    parser.add_argument("--quick", action="store_true", help="tiny layers in one process, to try the benchmark")
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("benchmark-results"), help="[%(default)s]")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="[%(default)s]")
+    parser.add_argument("--threads", type=int, help=f"[{torch.get_num_threads()}; 1 with --quick]")
     args = parser.parse_args(arguments)
+    if args.threads is None:  # on a busy machine tiny layers wait for their second thread, and not for their work
+        args.threads = 1 if args.quick else torch.get_num_threads()
     if args.threads < 1:
         parser.error("--threads must be at least 1")
     torch.set_num_threads(args.threads)
@@ -76,8 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     if args.quick:
-        print("tiny layers, not compiled: whether all of it runs, and nothing about the goals")
-    results = benchmark(*groups(args.quick), args.threads, args.output, Process)
+        print("tiny layers in one process, not compiled: whether all of it runs, and nothing about the goals")
+    how = (Here, FEW_ROUNDS) if args.quick else (Process, ROUNDS)
+    results = benchmark(*groups(args.quick), args.threads, args.output, *how)
     return 0 if results.complete else 130
 
 

@@ -17,6 +17,8 @@ from benchmarks.training_step import cases
 from benchmarks.training_step.cases import Case
 from memcompile.lowering import cpu
 from memcompile.lowering.schema import operator
+from memcompile.runtime.optim.row_optimizer import MOMENTS
+from memcompile.runtime.pool import MemoryPool, pool_of
 
 HIDDEN_MULTIPLE = 32
 LONG = 10_000  # steps
@@ -29,7 +31,8 @@ class Trainee:
 
     model: Layer  # x [tokens, width] -> [tokens, width]
     optimizers: tuple[Optimizer, ...]
-    lookup: Lookup | None = None  # None: it has no table, or none that can be trained alone
+    lookup: Lookup | None = None  # None: it has no table
+    pool: MemoryPool | None = None  # of a planned model
 
     def finish(self) -> None:
         """What follows on a backward."""
@@ -40,18 +43,19 @@ class Trainee:
     def age(self, touched: int) -> None:
         """Makes states those of a long training, of which each step touched so many rows at random.
 
-        Rows that were never touched have all missed the same steps and have moments of zero, which is too easy.
+        Rows that were never touched have all missed the same steps and have moments of zero, which is too easy. What
+        dense optimizers do takes as long with any state.
         """
-        for optimizer in self.optimizers:
-            for state in optimizer.state.values():
-                if "last_step" in state:  # int32 [slots]
-                    missed = torch.empty(len(state["last_step"])).geometric_(touched / len(state["last_step"])) - 1
-                    state["last_step"].copy_(LONG - missed.clamp(max=LONG - 1))
-                    state["step"] = LONG
-                    for moment in ("exp_avg", "exp_avg_sq"):
-                        if moment in state:
-                            fill_table(state[moment])
-                            state[moment].abs_()
+        if self.pool is None or self.pool.stepper is None:
+            return
+        state = self.pool.stepper.rows.state[self.pool.values]
+        state["step"] = LONG
+        if "last_step" in state:  # int32 [slots]: rows can be behind
+            missed = torch.empty(len(state["last_step"])).geometric_(touched / len(state["last_step"])) - 1
+            state["last_step"].copy_(LONG - missed.clamp(max=LONG - 1))
+        for moment in MOMENTS & state.keys():
+            fill_table(state[moment])
+            state[moment].abs_()
 
 
 class SwiGLU(nn.Module):
@@ -123,6 +127,13 @@ def embedding(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
 
 
+def planned_lookup(pool: MemoryPool, slots: Tensor, weights: Tensor) -> Tensor:
+    """What a planned model's memory layers do with their slots."""
+    if pool.values_grad == "dense":
+        return operator("weighted_gather")(pool.values, slots, weights)
+    return operator("table_gather")(pool.values, slots, weights, pool.values_grad)
+
+
 def _compiled(case: Case, model: nn.Module) -> Layer:
     return torch.compile(model, dynamic=False) if case.compiled else model
 
@@ -154,8 +165,9 @@ def ours(case: Case, values_grad: str, values_optimizer: str | None = None, fuse
             if name.split(".")[-1] in own:
                 parameter.copy_(own[name.split(".")[-1]])
     fill(model.memory_values)
-    lookup = None if values_grad == "fused" else partial(operator("weighted_gather"), model.memory_values)
-    return Trainee(trained, (AdamW(model.parameters(), fused=fused),), lookup)
+    pool = pool_of(model)
+    assert pool is not None
+    return Trainee(trained, (AdamW(model.parameters(), fused=fused),), partial(planned_lookup, pool), pool)
 
 
 def sparse_adam(case: Case) -> Trainee:

@@ -17,8 +17,6 @@ from benchmarks.training_step.processes import WorkerError
 from benchmarks.training_step.results import Median, Missing, Results
 from benchmarks.training_step.worker import STEP, Facts
 
-ROUNDS = Rounds(seconds=1.5, fewest=3, most=15)
-
 
 class Contestant(Protocol):
     cpu: float
@@ -31,11 +29,18 @@ class Contestant(Protocol):
 
 class Run:
     def __init__(
-        self, start: Callable[[Case], Contestant], groups: Sequence[Group], threads: int, results: Results, stop: Stop
+        self,
+        start: Callable[[Case], Contestant],
+        groups: Sequence[Group],
+        threads: int,
+        rounds: Rounds,
+        results: Results,
+        stop: Stop,
     ) -> None:
         self._start = start
         self._groups = groups
         self._threads = threads
+        self._rounds = rounds
         self._results = results
         self._stop = stop
         self._alive: dict[Case, Contestant] = {}
@@ -112,7 +117,7 @@ class Run:
         names = ", ".join(dict.fromkeys(case.name for case in facts if case != reference))
         with self._results.neighbours.watched():
             seconds = medians_in_turns(
-                samples, first, ROUNDS, lambda what: self._say(f"d={reference.width}: {names}: {what}")
+                samples, first, self._rounds, lambda what: self._say(f"d={reference.width}: {names}: {what}")
             )
         for case, reason in failed.items():
             self._miss(case, reason)
