@@ -13,6 +13,7 @@ from memcompile.errors import PlanError
 from memcompile.lowering import cpu, inductor_patches
 from memcompile.passes.verify import verify
 from memcompile.runtime.pool import MemoryPool, live_pools
+from memcompile.runtime.values_gradient import watch_gradient
 
 _NOT_PLANNED = (
     "memcompile's backend was called for a model that has no memory, because `import memcompile` did not come before "
@@ -46,6 +47,8 @@ class Backend:
         }
         calls = {site.down: site.calls for pool in pools for site in pool.chosen} if self.whole else None
         verify(graph_module, example_inputs, layers, calls)
+        for pool in pools:
+            watch_gradient(pool)
         return _lower(graph_module, example_inputs, repr([pool.config for pool in pools]), **kwargs)
 
 

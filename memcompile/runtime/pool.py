@@ -47,8 +47,9 @@ class MemoryPool:
 
     def __getstate__(self) -> dict[str, Any]:
         """A filter may be a lambda, which cannot be pickled; the config names the blocks that it chose. A copy is in
-        no optimizer yet.
+        no optimizer yet, so its rows are up to date; `attach` has the pool copied before the values.
         """
+        self.catch_up()
         requested = self.requested
         if callable(requested.memory_layers):
             requested = dataclasses.replace(requested, memory_layers=self.config.memory_layers)
@@ -72,7 +73,9 @@ class MemoryPool:
     def attach(self, values: nn.Parameter) -> None:
         """Registers the values on the root; from here on the model is planned."""
         self.root.register_parameter(VALUES_NAME, values)
-        object.__setattr__(self.root, _POOL_ATTRIBUTE, self)
+        others = dict(vars(self.root))
+        vars(self.root).clear()
+        vars(self.root).update({_POOL_ATTRIBUTE: self, **others})  # copy and pickle go through them in this order
         _LIVE.add(self)
 
     @property
