@@ -19,7 +19,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from memcompile.errors import OptionError
 from memcompile.runtime.optimizers import per_parameter
 from memcompile.runtime.pool import MemoryPool, live_pools
-from memcompile.runtime.values_stepper import ValuesStepper, row_optimizer_in, stepper_in, takes_sparse_gradients
+from memcompile.runtime.values_stepper import (
+    ValuesStepper,
+    release,
+    row_optimizer_in,
+    stepper_in,
+    takes_sparse_gradients,
+)
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +89,11 @@ def _take_aside(optimizer: Optimizer) -> bool:
     mine = [pools[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in pools]
     if any(pool.stepper is not None and pool.stepper.rows is optimizer is not pool.stepper.optimizer for pool in mine):
         return False  # a stepper's own
-    if not mine or isinstance(optimizer, torch.optim.LBFGS):  # LBFGS steps along one direction: it has one rate
+    if isinstance(optimizer, torch.optim.LBFGS):  # it steps along one direction: it has one rate
+        for pool in mine:
+            release(pool)
+        return False
+    if not mine:
         return False
     if isinstance(getattr(optimizer, "optim", None), Optimizer):  # ZeRO steps another optimizer: that one is split
         _refuse_sparse(optimizer, mine)
@@ -141,7 +151,10 @@ def _stepper(optimizer: Optimizer, group: dict[str, Any], pool: MemoryPool) -> V
         stepper = stepper_in(optimizer, pool, kind)
         return stepper if isinstance(stepper, ValuesStepper) else None
     grad = pool.values.grad
-    if grad is not None and grad.is_sparse and not takes_sparse_gradients(optimizer, group):
+    if grad is None:
+        return None
+    release(pool)
+    if grad.is_sparse and not takes_sparse_gradients(optimizer, group):
         _say_dense(type(optimizer).__name__)
         pool.values.grad = grad.to_dense()
     return None
@@ -150,8 +163,8 @@ def _stepper(optimizer: Optimizer, group: dict[str, Any], pool: MemoryPool) -> V
 @functools.cache
 def _say_dense(name: str) -> None:
     log.warning(
-        "%s has no counterpart by rows: the gradient of the memory's values is made dense in each step, which costs "
-        "their whole size. Plan with values_optimizer='row_adamw' (or another) to step them by rows",
+        "%s with these options has no counterpart by rows: the gradient of the memory's values is made dense in each "
+        "step, which costs their whole size. Plan with values_optimizer='row_adamw' (or another) to step them by rows",
         name,
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
 
 from memcompile.config import MemoryConfig
+from memcompile.runtime._torch import at_once
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowOptimizer, RowSGD, RowwiseAdagrad
 from memcompile.runtime.pool import MemoryPool, live_pools
 from memcompile.runtime.values_gradient import watch_gradient
@@ -41,7 +42,8 @@ def row_optimizer_in(optimizer: Optimizer, group: dict[str, Any], config: Memory
         return _BY_NAME[config.values_optimizer]
     if _steps_as(optimizer, Adam):
         decoupled = group.get("decoupled_weight_decay", False) or not group["weight_decay"]
-        return RowAdamW if decoupled and not group["amsgrad"] and not group["differentiable"] else None
+        dies_out = group["betas"][0] ** 2 < group["betas"][1]  # what momentum does to rows that are not touched
+        return RowAdamW if decoupled and dies_out and not group["amsgrad"] and not group["differentiable"] else None
     if _steps_as(optimizer, SGD):
         return None if group["momentum"] or group["differentiable"] else RowSGD
     return None
@@ -49,7 +51,7 @@ def row_optimizer_in(optimizer: Optimizer, group: dict[str, Any], config: Memory
 
 def stepper_in(optimizer: Optimizer, pool: MemoryPool, kind: type[RowOptimizer]) -> ValuesReader:
     """Who steps the values of a pool in this optimizer; from here on nobody else does."""
-    if pool.stepper is None or not pool.stepper.is_for(optimizer, kind):
+    if pool.stepper is None or not pool.stepper.is_for(pool.values, optimizer, kind):
         pool.catch_up()
         own = isinstance(optimizer, RowOptimizer)
         pool.stepper = ValuesReader(pool, optimizer) if own else ValuesStepper(pool, optimizer, kind)
@@ -59,9 +61,16 @@ def stepper_in(optimizer: Optimizer, pool: MemoryPool, kind: type[RowOptimizer])
 def stepper_of(values: Tensor) -> ValuesReader | None:
     """Who steps the rows of this table, a planned model's values or a view of all of them; None if nobody does yet."""
     for pool in live_pools():
-        if pool.stepper is not None and pool.values.data_ptr() == values.data_ptr() and not values.is_meta:
-            return pool.stepper
+        stepper = pool.stepper
+        if stepper is not None and stepper.values.data_ptr() == values.data_ptr() and not values.is_meta:
+            return stepper
     return None
+
+
+def release(pool: MemoryPool) -> None:
+    """Somebody steps all rows from here on: they are brought up to date first."""
+    pool.catch_up()
+    pool.stepper = None
 
 
 def takes_sparse_gradients(optimizer: Optimizer, group: dict[str, Any]) -> bool:
@@ -80,12 +89,15 @@ class ValuesReader:
     """Reads the values of one pool as they are by now, for `lowering.sparse_table`.
 
     Attributes:
+        values: the parameter that is stepped. A model may hold another by now, after `load_state_dict(assign=True)` or
+            inside `functional_call`.
         rows: the row optimizer that steps the values: here the user's own.
     """
 
     rows: RowOptimizer
 
     def __init__(self, pool: MemoryPool, optimizer: Optimizer) -> None:
+        self.values = pool.values
         self._pool = weakref.ref(pool)
         self._optimizer = weakref.ref(optimizer)
         optimizer.register_state_dict_pre_hook(_catch_up_before_saving)
@@ -108,27 +120,30 @@ class ValuesReader:
         """The user's; None once it is gone."""
         return self._optimizer()
 
-    def is_for(self, optimizer: Optimizer, kind: type[RowOptimizer]) -> bool:
-        """Whether this steps the values in this optimizer, by this class."""
-        return self.optimizer is optimizer and type(self.rows) is kind
+    def is_for(self, values: Tensor, optimizer: Optimizer, kind: type[RowOptimizer]) -> bool:
+        """Whether this steps these values in this optimizer, by this class."""
+        return self.values is values and self.optimizer is optimizer and type(self.rows) is kind
 
     def gather(self, slots: Tensor, weights: Tensor) -> Tensor:
         """As `weighted_gather`, of the rows as they are by now."""
         self._take_over_state()
-        return self.rows.current_gather(self.pool.values, slots, weights)
+        return self.rows.current_gather(self.values, slots, weights)
 
     def dot(self, slots: Tensor, grad: Tensor) -> Tensor:
         """As `gather_dot`, of the rows as they are by now."""
         self._take_over_state()
-        return self.rows.current_dot(self.pool.values, slots, grad)
+        return self.rows.current_dot(self.values, slots, grad)
 
     def take_factors(self, slots: Tensor, weights: Tensor, grad: Tensor) -> None:
         raise NotImplementedError
 
+    @at_once()  # in an evaluation, or when the optimizer is collected, whenever that is
     def catch_up(self) -> None:
-        """Brings all rows up to date with the last step."""
+        """Brings all rows up to date with the last step. Those who read them have seen them so: autograd need not know,
+        and a backward whose forward came before goes on.
+        """
         self._take_over_state()
-        self.rows.catch_up(self.pool.values)
+        self.rows.catch_up(self.values, tell_autograd=False)
 
     def _take_over_state(self) -> None:
         """Nothing: the state is the row optimizer's own."""
@@ -142,7 +157,7 @@ class ValuesStepper(ValuesReader):
     """
 
     def __init__(self, pool: MemoryPool, optimizer: Optimizer, kind: type[RowOptimizer]) -> None:
-        self._kind = kind
+        self._kind, self._dtype = kind, pool.values.dtype
         self._published: dict[str, Any] | None = None
         super().__init__(pool, optimizer)
         log.info("%s steps the memory's values by rows, in %s.step()", kind.__name__, type(optimizer).__name__)
@@ -151,18 +166,19 @@ class ValuesStepper(ValuesReader):
         dtype = self.pool.config.values_state_dtype
         takes_dtype = "state_dtype" in inspect.signature(self._kind).parameters
         options: dict[str, Any] = {"state_dtype": torch.bfloat16} if takes_dtype and dtype == "bfloat16" else {}
-        self.rows = self._kind([self.pool.values], **options)
+        self.rows = self._kind([self.values], **options)
 
     @property
     def group(self) -> dict[str, Any]:
         """The group of the user's optimizer that the values are in."""
-        optimizer, values = self.optimizer, self.pool.values
+        optimizer, values = self.optimizer, self.values
         assert optimizer is not None
         return next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
 
+    @torch.compiler.disable  # how many rows there are is not for graphs
     def step(self, lr: Any) -> None:
         """Steps the rows of the values' gradient, with the options that their group has now."""
-        optimizer, values = self.optimizer, self.pool.values
+        optimizer, values = self.optimizer, self.values
         if optimizer is None or values.grad is None or not _unscaled(optimizer, values.grad):
             return
         self._take_over_state()
@@ -171,19 +187,21 @@ class ValuesStepper(ValuesReader):
         self.rows.step()
         self._publish(optimizer)
 
+    @at_once()
     def _take_over_state(self) -> None:
         """Goes on from what `optimizer.state` holds: a checkpoint may have been loaded, or the state dropped."""
-        optimizer, values = self.optimizer, self.pool.values
+        optimizer, values = self.optimizer, self.values
         if optimizer is None:
             return
-        if self.rows.param_groups[0]["params"][0] is not values:  # load_state_dict(assign=True), to_empty()
-            self._published = None
-            self._start(optimizer)
-            watch_gradient(self.pool)
         state = optimizer.state.get(values) or None
+        cast, self._dtype = values.dtype is not self._dtype, values.dtype  # by model.to(dtype)
         if state is self._published:
+            if cast and state is not None:
+                self.rows.adopt(values, self.rows.state[values])
+                self._publish(optimizer)
             return
         self._published = None
+        self.rows.catch_up(values, tell_autograd=False)  # with the steps that were done
         self.rows.state.pop(values, None)
         if state is not None:
             self.rows.adopt(values, state)
@@ -191,10 +209,10 @@ class ValuesStepper(ValuesReader):
 
     def _publish(self, optimizer: Optimizer) -> None:
         """Shows the state in the user's optimizer: the same tensors, and the number of steps as PyTorch has it."""
-        own = self.rows.state[self.pool.values]
+        own = self.rows.state[self.values]
         shown = {name: value for name, value in own.items() if name not in _OWN_STATE}
         shown["step"] = torch.tensor(float(own["step"]))
-        optimizer.state[self.pool.values] = self._published = shown
+        optimizer.state[self.values] = self._published = shown
 
 
 def _unscaled(optimizer: Optimizer, grad: Tensor) -> bool:
@@ -217,5 +235,4 @@ def _retire(pool_of: weakref.ref[MemoryPool], stepper_of: weakref.ref[ValuesRead
     """The user's optimizer is gone: the values stay as its last step has them, and its state goes."""
     pool, stepper = pool_of(), stepper_of()
     if pool is not None and stepper is not None and pool.stepper is stepper:
-        stepper.catch_up()
-        pool.stepper = None
+        release(pool)
