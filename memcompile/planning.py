@@ -97,6 +97,7 @@ def reset_parameters(model: nn.Module) -> None:
     pool = pool_of(unwrap(model)[0])
     if pool is None:
         raise PlanError(f"{type(model).__name__} has no memory: plan it first")
+    pool.catch_up()  # what rows have missed is of the values as they are now
     draw_values(pool.values)
     for layer in pool.layers.values():
         layer.reset_parameters()

@@ -74,7 +74,9 @@ class MemoryLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            self.pool.catch_up()  # the program is saved with the values
+        elif not torch.compiler.is_compiling():
             watch_gradient(self.pool)  # values of a copy, or that were loaded with assign=True
             if self.pool.values_grad == "dense" or functorch_is_active():
                 self.pool.catch_up()  # what is stored is read

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 from torch.optim import lr_scheduler as schedulers
 
+import memcompile
 from memcompile.runtime import steps
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
 from memcompile.runtime.pool import pool_of
@@ -395,6 +396,27 @@ def test_torch_func_reads_rows_that_are_up_to_date():
         first = torch.func.grad(loss)(parameters)
         train(model, optimizer, range(3, 5))
         return [*first.values(), loss(parameters), *snapshot(train(model, optimizer, range(5, 7))).values()]
+
+    assert_as_dense(training)
+
+
+def test_a_program_that_is_exported_in_mid_training():
+    def training(model: nn.Module) -> list[Tensor]:
+        optimizer = adamw(model)
+        train(model, optimizer, range(4))
+        program = torch.export.export(model, (batch(99)[0],))
+        read = [program.state_dict["memory_values"].detach().clone(), program.module()(batch(99)[0]).detach()]
+        return [*read, *snapshot(train(model, optimizer, range(4, 6))).values()]
+
+    assert_as_dense(training)
+
+
+def test_a_memory_that_is_drawn_anew_in_mid_training():
+    def training(model: nn.Module) -> nn.Module:
+        optimizer = adamw(model)
+        train(model, optimizer, range(4))
+        memcompile.reset_parameters(model)
+        return train(model, optimizer, range(4, 6))
 
     assert_as_dense(training)
 
