@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from memcompile.lowering.schema import operator
 from memcompile.lowering.sparse_table import coalesced
@@ -14,13 +15,13 @@ from memcompile.runtime._torch import sparse_parts
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.replicas import average_after_backward
 
-_watched = WeakIdKeyDictionary()  # values whose gradients are seen; not an attribute of theirs, which would be pickled
+_watched: Any = WeakTensorKeyDictionary()  # not an attribute: a parameter is pickled with those
 
 
 def watch_gradient(pool: MemoryPool) -> None:
     """Sees every gradient that the values get from here on. Idempotent: values that were replaced are watched anew."""
     values, of = pool.values, weakref.ref(pool)
-    if pool.config.gradient == "dense" or values in _watched:
+    if pool.values_grad == "dense" or not values.requires_grad or values in _watched:
         return
 
     def hook(parameter: Tensor) -> None:
