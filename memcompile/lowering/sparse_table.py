@@ -99,8 +99,8 @@ def _fused_scatter(values: Tensor, slots: Factors, weights: Factors, grads: Fact
 
 
 def _scatter_fake(values: Tensor, slots: Factors, weights: Factors, grads: Factors, opaque: bool = False) -> Tensor:
-    # How many rows there are is nobody's question in a graph. For opaque ones see `merge_scatters`: sizes and strides are
-    # what a sparse tensor reports.
+    # How many rows there are is nobody's question in a graph. For opaque ones see `merge_scatters`: their sizes and
+    # strides are what a sparse tensor reports.
     return values.new_empty_strided(values.shape, (0, 0)) if opaque else _without_rows(values)
 
 
