@@ -109,6 +109,7 @@ def _before_saving(optimizer: Optimizer) -> None:
     _put_back(optimizer)  # after ctrl-C in a step
 
 
+@torch.compiler.disable  # where a step is compiled: what it changes is not for graphs
 def _split(optimizer: Optimizer, index: int, group: dict[str, Any], pools: dict[int, MemoryPool]) -> None:
     """Moves values that are stepped by rows, or at their own rate, out of a group."""
     moved: dict[int, tuple[float | None, ValuesStepper | None]] = {}  # by position in the group

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from memcompile.passes.verify import is_lookup
-from tests.planned import batch, planned_gpt, stop_before_inductor
+from tests.planned import batch, plain_attention, planned_gpt, stop_before_inductor
 
 PLAN = {"layers": 4, "memory_layers": 2, "n_keys": 32, "values_grad": "sparse"}
 BATCH = batch()
@@ -26,6 +26,7 @@ def checkpointed_and_penalised(model):
 
 
 @pytest.mark.parametrize(("loss", "layout"), [(plain, torch.sparse_coo), (penalised, torch.strided)])
+@plain_attention()
 def test_the_gradient_is_sparse_unless_something_else_reads_the_values(loss, layout):
     model, eager = (planned_gpt(**PLAN).double() for _ in range(2))
     torch.compile(loss, backend="memcompile", fullgraph=True)(model).backward()

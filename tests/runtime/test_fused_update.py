@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from memcompile import OptionError
 from memcompile.runtime.optim import RowAdamW
 from memcompile.runtime.pool import pool_of
-from tests.planned import batch, planned_gpt
+from tests.planned import batch, plain_attention, planned_gpt
 
 PLAN = {"layers": 4, "memory_layers": 3, "n_keys": 32}
 
@@ -25,6 +25,7 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@plain_attention()
 def test_three_layers_that_share_a_table_train_as_with_a_dense_gradient(compiled):
     results = []
     for gradient in ("dense", "fused"):

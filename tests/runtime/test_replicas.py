@@ -17,7 +17,7 @@ import memcompile
 from memcompile import PlanError
 from memcompile.runtime.pool import pool_of
 from tests.models import tiny_gpt
-from tests.planned import batch, planned_gpt
+from tests.planned import batch, plain_attention, planned_gpt
 from tests.runtime.distributed import run_on_ranks
 
 PLAN = {"layers": 3, "memory_layers": 2, "n_keys": 32}
@@ -76,11 +76,16 @@ def joined(rank: int) -> str:
     return ""
 
 
+def compiled(rank: int) -> dict[str, Any]:
+    with plain_attention():
+        return train(rank, "sparse", compiled=True)
+
+
 def everything(rank: int) -> dict[str, Any]:
     return {
         "dense": train(rank, "dense"),
         "sparse": train(rank, "sparse"),
-        "compiled": train(rank, "sparse", compiled=True),
+        "compiled": compiled(rank),
         "planned last": train(rank, "sparse", plan_last=True),
         "fused": refused(rank),
         "join": joined(rank),
