@@ -1,7 +1,7 @@
 """`row_adam`: Adam on the rows that a step touches, after the steps that each has skipped.
 
 A row first makes up for what it has missed, in one go. With its plan's decays (P, B1, B2) and panels of (a, M_0 ..
-M_{K-1}), which `runtime.optim.skipped_steps` derives:
+M_{K-1}), which `skipped_steps` derives:
 
     y     = a * sqrt(v) / (a * sqrt(v) + eps)
     x     = P * x - m * sum over panels of (sum_i M_i * y**i) / (a * sqrt(v) + eps)

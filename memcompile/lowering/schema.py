@@ -24,6 +24,9 @@ SCHEMAS = {
     "table_dot": "(Tensor values, Tensor slots, Tensor grad) -> Tensor",
     "sparse_scatter": "(Tensor values, Tensor[] slots, Tensor[] weights, Tensor[] grads, bool opaque=False) -> Tensor",
     "fused_scatter": "(Tensor values, Tensor[] slots, Tensor[] weights, Tensor[] grads, bool opaque=False) -> Tensor",
+    "skipped_steps": (
+        "(Tensor rates, Tensor starts, int until, int terms, int moments) -> (Tensor decays, Tensor panels)"
+    ),
     # These update rows of tables in place: row_tables.py.
     "row_adam": (
         "(Tensor(a!) values, Tensor(b!)? rounded, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor rows, "

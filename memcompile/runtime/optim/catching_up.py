@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from memcompile.lowering.rate_history import RateHistory
 from memcompile.lowering.schema import operator
-from memcompile.runtime.optim.rate_history import RateHistory
 from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State
 
 _ROWS = 2**16  # that are caught up at once: so many plans there may be

@@ -30,8 +30,8 @@ class RowAdamW(CatchingUpOptimizer):
     A dense AdamW moves every row in every step: by its momentum, its weight decay, and the decay of its moments. Here
     a row that a step does not touch falls behind, and makes up for all the steps that it missed, under the learning
     rates, weight decays and betas that they had, when it is touched next or when `catch_up` is asked for it. How, and
-    how exactly, is told in `skipped_steps`. So before rows are read, in a forward, an evaluation or a checkpoint of
-    the model, call `catch_up(parameter, rows)` or `catch_up(parameter)`.
+    how exactly, is told in `lowering.skipped_steps`. So before rows are read, in a forward, an evaluation or a
+    checkpoint of the model, call `catch_up(parameter, rows)` or `catch_up(parameter)`.
 
     State of a parameter: `exp_avg` and `exp_avg_sq` of its shape, `last_step` int32 [slots], `step`, `master` fp32 if
     asked for, and the history of the rates (see `CatchingUpOptimizer` for its bound). `state_dict` saves the lag as

@@ -349,6 +349,7 @@ STABLE_TORCH_LIBRARY_IMPL(memcompile, CPU, m) {
   m.impl("weighted_scatter", TORCH_BOX(&weighted_scatter));
   m.impl("hits_by_row", TORCH_BOX(&hits_by_row));
   m.impl("row_sums", TORCH_BOX(&row_sums));
+  m.impl("skipped_steps", TORCH_BOX(&skipped_steps));
   m.impl("row_adam", TORCH_BOX(&row_adam));
   m.impl("row_adagrad", TORCH_BOX(&row_adagrad));
   m.impl("row_sgd", TORCH_BOX(&row_sgd));

@@ -4,10 +4,12 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "by_slot.h"
 #include "row_updates.h"
+#include "skipped_steps.h"
 #include "tensors.h"
 
 namespace memcompile {
@@ -272,6 +274,52 @@ void row_sgd(const Tensor& values, std::optional<Tensor> rounded, const Tensor& 
       }
     });
   });
+}
+
+std::tuple<Tensor, Tensor> skipped_steps(const Tensor& rates_given, const Tensor& starts_given, int64_t until, int64_t terms,
+                                         int64_t moments) {
+  STD_TORCH_CHECK(rates_given.dim() == 2 && rates_given.size(0) > 0 && rates_given.size(1) == Rates::kColumns &&
+                      rates_given.scalar_type() == ScalarType::Double,
+                  "memcompile: rates must be float64 [changes, ", Rates::kColumns, "]");
+  STD_TORCH_CHECK(is_vector(starts_given, starts_given.numel(), ScalarType::Long), "memcompile: starts must be int64 [n]");
+  STD_TORCH_CHECK(terms > 0 && (moments == 7 || moments == 14), "memcompile: terms must be positive, and moments 7 or 14");
+  const Tensor entries = torch::stable::contiguous(rates_given), starts = torch::stable::contiguous(starts_given);
+  const int64_t count = starts.numel();
+  const int64_t* start = data<int64_t>(starts);
+  STD_TORCH_CHECK(count == 0 || (start[0] >= -1 && start[count - 1] <= until &&
+                                 std::adjacent_find(start, start + count, std::greater_equal<>()) == start + count),
+                  "memcompile: starts must be steps from -1 to ", until, ", ascending and each once");
+  const Rates rates(data<double>(entries), entries.size(0));
+  Tensor decays = torch::stable::new_empty(entries, {count, 3}, ScalarType::Double);
+  const int64_t last_entry = rates.entry_of(until);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t after = std::max<int64_t>(start[i], 0), entry = rates.entry_of(after);
+    for (const auto factor : {Rates::kDecay, Rates::kBeta1, Rates::kBeta2}) {
+      mutable_data<double>(decays)[3 * i + factor] = std::exp(rates.log_product(factor, after, entry, until, last_entry));
+    }
+  }
+  const int64_t* const first = std::find_if(start, start + count, [](int64_t step) { return step >= 0; });
+  const int64_t* const last = std::find(first, start + count, until);
+  SkippedSteps all(rates, first, last - first, until, terms);
+  parallel(all.steps(), 64, [&](int64_t begin, int64_t end) { all.make_steps(begin, end); });
+  std::vector<int64_t> counts(last - first);
+  parallel(last - first, 8 * terms, [&](int64_t begin, int64_t end) {
+    SkippedSteps::Maker maker(all);
+    for (int64_t i = begin; i < end; ++i) counts[i] = maker.count(i);
+  });
+  const int64_t most = counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end()), size = most * (1 + moments);
+  Tensor panels = torch::stable::new_empty(entries, {count, most, 1 + moments}, ScalarType::Double);
+  double* out = mutable_data<double>(panels);
+  std::fill(out, out + count * size, 0.0);
+  parallel(last - first, 8 * terms, [&](int64_t begin, int64_t end) {
+    SkippedSteps::Maker maker(all);
+    for (int64_t i = begin; i < end; ++i) {
+      maker.count(i);
+      double* plan = out + (first - start + i) * size;
+      moments == 7 ? maker.fill<7>(plan) : maker.fill<14>(plan);
+    }
+  });
+  return {decays, panels};
 }
 
 }  // namespace
