@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from memcompile.lowering import operator, skipped_steps
 from memcompile.lowering.rate_history import RateHistory
-from memcompile.lowering.row_adam import _steps_a_moment
+from memcompile.lowering.row_adam import steps_a_moment
 from memcompile.runtime.optim.skipped_steps import factors_of_step
 
 BETAS = [(0.9, 0.999), (0.97, 0.98), (0.3, 0.1), (0.85, 0.99), (0.0, 0.9), (0.95, 0.9999)]
@@ -47,7 +47,7 @@ def assert_alike(actual, expected):
     torch.testing.assert_close(decays, plain_decays, rtol=1e-11, atol=0)
     assert panels.shape[::2] == plain.shape[::2]
     roots = torch.tensor([0.0, 1e-20, 1e-8, 1e-4, 1e-2, 1.0, 1e6], dtype=torch.float64).expand(len(decays), -1)
-    moved, expected = (_steps_a_moment(roots, p, 1e-8) for p in (panels, plain))
+    moved, expected = (steps_a_moment(roots, p, 1e-8) for p in (panels, plain))
     torch.testing.assert_close(moved, expected, rtol=3e-8 if panels.shape[2] == 8 else 1e-10, atol=1e-280)
 
 

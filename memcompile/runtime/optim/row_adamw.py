@@ -21,7 +21,7 @@ from memcompile.runtime.optim.row_optimizer import (
     tables,
     zeros_like,
 )
-from memcompile.runtime.optim.skipped_steps import factors_of_step, plan
+from memcompile.runtime.optim.skipped_steps import SkippedSteps, factors_of_step, plan
 
 
 class RowAdamW(CatchingUpOptimizer):
@@ -116,6 +116,26 @@ class RowAdamW(CatchingUpOptimizer):
     def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor) -> None:
         self._run(parameter, state, group, rows, None, state["step"], [1.0, 0.0, 0.0, 0.0, 0.0])
 
+    def _gather_behind(self, parameter: Tensor, state: State, slots: Tensor, weights: Tensor, last: Tensor) -> Tensor:
+        rows = self._lagging(parameter, state, last)
+        return operator("lagging_gather")(*rows[:3], slots, weights, *rows[3:]).to(parameter.dtype)  # type: ignore[no-any-return]
+
+    def _dot_behind(self, parameter: Tensor, state: State, slots: Tensor, grad: Tensor, last: Tensor) -> Tensor:
+        rows = self._lagging(parameter, state, last)
+        return operator("lagging_dot")(*rows[:3], slots, grad.to(rows[0].dtype), *rows[3:])  # type: ignore[no-any-return]
+
+    def _lagging(self, parameter: Tensor, state: State, last: Tensor) -> tuple[Any, ...]:
+        """What tells the operators that read them what rows are by now."""
+        values, _ = tables(parameter, state)
+        missed = self._plan(values, state, last, state["step"])
+        assert missed is not None, "asked where rows are behind"
+        moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
+        return values, *moments, missed.plan_of_row, missed.decays, missed.panels, state["eps"]
+
+    def _plan(self, values: Tensor, state: State, last: Tensor, until: int) -> SkippedSteps | None:
+        last = last.masked_fill(last == 0, -1)  # no step has touched them: their moments are zeros
+        return plan(self._history(state), last, until, torch.promote_types(values.dtype, torch.float32))
+
     def _run(
         self,
         parameter: Tensor,
@@ -129,10 +149,7 @@ class RowAdamW(CatchingUpOptimizer):
         """Catches the rows up until the step `until`, and then does a step with the gradient, if there is one."""
         values, rounded = tables(parameter, state)
         moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        last = state["last_step"][rows]
-        last = last.masked_fill(last == 0, -1)  # no step has touched them: their moments are zeros
-        missed = plan(self._history(state), last, until, dtype)
+        missed = self._plan(values, state, state["last_step"][rows], until)
         parts = (None, None, None) if missed is None else (missed.plan_of_row, missed.decays, missed.panels)
         constants = torch.tensor([*numbers, state["eps"]], dtype=torch.float64)
         seed = step_seed(state, group)

@@ -77,15 +77,30 @@ class RowSGD(CatchingUpOptimizer):
     def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor) -> None:
         self._run(parameter, state, group, rows, None, 0.0)
 
+    def _gather_behind(self, parameter: Tensor, state: State, slots: Tensor, weights: Tensor, last: Tensor) -> Tensor:
+        values, _ = tables(parameter, state)
+        weights = weights.to(torch.promote_types(values.dtype, torch.float32))
+        decayed = weights * self._decays(state, last).to(weights.dtype)
+        return operator("weighted_gather")(values, slots, decayed).to(parameter.dtype)  # type: ignore[no-any-return]
+
+    def _dot_behind(self, parameter: Tensor, state: State, slots: Tensor, grad: Tensor, last: Tensor) -> Tensor:
+        values, _ = tables(parameter, state)
+        dots: Tensor = operator("gather_dot")(values, slots, grad.to(values.dtype))
+        return dots * self._decays(state, last).to(dots.dtype)
+
+    def _decays(self, state: State, last: Tensor) -> Tensor:
+        """What rows are multiplied by for the steps after `last`, float64 of its shape."""
+        history, after = self._history(state), last.long()
+        after = after if len(history) == 1 else after.cpu()
+        until = torch.full_like(after, state["step"])
+        return history.log_product(0, after, until).exp().to(last.device, non_blocking=True)
+
     def _run(
         self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor | None, rate: float
     ) -> None:
         values, rounded = tables(parameter, state)
         decays = None
         if "last_step" in state:
-            history, after = self._history(state), state["last_step"][rows].long()
-            after = after if len(history) == 1 else after.cpu()
-            until = torch.full_like(after, state["step"])
-            decays = history.log_product(0, after, until).exp().to(rows.device, non_blocking=True)
+            decays = self._decays(state, state["last_step"][rows])
             state["last_step"].index_fill_(0, rows, state["step"])
         operator("row_sgd")(values, rounded, rows, grad, decays, rate, step_seed(state, group))
