@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import OptionError
+from memcompile.lowering.row_tables import Gradient
 from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.catching_up import CatchingUpOptimizer
 from memcompile.runtime.optim.gradients import as_rows
@@ -99,7 +100,7 @@ class RowAdamW(CatchingUpOptimizer):
             state["eps"] = float(group["eps"])
             self._history(state)
 
-    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
+    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, gradient: Gradient) -> None:
         lr, weight_decay, eps = float(group["lr"]), float(group["weight_decay"]), float(group["eps"])
         beta1, beta2 = (float(beta) for beta in group["betas"])
         history = self._history(state)
@@ -110,7 +111,7 @@ class RowAdamW(CatchingUpOptimizer):
         step = state["step"] = state["step"] + 1
         history.record(step, lr, factors)
         rate, scale = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
-        self._run(parameter, state, group, rows, grad, step - 1, [1 - lr * weight_decay, beta1, beta2, rate, scale])
+        self._run(parameter, state, group, rows, gradient, step - 1, [1 - lr * weight_decay, beta1, beta2, rate, scale])
         self._bound_history(parameter, state)
 
     def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor) -> None:
@@ -142,7 +143,7 @@ class RowAdamW(CatchingUpOptimizer):
         state: State,
         group: Group,
         rows: Tensor,
-        grad: Tensor | None,
+        gradient: Gradient | None,
         until: int,
         numbers: list[float],
     ) -> None:
@@ -153,5 +154,6 @@ class RowAdamW(CatchingUpOptimizer):
         parts = (None, None, None) if missed is None else (missed.plan_of_row, missed.decays, missed.panels)
         constants = torch.tensor([*numbers, state["eps"]], dtype=torch.float64)
         seed = step_seed(state, group)
-        operator("row_adam")(values, rounded, *moments, rows, grad, *parts, constants, seed)
+        grad, factors = (gradient.grad, gradient.factors) if gradient else (None, (None, None, None))
+        operator("row_adam")(values, rounded, *moments, rows, grad, *parts, constants, seed, *factors)
         state["last_step"].index_fill_(0, rows, state["step"])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import OptionError
+from memcompile.lowering.row_tables import Gradient
 from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.catching_up import CatchingUpOptimizer
 from memcompile.runtime.optim.row_optimizer import Group, State, step_seed, tables
@@ -61,7 +62,7 @@ class RowSGD(CatchingUpOptimizer):
     def _start(self, parameter: Tensor, state: State, group: Group) -> None:
         """Nothing: what weight decay needs comes with it."""
 
-    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
+    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, gradient: Gradient) -> None:
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         log = log_decay(lr, weight_decay)
         if weight_decay and "last_step" not in state:
@@ -70,7 +71,7 @@ class RowSGD(CatchingUpOptimizer):
         state["step"] += 1
         if "last_step" in state:
             self._history(state).record(state["step"], lr, [log])
-        self._run(parameter, state, group, rows, grad, lr)
+        self._run(parameter, state, group, rows, gradient, lr)
         if "last_step" in state:
             self._bound_history(parameter, state)
 
@@ -96,11 +97,12 @@ class RowSGD(CatchingUpOptimizer):
         return history.log_product(0, after, until).exp().to(last.device, non_blocking=True)
 
     def _run(
-        self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor | None, rate: float
+        self, parameter: Tensor, state: State, group: Group, rows: Tensor, gradient: Gradient | None, rate: float
     ) -> None:
         values, rounded = tables(parameter, state)
         decays = None
         if "last_step" in state:
             decays = self._decays(state, state["last_step"][rows])
             state["last_step"].index_fill_(0, rows, state["step"])
-        operator("row_sgd")(values, rounded, rows, grad, decays, rate, step_seed(state, group))
+        grad, factors = (gradient.grad, gradient.factors) if gradient else (None, (None, None, None))
+        operator("row_sgd")(values, rounded, rows, grad, decays, rate, step_seed(state, group), *factors)
