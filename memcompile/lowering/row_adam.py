@@ -1,7 +1,7 @@
 """`row_adam`: Adam on the rows that a step touches, after the steps that each has skipped.
 
 A row first makes up for what it has missed, in one go. With its plan's decays (P, B1, B2) and panels of (a, M_0 ..
-M_{K-1}), which `runtime.optim.skipped_steps` derives:
+M_{K-1}), which `skipped_steps` derives:
 
     y     = a * sqrt(v) / (a * sqrt(v) + eps)
     x     = P * x - m * sum over panels of (sum_i M_i * y**i) / (a * sqrt(v) + eps)
@@ -72,6 +72,11 @@ def _check(
         return
     if plan_of_row.shape != rows.shape or plan_of_row.dtype is not torch.int64:
         raise ValueError(f"plan_of_row: expected int64 as rows, got {plan_of_row.dtype} {list(plan_of_row.shape)}")
+    check_plans(values, decays, panels)
+
+
+def check_plans(values: Tensor, decays: Tensor, panels: Tensor) -> None:
+    """Raises ValueError for what are not plans of these values."""
     if decays.dtype is not torch.float64 or decays.dim() != 2 or decays.shape[1] != 3:
         raise ValueError(f"decays: expected float64 [plans, 3], got {decays.dtype} {list(decays.shape)}")
     size = 1 + moments_of(values.dtype)
@@ -104,7 +109,7 @@ def _kernel(
             plan = plan_of_row[part]
             root = v.sqrt()
             past = decays[plan].to(sum_dtype(values)).unsqueeze(-1)  # [n, 3, 1]
-            x = x * past[:, 0] - m * _steps_a_moment(root, panels[plan].to(sum_dtype(values)), eps)
+            x = x * past[:, 0] - m * steps_a_moment(root, panels[plan].to(sum_dtype(values)), eps)
             m, v = m * past[:, 1], v * past[:, 2]
         if gradient is not None:
             g = gradient.of(part, x.dtype)
@@ -118,7 +123,7 @@ def _kernel(
         store_rows(exp_avg_sq, these, v, seed, EXP_AVG_SQ)
 
 
-def _steps_a_moment(root: Tensor, panels: Tensor, eps: float) -> Tensor:
+def steps_a_moment(root: Tensor, panels: Tensor, eps: float) -> Tensor:
     """The sum of the skipped steps for m = 1 [n, dim], of sqrt(v) [n, dim] and panels [n, panels, 1 + K]."""
     total = torch.zeros_like(root)
     for panel in panels.unsqueeze(-1).unbind(1):  # [n, 1 + K, 1]

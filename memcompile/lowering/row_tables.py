@@ -65,6 +65,11 @@ class Gradient:
     hits: Tensor | None = None
     weights: Tensor | None = None
 
+    @property
+    def factors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The last arguments of an update: `ends`, `hits` and `weights`."""
+        return self.ends, self.hits, self.weights
+
     @staticmethod
     def check(
         values: Tensor,

@@ -24,6 +24,18 @@ SCHEMAS = {
     "table_dot": "(Tensor values, Tensor slots, Tensor grad) -> Tensor",
     "sparse_scatter": "(Tensor values, Tensor[] slots, Tensor[] weights, Tensor[] grads, bool opaque=False) -> Tensor",
     "fused_scatter": "(Tensor values, Tensor[] slots, Tensor[] weights, Tensor[] grads, bool opaque=False) -> Tensor",
+    "skipped_steps": (
+        "(Tensor rates, Tensor starts, int until, int terms, int moments) -> (Tensor decays, Tensor panels)"
+    ),
+    # These read rows as they are once they have caught up: lagging_rows.py.
+    "lagging_gather": (
+        "(Tensor values, Tensor exp_avg, Tensor exp_avg_sq, Tensor slots, Tensor weights, Tensor plan_of_hit, "
+        "Tensor decays, Tensor panels, float eps) -> Tensor"
+    ),
+    "lagging_dot": (
+        "(Tensor values, Tensor exp_avg, Tensor exp_avg_sq, Tensor slots, Tensor grad, Tensor plan_of_hit, "
+        "Tensor decays, Tensor panels, float eps) -> Tensor"
+    ),
     # These update rows of tables in place: row_tables.py.
     "row_adam": (
         "(Tensor(a!) values, Tensor(b!)? rounded, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor rows, "

@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from memcompile.errors import OptionError
-from memcompile.lowering.schema import operator
-from memcompile.lowering.sparse_table import coalesced
 from memcompile.runtime._torch import after_backward, backward_number
 
 _INSTEAD = "Use values_grad='sparse'"
@@ -51,13 +49,12 @@ class FusedUpdate:
             self._factors, self._backward = [], number
         self._factors.append((slots, weights, grad))
 
-    def finish(self, optimizer: Optimizer, num_slots: int, step: Callable[[Tensor], None]) -> None:
-        """Updates the rows, by `step` of a gradient that ends here; all layers have added what they have."""
+    def finish(self, optimizer: Optimizer, step: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        """Updates the rows, by `step` of the factors of all layers; they have added what they have."""
         slots, weights, grads = map(torch.cat, zip(*self._factors, strict=True))
         self._factors = []
         self._waits_for_step = True
-        rows, sums = operator("row_sums")(slots, weights, grads, num_slots)
-        step(coalesced(rows, sums, num_slots))
+        step(slots, weights, grads)
         after_backward(lambda: self._note_gradients(optimizer))
 
     def before_step(self, optimizer: Optimizer) -> None:

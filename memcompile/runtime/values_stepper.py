@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -214,7 +215,7 @@ class ValuesStepper(ValuesReader):
     def update(self) -> None:
         optimizer, values = self.optimizer, self.values
         assert optimizer is not None, "it was found alive when the factors came"
-        self._fused.finish(optimizer, values.shape[0], self._step_by)
+        self._fused.finish(optimizer, lambda *factors: self._step(lambda: self.rows.step_by_factors(values, *factors)))
 
     def before_step(self) -> None:
         """The user's optimizer is about to step the rest."""
@@ -226,22 +227,18 @@ class ValuesStepper(ValuesReader):
         """Steps the rows of the values' gradient; the user's optimizer has stepped the rest."""
         optimizer, grad = self.optimizer, self.values.grad
         if optimizer is not None and grad is not None and _unscaled(optimizer, grad):
-            self._step_by(grad)
+            self._step(self.rows.step)
 
-    def _step_by(self, grad: Tensor) -> None:
-        """A step with the options that the values' group has now, and their own learning rate."""
-        optimizer, values = self.optimizer, self.values
+    def _step(self, step: Callable[[], Any]) -> None:
+        """A step of the row optimizer with the options that the values' group has now, and their own learning rate."""
+        optimizer = self.optimizer
         assert optimizer is not None
         self._take_over_state()
         group, own = self.group, self.rows.param_groups[0]
         own.update({name: group[name] for name in own.keys() & group.keys() if name != "params"})
         if self.pool.config.values_lr is not None:
             own["lr"] = rate_like(group["lr"], self.pool.config.values_lr)
-        given, values.grad = values.grad, grad
-        try:
-            self.rows.step()
-        finally:
-            values.grad = given
+        step()
         self._publish(optimizer)
 
     @at_once()

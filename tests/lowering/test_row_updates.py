@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memcompile.lowering import operator, row_adagrad, row_adam, row_sgd, row_sums
-from memcompile.runtime.optim.rate_history import RateHistory
+from memcompile.lowering.rate_history import RateHistory
 from memcompile.runtime.optim.skipped_steps import factors_of_step, plan
 from tests.tolerance import assert_as_accurate
 

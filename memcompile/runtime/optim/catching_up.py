@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from memcompile.lowering.rate_history import RateHistory
 from memcompile.lowering.schema import operator
-from memcompile.runtime.optim.rate_history import RateHistory
 from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State
 
 _ROWS = 2**16  # that are caught up at once: so many plans there may be
@@ -55,25 +55,35 @@ class CatchingUpOptimizer(RowOptimizer):
 
     @torch.no_grad()
     def current_gather(self, parameter: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-        rows, places = self._current_rows(parameter, slots)
-        return super().current_gather(rows, places, weights)
+        state, last = self._last_steps(parameter, slots)
+        if last is None:
+            return super().current_gather(parameter, slots, weights)
+        return self._gather_behind(parameter, state, slots, weights, last)
 
     @torch.no_grad()
     def current_dot(self, parameter: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
-        rows, places = self._current_rows(parameter, slots)
-        return super().current_dot(rows, places, grad)
+        state, last = self._last_steps(parameter, slots)
+        if last is None:
+            return super().current_dot(parameter, slots, grad)
+        return self._dot_behind(parameter, state, slots, grad, last)
 
-    def _current_rows(self, parameter: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """A table that has what the slots' rows are by now, and where each slot is in it."""
-        state = self.state.get(parameter)
-        if not state or "last_step" not in state or not bool((state["last_step"][slots] != state["step"]).any()):
-            return parameter, slots
-        rows, places = torch.unique(slots, return_inverse=True)
-        few = {"last_step": state["last_step"][rows]}
-        few |= {name: state[name][rows] for name in ("exp_avg", "exp_avg_sq") if name in state}
-        current = parameter.detach()[rows]
-        self._catch_up_rows(current, {**state, **few}, self._group_of(parameter), torch.arange(len(rows)))
-        return current, places
+    def _last_steps(self, parameter: Tensor, slots: Tensor) -> tuple[State, Tensor | None]:
+        """The state, and int32 [tokens, hits] the steps that the rows of these slots were last in; None where none of
+        them is behind.
+        """
+        state: State = self.state.get(parameter) or {}
+        if "last_step" not in state:
+            return state, None
+        last = state["last_step"].index_select(0, slots.reshape(-1)).view(slots.shape)
+        return state, last if bool((last != state["step"]).any()) else None
+
+    @abstractmethod
+    def _gather_behind(self, parameter: Tensor, state: State, slots: Tensor, weights: Tensor, last: Tensor) -> Tensor:
+        """`current_gather` where rows are behind, whose `last` steps [tokens, hits] are known."""
+
+    @abstractmethod
+    def _dot_behind(self, parameter: Tensor, state: State, slots: Tensor, grad: Tensor, last: Tensor) -> Tensor:
+        """`current_dot` in the same way."""
 
     @abstractmethod
     def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import OptionError
+from memcompile.lowering.row_tables import Gradient
 from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.gradients import as_rows
 from memcompile.runtime.optim.row_optimizer import (
@@ -73,7 +74,7 @@ class LazyAdam(RowOptimizer):
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = zeros_like(parameter, moment_dtype(parameter, group))
 
-    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
+    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, gradient: Gradient) -> None:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         step = state["step"] = state["step"] + 1
         rate = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
@@ -82,4 +83,5 @@ class LazyAdam(RowOptimizer):
         moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
         seed = step_seed(state, group)
         values, rounded = tables(parameter, state)
-        operator("row_adam")(values, rounded, *moments, rows, grad, None, None, None, numbers, seed)
+        rest = (None, None, None, numbers, seed, *gradient.factors)
+        operator("row_adam")(values, rounded, *moments, rows, gradient.grad, *rest)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import OptionError
+from memcompile.lowering.row_tables import Gradient
 from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.catching_up import CatchingUpOptimizer
 from memcompile.runtime.optim.gradients import as_rows
@@ -21,7 +22,7 @@ from memcompile.runtime.optim.row_optimizer import (
     tables,
     zeros_like,
 )
-from memcompile.runtime.optim.skipped_steps import factors_of_step, plan
+from memcompile.runtime.optim.skipped_steps import SkippedSteps, factors_of_step, plan
 
 
 class RowAdamW(CatchingUpOptimizer):
@@ -30,8 +31,8 @@ class RowAdamW(CatchingUpOptimizer):
     A dense AdamW moves every row in every step: by its momentum, its weight decay, and the decay of its moments. Here
     a row that a step does not touch falls behind, and makes up for all the steps that it missed, under the learning
     rates, weight decays and betas that they had, when it is touched next or when `catch_up` is asked for it. How, and
-    how exactly, is told in `skipped_steps`. So before rows are read, in a forward, an evaluation or a checkpoint of
-    the model, call `catch_up(parameter, rows)` or `catch_up(parameter)`.
+    how exactly, is told in `lowering.skipped_steps`. So before rows are read, in a forward, an evaluation or a
+    checkpoint of the model, call `catch_up(parameter, rows)` or `catch_up(parameter)`.
 
     State of a parameter: `exp_avg` and `exp_avg_sq` of its shape, `last_step` int32 [slots], `step`, `master` fp32 if
     asked for, and the history of the rates (see `CatchingUpOptimizer` for its bound). `state_dict` saves the lag as
@@ -99,7 +100,7 @@ class RowAdamW(CatchingUpOptimizer):
             state["eps"] = float(group["eps"])
             self._history(state)
 
-    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
+    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, gradient: Gradient) -> None:
         lr, weight_decay, eps = float(group["lr"]), float(group["weight_decay"]), float(group["eps"])
         beta1, beta2 = (float(beta) for beta in group["betas"])
         history = self._history(state)
@@ -110,11 +111,31 @@ class RowAdamW(CatchingUpOptimizer):
         step = state["step"] = state["step"] + 1
         history.record(step, lr, factors)
         rate, scale = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
-        self._run(parameter, state, group, rows, grad, step - 1, [1 - lr * weight_decay, beta1, beta2, rate, scale])
+        self._run(parameter, state, group, rows, gradient, step - 1, [1 - lr * weight_decay, beta1, beta2, rate, scale])
         self._bound_history(parameter, state)
 
     def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor) -> None:
         self._run(parameter, state, group, rows, None, state["step"], [1.0, 0.0, 0.0, 0.0, 0.0])
+
+    def _gather_behind(self, parameter: Tensor, state: State, slots: Tensor, weights: Tensor, last: Tensor) -> Tensor:
+        rows = self._lagging(parameter, state, last)
+        return operator("lagging_gather")(*rows[:3], slots, weights, *rows[3:]).to(parameter.dtype)  # type: ignore[no-any-return]
+
+    def _dot_behind(self, parameter: Tensor, state: State, slots: Tensor, grad: Tensor, last: Tensor) -> Tensor:
+        rows = self._lagging(parameter, state, last)
+        return operator("lagging_dot")(*rows[:3], slots, grad.to(rows[0].dtype), *rows[3:])  # type: ignore[no-any-return]
+
+    def _lagging(self, parameter: Tensor, state: State, last: Tensor) -> tuple[Any, ...]:
+        """What tells the operators that read them what rows are by now."""
+        values, _ = tables(parameter, state)
+        missed = self._plan(values, state, last, state["step"])
+        assert missed is not None, "asked where rows are behind"
+        moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
+        return values, *moments, missed.plan_of_row, missed.decays, missed.panels, state["eps"]
+
+    def _plan(self, values: Tensor, state: State, last: Tensor, until: int) -> SkippedSteps | None:
+        last = last.masked_fill(last == 0, -1)  # no step has touched them: their moments are zeros
+        return plan(self._history(state), last, until, torch.promote_types(values.dtype, torch.float32))
 
     def _run(
         self,
@@ -122,19 +143,17 @@ class RowAdamW(CatchingUpOptimizer):
         state: State,
         group: Group,
         rows: Tensor,
-        grad: Tensor | None,
+        gradient: Gradient | None,
         until: int,
         numbers: list[float],
     ) -> None:
         """Catches the rows up until the step `until`, and then does a step with the gradient, if there is one."""
         values, rounded = tables(parameter, state)
         moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        last = state["last_step"][rows]
-        last = last.masked_fill(last == 0, -1)  # no step has touched them: their moments are zeros
-        missed = plan(self._history(state), last, until, dtype)
+        missed = self._plan(values, state, state["last_step"][rows], until)
         parts = (None, None, None) if missed is None else (missed.plan_of_row, missed.decays, missed.panels)
         constants = torch.tensor([*numbers, state["eps"]], dtype=torch.float64)
         seed = step_seed(state, group)
-        operator("row_adam")(values, rounded, *moments, rows, grad, *parts, constants, seed)
+        grad, factors = (gradient.grad, gradient.factors) if gradient else (None, (None, None, None))
+        operator("row_adam")(values, rounded, *moments, rows, grad, *parts, constants, seed, *factors)
         state["last_step"].index_fill_(0, rows, state["step"])

@@ -1,5 +1,6 @@
 """What the optimizers of rows share: the loop of a step, options, tables of state, and loading them as they were."""
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from memcompile.errors import OptionError
 from memcompile.lowering.cpu.pages import advise_huge_pages
+from memcompile.lowering.row_tables import Gradient
 from memcompile.lowering.schema import operator
 from memcompile.lowering.stochastic_rounding import seed_of_step
 from memcompile.runtime.optim.gradients import as_rows, touched_rows
@@ -81,6 +83,32 @@ class RowOptimizer(Optimizer):
     def _step_parameter(self, parameter: Tensor, group: Group) -> None:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         rows, grad = touched_rows(parameter.grad, dtype)  # type: ignore[arg-type]
+        self._step_rows(parameter, group, rows, Gradient(grad))
+
+    @torch.no_grad()
+    def step_by_factors(self, parameter: Tensor, slots: Tensor, weights: Tensor, grad: Tensor) -> None:
+        """One step of a parameter by the gradient `weighted_scatter` of these factors, which is nowhere stored as a
+        whole on the CPU. It is the step of the sparse gradient that `row_sums` has, bit for bit.
+
+        Args:
+            parameter: one of this optimizer's, [slots, dim]; its `.grad` is not read.
+            slots: int32 or int64 [tokens, hits].
+            weights: [tokens, hits].
+            grad: [tokens, dim], of the tokens.
+
+        Raises:
+            ValueError: the parameter is not in this optimizer.
+        """
+        group, dtype = self._group_of(parameter), torch.promote_types(parameter.dtype, torch.float32)
+        if grad.device.type == "cpu":
+            rows, ends, hits = operator("hits_by_row")(slots, parameter.shape[0])
+            gradient = Gradient(grad, ends, hits, weights)
+        else:  # the kernels of a GPU take sums
+            rows, sums = operator("row_sums")(slots, weights, grad, parameter.shape[0])
+            gradient = Gradient(sums.to(dtype))
+        self._step_rows(parameter, group, rows, gradient)
+
+    def _step_rows(self, parameter: Tensor, group: Group, rows: Tensor, gradient: Gradient) -> None:
         state = self.state[parameter]
         if not state:
             _check_parameter(parameter)
@@ -88,7 +116,9 @@ class RowOptimizer(Optimizer):
             if group["master_weights"] and parameter.dtype is torch.bfloat16:
                 state["master"] = parameter.detach().float()
             self._start(parameter, state, group)
-        self._update(parameter, state, group, rows, -grad if group["maximize"] else grad)
+        if group["maximize"]:
+            gradient = dataclasses.replace(gradient, grad=-gradient.grad)
+        self._update(parameter, state, group, rows, gradient)
         increment_version(parameter)
 
     @torch.no_grad()
@@ -123,8 +153,8 @@ class RowOptimizer(Optimizer):
         """Adds what the state of PyTorch's optimizer lacks."""
 
     @abstractmethod
-    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
-        """Counts a step and does it, for distinct rows int64 [n] with gradients [n, dim]."""
+    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, gradient: Gradient) -> None:
+        """Counts a step and does it, for distinct rows int64 [n] and their gradient."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, with every tensor in the dtype that it was saved in.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import OptionError
+from memcompile.lowering.row_tables import Gradient
 from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.catching_up import CatchingUpOptimizer
 from memcompile.runtime.optim.row_optimizer import Group, State, step_seed, tables
@@ -61,7 +62,7 @@ class RowSGD(CatchingUpOptimizer):
     def _start(self, parameter: Tensor, state: State, group: Group) -> None:
         """Nothing: what weight decay needs comes with it."""
 
-    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
+    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, gradient: Gradient) -> None:
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         log = log_decay(lr, weight_decay)
         if weight_decay and "last_step" not in state:
@@ -70,22 +71,38 @@ class RowSGD(CatchingUpOptimizer):
         state["step"] += 1
         if "last_step" in state:
             self._history(state).record(state["step"], lr, [log])
-        self._run(parameter, state, group, rows, grad, lr)
+        self._run(parameter, state, group, rows, gradient, lr)
         if "last_step" in state:
             self._bound_history(parameter, state)
 
     def _catch_up_rows(self, parameter: Tensor, state: State, group: Group, rows: Tensor) -> None:
         self._run(parameter, state, group, rows, None, 0.0)
 
+    def _gather_behind(self, parameter: Tensor, state: State, slots: Tensor, weights: Tensor, last: Tensor) -> Tensor:
+        values, _ = tables(parameter, state)
+        weights = weights.to(torch.promote_types(values.dtype, torch.float32))
+        decayed = weights * self._decays(state, last).to(weights.dtype)
+        return operator("weighted_gather")(values, slots, decayed).to(parameter.dtype)  # type: ignore[no-any-return]
+
+    def _dot_behind(self, parameter: Tensor, state: State, slots: Tensor, grad: Tensor, last: Tensor) -> Tensor:
+        values, _ = tables(parameter, state)
+        dots: Tensor = operator("gather_dot")(values, slots, grad.to(values.dtype))
+        return dots * self._decays(state, last).to(dots.dtype)
+
+    def _decays(self, state: State, last: Tensor) -> Tensor:
+        """What rows are multiplied by for the steps after `last`, float64 of its shape."""
+        history, after = self._history(state), last.long()
+        after = after if len(history) == 1 else after.cpu()
+        until = torch.full_like(after, state["step"])
+        return history.log_product(0, after, until).exp().to(last.device, non_blocking=True)
+
     def _run(
-        self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor | None, rate: float
+        self, parameter: Tensor, state: State, group: Group, rows: Tensor, gradient: Gradient | None, rate: float
     ) -> None:
         values, rounded = tables(parameter, state)
         decays = None
         if "last_step" in state:
-            history, after = self._history(state), state["last_step"][rows].long()
-            after = after if len(history) == 1 else after.cpu()
-            until = torch.full_like(after, state["step"])
-            decays = history.log_product(0, after, until).exp().to(rows.device, non_blocking=True)
+            decays = self._decays(state, state["last_step"][rows])
             state["last_step"].index_fill_(0, rows, state["step"])
-        operator("row_sgd")(values, rounded, rows, grad, decays, rate, step_seed(state, group))
+        grad, factors = (gradient.grad, gradient.factors) if gradient else (None, (None, None, None))
+        operator("row_sgd")(values, rounded, rows, grad, decays, rate, step_seed(state, group), *factors)

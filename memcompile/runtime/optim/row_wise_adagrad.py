@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import OptionError
+from memcompile.lowering.row_tables import Gradient
 from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State, require, step_seed, tables
 
@@ -73,10 +74,11 @@ class RowwiseAdagrad(RowOptimizer):
         elif shape != parameter.shape[:1]:
             raise OptionError(f"sum: expected one number a row, {list(parameter.shape[:1])}; got {list(shape)}")
 
-    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, grad: Tensor) -> None:
+    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, gradient: Gradient) -> None:
         state["step"] += 1
         decay = float(group["weight_decay"]), bool(group["decoupled"])
         seed = step_seed(state, group)
         values, rounded = tables(parameter, state)
         lr, eps = float(group["lr"]), float(group["eps"])
-        operator("row_adagrad")(values, rounded, state["sum"], rows, grad, lr, eps, *decay, seed)
+        rest = (lr, eps, *decay, seed, *gradient.factors)
+        operator("row_adagrad")(values, rounded, state["sum"], rows, gradient.grad, *rest)

@@ -1,35 +1,4 @@
-"""AdamW's steps without a gradient, many at once.
-
-A row was last touched in step t0 with value x and moments m, v. A dense AdamW goes on moving it: step k = t0 + j
-without a gradient decays m to beta1**j * m and v to beta2**j * v and does
-
-    x = (1 - lr_k * weight_decay) * x - lr_k / (1 - beta1**k) * beta1**j * m
-                                        / (sqrt(beta2**j * v / (1 - beta2**k)) + eps)
-
-so that in step t, with P the products of (1 - lr_k * weight_decay),
-
-    x_t = P(t0+1..t) * x - m * S(sqrt(v)),   S(r) = sum over j of c_j / (a_j * r + eps),                         (1)
-    c_j = P(k+1..t) * lr_k / (1 - beta1**k) * beta1**j,   a_j = beta2**(j/2) / sqrt(1 - beta2**k).
-
-eps and the schedule deny the sum a closed form. Two facts make it cheap and exact to rounding:
-
-* It may stop. A term is at most lr_k * q**j * m / sqrt(v) with q = beta1 / sqrt(beta2) < 1 (and P <= 1), and
-  |m| / sqrt(v) is at most (1 - beta1) / sqrt((1 - beta2) * (1 - q**2)), 7.3 by default. After J steps, with
-  q**J / (1 - q) = u, the rest is below u times the largest learning rate in it. u is 2**-32 for fp32 and 2**-61 for
-  fp64: 2**-8 of a rounding of one step's movement. J is 234 and 426 by default. After J only P goes on, and it is a
-  matter of prefix sums of logarithms (`RateHistory`).
-* Its terms are alike. The a_j that remain span little: in late steps a_J is 0.89 * a_1 (fp64: 0.81). They are divided
-  into panels, each within (1 +- 1/16) of its centre a. With d = (a_j - a) / a and y = a * r / (a * r + eps) in [0, 1],
-
-      c_j / (a_j * r + eps) = c_j / (a * r + eps) * 1 / (1 + d * y),   1 / (1 + d * y) = sum over i of (-d * y)**i,
-
-  whose first K terms have a relative error of at most 16**-K, whatever r and eps are: below 2**-24 for K = 7 (fp32)
-  and 2**-53 for K = 14 (fp64). So a panel is its centre and K moments M_i = sum of c_j * (-d_j)**i, which all rows
-  last touched in the same step share, and an element costs one square root and one division a panel: one panel
-  (fp64: two) in all but the first steps, when 1 - beta2**k changes fast (23 and 26 from t0 = 0).
-
-What it costs is O(distinct t0 * J) for the plans, of which there are at most as many as rows, and O(rows * dim).
-"""
+"""What rows have missed of AdamW's steps: plans of `lowering.skipped_steps`, by the steps that rows were last in."""
 
 import math
 from dataclasses import dataclass
@@ -37,13 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memcompile.lowering.rate_history import RateHistory
 from memcompile.lowering.row_adam import moments_of
-from memcompile.runtime.optim.rate_history import RateHistory
+from memcompile.lowering.schema import operator
+from memcompile.lowering.skipped_steps import BETA1, BETA2
 
-DECAY, BETA1, BETA2 = range(3)  # the factors of the history
-_HALF_WIDTH = 1 / 16  # of a panel, relative to its centre
-_RATIO = math.log((1 + _HALF_WIDTH) / (1 - _HALF_WIDTH))
-_STARTS = 2**10  # whose terms are held at once
 _NONE = 1e-300  # stands for a beta1 of 0 where its logarithm is taken
 
 
@@ -51,7 +18,7 @@ _NONE = 1e-300  # stands for a beta1 of 0 where its logarithm is taken
 class SkippedSteps:
     """What n rows have missed, as `row_adam` reads it."""
 
-    plan_of_row: Tensor  # int64 [n]
+    plan_of_row: Tensor  # int64, of the shape of the rows
     decays: Tensor  # float64 [plans, 3], of the value and both moments
     panels: Tensor  # float64 [plans, panels, 1 + K]: centre, moments; a panel without moments adds 0
 
@@ -81,65 +48,37 @@ def plan(history: RateHistory, last: Tensor, until: int, dtype: torch.dtype) -> 
 
     Args:
         history: of the factors DECAY, BETA1 and BETA2.
-        last: int32 [n], the steps that they were last touched in; -1 where no step has, and the moments are zeros.
+        last: int32 of any shape, the steps that rows were last touched in; -1 where no step has, and the moments are
+            zeros.
         dtype: of the values' sums, float32 or float64.
     """
-    starts, plan_of_row = torch.unique(last, return_inverse=True)
-    starts = starts.long().cpu()
-    if len(starts) == 0 or max(int(starts[0]), 0) >= until:
+    if last.numel() == 0:
         return None
-    end = torch.full_like(starts, until)
-    decays = torch.stack([history.log_product(f, starts.clamp(min=0), end) for f in (DECAY, BETA1, BETA2)], 1).exp()
-    moved = ((starts >= 0) & (starts < until)).nonzero()[:, 0]
-    parts = [some for some in moved.split(_STARTS) if len(some)]
-    filled = [_panels(history, starts[some, None], until, dtype) for some in parts]
-    most = max((part.shape[1] for part in filled), default=0)
-    panels = torch.zeros(len(starts), most, 1 + moments_of(dtype), dtype=torch.float64)
-    for some, part in zip(parts, filled, strict=True):
-        panels[some, : part.shape[1]] = part
+    starts, plan_of_row = _distinct(last)
+    if max(int(starts[0]), 0) >= until:
+        return None
+    decays, panels = operator("skipped_steps")(
+        history.entries, starts, until, _terms(history, dtype), moments_of(dtype)
+    )
     # Without waiting for a GPU to have them.
     decays, panels = (tensor.to(last.device, non_blocking=True) for tensor in (decays, panels))
     return SkippedSteps(plan_of_row, decays, panels)
 
 
-def _panels(history: RateHistory, starts: Tensor, until: int, dtype: torch.dtype) -> Tensor:
-    """[plans, panels, 1 + K] for starts [plans, 1], ascending."""
-    length = min(until - int(starts[0]), _terms(history, dtype))
-    distinct, windows = _windows(starts[:, 0], length)
+def _distinct(last: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct steps, int64 on the CPU, ascending; and which of them each is, int64.
 
-    def spread(of_steps: Tensor) -> Tensor:  # [plans, terms]
-        return of_steps.unfold(0, length, 1)[windows]
-
-    missed = spread(distinct <= until)
-    steps = distinct.clamp(max=until)
-    log_p = history.log_product(DECAY, steps, torch.full_like(steps, until))
-    log_c = history.log_product(BETA1, starts, steps, spread) + spread(log_p)
-    unbiased = -torch.expm1(steps * history.log(BETA1, steps))
-    c = torch.where(missed, spread(history.lr(steps)) * log_c.exp_() / spread(unbiased), 0.0)
-    log_a = history.log_product(BETA2, starts, steps, spread) / 2
-    log_a -= spread(torch.log(-torch.expm1(steps * history.log(BETA2, steps))) / 2)
-    highest = log_a.amax(1, keepdim=True)  # [plans, 1]
-    panel = ((highest - log_a) / _RATIO).long()  # [plans, terms]
-    count = int(panel.max()) + 1
-    log_top = highest - torch.arange(count) * _RATIO
-    centres = log_top.exp() / (1 + _HALF_WIDTH)  # [plans, count]
-    minus_d = 1 - log_a.exp() / centres.gather(1, panel)
-    into = (panel + torch.arange(len(starts)).unsqueeze(1) * count).view(-1)
-    columns = [centres]
-    for _ in range(moments_of(dtype)):
-        moment = torch.zeros(len(starts) * count, dtype=torch.float64).index_add_(0, into, c.reshape(-1))
-        columns.append(moment.view(len(starts), count))
-        c = c * minus_d
-    return torch.stack(columns, 2)
-
-
-def _windows(starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The steps that are among the `length` after any of the ascending starts, and where those of each start begin."""
-    gaps = starts.diff().clamp(max=length)
-    windows = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)])
-    place = torch.arange(int(windows[-1]) + length)
-    start = torch.searchsorted(windows, place, right=True) - 1
-    return starts[start] + 1 + place - windows[start], windows
+    Steps lie close together: they are marked in a table, in a fraction of the time that it takes to sort them.
+    """
+    lowest, highest = (int(step) for step in torch.aminmax(last))
+    span = highest - lowest + 1
+    if span > 4 * last.numel() + 2**14:
+        starts, place = torch.unique(last, return_inverse=True)
+        return starts.long().cpu(), place
+    offset = last.reshape(-1).long() - lowest
+    marks = torch.zeros(span, dtype=torch.int64, device=last.device).index_fill_(0, offset, 1)
+    place = (marks.cumsum(0) - 1).index_select(0, offset).view(last.shape)
+    return marks.nonzero()[:, 0].cpu() + lowest, place
 
 
 def _terms(history: RateHistory, dtype: torch.dtype) -> int:

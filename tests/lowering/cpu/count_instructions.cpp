@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "by_slot.h"
+#include "lagging_rows.h"
 #include "row_updates.h"
 #include "rows.h"
 #include "scores.h"
@@ -137,6 +138,24 @@ void adam(int64_t panels) {
   });
 }
 
+// A token's rows, each of which has missed steps of one panel, and their sum.
+void lagging() {
+  const std::vector<float> values = random_rows<float>(kSlots * kDim), weights = random_rows<float>(kTokens * kHits);
+  const std::vector<float> terms = random_rows<float>(1 + Plan<float>::kMoments);
+  std::vector<float> v(kSlots * kDim);
+  for (size_t i = 0; i < v.size(); ++i) v[i] = values[i] * values[i];
+  const std::vector<int32_t> slots = random_slots();
+  const std::vector<int64_t> plan_of_hit(slots.size());
+  const Plan<float> plan{{1, 0.9f, 0.999f}, terms.data(), 1};
+  const LaggingRows<float, float> rows(values.data(), values.data(), v.data(), kDim, &plan, 1e-8f);
+  std::vector<float> part(kDim), sums(kDim);
+  measured([&] {
+    for (int64_t t = 0; t < kTokens; ++t) {
+      rows.weighted_sum(&slots[t * kHits], &plan_of_hit[t * kHits], &weights[t * kHits], kHits, kHits, part.data(), sums.data());
+    }
+  });
+}
+
 int main(int, char** arguments) {
   const char* kernel = arguments[1];
   if (!std::strcmp(kernel, "gather fp32")) gather<float>();
@@ -149,6 +168,7 @@ int main(int, char** arguments) {
   else if (!std::strcmp(kernel, "adam")) adam<float>(0);
   else if (!std::strcmp(kernel, "adam late")) adam<float>(1);
   else if (!std::strcmp(kernel, "adam bf16 state")) adam<BFloat16>(0);
+  else if (!std::strcmp(kernel, "lagging gather")) lagging();
   else return 1;
   std::printf("%d\n", int(kTokens));
 }

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from memcompile.lowering import row_adagrad, row_adam, row_sgd, row_sums
+from memcompile.lowering import row_adagrad, row_adam, row_sgd, row_sums, skipped_steps
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
 
 aten = torch.ops.aten
@@ -17,7 +17,7 @@ VIEWS = {aten.view.default, aten.detach.default, aten.alias.default, aten.select
 VIEWS |= {aten.unsqueeze.default, aten._indices.default, aten._values.default, aten.expand.default}
 VIEWS |= {aten.is_coalesced.default, aten.t.default}
 KERNELS = {"row_adam": row_adam._kernel, "row_adagrad": row_adagrad._kernel, "row_sgd": row_sgd._kernel}
-KERNELS["hits_by_row"] = row_sums._hits
+KERNELS |= {"hits_by_row": row_sums._hits, "skipped_steps": skipped_steps._kernel}
 
 TABLE = 100_000 * 16  # elements of the large one
 

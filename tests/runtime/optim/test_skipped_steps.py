@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memcompile.lowering.row_adam import _steps_a_moment, moments_of
-from memcompile.runtime.optim.rate_history import RateHistory
+from memcompile.lowering.rate_history import RateHistory
+from memcompile.lowering.row_adam import moments_of, steps_a_moment
 from memcompile.runtime.optim.skipped_steps import _terms, factors_of_step, plan
 
 
@@ -49,7 +49,7 @@ def test_one_plan_is_every_step(runs, repeats, betas, eps, where):
     roots = torch.tensor([[0.0, 1e-20, 1e-8, 1e-4, 1e-2, 1.0, 1e6]], dtype=torch.float64)
     for dtype in (torch.float64, torch.float32):
         missed = plan(history, torch.tensor([start], dtype=torch.int32), until, dtype)
-        actual = _steps_a_moment(roots, missed.panels, eps)[0].tolist()
+        actual = steps_a_moment(roots, missed.panels, eps)[0].tolist()
         allowed = 1e-13 if dtype is torch.float64 else 2**-24
         for root, sum_of_steps in zip(roots[0].tolist(), actual, strict=True):
             value, moved = term_by_term(rates, betas, eps, root, start, until)
@@ -78,14 +78,14 @@ def test_many_plans_are_each_their_own(monkeypatch):
     history = history_of([(1e-3 * (1 + step % 5), 0.01) for step in range(400)])
     last = torch.arange(0, 400, 7, dtype=torch.int32)
     together = plan(history, last, 400, torch.float32)
-    monkeypatch.setattr("memcompile.runtime.optim.skipped_steps._STARTS", 5)
+    monkeypatch.setattr("memcompile.lowering.skipped_steps._STARTS", 5)
     in_parts = plan(history, last, 400, torch.float32)
     roots = torch.rand(len(last), 6, dtype=torch.float64)
-    moved = _steps_a_moment(roots, together.panels, 1e-3)
-    assert torch.equal(_steps_a_moment(roots, in_parts.panels, 1e-3), moved)
+    moved = steps_a_moment(roots, together.panels, 1e-3)
+    assert torch.equal(steps_a_moment(roots, in_parts.panels, 1e-3), moved)
     for i, start in enumerate(last):
         alone = plan(history, start[None], 400, torch.float32)
-        assert torch.equal(_steps_a_moment(roots[i : i + 1], alone.panels, 1e-3)[0], moved[i])
+        assert torch.equal(steps_a_moment(roots[i : i + 1], alone.panels, 1e-3)[0], moved[i])
         assert torch.equal(alone.decays[0], together.decays[i])
 
 

@@ -13,19 +13,6 @@
 namespace memcompile {
 namespace {
 
-template <class F>
-auto with_slot_type(const Tensor& slots, const F& f) {
-  const ScalarType type = slots.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "memcompile: slots must be int32 or int64");
-  return type == ScalarType::Int ? f(int32_t{}) : f(int64_t{});
-}
-
-void check_weights(const Tensor& slots, const Tensor& weights) {
-  STD_TORCH_CHECK(slots.dim() == 2 && weights.dim() == 2 && weights.size(0) == slots.size(0) && weights.size(1) == slots.size(1),
-                  "memcompile: slots and weights must be [tokens, hits]");
-  STD_TORCH_CHECK(is_floating(weights), "memcompile: weights must be floating point");
-}
-
 // A table [num_rows, dim] whose rows may be apart: a table is large, and is not copied for its strides.
 Tensor with_whole_rows(const Tensor& rows) {
   STD_TORCH_CHECK(rows.dim() == 2, "memcompile: expected rows [num_rows, dim]");
@@ -35,17 +22,6 @@ Tensor with_whole_rows(const Tensor& rows) {
 template <class Row>
 Table<Row> table_of(const Tensor& rows) {
   return {data<Row>(rows), rows.stride(0), rows.size(1)};
-}
-
-template <class Slot>
-void check_slots(const Slot* slots, int64_t count, int64_t num_slots) {
-  Slot lowest = 0, highest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    lowest = std::min(lowest, slots[i]);
-    highest = std::max(highest, slots[i]);
-  }
-  STD_TORCH_CHECK(count == 0 || (lowest >= 0 && int64_t(highest) < num_slots), "memcompile: slot ",
-                  lowest < 0 ? int64_t(lowest) : int64_t(highest), " is out of range for a table of ", num_slots, " rows");
 }
 
 void check_top_k(int64_t top_k, int64_t n_keys) {
@@ -350,6 +326,9 @@ STABLE_TORCH_LIBRARY_IMPL(memcompile, CPU, m) {
   m.impl("weighted_scatter", TORCH_BOX(&weighted_scatter));
   m.impl("hits_by_row", TORCH_BOX(&hits_by_row));
   m.impl("row_sums", TORCH_BOX(&row_sums));
+  m.impl("skipped_steps", TORCH_BOX(&skipped_steps));
+  m.impl("lagging_gather", TORCH_BOX(&lagging_gather));
+  m.impl("lagging_dot", TORCH_BOX(&lagging_dot));
   m.impl("row_adam", TORCH_BOX(&row_adam));
   m.impl("row_adagrad", TORCH_BOX(&row_adagrad));
   m.impl("row_sgd", TORCH_BOX(&row_sgd));

@@ -83,29 +83,30 @@ struct AdamNumbers {
         taken1(S(1 - from[1])), taken2(S(1 - from[2])) {}
 };
 
+// The skipped steps for m = 1 and root = sqrt(v).
+template <class S>
+__attribute__((always_inline)) inline Vector<S> steps_a_moment(const Plan<S>& plan, Vector<S> root, S eps) {
+  Vector<S> total{};
+  for (const S* panel = plan.panels; panel < plan.panels + plan.count * (1 + Plan<S>::kMoments); panel += 1 + Plan<S>::kMoments) {
+    const Vector<S> scaled = root * panel[0], inverse = S(1) / (scaled + eps), y = scaled * inverse;
+    Vector<S> powers = splat(panel[Plan<S>::kMoments]);
+    for (int64_t i = Plan<S>::kMoments - 1; i > 0; --i) powers = powers * y + panel[i];
+    total += powers * inverse;
+  }
+  return total;
+}
+
 template <class Value, class State>
 struct AdamUpdate {
   using S = Sum<Value>;
   AdamNumbers<S> number;
-
-  // The skipped steps for m = 1 and root = sqrt(v).
-  Vector<S> steps_a_moment(const Plan<S>& plan, Vector<S> root) const {
-    Vector<S> total{};
-    for (const S* panel = plan.panels; panel < plan.panels + plan.count * (1 + Plan<S>::kMoments); panel += 1 + Plan<S>::kMoments) {
-      const Vector<S> scaled = root * panel[0], inverse = S(1) / (scaled + number.eps), y = scaled * inverse;
-      Vector<S> powers = splat(panel[Plan<S>::kMoments]);
-      for (int64_t i = Plan<S>::kMoments - 1; i > 0; --i) powers = powers * y + panel[i];
-      total += powers * inverse;
-    }
-    return total;
-  }
 
   template <bool keeps_moments>
   void update(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const Plan<S>* plan, int64_t c, int64_t column,
               const uint32_t (&keys)[2]) const {
     Vector<S> x = load_lanes(row.x + c), m = load_lanes(exp_avg + c), v = load_lanes(exp_avg_sq + c);
     if (plan) {
-      const Vector<S> moved = plan->count ? m * steps_a_moment(*plan, square_root(v)) : Vector<S>{};
+      const Vector<S> moved = plan->count ? m * steps_a_moment(*plan, square_root(v), number.eps) : Vector<S>{};
       x = x * plan->decay[0] - moved;
       m *= plan->decay[1];
       v *= plan->decay[2];

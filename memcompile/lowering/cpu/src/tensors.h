@@ -69,6 +69,30 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+template <class F>
+auto with_slot_type(const Tensor& slots, const F& f) {
+  const ScalarType type = slots.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "memcompile: slots must be int32 or int64");
+  return type == ScalarType::Int ? f(int32_t{}) : f(int64_t{});
+}
+
+inline void check_weights(const Tensor& slots, const Tensor& weights) {
+  STD_TORCH_CHECK(slots.dim() == 2 && weights.dim() == 2 && weights.size(0) == slots.size(0) && weights.size(1) == slots.size(1),
+                  "memcompile: slots and weights must be [tokens, hits]");
+  STD_TORCH_CHECK(is_floating(weights), "memcompile: weights must be floating point");
+}
+
+template <class Slot>
+void check_slots(const Slot* slots, int64_t count, int64_t num_slots) {
+  Slot lowest = 0, highest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    lowest = std::min(lowest, slots[i]);
+    highest = std::max(highest, slots[i]);
+  }
+  STD_TORCH_CHECK(count == 0 || (lowest >= 0 && int64_t(highest) < num_slots), "memcompile: slot ",
+                  lowest < 0 ? int64_t(lowest) : int64_t(highest), " is out of range for a table of ", num_slots, " rows");
+}
+
 // Asks for huge pages, as pages.py does, for a large tensor that was not written to yet: it is new memory in every call,
 // and the faults of small pages take longer than what is written.
 inline void advise_huge_pages(const Tensor& tensor) {

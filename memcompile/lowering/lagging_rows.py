@@ -1,0 +1,145 @@
+"""`lagging_gather` and `lagging_dot`: rows are read as they are once they have caught up, and stay as they are.
+
+They are `weighted_gather` and `gather_dot` over the rows that `row_adam` would make, without a gradient, of the values,
+moments and plans: x = P * x - m * S(sqrt(v)). No row is written, so what is read changes nothing that comes later; and
+rows are not copied, which would take longer than to correct each hit of a row. Where a plan has no panels, the moments
+are not read. There is no derivative.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from memcompile.lowering.hits import check_grad, check_slots, check_weights
+from memcompile.lowering.row_adam import check_plans, steps_a_moment
+from memcompile.lowering.row_tables import check_table, load_rows, register_row_operator, sum_dtype
+
+_CHUNK_ELEMENTS = 2**20  # of one table that the PyTorch operators hold at once
+
+
+def _check(
+    values: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    slots: Tensor,
+    plan_of_hit: Tensor,
+    decays: Tensor,
+    panels: Tensor,
+) -> None:
+    check_table("values", values, values)
+    check_table("exp_avg", exp_avg, values)
+    check_table("exp_avg_sq", exp_avg_sq, values)
+    if exp_avg.dtype is not exp_avg_sq.dtype:
+        raise ValueError(f"exp_avg_sq: expected {exp_avg.dtype} as exp_avg, got {exp_avg_sq.dtype}")
+    check_slots(slots)
+    if plan_of_hit.shape != slots.shape or plan_of_hit.dtype is not torch.int64:
+        raise ValueError(f"plan_of_hit: expected int64 as slots, got {plan_of_hit.dtype} {list(plan_of_hit.shape)}")
+    check_plans(values, decays, panels)
+
+
+def _current_rows(
+    values: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    slots: Tensor,
+    plan_of_hit: Tensor,
+    decays: Tensor,
+    panels: Tensor,
+    eps: float,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some tokens after others, and the rows [tokens, hits, dim] that they hit, as they are by now."""
+    dtype, (tokens, hits), dim = sum_dtype(values), slots.shape, values.shape[1]
+    size = max(1, _CHUNK_ELEMENTS // max(1, hits * dim))
+    for start in range(0, tokens, size):
+        part = slice(start, start + size)
+        rows, plan = slots[part].reshape(-1), plan_of_hit[part].reshape(-1)
+        x, m, v = (load_rows(table, rows) for table in (values, exp_avg, exp_avg_sq))  # [hits of the part, dim]
+        moved = m * steps_a_moment(v.sqrt(), panels[plan].to(dtype), eps)
+        yield part, (x * decays[plan, :1].to(dtype) - moved).view(*slots[part].shape, dim)
+
+
+# --- lagging_gather -------------------------------------------------------------------------------
+
+
+def _check_gather(
+    values: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    plan_of_hit: Tensor,
+    decays: Tensor,
+    panels: Tensor,
+    eps: float,
+) -> None:
+    _check(values, exp_avg, exp_avg_sq, slots, plan_of_hit, decays, panels)
+    check_weights(slots, weights)
+
+
+def _gather(
+    values: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    plan_of_hit: Tensor,
+    decays: Tensor,
+    panels: Tensor,
+    eps: float,
+) -> Tensor:
+    out = values.new_empty(slots.shape[0], values.shape[1])
+    for part, rows in _current_rows(values, exp_avg, exp_avg_sq, slots, plan_of_hit, decays, panels, eps):
+        out[part] = (weights[part].to(rows.dtype).unsqueeze(1) @ rows).squeeze(1)
+    return out
+
+
+def _gather_fake(values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, slots: Tensor, *rest: Tensor) -> Tensor:
+    return values.new_empty(slots.shape[0], values.shape[1])
+
+
+# --- lagging_dot ----------------------------------------------------------------------------------
+
+
+def _check_dot(
+    values: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    slots: Tensor,
+    grad: Tensor,
+    plan_of_hit: Tensor,
+    decays: Tensor,
+    panels: Tensor,
+    eps: float,
+) -> None:
+    _check(values, exp_avg, exp_avg_sq, slots, plan_of_hit, decays, panels)
+    check_grad(slots, grad)
+    if grad.dtype is not values.dtype or grad.shape[1] != values.shape[1]:
+        raise ValueError(
+            f"grad: expected {values.shape[1]} columns of {values.dtype}, got {grad.dtype} {list(grad.shape)}"
+        )
+
+
+def _dot(
+    values: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    slots: Tensor,
+    grad: Tensor,
+    plan_of_hit: Tensor,
+    decays: Tensor,
+    panels: Tensor,
+    eps: float,
+) -> Tensor:
+    out = values.new_empty(slots.shape, dtype=sum_dtype(values))
+    for part, rows in _current_rows(values, exp_avg, exp_avg_sq, slots, plan_of_hit, decays, panels, eps):
+        out[part] = (rows @ grad[part].to(rows.dtype).unsqueeze(-1)).squeeze(-1)
+    return out
+
+
+def _dot_fake(values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, slots: Tensor, *rest: Tensor) -> Tensor:
+    return values.new_empty(slots.shape, dtype=sum_dtype(values))
+
+
+register_row_operator("lagging_gather", _check_gather, _gather, _gather_fake)
+register_row_operator("lagging_dot", _check_dot, _dot, _dot_fake)
