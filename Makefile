@@ -28,6 +28,7 @@ fuzz: $(VENV)/.test
 
 bench: $(VENV)/.benchmark
 	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks.training_step
 
 # .venv has PyTorch's CPU build, so these two take PYTHON, which must have the CUDA build and the packages of the extras.
 test-gpu:

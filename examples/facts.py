@@ -151,7 +151,7 @@ def build(run: str, vocabulary: int, options: argparse.Namespace) -> tuple[nn.Mo
     torch.manual_seed(options.seed)
     model = eager = Transformer(vocabulary, options.width, options.layers)
     memory = {"memory_layers": options.memory_layers, "n_keys": options.keys, "heads": options.heads}
-    memory |= {"top_k": options.top_k, "values_lr": options.lr}
+    memory |= {"top_k": options.top_k, "values_lr": options.lr, "values_grad": options.values_grad}
     if run == "memory" and options.no_compile:
         memcompile.plan(model, **memory)
     elif run == "memory":
@@ -265,6 +265,8 @@ def parse(arguments: list[str] | None, available: int) -> argparse.Namespace:
     option("threads", 1, "CPU threads; two pay only where no other program wants the cores")
     # 0.01 is the dense model's best: after 1,200 steps 6, 22, 43, 45 and 40% at 0.0015, 0.003, 0.006, 0.01 and 0.02
     parser.add_argument("--lr", type=float, default=0.01, help="peak rate, and the values' constant one (0.01)")
+    gradients = {"choices": ["sparse", "dense"], "default": "sparse"}
+    parser.add_argument("--values-grad", **gradients, help="gradient of the memory's values (sparse)")
     parser.add_argument("--out", type=Path, default=Path("facts-results"), metavar="DIR", help="(facts-results)")
     parser.add_argument("--no-compile", action="store_true", help="run both models eagerly")
     options = parser.parse_args(arguments)

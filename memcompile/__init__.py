@@ -12,7 +12,7 @@ from memcompile.errors import CaptureError, MemcompileError, OptionError, PlanEr
 from memcompile.explain import ExplainedSite, Explanation, explain
 from memcompile.lowering.sparse_table import set_stepper_of
 from memcompile.passes.detect import find_ffns
-from memcompile.planning import config_from, plan, reset_parameters
+from memcompile.planning import catch_up, config_from, plan, reset_parameters
 from memcompile.runtime.checkpoint import install_load_guard
 from memcompile.runtime.optimizer_checkpoints import install_exact_loading
 from memcompile.runtime.replicas import install_replica_hook
@@ -31,6 +31,7 @@ __all__ = [
     "OptionError",
     "PlanError",
     "__version__",
+    "catch_up",
     "config_from",
     "explain",
     "find_ffns",

@@ -15,6 +15,7 @@ from memcompile.lowering import cpu, inductor_patches
 from memcompile.passes.dense_gradient import make_dense_where_read
 from memcompile.passes.verify import verify
 from memcompile.runtime.pool import MemoryPool, live_pools
+from memcompile.runtime.values_gradient import watch_gradient
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class Backend:
         verify(graph_module, example_inputs, layers, calls)
         if make_dense_where_read(graph_module, example_inputs, [pool.values for pool in pools]):
             log.info("the compiled graph reads the memory's values beside its layers: their gradient is dense there")
+        for pool in pools:
+            watch_gradient(pool)
         return _lower(graph_module, example_inputs, repr([pool.config for pool in pools]), **kwargs)
 
 

@@ -94,12 +94,21 @@ def reset_parameters(model: nn.Module) -> None:
     Raises:
         PlanError: the model has no memory.
     """
-    pool = pool_of(unwrap(model)[0])
-    if pool is None:
-        raise PlanError(f"{type(model).__name__} has no memory: plan it first")
+    pool = _pool(model)
+    pool.catch_up()  # what rows have missed is of the values as they are now
     draw_values(pool.values)
     for layer in pool.layers.values():
         layer.reset_parameters()
+
+
+def catch_up(model: nn.Module) -> None:
+    """Brings the values of a planned model up to date with its optimizer's last step, in place: for code that reads
+    `model.memory_values` itself. The model's layers and `state_dict()` need no such call.
+
+    Raises:
+        PlanError: the model has no memory.
+    """
+    _pool(model).catch_up()
 
 
 def config_from(state_dict: Mapping[str, Any]) -> MemoryConfig:
@@ -117,6 +126,13 @@ def config_from(state_dict: Mapping[str, Any]) -> MemoryConfig:
         )
     except (KeyError, OptionError) as error:
         raise PlanError(f"the plan in the checkpoint is damaged: {error}") from error
+
+
+def _pool(model: nn.Module) -> MemoryPool:
+    pool = pool_of(unwrap(model)[0])
+    if pool is None:
+        raise PlanError(f"{type(model).__name__} has no memory: plan it first")
+    return pool
 
 
 def _choose(root: nn.Module, requested: MemoryConfig, example_inputs: Any) -> tuple[list[FfnSite], list[FfnSite]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import memcompile
 from memcompile.passes.verify import is_lookup
@@ -34,8 +36,8 @@ def batch(seed: int = 0, size: int = BATCH) -> tuple[Tensor, Tensor]:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every gradient, by name; every parameter must have one."""
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    """A dense copy of every gradient, by name; every parameter must have one."""
+    return {name: p.grad.to_dense() if p.grad.is_sparse else p.grad.clone() for name, p in model.named_parameters()}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -43,6 +45,11 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different, f"{different} differ"
+
+
+def plain_attention() -> contextlib.AbstractContextManager[None]:
+    """For compiled models in fp64: torch 2.11 has no backward for the CPU's fused attention in it."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def lookups(graph: fx.Graph) -> int:

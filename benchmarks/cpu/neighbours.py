@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,19 +19,23 @@ def _busy_seconds() -> float | None:
 
 
 class Neighbours:
-    """Counts what processes other than this one did, in the spans that are watched."""
+    """Counts what processes other than this one did, in the spans that are watched.
 
-    def __init__(self) -> None:
+    `own` gives the seconds of processors that are not theirs: where a benchmark has workers, their seconds too.
+    """
+
+    def __init__(self, own: Callable[[], float] = time.process_time) -> None:
+        self.own = own
         self.seconds = 0.0  # of all processors
         self.others = 0.0
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        start, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+        start, busy, own = time.perf_counter(), _busy_seconds(), self.own()
         yield
         after = _busy_seconds()
         if busy is not None and after is not None:
-            self.others += after - busy - (time.process_time() - own)
+            self.others += after - busy - (self.own() - own)
             self.seconds += (time.perf_counter() - start) * (os.cpu_count() or 1)
 
     @property

@@ -4,7 +4,7 @@ Several layers share the values, and their gradients are sums of sparse tensors,
 operator with the factors of all of them sorts the hits once and sums each row once.
 
 Inductor reads strides and storages, which a sparse tensor has not, and a graph only returns the gradient. So the
-operator is told to be opaque: to pass for an empty strided tensor until it runs.
+operator is told to be opaque: to pass for a strided tensor, whose strides are zero, until it runs.
 """
 
 import torch

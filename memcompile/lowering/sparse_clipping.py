@@ -31,6 +31,11 @@ def _clamp_max_(x: Tensor, max: Any) -> Tensor:
     return _clamp_stored(x, "clamp_max_", max, max >= 0)
 
 
+def _clamp_(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    x = x if min is None else _clamp_min_(x, min)
+    return x if max is None else _clamp_max_(x, max)
+
+
 def _clamp_stored(x: Tensor, name: str, bound: Any, keeps_zero: bool) -> Tensor:
     if not keeps_zero:
         raise NotImplementedError(f"{name}({bound}) of a sparse tensor would fill it: its zeros are not stored")
@@ -42,6 +47,7 @@ def _clamp_stored(x: Tensor, name: str, bound: Any, keeps_zero: bool) -> Tensor:
 
 _KERNELS: dict[str, Callable[..., Tensor]] = {
     "linalg_vector_norm": _vector_norm,
+    "clamp_": _clamp_,
     "clamp_min_": _clamp_min_,
     "clamp_max_": _clamp_max_,
 }

@@ -99,9 +99,9 @@ def _fused_scatter(values: Tensor, slots: Factors, weights: Factors, grads: Fact
 
 
 def _scatter_fake(values: Tensor, slots: Factors, weights: Factors, grads: Factors, opaque: bool = False) -> Tensor:
-    # How many rows there are is nobody's question in a graph. As for opaque ones, see `merge_scatters`: the strides are
-    # those that a sparse tensor reports.
-    return values.new_empty_strided((0, values.shape[1]), (0, 0)) if opaque else _without_rows(values)
+    # How many rows there are is nobody's question in a graph. For opaque ones see `merge_scatters`: their sizes and
+    # strides are what a sparse tensor reports.
+    return values.new_empty_strided(values.shape, (0, 0)) if opaque else _without_rows(values)
 
 
 def _joined(slots: Factors, weights: Factors, grads: Factors) -> tuple[Tensor, ...]:

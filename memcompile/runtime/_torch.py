@@ -3,14 +3,23 @@
 Tried with torch 2.11, 2.13 and 2.15.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.autograd import Variable
+from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["OptimizedModule", "after_backward", "backward_number", "sparse_parts"]
+__all__ = ["OptimizedModule", "after_backward", "at_once", "backward_number", "sparse_parts"]
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Run operators on the tensors themselves, whatever traces or transforms what the program does."""
+    with torch._C._DisableFuncTorch(), _disable_current_modes(), torch.inference_mode(False):
+        yield
 
 
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:

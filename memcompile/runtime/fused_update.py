@@ -27,7 +27,7 @@ class FusedUpdate:
         self._factors: list[tuple[Tensor, Tensor, Tensor]] = []  # slots, weights, gradient of each layer
         self._backward = -1  # which the factors are of
         self._waits_for_step = False
-        self._versions: list[tuple[Tensor, int]] = []  # the other gradients after the backward
+        self._after: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient and its version, when it ended
         self._asked_scalers = False
 
     def take(self, slots: Tensor, weights: Tensor, grad: Tensor) -> None:
@@ -55,7 +55,7 @@ class FusedUpdate:
         self._factors = []
         self._waits_for_step = True
         step(slots, weights, grads)
-        after_backward(lambda: self._note_versions(optimizer))
+        after_backward(lambda: self._note_gradients(optimizer))
 
     def before_step(self, optimizer: Optimizer) -> None:
         """The optimizer is about to step the rest.
@@ -64,18 +64,20 @@ class FusedUpdate:
             OptionError: the other gradients are not those of the backward: clipped, scaled or added to.
         """
         waited, self._waits_for_step = self._waits_for_step, False
-        versions, self._versions = self._versions, []
-        scaled = getattr(optimizer, "grad_scale", None) is not None
-        if waited and (scaled or any(grad._version != version for grad, version in versions)):
+        after, self._after = self._after, []
+        changed = [
+            p for p, grad, version in after if p.grad is not None and (p.grad is not grad or grad._version != version)
+        ]
+        if waited and (changed or getattr(optimizer, "grad_scale", None) is not None):
             raise OptionError(
                 "the gradients were changed between the backward and the optimizer's step() (clipped, unscaled or "
                 "added to); values_grad='fused' updates the memory's values in the backward, by gradients as they are "
                 f"there. {_INSTEAD}"
             )
 
-    def _note_versions(self, optimizer: Optimizer) -> None:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._versions = [(grad, grad._version) for grad in grads]
+    def _note_gradients(self, optimizer: Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._after = [(p, p.grad, p.grad._version) for p in parameters]
 
 
 def _refuse_scalers() -> None:

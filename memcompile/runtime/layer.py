@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from memcompile.lowering import memory_lookup
+from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.parameters import draw_layer, new_layer
 from memcompile.runtime.checkpoint import encode_plan
 from memcompile.runtime.pool import MemoryPool
+from memcompile.runtime.values_gradient import watch_gradient
 
 _Optional = Tensor | None
 LayerTensors = tuple[Tensor, Tensor, Tensor, Tensor, _Optional, _Optional, _Optional, _Optional, _Optional]
@@ -72,6 +74,12 @@ class MemoryLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+            self.pool.catch_up()  # the program is saved with the values
+        elif not torch.compiler.is_compiling():
+            watch_gradient(self.pool)  # values of a copy, or that were loaded with assign=True
+            if self.pool.values_grad == "dense" or functorch_is_active():
+                self.pool.catch_up()  # what is stored is read
         return memory_lookup(x, *self.tensors(), heads=self.heads, top_k=self.top_k, values_grad=self.pool.values_grad)
 
     def get_extra_state(self) -> Tensor:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from memcompile.config import MemoryConfig
@@ -51,8 +52,9 @@ class MemoryPool:
 
     def __getstate__(self) -> dict[str, Any]:
         """A filter may be a lambda, which cannot be pickled; the config names the blocks that it chose. A copy is in
-        no optimizer and no DDP yet.
+        no optimizer and no DDP yet, so its rows are up to date; `attach` has the pool copied before the values.
         """
+        self.catch_up()
         requested = self.requested
         if callable(requested.memory_layers):
             requested = dataclasses.replace(requested, memory_layers=self.config.memory_layers)
@@ -76,14 +78,18 @@ class MemoryPool:
     def attach(self, values: nn.Parameter) -> None:
         """Registers the values on the root; from here on the model is planned."""
         self.root.register_parameter(VALUES_NAME, values)
-        object.__setattr__(self.root, _POOL_ATTRIBUTE, self)
+        others = dict(vars(self.root))
+        vars(self.root).clear()
+        vars(self.root).update({_POOL_ATTRIBUTE: self, **others})  # copy and pickle go through them in this order
         _LIVE.add(self)
 
     @property
     def values_grad(self) -> str:
-        """What gradient the values get: as planned where they are a parameter of the root's own, else dense."""
+        """What gradient the values get: as planned where they are a parameter of the root's own, not a parametrization
+        or FSDP's view of a shard, and of a dtype that optimizers for rows step; else dense.
+        """
         alone = isinstance(self.values, nn.Parameter) and not hasattr(type(self.root), "set_requires_gradient_sync")
-        return self.config.gradient if alone else "dense"  # not a parametrization, nor FSDP's view of a shard
+        return self.config.gradient if alone and self.values.dtype is not torch.float16 else "dense"
 
     def catch_up(self) -> None:
         """Brings all rows of the values up to date with the optimizer's last step."""

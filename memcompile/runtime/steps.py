@@ -22,6 +22,7 @@ from memcompile.runtime.pool import MemoryPool, live_pools
 from memcompile.runtime.values_stepper import (
     ValuesStepper,
     rate_like,
+    release,
     row_optimizer_in,
     stepper_in,
     takes_sparse_gradients,
@@ -87,7 +88,11 @@ def _take_aside(optimizer: Optimizer) -> bool:
     mine = [pools[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in pools]
     if any(pool.stepper is not None and pool.stepper.rows is optimizer is not pool.stepper.optimizer for pool in mine):
         return False  # a stepper's own
-    if not mine or isinstance(optimizer, torch.optim.LBFGS):  # LBFGS steps along one direction: it has one rate
+    if isinstance(optimizer, torch.optim.LBFGS):  # it steps along one direction: it has one rate
+        for pool in mine:
+            release(pool)
+        return False
+    if not mine:
         return False
     if isinstance(getattr(optimizer, "optim", None), Optimizer):  # ZeRO steps another optimizer: that one is split
         _refuse_sparse(optimizer, mine)
@@ -104,6 +109,7 @@ def _before_saving(optimizer: Optimizer) -> None:
     _put_back(optimizer)  # after ctrl-C in a step
 
 
+@torch.compiler.disable  # where a step is compiled: what it changes is not for graphs
 def _split(optimizer: Optimizer, index: int, group: dict[str, Any], pools: dict[int, MemoryPool]) -> None:
     """Moves values that are stepped by rows, or at their own rate, out of a group."""
     moved: dict[int, tuple[float | None, ValuesStepper | None]] = {}  # by position in the group
@@ -148,7 +154,10 @@ def _stepper(optimizer: Optimizer, group: dict[str, Any], pool: MemoryPool) -> V
         stepper.before_step()
         return stepper
     grad = pool.values.grad
-    if grad is not None and grad.is_sparse and not takes_sparse_gradients(optimizer, group):
+    if grad is None:
+        return None
+    release(pool)
+    if grad.is_sparse and not takes_sparse_gradients(optimizer, group):
         _say_dense(type(optimizer).__name__)
         pool.values.grad = grad.to_dense()
     return None
@@ -157,8 +166,8 @@ def _stepper(optimizer: Optimizer, group: dict[str, Any], pool: MemoryPool) -> V
 @functools.cache
 def _say_dense(name: str) -> None:
     log.warning(
-        "%s has no counterpart by rows: the gradient of the memory's values is made dense in each step, which costs "
-        "their whole size. Plan with values_optimizer='row_adamw' (or another) to step them by rows",
+        "%s with these options has no counterpart by rows: the gradient of the memory's values is made dense in each "
+        "step, which costs their whole size. Plan with values_optimizer='row_adamw' (or another) to step them by rows",
         name,
     )
 

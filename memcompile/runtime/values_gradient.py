@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from memcompile.lowering.schema import operator
 from memcompile.lowering.sparse_table import coalesced
@@ -13,13 +15,13 @@ from memcompile.runtime._torch import sparse_parts
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.replicas import average_after_backward
 
-_HOOK = "_memcompile_gradient_hook"
+_watched: Any = WeakTensorKeyDictionary()  # not an attribute: a parameter is pickled with those
 
 
 def watch_gradient(pool: MemoryPool) -> None:
     """Sees every gradient that the values get from here on. Idempotent: values that were replaced are watched anew."""
     values, of = pool.values, weakref.ref(pool)
-    if pool.config.gradient == "dense" or hasattr(values, _HOOK):
+    if pool.values_grad == "dense" or not values.requires_grad or values in _watched:
         return
 
     def hook(parameter: Tensor) -> None:
@@ -27,7 +29,7 @@ def watch_gradient(pool: MemoryPool) -> None:
         if owner is not None and parameter.grad is not None and parameter.grad.is_sparse:
             _added_up(owner, parameter)
 
-    setattr(values, _HOOK, values.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+    _watched[values] = values.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _added_up(pool: MemoryPool, values: Tensor) -> None:

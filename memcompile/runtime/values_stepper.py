@@ -20,6 +20,7 @@ from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
 
 from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError
+from memcompile.runtime._torch import at_once
 from memcompile.runtime.fused_update import FusedUpdate
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowOptimizer, RowSGD, RowwiseAdagrad
 from memcompile.runtime.optimizers import live_optimizers
@@ -34,6 +35,7 @@ _BY_NAME: dict[str, type[RowOptimizer]] = {
     "row_wise_adagrad": RowwiseAdagrad,
     "row_sgd": RowSGD,
 }
+_saving: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that bring rows up to date before they are saved
 _OWN_STATE = ("last_step", "rates", "changes", "eps")  # what rows have missed: nothing, in what is saved
 
 
@@ -45,7 +47,8 @@ def row_optimizer_in(optimizer: Optimizer, group: dict[str, Any], config: Memory
         return _BY_NAME[config.values_optimizer]
     if _steps_as(optimizer, Adam):
         decoupled = group.get("decoupled_weight_decay", False) or not group["weight_decay"]
-        return RowAdamW if decoupled and not group["amsgrad"] and not group["differentiable"] else None
+        dies_out = group["betas"][0] ** 2 < group["betas"][1]  # what momentum does to rows that are not touched
+        return RowAdamW if decoupled and dies_out and not group["amsgrad"] and not group["differentiable"] else None
     if _steps_as(optimizer, SGD):
         return None if group["momentum"] or group["differentiable"] else RowSGD
     return None
@@ -53,7 +56,7 @@ def row_optimizer_in(optimizer: Optimizer, group: dict[str, Any], config: Memory
 
 def stepper_in(optimizer: Optimizer, pool: MemoryPool, kind: type[RowOptimizer]) -> ValuesReader:
     """Who steps the values of a pool in this optimizer; from here on nobody else does."""
-    if pool.stepper is None or not pool.stepper.is_for(optimizer, kind):
+    if pool.stepper is None or not pool.stepper.is_for(pool.values, optimizer, kind):
         pool.catch_up()
         own = isinstance(optimizer, RowOptimizer)
         pool.stepper = ValuesReader(pool, optimizer) if own else ValuesStepper(pool, optimizer, kind)
@@ -67,20 +70,28 @@ def stepper_of(values: Tensor, needed: bool = False) -> ValuesReader | None:
         needed: an optimizer that holds the values and has made no step yet is looked for.
     """
     for pool in live_pools():
-        if pool.values.data_ptr() == values.data_ptr() and not values.is_meta:
-            if pool.stepper is None and needed:
-                _find_stepper(pool)
-            return pool.stepper
+        stepper = pool.stepper
+        if stepper is None and needed and pool.values.data_ptr() == values.data_ptr():
+            stepper = _find_stepper(pool)
+        if stepper is not None and stepper.values.data_ptr() == values.data_ptr() and not values.is_meta:
+            return stepper
     return None
 
 
-def _find_stepper(pool: MemoryPool) -> None:
+def _find_stepper(pool: MemoryPool) -> ValuesReader | None:
     for optimizer in live_optimizers():
         for group in optimizer.param_groups:
             if any(p is pool.values for p in group["params"]):
                 kind = row_optimizer_in(optimizer, group, pool.config)
                 if kind is not None:
-                    stepper_in(optimizer, pool, kind)
+                    return stepper_in(optimizer, pool, kind)
+    return None
+
+
+def release(pool: MemoryPool) -> None:
+    """Somebody steps all rows from here on: they are brought up to date first."""
+    pool.catch_up()
+    pool.stepper = None
 
 
 def takes_sparse_gradients(optimizer: Optimizer, group: dict[str, Any]) -> bool:
@@ -99,6 +110,8 @@ class ValuesReader:
     """Reads the values of one pool as they are by now, for `lowering.sparse_table`.
 
     Attributes:
+        values: the parameter that is stepped. A model may hold another by now, after `load_state_dict(assign=True)` or
+            inside `functional_call`.
         rows: the row optimizer that steps the values: here the user's own.
         moved_all: whether all rows were brought up to date, since replicas of the model last did so too.
     """
@@ -107,9 +120,12 @@ class ValuesReader:
     moved_all = False
 
     def __init__(self, pool: MemoryPool, optimizer: Optimizer) -> None:
+        self.values = pool.values
         self._pool = weakref.ref(pool)
         self._optimizer = weakref.ref(optimizer)
-        optimizer.register_state_dict_pre_hook(_catch_up_before_saving)
+        if optimizer not in _saving:
+            _saving.add(optimizer)
+            optimizer.register_state_dict_pre_hook(_catch_up_before_saving)
         weakref.finalize(optimizer, _retire, weakref.ref(pool), weakref.ref(self)).atexit = False
         watch_gradient(pool)
         self._start(optimizer)
@@ -129,19 +145,19 @@ class ValuesReader:
         """The user's; None once it is gone."""
         return self._optimizer()
 
-    def is_for(self, optimizer: Optimizer, kind: type[RowOptimizer]) -> bool:
-        """Whether this steps the values in this optimizer, by this class."""
-        return self.optimizer is optimizer and type(self.rows) is kind
+    def is_for(self, values: Tensor, optimizer: Optimizer, kind: type[RowOptimizer]) -> bool:
+        """Whether this steps these values in this optimizer, by this class."""
+        return self.values is values and self.optimizer is optimizer and type(self.rows) is kind
 
     def gather(self, slots: Tensor, weights: Tensor) -> Tensor:
         """As `weighted_gather`, of the rows as they are by now."""
         self._take_over_state()
-        return self.rows.current_gather(self.pool.values, slots, weights)
+        return self.rows.current_gather(self.values, slots, weights)
 
     def dot(self, slots: Tensor, grad: Tensor) -> Tensor:
         """As `gather_dot`, of the rows as they are by now."""
         self._take_over_state()
-        return self.rows.current_dot(self.pool.values, slots, grad)
+        return self.rows.current_dot(self.values, slots, grad)
 
     def take_factors(self, slots: Tensor, weights: Tensor, grad: Tensor) -> None:
         """Takes what one layer adds to a fused update."""
@@ -153,10 +169,13 @@ class ValuesReader:
     def update(self) -> None:
         """Does the fused update, when all layers have added to it."""
 
+    @at_once()  # in an evaluation, or when the optimizer is collected, whenever that is
     def catch_up(self) -> None:
-        """Brings all rows up to date with the last step."""
+        """Brings all rows up to date with the last step. Those who read them have seen them so: autograd need not know,
+        and a backward whose forward came before goes on.
+        """
         self._take_over_state()
-        self.rows.catch_up(self.pool.values)
+        self.rows.catch_up(self.values, tell_autograd=False)
         self.moved_all = True
 
     def _take_over_state(self) -> None:
@@ -171,7 +190,7 @@ class ValuesStepper(ValuesReader):
     """
 
     def __init__(self, pool: MemoryPool, optimizer: Optimizer, kind: type[RowOptimizer]) -> None:
-        self._kind = kind
+        self._kind, self._dtype = kind, pool.values.dtype
         self._fused = FusedUpdate()
         self._published: dict[str, Any] | None = None
         super().__init__(pool, optimizer)
@@ -181,12 +200,12 @@ class ValuesStepper(ValuesReader):
         dtype = self.pool.config.values_state_dtype
         takes_dtype = "state_dtype" in inspect.signature(self._kind).parameters
         options: dict[str, Any] = {"state_dtype": torch.bfloat16} if takes_dtype and dtype == "bfloat16" else {}
-        self.rows = self._kind([self.pool.values], **options)
+        self.rows = self._kind([self.values], **options)
 
     @property
     def group(self) -> dict[str, Any]:
         """The group of the user's optimizer that the values are in."""
-        optimizer, values = self.optimizer, self.pool.values
+        optimizer, values = self.optimizer, self.values
         assert optimizer is not None
         return next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
 
@@ -194,7 +213,7 @@ class ValuesStepper(ValuesReader):
         self._fused.take(slots, weights, grad)
 
     def update(self) -> None:
-        optimizer, values = self.optimizer, self.pool.values
+        optimizer, values = self.optimizer, self.values
         assert optimizer is not None, "it was found alive when the factors came"
         self._fused.finish(optimizer, lambda *factors: self._step(lambda: self.rows.step_by_factors(values, *factors)))
 
@@ -203,9 +222,10 @@ class ValuesStepper(ValuesReader):
         if self.optimizer is not None and self.pool.config.gradient == "fused":
             self._fused.before_step(self.optimizer)
 
+    @torch.compiler.disable  # how many rows there are is not for graphs
     def step(self) -> None:
         """Steps the rows of the values' gradient; the user's optimizer has stepped the rest."""
-        optimizer, grad = self.optimizer, self.pool.values.grad
+        optimizer, grad = self.optimizer, self.values.grad
         if optimizer is not None and grad is not None and _unscaled(optimizer, grad):
             self._step(self.rows.step)
 
@@ -221,19 +241,21 @@ class ValuesStepper(ValuesReader):
         step()
         self._publish(optimizer)
 
+    @at_once()
     def _take_over_state(self) -> None:
         """Goes on from what `optimizer.state` holds: a checkpoint may have been loaded, or the state dropped."""
-        optimizer, values = self.optimizer, self.pool.values
+        optimizer, values = self.optimizer, self.values
         if optimizer is None:
             return
-        if self.rows.param_groups[0]["params"][0] is not values:  # load_state_dict(assign=True), to_empty()
-            self._published = None
-            self._start(optimizer)
-            watch_gradient(self.pool)
         state = optimizer.state.get(values) or None
+        cast, self._dtype = values.dtype is not self._dtype, values.dtype  # by model.to(dtype)
         if state is self._published:
+            if cast and state is not None:
+                self.rows.adopt(values, self.rows.state[values])
+                self._publish(optimizer)
             return
         self._published = None
+        self.rows.catch_up(values, tell_autograd=False)  # with the steps that were done
         self.rows.state.pop(values, None)
         if state is not None:
             self.rows.adopt(values, state)
@@ -241,10 +263,10 @@ class ValuesStepper(ValuesReader):
 
     def _publish(self, optimizer: Optimizer) -> None:
         """Shows the state in the user's optimizer: the same tensors, and the number of steps as PyTorch has it."""
-        own = self.rows.state[self.pool.values]
+        own = self.rows.state[self.values]
         shown = {name: value for name, value in own.items() if name not in _OWN_STATE}
         shown["step"] = torch.tensor(float(own["step"]))
-        optimizer.state[self.pool.values] = self._published = shown
+        optimizer.state[self.values] = self._published = shown
 
 
 def rate_like(lr: Any, rate: float) -> Any:
@@ -272,5 +294,4 @@ def _retire(pool_of: weakref.ref[MemoryPool], stepper_of: weakref.ref[ValuesRead
     """The user's optimizer is gone: the values stay as its last step has them, and its state goes."""
     pool, stepper = pool_of(), stepper_of()
     if pool is not None and stepper is not None and pool.stepper is stepper:
-        stepper.catch_up()
-        pool.stepper = None
+        release(pool)

@@ -23,12 +23,14 @@ class CatchingUpOptimizer(RowOptimizer):
     factors: int  # of the history
 
     @torch.no_grad()
-    def catch_up(self, parameter: Tensor, rows: Tensor | None = None) -> None:
+    def catch_up(self, parameter: Tensor, rows: Tensor | None = None, tell_autograd: bool = True) -> None:
         """Does what rows have missed, so that their values are those of the dense optimizer after the steps so far.
 
         Args:
             parameter: one of this optimizer's.
             rows: int32 or int64, of any shape, repeats allowed: the rows that are about to be read. None is all.
+            tell_autograd: that the parameter has changed, which is an error in a backward that read it before. Not
+                where all who read it do so by `current_gather` and `current_dot`, which have seen it as it is now.
 
         Raises:
             ValueError: the parameter is not in this optimizer.
@@ -46,7 +48,7 @@ class CatchingUpOptimizer(RowOptimizer):
             behind = asked[last[asked] != state["step"]]
         for part in torch.split(behind, _ROWS):
             self._catch_up_rows(parameter, state, group, part)
-        if len(behind):
+        if len(behind) and tell_autograd:
             increment_version(parameter)
         if rows is None:
             self._history(state).forget()

@@ -122,7 +122,7 @@ class RowOptimizer(Optimizer):
         increment_version(parameter)
 
     @torch.no_grad()
-    def catch_up(self, parameter: Tensor, rows: Tensor | None = None) -> None:
+    def catch_up(self, parameter: Tensor, rows: Tensor | None = None, tell_autograd: bool = True) -> None:
         """Brings rows up to date: nothing to do where untouched rows stand still."""
 
     @torch.no_grad()

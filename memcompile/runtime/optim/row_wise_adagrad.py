@@ -66,6 +66,8 @@ class RowwiseAdagrad(RowOptimizer):
         state["sum"] = torch.full(parameter.shape[:1], first, dtype=dtype, device=parameter.device)
 
     def _complete(self, parameter: Tensor, state: State, group: Group) -> None:
+        if "sum" not in state:
+            raise OptionError(f"the state is of another optimizer: it has no `sum`, but {', '.join(sorted(state))}")
         shape = state["sum"].shape
         if shape == (parameter.shape[0], 1):  # of torch.optim.Adagrad, where the two are the same
             state["sum"] = state["sum"][:, 0].contiguous()

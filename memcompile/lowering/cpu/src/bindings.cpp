@@ -259,6 +259,7 @@ Tensor weighted_scatter(const Tensor& slots, const Tensor& weights, const Tensor
   const Hits given(slots, weights, grad);
   const int64_t dim = grad.size(1);
   Tensor out = torch::stable::new_empty(grad, {num_slots, dim}, grad.scalar_type());
+  advise_huge_pages(out);
   given.with_runs(num_slots, [&]<class Slot, class Row>(const SortedHits<Slot>& sorted, const WeightedHits<Row>& hits,
                                                         const std::vector<int64_t>& ends) {
     Row* rows = mutable_data<Row>(out);
