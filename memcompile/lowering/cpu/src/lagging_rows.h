@@ -106,11 +106,16 @@ class LaggingRows {
 
   template <int64_t size>
   __attribute__((noinline)) void dots_of_group(const Group<size>& rows, const S* vector, S* out) const {
-    Vector<S> dot[size] = {}, y;
+    Vector<S> dot[size] = {}, other[size] = {}, y;  // taken in turns: roundings do not add up so fast
     for_each_vector_of(
         rows, [&](int64_t c) __attribute__((always_inline)) { y = load(vector + c); },
-        [&](int64_t z, int64_t, Vector<S> x) __attribute__((always_inline)) { dot[z] += x * y; }, [](int64_t) {});
-    for (int64_t z = 0; z < size; ++z) out[z] = sum_of_lanes<S>(dot[z]);
+        [&](int64_t z, int64_t, Vector<S> x) __attribute__((always_inline)) {
+          const Vector<S> sum = other[z] + x * y;
+          other[z] = dot[z];
+          dot[z] = sum;
+        },
+        [](int64_t) {});
+    for (int64_t z = 0; z < size; ++z) out[z] = sum_of_lanes<S>(dot[z] + other[z]);
   }
 
   // start(c), f(z, c, vector of row z) for each row, end(c), for each column c that a vector begins with.
