@@ -75,7 +75,7 @@ def plan(
             f"so that the memory's parameters are sharded with the rest"
         )
     for wrapper in parallel:
-        check_rebuildable(wrapper)
+        check_rebuildable(wrapper, requested)
     sites, chosen = _choose(root, requested, example_inputs)
     config = resolve(requested, chosen, sum(p.numel() for p in root.parameters()))
     pool = MemoryPool(root=root, config=config, requested=requested, sites=tuple(sites))

@@ -15,7 +15,8 @@ from memcompile.lowering.hits import check_grad, check_slots, check_weights
 from memcompile.lowering.row_adam import check_plans, steps_a_moment
 from memcompile.lowering.row_tables import check_table, load_rows, register_row_operator, sum_dtype
 
-_CHUNK_ELEMENTS = 2**20  # of one table that the PyTorch operators hold at once
+# Of one table that the PyTorch operators hold at once. An accelerator wants few launches.
+_CHUNK_ELEMENTS = {"cpu": 2**20, "accelerator": 2**26}
 
 
 def _check(
@@ -50,7 +51,8 @@ def _current_rows(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Some tokens after others, and the rows [tokens, hits, dim] that they hit, as they are by now."""
     dtype, (tokens, hits), dim = sum_dtype(values), slots.shape, values.shape[1]
-    size = max(1, _CHUNK_ELEMENTS // max(1, hits * dim))
+    held = _CHUNK_ELEMENTS["cpu" if values.device.type == "cpu" else "accelerator"]
+    size = max(1, held // max(1, hits * dim))
     for start in range(0, tokens, size):
         part = slice(start, start + size)
         rows, plan = slots[part].reshape(-1), plan_of_hit[part].reshape(-1)

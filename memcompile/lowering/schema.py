@@ -57,8 +57,12 @@ SCHEMAS = {
 # Every operator takes its inputs at any strides, so Inductor need not copy them into a layout of eager's.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
+# They ask how many rows were hit, and return as many.
+_NOT_CAPTURED = {"table_gather", "table_dot", "sparse_scatter", "fused_scatter"}
+
 for _name, _signature in SCHEMAS.items():
-    LIBRARY.define(_name + _signature, tags=_TAGS)  # type: ignore[no-untyped-call]
+    _unsafe = (torch.Tag.cudagraph_unsafe,) if _name in _NOT_CAPTURED else ()
+    LIBRARY.define(_name + _signature, tags=(*_TAGS, *_unsafe))  # type: ignore[no-untyped-call]
 
 
 def operator(name: str) -> torch._ops.OpOverload:

@@ -7,11 +7,17 @@ import gc
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from memcompile.config import MemoryConfig
 from memcompile.errors import PlanError
+from memcompile.runtime.replicas import FUSED_IN_DDP
 
 
-def check_rebuildable(ddp: DistributedDataParallel) -> None:
-    """Raises PlanError for options that a DDP object cannot be initialised with a second time."""
+def check_rebuildable(ddp: DistributedDataParallel, memory: MemoryConfig) -> None:
+    """Raises PlanError for options that a DDP object cannot be initialised with a second time, or a memory that it
+    cannot hold.
+    """
+    if memory.values_grad == "fused":
+        raise PlanError(FUSED_IN_DDP)
     lost = [name for name in ("mixed_precision", "_delay_all_reduce_params") if getattr(ddp, name, None)]
     if lost:
         raise PlanError(
@@ -45,7 +51,10 @@ def rebuild(ddp: DistributedDataParallel) -> None:
     del ddp.logger
     gc.collect()
     DistributedDataParallel.__init__(ddp, module, **options)
-    vars(ddp).update(module_hooks)
+    for name, hooks in module_hooks.items():
+        if isinstance(hooks, dict):
+            hooks.update(vars(ddp)[name])  # those of the replicas of a sparse gradient
+        vars(ddp)[name] = hooks
     ddp.training = training
     for hook, state in comm_hooks:
         ddp.register_comm_hook(state, hook)

@@ -8,7 +8,7 @@ or, where only the optimizer's step can tell, before that step.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class FusedUpdate:
     def __init__(self) -> None:
         self._factors: list[tuple[Tensor, Tensor, Tensor]] = []  # slots, weights, gradient of each layer
         self._backward = -1  # which the factors are of
-        self._waits_for_step = False
+        self.waits_for_step = False
         self._after: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient and its version, when it ended
         self._asked_scalers = False
 
@@ -36,7 +36,7 @@ class FusedUpdate:
         Raises:
             OptionError: gradient accumulation, or scaling.
         """
-        if self._waits_for_step:
+        if self.waits_for_step:
             raise OptionError(
                 "values_grad='fused' cannot accumulate gradients: a second backward came before the optimizer's "
                 f"step(), and the values are updated by the first. {_INSTEAD}"
@@ -47,15 +47,18 @@ class FusedUpdate:
         number = backward_number()
         if number != self._backward:  # one that raised before its end leaves factors behind
             self._factors, self._backward = [], number
+            after_backward(self._check_finished)
         self._factors.append((slots, weights, grad))
 
-    def finish(self, optimizer: Optimizer, step: Callable[[Tensor, Tensor, Tensor], None]) -> None:
-        """Updates the rows, by `step` of the factors of all layers; they have added what they have."""
+    def finish(self, others: Iterable[Tensor], step: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        """Updates the rows, by `step` of the factors of all layers, which have added what they have. `others` are the
+        parameters whose gradients should be the same when the optimizer steps.
+        """
         slots, weights, grads = map(torch.cat, zip(*self._factors, strict=True))
         self._factors = []
-        self._waits_for_step = True
+        self.waits_for_step = True
         step(slots, weights, grads)
-        after_backward(lambda: self._note_gradients(optimizer))
+        after_backward(lambda: self._note_gradients(others))
 
     def before_step(self, optimizer: Optimizer) -> None:
         """The optimizer is about to step the rest.
@@ -63,7 +66,7 @@ class FusedUpdate:
         Raises:
             OptionError: the other gradients are not those of the backward: clipped, scaled or added to.
         """
-        waited, self._waits_for_step = self._waits_for_step, False
+        waited, self.waits_for_step = self.waits_for_step, False
         after, self._after = self._after, []
         changed = [
             p for p, grad, version in after if p.grad is not None and (p.grad is not grad or grad._version != version)
@@ -75,9 +78,16 @@ class FusedUpdate:
                 f"there. {_INSTEAD}"
             )
 
-    def _note_gradients(self, optimizer: Optimizer) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._after = [(p, p.grad, p.grad._version) for p in parameters]
+    def _note_gradients(self, others: Iterable[Tensor]) -> None:
+        self._after = [(p, p.grad, p.grad._version) for p in others if p.grad is not None]
+
+    def _check_finished(self) -> None:
+        """At the end of a backward; one that did not reach the values' own gradient was asked for it otherwise."""
+        if self._factors:
+            self._factors = []
+            raise OptionError(
+                f"values_grad='fused' makes no gradient of the values that autograd.grad could return. {_INSTEAD}"
+            )
 
 
 def _refuse_scalers() -> None:

@@ -11,12 +11,15 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from memcompile.runtime.optim.row_optimizer import placed
 from memcompile.runtime.pool import live_pools
 
 
 def install_exact_loading() -> None:
-    """Wraps `Optimizer.load_state_dict` for optimizers that hold such values. Idempotent."""
-    original = Optimizer.load_state_dict
+    """Wraps `Optimizer.load_state_dict`, and `__getstate__`, by which optimizers are pickled and copied, for those that
+    hold such values. Idempotent.
+    """
+    original, getstate = Optimizer.load_state_dict, Optimizer.__getstate__
     if hasattr(original, "_memcompile_exact"):
         return
 
@@ -31,6 +34,14 @@ def install_exact_loading() -> None:
             handle.remove()
         _restore_dtypes(self, seen[0])
 
+    @functools.wraps(getstate)
+    def caught_up(self: Optimizer) -> dict[str, Any]:
+        for pool in live_pools():
+            if pool.stepper is not None and pool.stepper.optimizer is self:
+                pool.catch_up()
+        return getstate(self)
+
+    Optimizer.__getstate__ = caught_up  # type: ignore[method-assign]
     load_state_dict._memcompile_exact = True  # type: ignore[attr-defined]
     Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
@@ -42,4 +53,4 @@ def _restore_dtypes(optimizer: Optimizer, saved: dict[str, Any]) -> None:
             if id(parameter) in by_rows:
                 for name, value in saved["state"].get(number, {}).items():
                     if isinstance(value, Tensor) and optimizer.state[parameter][name].dtype != value.dtype:
-                        optimizer.state[parameter][name] = value.to(parameter.device)
+                        optimizer.state[parameter][name] = placed(name, value, parameter)

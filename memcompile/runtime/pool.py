@@ -14,9 +14,8 @@ from memcompile.config import MemoryConfig
 from memcompile.sites import VALUES_NAME, FfnSite
 
 if TYPE_CHECKING:
-    from torch.nn.parallel import DistributedDataParallel
-
     from memcompile.runtime.layer import MemoryLayer
+    from memcompile.runtime.replicas import Replicas
     from memcompile.runtime.values_stepper import ValuesReader
 
 _POOL_ATTRIBUTE = "_memcompile_pool"
@@ -48,7 +47,7 @@ class MemoryPool:
     layers: dict[str, MemoryLayer] = dataclasses.field(default_factory=dict)
     removed_parameters: int = 0
     stepper: ValuesReader | None = None
-    replicas: weakref.ref[DistributedDataParallel] | None = None
+    replicas: Replicas | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A filter may be a lambda, which cannot be pickled; the config names the blocks that it chose. A copy is in

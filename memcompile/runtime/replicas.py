@@ -22,6 +22,31 @@ from memcompile.lowering.sparse_table import coalesced
 from memcompile.runtime._torch import after_backward, sparse_parts
 from memcompile.runtime.pool import MemoryPool, live_pools
 
+FUSED_IN_DDP = (
+    "values_grad='fused' updates the values of each replica by its own gradient: for DDP plan with values_grad='sparse'"
+)
+
+
+class Replicas:
+    """The DDP that a model is in.
+
+    Attributes:
+        wait: whether DDP's last forward asks for a reduction that has not been: a backward of the bare module, or under
+            `no_sync()`, is none of the other ranks'.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        self._ddp = weakref.ref(ddp)
+        self.wait = False
+        ddp.register_forward_pre_hook(self._before_forward)
+
+    @property
+    def ddp(self) -> DistributedDataParallel | None:
+        return self._ddp()
+
+    def _before_forward(self, ddp: nn.Module, args: Any) -> None:
+        self.wait = bool(torch.is_grad_enabled() and ddp.require_backward_grad_sync)
+
 
 def install_replica_hook() -> None:
     """Has every DDP that is built around planned models average their rows. Idempotent."""
@@ -35,7 +60,7 @@ def install_replica_hook() -> None:
         _leave_alone(module, pools)
         original(self, module, *args, **kwargs)
         for pool in pools:
-            pool.replicas = weakref.ref(self)
+            pool.replicas = Replicas(self)
             first = dist.get_global_rank(self.process_group, 0)
             dist.broadcast(pool.values.detach(), first, group=self.process_group)
 
@@ -49,8 +74,9 @@ def average_after_backward(pool: MemoryPool) -> None:
     Raises:
         PlanError: under DDP's `join()`.
     """
-    ddp = pool.replicas() if pool.replicas is not None else None
-    if ddp is None or not ddp.require_backward_grad_sync:
+    replicas = pool.replicas
+    ddp = replicas.ddp if replicas is not None and replicas.wait else None
+    if replicas is None or ddp is None:
         return
     if ddp._join_config.enable:
         raise PlanError(
@@ -59,6 +85,7 @@ def average_after_backward(pool: MemoryPool) -> None:
     group = ddp.process_group
 
     def average() -> None:
+        replicas.wait = False
         values = pool.values
         if values.grad is not None and values.grad.is_sparse:
             values.grad = _average(pool, values.grad, group)
@@ -101,10 +128,7 @@ def _sparse_pools(module: nn.Module) -> list[MemoryPool]:
     inside = set(module.modules())
     pools = [pool for pool in live_pools() if pool.root in inside and pool.values_grad != "dense"]
     if any(pool.config.gradient == "fused" for pool in pools):
-        raise PlanError(
-            "values_grad='fused' updates the values of each replica by its own gradient: for DDP plan with "
-            "values_grad='sparse'"
-        )
+        raise PlanError(FUSED_IN_DDP)
     return pools
 
 

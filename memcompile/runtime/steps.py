@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memcompile.errors import OptionError
+from memcompile.runtime._torch import innermost
 from memcompile.runtime.optimizers import per_parameter
 from memcompile.runtime.pool import MemoryPool, live_pools
 from memcompile.runtime.values_stepper import (
@@ -44,13 +45,28 @@ class _Aside:
 
 
 _aside: weakref.WeakKeyDictionary[Optimizer, list[_Aside]] = weakref.WeakKeyDictionary()
-_guarded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_hooked: weakref.WeakKeyDictionary[Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
 
 
 def install_step_hooks() -> None:
-    """Registers the hooks for every optimizer of the process, once."""
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_after_step)
+    """Registers, once, the hook of every optimizer of the process that finds those with values of a memory."""
+    register_optimizer_step_pre_hook(_hook_innermost)
+
+
+def _hook_innermost(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Gives an optimizer with values its two hooks, inside of those that the user registered: they see the values in
+    their group, not stepped yet before the step, and stepped after it.
+    """
+    if optimizer not in _hooked:
+        values = {id(pool.values) for pool in live_pools()}
+        if not any(id(p) in values for group in optimizer.param_groups for p in group["params"]):
+            return
+        before = optimizer.register_step_pre_hook(_before_step)
+        after = optimizer.register_step_post_hook(_after_step)
+        optimizer.register_state_dict_pre_hook(_before_saving)
+        _hooked[optimizer] = before.id, after.id
+    before_id, after_id = _hooked[optimizer]
+    innermost(optimizer, before_id, after_id)
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -86,8 +102,6 @@ def _take_aside(optimizer: Optimizer) -> bool:
     _put_back(optimizer)  # a step that raised left them aside
     pools = {id(pool.values): pool for pool in live_pools()}
     mine = [pools[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in pools]
-    if any(pool.stepper is not None and pool.stepper.rows is optimizer is not pool.stepper.optimizer for pool in mine):
-        return False  # a stepper's own
     if isinstance(optimizer, torch.optim.LBFGS):  # it steps along one direction: it has one rate
         for pool in mine:
             release(pool)
@@ -99,9 +113,6 @@ def _take_aside(optimizer: Optimizer) -> bool:
         return False
     for index, group in enumerate(list(optimizer.param_groups)):
         _split(optimizer, index, group, pools)
-    if optimizer not in _guarded:
-        _guarded.add(optimizer)
-        optimizer.register_state_dict_pre_hook(_before_saving)
     return True
 
 
@@ -145,6 +156,8 @@ def _put_back(optimizer: Optimizer) -> list[ValuesStepper]:
 def _stepper(optimizer: Optimizer, group: dict[str, Any], pool: MemoryPool) -> ValuesStepper | None:
     """Who steps the values of a pool in this group; None is the optimizer itself, with a gradient that it takes."""
     if pool.values_grad == "dense":
+        if pool.stepper is not None:  # of values that were cast since
+            release(pool)
         return None
     kind = row_optimizer_in(optimizer, group, pool.config)
     if kind is not None:

@@ -36,6 +36,7 @@ _BY_NAME: dict[str, type[RowOptimizer]] = {
     "row_sgd": RowSGD,
 }
 _saving: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that bring rows up to date before they are saved
+_INNER = "_memcompile_inner"  # marks the row optimizers of steppers, which are no user's
 _OWN_STATE = ("last_step", "rates", "changes", "eps")  # what rows have missed: nothing, in what is saved
 
 
@@ -57,7 +58,7 @@ def row_optimizer_in(optimizer: Optimizer, group: dict[str, Any], config: Memory
 def stepper_in(optimizer: Optimizer, pool: MemoryPool, kind: type[RowOptimizer]) -> ValuesReader:
     """Who steps the values of a pool in this optimizer; from here on nobody else does."""
     if pool.stepper is None or not pool.stepper.is_for(pool.values, optimizer, kind):
-        pool.catch_up()
+        release(pool)
         own = isinstance(optimizer, RowOptimizer)
         pool.stepper = ValuesReader(pool, optimizer) if own else ValuesStepper(pool, optimizer, kind)
     return pool.stepper
@@ -79,19 +80,26 @@ def stepper_of(values: Tensor, needed: bool = False) -> ValuesReader | None:
 
 
 def _find_stepper(pool: MemoryPool) -> ValuesReader | None:
+    found: list[tuple[Optimizer, type[RowOptimizer]]] = []
     for optimizer in live_optimizers():
         for group in optimizer.param_groups:
-            if any(p is pool.values for p in group["params"]):
+            if any(p is pool.values for p in group["params"]) and not hasattr(optimizer, _INNER):
                 kind = row_optimizer_in(optimizer, group, pool.config)
-                if kind is not None:
-                    return stepper_in(optimizer, pool, kind)
-    return None
+                found += [] if kind is None else [(optimizer, kind)]
+    if len(found) > 1:
+        names = ", ".join(type(optimizer).__name__ for optimizer, _ in found)
+        raise OptionError(
+            f"values_grad='fused' updates the memory's values in the backward, and does not know by which of the "
+            f"optimizers that hold them: {names}. Delete the others, or use values_grad='sparse'"
+        )
+    return stepper_in(found[0][0], pool, found[0][1]) if found else None
 
 
 def release(pool: MemoryPool) -> None:
-    """Somebody steps all rows from here on: they are brought up to date first."""
-    pool.catch_up()
-    pool.stepper = None
+    """Somebody else steps the rows from here on: they are brought up to date first."""
+    if pool.stepper is not None:
+        pool.stepper.end()
+        pool.stepper = None
 
 
 def takes_sparse_gradients(optimizer: Optimizer, group: dict[str, Any]) -> bool:
@@ -126,7 +134,8 @@ class ValuesReader:
         if optimizer not in _saving:
             _saving.add(optimizer)
             optimizer.register_state_dict_pre_hook(_catch_up_before_saving)
-        weakref.finalize(optimizer, _retire, weakref.ref(pool), weakref.ref(self)).atexit = False
+        self._finalizer = weakref.finalize(optimizer, _retire, weakref.ref(pool), weakref.ref(self))
+        self._finalizer.atexit = False
         watch_gradient(pool)
         self._start(optimizer)
 
@@ -158,6 +167,11 @@ class ValuesReader:
         """As `gather_dot`, of the rows as they are by now."""
         self._take_over_state()
         return self.rows.current_dot(self.values, slots, grad)
+
+    def end(self) -> None:
+        """Brings the rows up to date for who comes next."""
+        self._finalizer.detach()
+        self.catch_up()
 
     def take_factors(self, slots: Tensor, weights: Tensor, grad: Tensor) -> None:
         """Takes what one layer adds to a fused update."""
@@ -201,6 +215,7 @@ class ValuesStepper(ValuesReader):
         takes_dtype = "state_dtype" in inspect.signature(self._kind).parameters
         options: dict[str, Any] = {"state_dtype": torch.bfloat16} if takes_dtype and dtype == "bfloat16" else {}
         self.rows = self._kind([self.values], **options)
+        setattr(self.rows, _INNER, True)
 
     @property
     def group(self) -> dict[str, Any]:
@@ -213,9 +228,18 @@ class ValuesStepper(ValuesReader):
         self._fused.take(slots, weights, grad)
 
     def update(self) -> None:
-        optimizer, values = self.optimizer, self.values
-        assert optimizer is not None, "it was found alive when the factors came"
-        self._fused.finish(optimizer, lambda *factors: self._step(lambda: self.rows.step_by_factors(values, *factors)))
+        def step(slots: Tensor, weights: Tensor, grad: Tensor) -> None:
+            self._step(lambda: self.rows.step_by_factors(self.values, slots, weights, grad))
+
+        self._fused.finish(self.pool.root.parameters(), step)
+
+    def end(self) -> None:
+        if self._fused.waits_for_step:
+            raise OptionError(
+                "values_grad='fused' has updated the memory's values by another optimizer than the one that steps now. "
+                "Use values_grad='sparse'"
+            )
+        super().end()
 
     def before_step(self) -> None:
         """The user's optimizer is about to step the rest."""
@@ -227,7 +251,7 @@ class ValuesStepper(ValuesReader):
         """Steps the rows of the values' gradient; the user's optimizer has stepped the rest."""
         optimizer, grad = self.optimizer, self.values.grad
         if optimizer is not None and grad is not None and _unscaled(optimizer, grad):
-            self._step(self.rows.step)
+            self._step(lambda: self.rows.step_by(self.values, grad))
 
     def _step(self, step: Callable[[], Any]) -> None:
         """A step of the row optimizer with the options that the values' group has now, and their own learning rate."""
@@ -235,9 +259,11 @@ class ValuesStepper(ValuesReader):
         assert optimizer is not None
         self._take_over_state()
         group, own = self.group, self.rows.param_groups[0]
-        own.update({name: group[name] for name in own.keys() & group.keys() if name != "params"})
+        shared = own.keys() & group.keys() - {"params"}
+        own.update({name: group[name] for name in shared if _are_alike(group[name], self.rows.defaults.get(name))})
         if self.pool.config.values_lr is not None:
             own["lr"] = rate_like(group["lr"], self.pool.config.values_lr)
+        self.rows.check(own)
         step()
         self._publish(optimizer)
 
@@ -250,16 +276,18 @@ class ValuesStepper(ValuesReader):
         state = optimizer.state.get(values) or None
         cast, self._dtype = values.dtype is not self._dtype, values.dtype  # by model.to(dtype)
         if state is self._published:
-            if cast and state is not None:
+            if cast and self.rows.state.get(values):
                 self.rows.adopt(values, self.rows.state[values])
                 self._publish(optimizer)
             return
         self._published = None
         self.rows.catch_up(values, tell_autograd=False)  # with the steps that were done
         self.rows.state.pop(values, None)
-        if state is not None:
+        if state is not None and self.rows.knows(values, state):
             self.rows.adopt(values, state)
             self._publish(optimizer)
+        else:  # none, or one that another optimizer's step began with
+            self._published = state
 
     def _publish(self, optimizer: Optimizer) -> None:
         """Shows the state in the user's optimizer: the same tensors, and the number of steps as PyTorch has it."""
@@ -267,6 +295,12 @@ class ValuesStepper(ValuesReader):
         shown = {name: value for name, value in own.items() if name not in _OWN_STATE}
         shown["step"] = torch.tensor(float(own["step"]))
         optimizer.state[self.values] = self._published = shown
+
+
+def _are_alike(given: Any, default: Any) -> bool:
+    """Whether an option of another optimizer is one of ours: Adafactor's eps is a pair."""
+    numbers = (int, float, Tensor)
+    return isinstance(given, numbers) if isinstance(default, numbers) else isinstance(given, type(default))
 
 
 def rate_like(lr: Any, rate: float) -> Any:
@@ -294,4 +328,5 @@ def _retire(pool_of: weakref.ref[MemoryPool], stepper_of: weakref.ref[ValuesRead
     """The user's optimizer is gone: the values stay as its last step has them, and its state goes."""
     pool, stepper = pool_of(), stepper_of()
     if pool is not None and stepper is not None and pool.stepper is stepper:
-        release(pool)
+        stepper.catch_up()
+        pool.stepper = None

@@ -131,3 +131,41 @@ def test_a_backward_that_raised_leaves_nothing_behind():
     other(*batch(1)).backward()
     other_optimizer.step()
     assert torch.equal(model.memory_values, other.memory_values)
+
+
+def test_clipping_what_another_optimizer_steps_is_refused():
+    model = fused_model()
+    rest = [p for p in model.parameters() if p is not model.memory_values]
+    optimizers = torch.optim.AdamW(rest), torch.optim.AdamW([model.memory_values])
+    model(*batch(0)).backward()
+    torch.nn.utils.clip_grad_norm_(rest, 1e-4)
+    with pytest.raises(OptionError, match="were changed between"):
+        optimizers[1].step()
+
+
+def test_another_optimizer_that_steps_is_refused():
+    model = fused_model()
+    first = adamw(model)
+    model(*batch(0)).backward()
+    first.step()
+    second = adamw(model)
+    model(*batch(1)).backward()
+    with pytest.raises(OptionError, match="by another optimizer than the one that steps now"):
+        second.step()
+
+
+def test_two_optimizers_that_hold_the_values_are_refused():
+    model = fused_model()
+    optimizers = adamw(model), adamw(model)
+    with pytest.raises(OptionError, match="does not know by which of the optimizers that hold them: AdamW, AdamW"):
+        model(*batch(0)).backward()
+    assert len(optimizers) == 2
+
+
+def test_a_gradient_that_is_asked_for_is_refused():
+    model = fused_model()
+    optimizer = adamw(model)
+    with pytest.raises(OptionError, match="makes no gradient of the values"):
+        torch.autograd.grad(model(*batch(0)), model.memory_values)
+    model(*batch(1)).backward()
+    optimizer.step()

@@ -60,3 +60,15 @@ def test_dense_and_sparse_training_read_each_others_checkpoints(first):
         results.append({name: p for name, p in model.state_dict().items() if p.is_floating_point()})
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, rtol=0, atol=1e-10)
+
+
+def test_a_pickled_optimizer_leaves_no_row_behind():
+    """Its state has no missed steps; so the values have them."""
+    model = planned_gpt(**PLAN).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    train(model, optimizer, range(4))
+    before = model.memory_values.detach().clone()
+    torch.save(optimizer, io.BytesIO())
+    assert not torch.equal(model.memory_values, before)
+    stored = model.memory_values.detach().clone()
+    assert torch.equal(model.state_dict()["memory_values"], stored)

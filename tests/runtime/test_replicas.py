@@ -5,7 +5,7 @@ Two processes train once each way; the tests compare them.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from typing import Any
 
 import pytest
@@ -81,6 +81,29 @@ def compiled(rank: int) -> dict[str, Any]:
         return train(rank, "sparse", compiled=True)
 
 
+def alone(rank: int) -> list[Tensor]:
+    """Rank 0 runs a backward through the bare model, and both one whose forward is outside of `no_sync()`."""
+    model = planned_gpt(**PLAN, values_grad="sparse").double()
+    ddp = DistributedDataParallel(model)
+    ddp(*batch(rank)).backward()
+    if rank == 0:
+        ddp.module(*batch()).backward()
+    model.zero_grad()
+    loss = ddp(*batch(rank))
+    with ddp.no_sync():
+        loss.backward()
+    return [model.memory_values.grad.to_dense(), model.head.weight.grad.clone()]
+
+
+def planned_fused(rank: int) -> bool:
+    """A DDP that the plan refuses is as it was."""
+    ddp = DistributedDataParallel(tiny_gpt(layers=3))
+    with contextlib.suppress(PlanError):
+        memcompile.plan(ddp, memory_layers=1, n_keys=32, values_grad="fused")
+    ddp(*batch(rank)).backward()
+    return pool_of(ddp.module) is None
+
+
 def everything(rank: int) -> dict[str, Any]:
     return {
         "dense": train(rank, "dense"),
@@ -89,6 +112,8 @@ def everything(rank: int) -> dict[str, Any]:
         "planned last": train(rank, "sparse", plan_last=True),
         "fused": refused(rank),
         "join": joined(rank),
+        "alone": alone(rank),
+        "planned fused": planned_fused(rank),
     }
 
 
@@ -122,7 +147,17 @@ def test_what_replicas_cannot_serve_is_refused(ranks):
     assert "join()" in ranks[0]["join"] and "values_grad='dense'" in ranks[0]["join"]
 
 
+def test_one_rank_may_run_a_backward_alone(ranks):
+    """It does not wait for others; and what DDP itself reduces is reduced."""
+    for one, other in zip(*(rank["alone"] for rank in ranks), strict=True):
+        assert one.any() and torch.equal(one, other)
+
+
+def test_a_plan_that_is_refused_leaves_ddp_as_it_was(ranks):
+    assert ranks[0]["planned fused"]
+
+
 def test_a_copy_is_no_replica():
     pool = pool_of(planned_gpt(**PLAN, values_grad="sparse"))
-    pool.replicas = functools.partial(int)
+    pool.replicas = object()
     assert pool.__getstate__()["replicas"] is None and pool.__getstate__()["stepper"] is None

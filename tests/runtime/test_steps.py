@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from memcompile.runtime.pool import pool_of
 from tests.planned import batch, planned_gpt
@@ -225,3 +226,52 @@ def test_an_optimizer_inside_torch_compile():
         values - model.memory_values.detach(), VALUES_LR * model.memory_values.grad, rtol=0, atol=1e-7
     )
     assert layout(optimizer) == before
+
+
+# --- the user's own hooks ---------------------------------------------------------------------------------------------
+
+
+def clipped_by_a_hook(model: nn.Module) -> Optimizer:
+    optimizer = SGD(model.parameters(), lr=1.0)
+
+    def clip(optimizer: Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, 1e-3)
+
+    optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
+def cleared_by_a_hook(model: nn.Module) -> Optimizer:
+    optimizer = SGD(model.parameters(), lr=1.0)
+    optimizer.register_step_post_hook(lambda *_: model.zero_grad())
+    return optimizer
+
+
+@pytest.mark.parametrize("build", [clipped_by_a_hook, cleared_by_a_hook])
+def test_hooks_of_the_user_see_the_values_in_their_group(build):
+    """A hook before the step sees their gradient, and may change it; after the step they have moved."""
+    results = []
+    for gradient in ("dense", "sparse"):
+        model = planned_gpt(values_grad=gradient, values_lr=None, n_keys=16).double()
+        start, optimizer = model.memory_values.detach().clone(), build(model)
+        for step in range(3):
+            if build is clipped_by_a_hook:
+                optimizer.zero_grad()
+            model(*batch(step)).backward()
+            optimizer.step()
+            if step == 0:  # later than the library's own
+                optimizer.register_step_pre_hook(lambda o, *_: None)
+        results.append(start - model.state_dict()["memory_values"])
+    assert results[0].any()
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-12)
+
+
+def test_hooks_of_all_optimizers_see_one_step():
+    model = planned_gpt(values_grad="sparse", n_keys=16)
+    optimizer, seen = AdamW(model.parameters()), []
+    handle = register_optimizer_step_post_hook(lambda o, *_: seen.append(o))
+    model(*batch()).backward()
+    optimizer.step()
+    handle.remove()
+    assert seen == [optimizer]

@@ -700,3 +700,38 @@ def test_random_training_is_that_of_dense_gradients(actions, values_lr, sgd):
             getattr(loop, action)()
     sparse, dense = ((loop.seen, snapshot(loop.model)) for loop in loops)
     torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-10)
+
+
+# --- optimizers and dtypes without a counterpart ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.RMSprop])
+@pytest.mark.parametrize("name", ["row_adamw", "row_wise_adagrad"])
+def test_any_optimizer_may_have_its_values_stepped_by_rows(build, name):
+    """Options of the same name that mean something else, and state that it began with, are not taken over."""
+    model = planned_gpt(values_grad="sparse", values_optimizer=name, n_keys=16)
+    optimizer = build(model.parameters(), lr=1e-3)
+    before = model.state_dict()["memory_values"].clone()
+    for step in range(3):
+        optimizer.zero_grad()
+        model(*batch(step)).backward()
+        optimizer.step()
+    moved = (model.state_dict()["memory_values"] - before).abs()
+    assert 0 < moved.max() < 0.1
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    model(*batch(3)).backward()
+    optimizer.step()
+
+
+def test_halved_after_training():
+    """fp16 is not stepped by rows: what they missed is made up for in fp32, and the gradient is dense from then on."""
+    model, twin = (planned_gpt(values_grad=gradient, n_keys=16) for gradient in ("sparse", "dense"))
+    for each in (model, twin):
+        optimizer = AdamW(each.parameters(), lr=1e-2, weight_decay=0.1)
+        for step in range(4):
+            optimizer.zero_grad()
+            each(*batch(step)).backward()
+            optimizer.step()
+        each.half()
+    torch.testing.assert_close(model.state_dict()["memory_values"], twin.memory_values.detach(), rtol=2**-9, atol=1e-6)
+    assert model.half()(*batch(9)).isfinite()

@@ -46,8 +46,12 @@ class CatchingUpOptimizer(RowOptimizer):
         else:
             asked = _distinct(rows.detach().to(last.device), len(last))
             behind = asked[last[asked] != state["step"]]
+        # Rows of a dtype that is not stepped, as after model.half(), catch up in fp32.
+        table = parameter.detach().float() if parameter.dtype is torch.float16 else parameter
         for part in torch.split(behind, _ROWS):
-            self._catch_up_rows(parameter, state, group, part)
+            self._catch_up_rows(table, state, group, part)
+        if table is not parameter:
+            parameter.detach().copy_(table)
         if len(behind) and tell_autograd:
             increment_version(parameter)
         if rows is None:

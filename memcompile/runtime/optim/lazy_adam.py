@@ -11,6 +11,7 @@ from memcompile.lowering.row_tables import Gradient
 from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.gradients import as_rows
 from memcompile.runtime.optim.row_optimizer import (
+    MOMENTS,
     Group,
     RowOptimizer,
     State,
@@ -45,6 +46,8 @@ class LazyAdam(RowOptimizer):
     Raises:
         OptionError: an option's value is not served.
     """
+
+    saved = MOMENTS
 
     def __init__(
         self,

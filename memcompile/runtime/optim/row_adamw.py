@@ -12,6 +12,7 @@ from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.catching_up import CatchingUpOptimizer
 from memcompile.runtime.optim.gradients import as_rows
 from memcompile.runtime.optim.row_optimizer import (
+    MOMENTS,
     Group,
     State,
     check_betas,
@@ -58,6 +59,7 @@ class RowAdamW(CatchingUpOptimizer):
     """
 
     factors = 3
+    saved = MOMENTS
 
     def __init__(
         self,

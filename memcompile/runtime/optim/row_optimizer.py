@@ -39,6 +39,10 @@ class RowOptimizer(Optimizer):
     Parameters are float32, float64 or bfloat16 and contiguous.
     """
 
+    saved: frozenset[str] = (
+        frozenset()
+    )  # what state of PyTorch's optimizer of the same mathematics holds, beside `step`
+
     def __init__(self, params: Any, defaults: Group) -> None:
         super().__init__(params, defaults)
 
@@ -50,12 +54,13 @@ class RowOptimizer(Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            self._check(self.param_groups[-1])
+            self.check(self.param_groups[-1])
         except OptionError:
             del self.param_groups[-1]
             raise
 
-    def _check(self, group: Group) -> None:
+    def check(self, group: Group) -> None:
+        """Raises OptionError unless the options and parameters of a group can be served."""
         for option in ("lr", "weight_decay"):
             require(option, group[option], float(group[option]) >= 0, "0 or more")
         require("seed", group["seed"], isinstance(group["seed"], int), "an integer")
@@ -77,12 +82,11 @@ class RowOptimizer(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_parameter(parameter, group)
+                    self._step_parameter(parameter, parameter.grad, group)
         return loss
 
-    def _step_parameter(self, parameter: Tensor, group: Group) -> None:
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        rows, grad = touched_rows(parameter.grad, dtype)  # type: ignore[arg-type]
+    def _step_parameter(self, parameter: Tensor, grad: Tensor, group: Group) -> None:
+        rows, grad = touched_rows(grad, torch.promote_types(parameter.dtype, torch.float32))
         self._step_rows(parameter, group, rows, Gradient(grad))
 
     @torch.no_grad()
@@ -120,6 +124,11 @@ class RowOptimizer(Optimizer):
             gradient = dataclasses.replace(gradient, grad=-gradient.grad)
         self._update(parameter, state, group, rows, gradient)
         increment_version(parameter)
+
+    @torch.no_grad()
+    def step_by(self, parameter: Tensor, grad: Tensor) -> None:
+        """One step of one of this optimizer's parameters by a gradient that need not be its own. No hooks run."""
+        self._step_parameter(parameter, grad, self._group_of(parameter))
 
     @torch.no_grad()
     def catch_up(self, parameter: Tensor, rows: Tensor | None = None, tell_autograd: bool = True) -> None:
@@ -176,14 +185,16 @@ class RowOptimizer(Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in saved["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    value = value.to("cpu" if name in _ON_THE_CPU else parameter.device)
-                self.state[parameter][name] = value
+                self.state[parameter][name] = placed(name, value, parameter)
         for group in self.param_groups:
-            self._check(group)
+            self.check(group)
             for parameter in group["params"]:
                 if parameter in self.state:
                     self.adopt(parameter, self.state[parameter])
+
+    def knows(self, parameter: Tensor, state: State) -> bool:
+        """Whether a state is of this optimizer, or of PyTorch's of the same mathematics: `adopt` can go on from it."""
+        return self.saved <= state.keys()
 
     def adopt(self, parameter: Tensor, state: State) -> None:
         """Goes on from a parameter's state, this optimizer's own or that of PyTorch's of the same mathematics: the
@@ -211,7 +222,12 @@ class RowOptimizer(Optimizer):
                     group.setdefault(option, value)
 
 
-MOMENTS = {"exp_avg", "exp_avg_sq"}
+def placed(name: str, value: Any, parameter: Tensor) -> Any:
+    """An entry of a saved state where it belongs, in the dtype that it was saved in."""
+    return value.to("cpu" if name in _ON_THE_CPU else parameter.device) if isinstance(value, Tensor) else value
+
+
+MOMENTS = frozenset({"exp_avg", "exp_avg_sq"})
 
 
 def tables(parameter: Tensor, state: State) -> tuple[Tensor, Tensor | None]:

@@ -65,6 +65,9 @@ class RowwiseAdagrad(RowOptimizer):
         first = group["initial_accumulator_value"]
         state["sum"] = torch.full(parameter.shape[:1], first, dtype=dtype, device=parameter.device)
 
+    def knows(self, parameter: Tensor, state: State) -> bool:
+        return "sum" in state and state["sum"].numel() == parameter.shape[0]
+
     def _complete(self, parameter: Tensor, state: State, group: Group) -> None:
         if "sum" not in state:
             raise OptionError(f"the state is of another optimizer: it has no `sum`, but {', '.join(sorted(state))}")
