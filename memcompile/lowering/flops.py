@@ -14,7 +14,9 @@ from memcompile.lowering.schema import operator
 Shape = Sequence[int]
 
 
-@register_flop_formula([operator("weighted_gather").overloadpacket, operator("gather_dot").overloadpacket])
+@register_flop_formula(
+    [operator(name).overloadpacket for name in ("weighted_gather", "gather_dot", "table_gather", "table_dot")]
+)
 def _rows_read(values: Shape, slots: Shape, other: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * slots[0] * slots[1] * values[1]
 
@@ -27,6 +29,13 @@ def _product(left: Shape, right: Shape, bias: Shape | None, *args: Any, **kwargs
 @register_flop_formula(operator("weighted_scatter").overloadpacket)
 def _rows_written(slots: Shape, weights: Shape, grad: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * slots[0] * slots[1] * grad[1]
+
+
+@register_flop_formula([operator(name).overloadpacket for name in ("sparse_scatter", "fused_scatter")])
+def _rows_summed(
+    values: Shape, slots: Sequence[Shape], weights: Sequence[Shape], grads: Sequence[Shape], *args: Any, **kwargs: Any
+) -> int:
+    return sum(2 * tokens * hits * values[1] for tokens, hits in slots)
 
 
 @register_flop_formula(operator("product_key_topk").overloadpacket)

@@ -48,3 +48,13 @@ def test_inference_mode_and_meta_tensors_count_the_same():
     with torch.inference_mode():
         inference = counted(lambda: memory_lookup(*[None if t is None else t.clone() for t in tensors], **case.options))
     assert sum(inference.values()) == sum(expected.values())
+
+
+def test_a_sparse_gradient_counts_the_same():
+    case, totals = Case(leading=(5,)), []
+    for gradient in ("dense", "sparse"):
+        outputs, tensors = [], case.tensors()
+        forward = counted(lambda: outputs.append(memory_lookup(*tensors, **case.options, values_grad=gradient)))  # noqa: B023
+        backward = counted(lambda: outputs[0].sum().backward())  # noqa: B023
+        totals.append((sum(forward.values()), sum(backward.values())))
+    assert totals[0] == totals[1]
