@@ -10,6 +10,7 @@ from memcompile.lowering.rate_history import RateHistory
 from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State
 
+_HITS_A_ROW = 4  # from which a copy of a table is cheaper than to correct each hit
 _ROWS = 2**16  # that are caught up at once: so many plans there may be
 
 
@@ -59,6 +60,8 @@ class CatchingUpOptimizer(RowOptimizer):
 
     @torch.no_grad()
     def current_gather(self, parameter: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        if self._is_small(parameter, slots):
+            return super().current_gather(self._current_table(parameter), slots, weights)
         state, last = self._last_steps(parameter, slots)
         if last is None:
             return super().current_gather(parameter, slots, weights)
@@ -66,10 +69,33 @@ class CatchingUpOptimizer(RowOptimizer):
 
     @torch.no_grad()
     def current_dot(self, parameter: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
+        if self._is_small(parameter, slots):
+            return super().current_dot(self._current_table(parameter), slots, grad)
         state, last = self._last_steps(parameter, slots)
         if last is None:
             return super().current_dot(parameter, slots, grad)
         return self._dot_behind(parameter, state, slots, grad, last)
+
+    @staticmethod
+    def _is_small(parameter: Tensor, slots: Tensor) -> bool:
+        """Whether a table is so small that its rows are hit several times each: then a copy is read that is up to date.
+        None of bf16, which would be rounded on the way.
+        """
+        return slots.numel() >= _HITS_A_ROW * parameter.shape[0] and parameter.dtype is not torch.bfloat16
+
+    def _current_table(self, parameter: Tensor) -> Tensor:
+        """The table as it is by now: itself where no row is behind, else a copy."""
+        state: State = self.state.get(parameter) or {}
+        if "last_step" not in state:
+            return parameter
+        rows = (state["last_step"] != state["step"]).nonzero()[:, 0]
+        if len(rows) == 0:
+            return parameter
+        some = {name: state[name][rows] for name in {"last_step", *self.saved}}
+        current = parameter.detach()[rows]
+        own = torch.arange(len(rows), device=parameter.device)
+        self._catch_up_rows(current, {**state, **some}, self._group_of(parameter), own)
+        return parameter.detach().index_copy(0, rows, current)
 
     def _last_steps(self, parameter: Tensor, slots: Tensor) -> tuple[State, Tensor | None]:
         """The state, and int32 [tokens, hits] the steps that the rows of these slots were last in; None where none of
