@@ -58,8 +58,8 @@ def _hook_innermost(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     their group, not stepped yet before the step, and stepped after it.
     """
     if optimizer not in _hooked:
-        values = {id(pool.values) for pool in live_pools()}
-        if not any(id(p) in values for group in optimizer.param_groups for p in group["params"]):
+        pools = {id(pool.values): pool for pool in live_pools()}
+        if not any(id(p) in pools for group in optimizer.param_groups for p in group["params"]):
             return
         before = optimizer.register_step_pre_hook(_before_step)
         after = optimizer.register_step_post_hook(_after_step)
