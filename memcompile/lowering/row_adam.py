@@ -7,8 +7,8 @@ M_{K-1}), which `skipped_steps` derives:
     x     = P * x - m * sum over panels of (sum_i M_i * y**i) / (a * sqrt(v) + eps)
     m, v  = B1 * m, B2 * v
 
-A plan may leave the moments as they are, B1 = B2 = 1: without a gradient they are then not written, and where its
-panels are zeros too not even read.
+A plan leaves moments of zero as they are, B1 = B2 = 1, and its panels are zeros: without a gradient they are then not
+written, and not even read.
 
 Then, where there is a gradient g, and with numbers = (decay, beta1, beta2, rate, scale, eps):
 

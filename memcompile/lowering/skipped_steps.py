@@ -68,14 +68,15 @@ def _kernel(rates: Tensor, starts: Tensor, until: int, terms: int, moments: int)
         moments: K.
 
     Returns:
-        decays float64 [n, 3], of the value and both moments; panels float64 [n, panels, 1 + K], each a centre and
-        moments. A panel without moments adds 0.
+        decays float64 [n, 3], of the value and both moments, 1 for moments of zero; panels float64 [n, panels, 1 + K],
+        each a centre and moments. A panel without moments adds 0.
     """
     if len(starts) and (starts[0] < -1 or starts[-1] > until or not bool((starts.diff() > 0).all())):
         raise ValueError(f"starts: expected steps from -1 to {until}, ascending and each once")
     history = RateHistory({"rates": rates, "changes": len(rates)}, 3)
     end = torch.full_like(starts, until)
     decays = torch.stack([history.log_product(f, starts.clamp(min=0), end) for f in (DECAY, BETA1, BETA2)], 1).exp()
+    decays[starts < 0, BETA1:] = 1.0  # moments of zero stay as they are: `row_adam` need not read them
     moved = ((starts >= 0) & (starts < until)).nonzero()[:, 0]
     parts = [some for some in torch.split(moved, _STARTS) if len(some)]
     filled = [_panels(history, starts[some, None], until, terms, moments) for some in parts]

@@ -93,6 +93,7 @@ def test_moments_of_zero_move_nothing():
     missed = plan(history_of([(1e-3, 0.1)] * 50), torch.tensor([-1, 20, -1], dtype=torch.int32), 50, torch.float32)
     moments = missed.panels[missed.plan_of_row, :, 1:]
     assert not moments[[0, 2]].any() and moments[1].any()
+    assert missed.decays[missed.plan_of_row, 1:][[0, 2]].eq(1).all(), "row_adam need not read them"
     decays = missed.decays[missed.plan_of_row, 0]
     assert decays.tolist() == pytest.approx([(1 - 1e-4) ** 50, (1 - 1e-4) ** 30, (1 - 1e-4) ** 50])
 

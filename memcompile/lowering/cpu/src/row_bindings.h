@@ -382,7 +382,8 @@ std::tuple<Tensor, Tensor> skipped_steps(const Tensor& rates_given, const Tensor
   for (int64_t i = 0; i < count; ++i) {
     const int64_t after = std::max<int64_t>(start[i], 0), entry = rates.entry_of(after);
     for (const auto factor : {Rates::kDecay, Rates::kBeta1, Rates::kBeta2}) {
-      mutable_data<double>(decays)[3 * i + factor] = std::exp(rates.log_product(factor, after, entry, until, last_entry));
+      const bool of_zero = start[i] < 0 && factor != Rates::kDecay;  // moments that row_adam need not read
+      mutable_data<double>(decays)[3 * i + factor] = of_zero ? 1 : std::exp(rates.log_product(factor, after, entry, until, last_entry));
     }
   }
   const int64_t* const first = std::find_if(start, start + count, [](int64_t step) { return step >= 0; });
