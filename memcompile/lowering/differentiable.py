@@ -10,18 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from memcompile.lowering import cpu
-from memcompile.lowering._torch import autograd_kernel, below_autograd, decompose_in_graphs, on_the_cpu
+from memcompile.lowering._torch import autograd_kernel, below_autograd, decompose_in_graphs
+from memcompile.lowering.anywhere import anywhere
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
 from memcompile.lowering.triton.serve import gpu_kernel, graph_kernel
-
-
-def without_autocast(device: torch.device) -> torch.autocast:
-    """Autocast off on `device`; the CPU's switch stands in for a device that knows no autocast (meta)."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type if available else "cpu", enabled=False)
 
 
 def register_operator(
@@ -40,8 +33,7 @@ def register_operator(
     Args:
         name: a key of `schema.SCHEMAS`.
         check: raises ValueError for arguments that the operator cannot serve; the rest may assume what it holds.
-        kernel: one implementation for all devices, in operations of PyTorch. On the CPU the C++ of `lowering.cpu`
-            runs in its place, where it can be built, and on a GPU the Triton of `lowering.triton`.
+        kernel: one implementation for all devices, in operations of PyTorch; `anywhere` tells what runs in its place.
         fake: shapes and dtypes of the outputs.
         vmap: a rule as `torch.library.register_vmap` takes it.
         setup_context, backward: as in `torch.autograd.Function`. `backward` is built of differentiable
@@ -56,18 +48,6 @@ def register_operator(
         with below_autograd():
             return run(*args)
 
-    def anywhere(*args: Any) -> Any:
-        check(*args)
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        launch = gpu_kernel(name, *args)
-        if launch is not None:
-            with without_autocast(tensors[0].device), torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
-                return launch(*args)
-        if all(t.device.type == "cpu" and t.layout is torch.strided for t in tensors) and cpu.load():
-            return on_the_cpu(operator(name), *args)  # from the next call on the dispatcher goes there by itself
-        with without_autocast(tensors[0].device):
-            return kernel(*args)
-
     def checked_fake(*args: Any) -> Any:
         check(*args)
         return fake(*args)
@@ -80,7 +60,8 @@ def register_operator(
 
     title = "".join(part.capitalize() for part in name.split("_"))
     differentiable = autograd_kernel(title, forward=forward, setup_context=setup_context, backward=backward, jvp=jvp)
-    LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    run_anywhere = anywhere(name, check, kernel, gpu_kernel)
+    LIBRARY.impl(name, run_anywhere, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, differentiable, "Autograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)

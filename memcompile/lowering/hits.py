@@ -3,9 +3,23 @@
 A hit's number is token * hits + its place among the token's. The sums are in PyTorch's operators here.
 """
 
+from collections.abc import Iterator, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def sum_dtype(rows: Tensor) -> torch.dtype:
+    """The dtype that rows are summed and updated in: float64 for float64, else float32."""
+    return torch.promote_types(rows.dtype, torch.float32)
+
+
+def check_hits(slots: Tensor, weights: Tensor, grad: Tensor) -> None:
+    """Raises ValueError for what are not slots, weights and a gradient of the same tokens."""
+    check_slots(slots)
+    check_weights(slots, weights)
+    check_grad(slots, grad)
 
 
 def check_slots(slots: Tensor) -> None:
@@ -28,6 +42,27 @@ def check_grad(slots: Tensor, grad: Tensor) -> None:
         raise ValueError(
             f"grad: expected floating point [tokens = {slots.shape[0]}, value_dim], got {grad.dtype} {list(grad.shape)}"
         )
+
+
+def check_dot(values: Tensor, slots: Tensor, grad: Tensor) -> None:
+    """Raises ValueError unless rows of the values at these slots have dots with the gradient."""
+    check_slots(slots)
+    check_grad(slots, grad)
+    if grad.dtype != values.dtype or grad.shape[1] != values.shape[1]:
+        raise ValueError(
+            f"grad: expected value_dim = {values.shape[1]} and {values.dtype} as values, "
+            f"got {grad.shape[1]} and {grad.dtype}"
+        )
+
+
+def parts_of_tokens(slots: Tensor, dim: int, elements: Mapping[str, int]) -> Iterator[slice]:
+    """Some tokens after others, whose rows [tokens, hits, dim] have at most so many `elements`, of "cpu" or of
+    "accelerator"; at least one token.
+    """
+    tokens, hits = slots.shape
+    held = elements["cpu" if slots.device.type == "cpu" else "accelerator"]
+    size = max(1, held // max(1, hits * dim))
+    return (slice(start, start + size) for start in range(0, tokens, size))
 
 
 def runs_of_hits(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:

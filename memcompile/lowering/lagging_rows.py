@@ -8,12 +8,11 @@ are not read. There is no derivative.
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from memcompile.lowering.hits import check_grad, check_slots, check_weights
+from memcompile.lowering.hits import check_dot, check_slots, check_weights, parts_of_tokens, sum_dtype
 from memcompile.lowering.row_adam import check_plans, steps_a_moment
-from memcompile.lowering.row_tables import check_table, load_rows, register_row_operator, sum_dtype
+from memcompile.lowering.row_tables import check_moments, check_table, load_rows, register_row_operator
 
 # Of one table that the PyTorch operators hold at once. An accelerator wants few launches.
 _CHUNK_ELEMENTS = {"cpu": 2**20, "accelerator": 2**26}
@@ -29,14 +28,9 @@ def _check(
     panels: Tensor,
 ) -> None:
     check_table("values", values, values)
-    check_table("exp_avg", exp_avg, values)
-    check_table("exp_avg_sq", exp_avg_sq, values)
-    if exp_avg.dtype is not exp_avg_sq.dtype:
-        raise ValueError(f"exp_avg_sq: expected {exp_avg.dtype} as exp_avg, got {exp_avg_sq.dtype}")
+    check_moments(exp_avg, exp_avg_sq, values)
     check_slots(slots)
-    if plan_of_hit.shape != slots.shape or plan_of_hit.dtype is not torch.int64:
-        raise ValueError(f"plan_of_hit: expected int64 as slots, got {plan_of_hit.dtype} {list(plan_of_hit.shape)}")
-    check_plans(values, decays, panels)
+    check_plans("hit", slots, values, plan_of_hit, decays, panels)
 
 
 def _current_rows(
@@ -50,11 +44,8 @@ def _current_rows(
     eps: float,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Some tokens after others, and the rows [tokens, hits, dim] that they hit, as they are by now."""
-    dtype, (tokens, hits), dim = sum_dtype(values), slots.shape, values.shape[1]
-    held = _CHUNK_ELEMENTS["cpu" if values.device.type == "cpu" else "accelerator"]
-    size = max(1, held // max(1, hits * dim))
-    for start in range(0, tokens, size):
-        part = slice(start, start + size)
+    dtype, dim = sum_dtype(values), values.shape[1]
+    for part in parts_of_tokens(slots, dim, _CHUNK_ELEMENTS):
         rows, plan = slots[part].reshape(-1), plan_of_hit[part].reshape(-1)
         x, m, v = (load_rows(table, rows) for table in (values, exp_avg, exp_avg_sq))  # [hits of the part, dim]
         moved = m * steps_a_moment(v.sqrt(), panels[plan].to(dtype), eps)
@@ -115,11 +106,7 @@ def _check_dot(
     eps: float,
 ) -> None:
     _check(values, exp_avg, exp_avg_sq, slots, plan_of_hit, decays, panels)
-    check_grad(slots, grad)
-    if grad.dtype is not values.dtype or grad.shape[1] != values.shape[1]:
-        raise ValueError(
-            f"grad: expected {values.shape[1]} columns of {values.dtype}, got {grad.dtype} {list(grad.shape)}"
-        )
+    check_dot(values, slots, grad)
 
 
 def _dot(

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from memcompile.lowering import cpu
 from memcompile.lowering._torch import functorch_is_active
+from memcompile.lowering.anywhere import without_autocast
 from memcompile.lowering.batching import batch_first, fold_into_tokens, unfold_tokens
-from memcompile.lowering.differentiable import register_operator, without_autocast
+from memcompile.lowering.differentiable import register_operator
 from memcompile.lowering.product_key_topk import check_top_k
 from memcompile.lowering.schema import operator
 from memcompile.lowering.triton.serve import gpu_kernel

@@ -10,6 +10,7 @@ For each row x [dim] with gradient g and sum of squares s, as `rowwise_adagrad` 
 import torch
 from torch import Tensor
 
+from memcompile.lowering.hits import sum_dtype
 from memcompile.lowering.row_tables import (
     Gradient,
     check_rows,
@@ -17,7 +18,6 @@ from memcompile.lowering.row_tables import (
     load_rows,
     register_row_operator,
     store_values,
-    sum_dtype,
 )
 
 

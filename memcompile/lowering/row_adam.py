@@ -22,18 +22,18 @@ rate = lr * sqrt(1 - beta2**t) / (1 - beta1**t).
 import torch
 from torch import Tensor
 
+from memcompile.lowering.hits import sum_dtype
 from memcompile.lowering.row_tables import (
     EXP_AVG,
     EXP_AVG_SQ,
     Gradient,
+    check_moments,
     check_rows,
-    check_table,
     chunks,
     load_rows,
     register_row_operator,
     store_rows,
     store_values,
-    sum_dtype,
 )
 
 
@@ -60,23 +60,20 @@ def _check(
 ) -> None:
     check_rows(values, rounded, rows)
     Gradient.check(values, rows, grad, ends, hits, weights)
-    check_table("exp_avg", exp_avg, values)
-    check_table("exp_avg_sq", exp_avg_sq, values)
-    if exp_avg.dtype is not exp_avg_sq.dtype:
-        raise ValueError(f"exp_avg_sq: expected {exp_avg.dtype} as exp_avg, got {exp_avg_sq.dtype}")
+    check_moments(exp_avg, exp_avg_sq, values)
     if numbers.shape != (6,) or numbers.dtype is not torch.float64 or numbers.device.type not in ("cpu", "meta"):
         raise ValueError(f"numbers: expected float64 [6] on the CPU, got {numbers.dtype} {list(numbers.shape)}")
     if plan_of_row is None or decays is None or panels is None:
         if not (plan_of_row is None and decays is None and panels is None):
             raise ValueError("plan_of_row, decays and panels: expected all of them or none")
         return
-    if plan_of_row.shape != rows.shape or plan_of_row.dtype is not torch.int64:
-        raise ValueError(f"plan_of_row: expected int64 as rows, got {plan_of_row.dtype} {list(plan_of_row.shape)}")
-    check_plans(values, decays, panels)
+    check_plans("row", rows, values, plan_of_row, decays, panels)
 
 
-def check_plans(values: Tensor, decays: Tensor, panels: Tensor) -> None:
-    """Raises ValueError for what are not plans of these values."""
+def check_plans(name: str, of: Tensor, values: Tensor, plan_of: Tensor, decays: Tensor, panels: Tensor) -> None:
+    """Raises ValueError for what are not plans of these values, one of them for each `name` in `of`."""
+    if plan_of.shape != of.shape or plan_of.dtype is not torch.int64:
+        raise ValueError(f"plan_of_{name}: expected int64 as {name}s, got {plan_of.dtype} {list(plan_of.shape)}")
     if decays.dtype is not torch.float64 or decays.dim() != 2 or decays.shape[1] != 3:
         raise ValueError(f"decays: expected float64 [plans, 3], got {decays.dtype} {list(decays.shape)}")
     size = 1 + moments_of(values.dtype)

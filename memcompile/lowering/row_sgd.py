@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from memcompile.lowering.hits import sum_dtype
 from memcompile.lowering.row_tables import (
     Gradient,
     check_rows,
@@ -10,7 +11,6 @@ from memcompile.lowering.row_tables import (
     load_rows,
     register_row_operator,
     store_values,
-    sum_dtype,
 )
 
 

@@ -12,7 +12,7 @@ there are is known at run time only. There is no derivative.
 import torch
 from torch import Tensor
 
-from memcompile.lowering.hits import check_grad, check_slots, check_weights, runs_of_hits, sums_of_hits
+from memcompile.lowering.hits import check_hits, check_slots, runs_of_hits, sums_of_hits
 from memcompile.lowering.row_tables import register_row_operator
 
 
@@ -51,9 +51,7 @@ def _hits_fake(slots: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check_sums(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> None:
-    check_slots(slots)
-    check_weights(slots, weights)
-    check_grad(slots, grad)
+    check_hits(slots, weights, grad)
 
 
 def _sums(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:

@@ -16,20 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memcompile.lowering import cpu
-from memcompile.lowering._torch import on_the_cpu
-from memcompile.lowering.hits import sums_of_runs
-from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
+from memcompile.lowering.anywhere import anywhere
+from memcompile.lowering.hits import sum_dtype, sums_of_runs
+from memcompile.lowering.schema import LIBRARY, NAMESPACE
 from memcompile.lowering.stochastic_rounding import round_rows
 from memcompile.lowering.triton.serve import row_kernel
 
 VALUES, EXP_AVG, EXP_AVG_SQ = range(3)  # the tables of a step, which round apart
 _CHUNK_ELEMENTS = 2**20  # of one table that the PyTorch operators hold at once
-
-
-def sum_dtype(values: Tensor) -> torch.dtype:
-    """The dtype that rows are updated in: float64 for float64, else float32."""
-    return torch.promote_types(values.dtype, torch.float32)
 
 
 def check_table(name: str, table: Tensor, like: Tensor) -> None:
@@ -39,6 +33,14 @@ def check_table(name: str, table: Tensor, like: Tensor) -> None:
     allowed = (torch.float64,) if like.dtype is torch.float64 else (torch.float32, torch.bfloat16)
     if table.dtype not in allowed:
         raise ValueError(f"{name}: expected {' or '.join(map(str, allowed))}, got {table.dtype}")
+
+
+def check_moments(exp_avg: Tensor, exp_avg_sq: Tensor, values: Tensor) -> None:
+    """Raises ValueError for what are not Adam's moments of these values."""
+    check_table("exp_avg", exp_avg, values)
+    check_table("exp_avg_sq", exp_avg_sq, values)
+    if exp_avg.dtype is not exp_avg_sq.dtype:
+        raise ValueError(f"exp_avg_sq: expected {exp_avg.dtype} as exp_avg, got {exp_avg_sq.dtype}")
 
 
 def check_rows(values: Tensor, rounded: Tensor | None, rows: Tensor) -> None:
@@ -142,25 +144,14 @@ def register_row_operator(
 
     Args:
         check: raises ValueError for arguments that the operator cannot serve.
-        kernel: the operator, in operations of PyTorch. On the CPU the C++ of `lowering.cpu` runs in its place, where it
-            can be built, and on a GPU the Triton of `lowering.triton`, where it has a kernel.
+        kernel: the operator, in operations of PyTorch; `anywhere` tells what runs in its place.
         fake: shapes and dtypes of what it returns, if anything.
     """
-
-    def anywhere(*args: Any) -> Any:
-        check(*args)
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        launch = row_kernel(name, *args)
-        if launch is not None:
-            with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
-                return launch(*args)
-        if all(t.device.type == "cpu" for t in tensors) and cpu.load():
-            return on_the_cpu(operator(name), *args)  # from the next call on the dispatcher goes there by itself
-        return kernel(*args)
 
     def checked_fake(*args: Any) -> Any:
         check(*args)
         return fake(*args) if fake else None
 
-    LIBRARY.impl(name, anywhere, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    run_anywhere = anywhere(name, check, kernel, row_kernel)
+    LIBRARY.impl(name, run_anywhere, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering._torch import autograd_kernel, below_autograd, in_backward, is_keyed, is_traced
-from memcompile.lowering.hits import check_grad, check_slots, check_weights
+from memcompile.lowering.hits import check_hits, sum_dtype
 from memcompile.lowering.schema import LIBRARY, NAMESPACE, operator
 
 
@@ -76,7 +76,7 @@ def _dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
 
 
 def _dot_fake(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
-    return values.new_empty(slots.shape, dtype=torch.promote_types(values.dtype, torch.float32))
+    return values.new_empty(slots.shape, dtype=sum_dtype(values))
 
 
 Factors = Sequence[Tensor]  # slots, weights or gradients, of one layer each
@@ -106,9 +106,7 @@ def _scatter_fake(values: Tensor, slots: Factors, weights: Factors, grads: Facto
 
 def _joined(slots: Factors, weights: Factors, grads: Factors) -> tuple[Tensor, ...]:
     for factors in zip(slots, weights, grads, strict=True):
-        check_slots(factors[0])
-        check_weights(*factors[:2])
-        check_grad(factors[0], factors[2])
+        check_hits(*factors)
     return tuple(parts[0] if len(parts) == 1 else torch.cat([*parts]) for parts in (slots, weights, grads))
 
 

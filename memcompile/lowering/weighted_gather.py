@@ -15,13 +15,20 @@ The kernels here run where a device has none of its own; they round the weights 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from memcompile.lowering.batching import fold_into_tokens, offset_slots, unfold_tokens
 from memcompile.lowering.differentiable import register_operator
-from memcompile.lowering.hits import check_grad, check_slots, check_weights, sums_of_hits
+from memcompile.lowering.hits import (
+    check_dot,
+    check_hits,
+    check_slots,
+    check_weights,
+    parts_of_tokens,
+    sum_dtype,
+    sums_of_hits,
+)
 from memcompile.lowering.schema import operator
 
 # Gathered rows that gather_dot holds at once, in elements. On a CPU they stay in the second-level cache: 26 ms
@@ -91,36 +98,21 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tenso
 
 def _check_dot(values: Tensor, slots: Tensor, grad: Tensor) -> None:
     _check_values(values)
-    check_slots(slots)
-    check_grad(slots, grad)
-    if grad.dtype != values.dtype or grad.shape[1] != values.shape[1]:
-        raise ValueError(
-            f"grad: expected value_dim = {values.shape[1]} and {values.dtype} as values, "
-            f"got {grad.shape[1]} and {grad.dtype}"
-        )
-
-
-def _dot_dtype(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)
+    check_dot(values, slots, grad)
 
 
 def _dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
-    values, grad = values.detach(), grad.detach()
-    tokens, hits = slots.shape
-    dtype = _dot_dtype(values)
-    out = values.new_empty(tokens, hits, dtype=dtype)
-    held = _CHUNK_ELEMENTS["cpu" if values.device.type == "cpu" else "accelerator"]
-    chunk = max(1, held // max(1, hits * values.shape[1]))
-    for start in range(0, tokens, chunk):
-        part = slots[start : start + chunk]
+    values, grad, dtype = values.detach(), grad.detach(), sum_dtype(values)
+    out = values.new_empty(slots.shape, dtype=dtype)
+    for tokens in parts_of_tokens(slots, values.shape[1], _CHUNK_ELEMENTS):
+        part = slots[tokens]
         rows = values.index_select(0, part.reshape(-1)).to(dtype).reshape(*part.shape, values.shape[1])
-        columns = grad[start : start + chunk].to(dtype).unsqueeze(-1)  # [tokens of the chunk, value_dim, 1]
-        out[start : start + chunk] = (rows @ columns).squeeze(-1)
+        out[tokens] = (rows @ grad[tokens].to(dtype).unsqueeze(-1)).squeeze(-1)  # [tokens, hits, value_dim] @ [.., 1]
     return out
 
 
 def _dot_fake(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
-    return values.new_empty(slots.shape, dtype=_dot_dtype(values))
+    return values.new_empty(slots.shape, dtype=sum_dtype(values))
 
 
 def _dot_backward(ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
@@ -137,9 +129,7 @@ def _dot_backward(ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, None, Ten
 
 
 def _check_scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> None:
-    check_slots(slots)
-    check_weights(slots, weights)
-    check_grad(slots, grad)
+    check_hits(slots, weights, grad)
 
 
 def _scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> Tensor:

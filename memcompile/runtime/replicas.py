@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memcompile.errors import PlanError
+from memcompile.lowering.hits import sum_dtype
 from memcompile.lowering.schema import operator
 from memcompile.lowering.sparse_table import coalesced
 from memcompile.runtime._torch import after_backward, sparse_parts
@@ -108,9 +109,7 @@ def _average(pool: MemoryPool, grad: Tensor, group: dist.ProcessGroup) -> Tensor
     all_sums = _gathered(sums, most, ranks, group)
     valid = torch.cat([torch.arange(count) + rank * most for rank, count in enumerate(counts.tolist())])
     valid = valid.to(rows.device)
-    share = torch.full(
-        (len(valid), 1), 1 / ranks, device=rows.device, dtype=torch.promote_types(sums.dtype, torch.float32)
-    )
+    share = torch.full((len(valid), 1), 1 / ranks, device=rows.device, dtype=sum_dtype(sums))
     rows, sums = operator("row_sums")(all_rows[valid].unsqueeze(1), share, all_sums[valid], grad.shape[0])
     return coalesced(rows, sums, grad.shape[0])
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memcompile.lowering._torch import size_hint
+from memcompile.lowering.hits import sum_dtype
 from memcompile.lowering.row_adam import moments_of
-from memcompile.lowering.row_tables import sum_dtype
 from memcompile.lowering.triton import configs, cost, serve
 from memcompile.lowering.triton.kernels.candidates import rank_candidates
 from memcompile.lowering.triton.kernels.gather import gather_dot_rows, weighted_gather_rows

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import OptionError
+from memcompile.lowering.hits import sum_dtype
 from memcompile.lowering.row_tables import Gradient
 from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.catching_up import CatchingUpOptimizer
@@ -137,7 +138,7 @@ class RowAdamW(CatchingUpOptimizer):
 
     def _plan(self, values: Tensor, state: State, last: Tensor, until: int) -> SkippedSteps | None:
         last = last.masked_fill(last == 0, -1)  # no step has touched them: their moments are zeros
-        return plan(self._history(state), last, until, torch.promote_types(values.dtype, torch.float32))
+        return plan(self._history(state), last, until, sum_dtype(values))
 
     def _run(
         self,

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from memcompile.errors import OptionError
 from memcompile.lowering.cpu.pages import advise_huge_pages
+from memcompile.lowering.hits import sum_dtype
 from memcompile.lowering.row_tables import Gradient
 from memcompile.lowering.schema import operator
 from memcompile.lowering.stochastic_rounding import seed_of_step
@@ -86,7 +87,7 @@ class RowOptimizer(Optimizer):
         return loss
 
     def _step_parameter(self, parameter: Tensor, grad: Tensor, group: Group) -> None:
-        rows, grad = touched_rows(grad, torch.promote_types(parameter.dtype, torch.float32))
+        rows, grad = touched_rows(grad, sum_dtype(parameter))
         self._step_rows(parameter, group, rows, Gradient(grad))
 
     @torch.no_grad()
@@ -103,7 +104,7 @@ class RowOptimizer(Optimizer):
         Raises:
             ValueError: the parameter is not in this optimizer.
         """
-        group, dtype = self._group_of(parameter), torch.promote_types(parameter.dtype, torch.float32)
+        group, dtype = self._group_of(parameter), sum_dtype(parameter)
         if grad.device.type == "cpu":
             rows, ends, hits = operator("hits_by_row")(slots, parameter.shape[0])
             gradient = Gradient(grad, ends, hits, weights)
@@ -251,7 +252,7 @@ def step_seed(state: State, group: Group) -> int:
 def moment_dtype(parameter: Tensor, group: Group) -> torch.dtype:
     """The dtype of a parameter's moments: `state_dtype`, or that of its sums."""
     given: torch.dtype | None = group.get("state_dtype")
-    return given or torch.promote_types(parameter.dtype, torch.float32)
+    return given or sum_dtype(parameter)
 
 
 def check_state_dtype(group: Group) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import OptionError
+from memcompile.lowering.hits import sum_dtype
 from memcompile.lowering.row_tables import Gradient
 from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.catching_up import CatchingUpOptimizer
@@ -80,7 +81,7 @@ class RowSGD(CatchingUpOptimizer):
 
     def _gather_behind(self, parameter: Tensor, state: State, slots: Tensor, weights: Tensor, last: Tensor) -> Tensor:
         values, _ = tables(parameter, state)
-        weights = weights.to(torch.promote_types(values.dtype, torch.float32))
+        weights = weights.to(sum_dtype(values))
         decayed = weights * self._decays(state, last).to(weights.dtype)
         return operator("weighted_gather")(values, slots, decayed).to(parameter.dtype)  # type: ignore[no-any-return]
 

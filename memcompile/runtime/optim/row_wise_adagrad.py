@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import OptionError
+from memcompile.lowering.hits import sum_dtype
 from memcompile.lowering.row_tables import Gradient
 from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State, require, step_seed, tables
@@ -61,7 +62,7 @@ class RowwiseAdagrad(RowOptimizer):
         require("eps", group["eps"], group["eps"] > 0, "positive: a row whose gradient is 0 may have sum = 0")
 
     def _start(self, parameter: Tensor, state: State, group: Group) -> None:
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        dtype = sum_dtype(parameter)
         first = group["initial_accumulator_value"]
         state["sum"] = torch.full(parameter.shape[:1], first, dtype=dtype, device=parameter.device)
 

@@ -18,8 +18,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from memcompile.lowering.hits import sum_dtype
 from memcompile.lowering.row_adam import moments_of
-from memcompile.lowering.row_tables import sum_dtype
 from memcompile.lowering.triton import configs, cost, launch
 from tests.lowering.triton.offline import TARGETS, Compiled, compile_kernel
 
