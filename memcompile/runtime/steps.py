@@ -18,15 +18,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memcompile.errors import OptionError
 from memcompile.runtime._torch import innermost
+from memcompile.runtime.counterparts import rate_like, row_optimizer_in, takes_sparse_gradients
 from memcompile.runtime.optimizers import per_parameter
 from memcompile.runtime.pool import MemoryPool, live_pools
 from memcompile.runtime.values_stepper import (
     ValuesStepper,
-    rate_like,
     release,
-    row_optimizer_in,
     stepper_in,
-    takes_sparse_gradients,
 )
 
 log = logging.getLogger(__name__)
@@ -59,7 +57,7 @@ def _hook_innermost(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """
     if optimizer not in _hooked:
         pools = {id(pool.values): pool for pool in live_pools()}
-        if not any(id(p) in pools for group in optimizer.param_groups for p in group["params"]):
+        if not pools or not any(id(p) in pools for group in optimizer.param_groups for p in group["params"]):
             return
         before = optimizer.register_step_pre_hook(_before_step)
         after = optimizer.register_step_post_hook(_after_step)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from memcompile.lowering.schema import operator
 from memcompile.lowering.sparse_table import coalesced
-from memcompile.runtime._torch import sparse_parts
+from memcompile.runtime.optim.gradients import touched_rows
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.replicas import average_after_backward
 
@@ -45,9 +43,4 @@ def _added_up(pool: MemoryPool, values: Tensor) -> None:
 
 def sum_of_rows(grad: Tensor) -> Tensor:
     """The same gradient, coalesced: autograd forgets that one is, and on some devices adds two by appending them."""
-    rows, sums = sparse_parts(grad)
-    if bool((rows[0, 1:] > rows[0, :-1]).all()):
-        return coalesced(rows[0], sums, grad.shape[0])
-    ones = torch.ones_like(rows[0], dtype=torch.promote_types(sums.dtype, torch.float32)).unsqueeze(1)
-    rows, sums = operator("row_sums")(rows[0].unsqueeze(1), ones, sums, grad.shape[0])
-    return coalesced(rows, sums, grad.shape[0])
+    return coalesced(*touched_rows(grad, grad.dtype), num_slots=grad.shape[0])

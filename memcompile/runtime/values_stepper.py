@@ -1,7 +1,7 @@
 """ValuesStepper: steps the values of a pool by rows, as a part of the user's own optimizer.
 
-The values stay in that optimizer's groups. Its `step()` is not shown their gradient, and a row optimizer steps them
-afterwards with the options that their group has by then, and their own learning rate. Their state is in
+The values are in that optimizer's groups but while its `step()` runs (`steps.py`). A row optimizer steps them right
+after it, with the options that their group has by then, and their own learning rate. Their state is in
 `optimizer.state`, in the layout of the PyTorch optimizer of the same mathematics: so one checkpoint holds it, and
 dense and sparse training read each other's.
 """
@@ -16,43 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
+from torch.optim import Optimizer
 
-from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError
 from memcompile.runtime._torch import at_once
+from memcompile.runtime.counterparts import are_alike, rate_like, row_optimizer_in
 from memcompile.runtime.fused_update import FusedUpdate
-from memcompile.runtime.optim import LazyAdam, RowAdamW, RowOptimizer, RowSGD, RowwiseAdagrad
+from memcompile.runtime.optim import RowOptimizer
 from memcompile.runtime.optimizers import live_optimizers
 from memcompile.runtime.pool import MemoryPool, live_pools
 from memcompile.runtime.values_gradient import watch_gradient
 
 log = logging.getLogger(__name__)
 
-_BY_NAME: dict[str, type[RowOptimizer]] = {
-    "row_adamw": RowAdamW,
-    "lazy_adam": LazyAdam,
-    "row_wise_adagrad": RowwiseAdagrad,
-    "row_sgd": RowSGD,
-}
 _saving: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that bring rows up to date before they are saved
 _INNER = "_memcompile_inner"  # marks the row optimizers of steppers, which are no user's
 _OWN_STATE = ("last_step", "rates", "changes", "eps")  # what rows have missed: nothing, in what is saved
-
-
-def row_optimizer_in(optimizer: Optimizer, group: dict[str, Any], config: MemoryConfig) -> type[RowOptimizer] | None:
-    """The class that steps the values of this group by rows; None where the optimizer has no counterpart by rows."""
-    if isinstance(optimizer, RowOptimizer):
-        return type(optimizer)
-    if config.values_optimizer is not None:
-        return _BY_NAME[config.values_optimizer]
-    if _steps_as(optimizer, Adam):
-        decoupled = group.get("decoupled_weight_decay", False) or not group["weight_decay"]
-        dies_out = group["betas"][0] ** 2 < group["betas"][1]  # what momentum does to rows that are not touched
-        return RowAdamW if decoupled and dies_out and not group["amsgrad"] and not group["differentiable"] else None
-    if _steps_as(optimizer, SGD):
-        return None if group["momentum"] or group["differentiable"] else RowSGD
-    return None
 
 
 def stepper_in(optimizer: Optimizer, pool: MemoryPool, kind: type[RowOptimizer]) -> ValuesReader:
@@ -102,18 +81,6 @@ def release(pool: MemoryPool) -> None:
         pool.stepper = None
 
 
-def takes_sparse_gradients(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    """Whether PyTorch's own optimizer steps a sparse gradient as it would the dense one."""
-    if _steps_as(optimizer, Adagrad):
-        return not group["weight_decay"] and not group.get("fused")
-    return _steps_as(optimizer, SparseAdam) or isinstance(optimizer, torch.optim.LBFGS)
-
-
-def _steps_as(optimizer: Optimizer, kind: type[Optimizer]) -> bool:
-    """Whether the step of an optimizer is that of this class: subclasses may have their own."""
-    return isinstance(optimizer, kind) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(kind.step)
-
-
 class ValuesReader:
     """Reads the values of one pool as they are by now, for `lowering.sparse_table`.
 
@@ -133,7 +100,7 @@ class ValuesReader:
         self._optimizer = weakref.ref(optimizer)
         if optimizer not in _saving:
             _saving.add(optimizer)
-            optimizer.register_state_dict_pre_hook(_catch_up_before_saving)
+            optimizer.register_state_dict_pre_hook(catch_up_values_of)
         self._finalizer = weakref.finalize(optimizer, _retire, weakref.ref(pool), weakref.ref(self))
         self._finalizer.atexit = False
         watch_gradient(pool)
@@ -260,7 +227,7 @@ class ValuesStepper(ValuesReader):
         self._take_over_state()
         group, own = self.group, self.rows.param_groups[0]
         shared = own.keys() & group.keys() - {"params"}
-        own.update({name: group[name] for name in shared if _are_alike(group[name], self.rows.defaults.get(name))})
+        own.update({name: group[name] for name in shared if are_alike(group[name], self.rows.defaults.get(name))})
         if self.pool.config.values_lr is not None:
             own["lr"] = rate_like(group["lr"], self.pool.config.values_lr)
         self.rows.check(own)
@@ -297,17 +264,6 @@ class ValuesStepper(ValuesReader):
         optimizer.state[self.values] = self._published = shown
 
 
-def _are_alike(given: Any, default: Any) -> bool:
-    """Whether an option of another optimizer is one of ours: Adafactor's eps is a pair."""
-    numbers = (int, float, Tensor)
-    return isinstance(given, numbers) if isinstance(default, numbers) else isinstance(given, type(default))
-
-
-def rate_like(lr: Any, rate: float) -> Any:
-    """A learning rate of the same kind: capturable optimizers hold it in a tensor."""
-    return torch.full_like(lr, rate) if isinstance(lr, Tensor) else rate
-
-
 def _unscaled(optimizer: Optimizer, grad: Tensor) -> bool:
     """What a fused optimizer does with the numbers that GradScaler leaves to it; False where the step is skipped."""
     scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
@@ -318,7 +274,10 @@ def _unscaled(optimizer: Optimizer, grad: Tensor) -> bool:
     return True
 
 
-def _catch_up_before_saving(optimizer: Optimizer) -> None:
+def catch_up_values_of(optimizer: Optimizer) -> None:
+    """Brings the values that are stepped in an optimizer up to date: it is about to be saved, which does not save what
+    they have missed.
+    """
     for pool in live_pools():
         if pool.stepper is not None and pool.stepper.optimizer is optimizer:
             pool.catch_up()

@@ -13,7 +13,7 @@ _CHUNK_ELEMENTS = 2**20
 
 
 def touched_rows(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Distinct rows int64 [n] and their gradients [n, dim] in `dtype`; of a dense gradient, all rows.
+    """Distinct rows int64 [n], ascending, and their gradients [n, dim] in `dtype`; of a dense gradient, all rows.
 
     Args:
         grad: [slots, ...], sparse COO with one sparse dimension, coalesced or not, or dense.
@@ -40,7 +40,7 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 def sum_by_row(rows: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sums the values [nnz, dim] of equal rows [nnz], in `dtype`.
+    """The distinct rows, ascending, and the sums of the values [nnz, dim] of equal rows [nnz], in `dtype`.
 
     Floating-point sums depend on their order. Here the duplicates of a row are first ordered by a hash of their bits,
     so the sum is one of what is summed, whatever order that came in (but for two that differ with one hash of 64 bits).
@@ -49,7 +49,7 @@ def sum_by_row(rows: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor
     ranked = rows[order]
     distinct, counts = torch.unique_consecutive(ranked, return_counts=True)  # the one wait for a GPU
     if len(distinct) == len(rows):
-        return rows, values.to(dtype)
+        return ranked, values[order].to(dtype)
     order = _fingerprints(values).argsort(stable=True)
     order = order[rows[order].argsort(stable=True)]
     sums = F.embedding_bag(order, values.to(dtype), counts.cumsum(0) - counts, mode="sum")

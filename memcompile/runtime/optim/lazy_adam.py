@@ -17,10 +17,9 @@ from memcompile.runtime.optim.row_optimizer import (
     State,
     check_betas,
     check_state_dtype,
-    moment_dtype,
+    start_moments,
     step_seed,
     tables,
-    zeros_like,
 )
 
 
@@ -47,7 +46,7 @@ class LazyAdam(RowOptimizer):
         OptionError: an option's value is not served.
     """
 
-    saved = MOMENTS
+    saved = frozenset(MOMENTS)
 
     def __init__(
         self,
@@ -74,8 +73,7 @@ class LazyAdam(RowOptimizer):
             raise OptionError("amsgrad: LazyAdam has none, as torch.optim.SparseAdam; use amsgrad=False")
 
     def _start(self, parameter: Tensor, state: State, group: Group) -> None:
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = zeros_like(parameter, moment_dtype(parameter, group))
+        start_moments(parameter, state, group)
 
     def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, gradient: Gradient) -> None:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]

@@ -18,11 +18,10 @@ from memcompile.runtime.optim.row_optimizer import (
     State,
     check_betas,
     check_state_dtype,
-    moment_dtype,
     require,
+    start_moments,
     step_seed,
     tables,
-    zeros_like,
 )
 from memcompile.runtime.optim.skipped_steps import SkippedSteps, factors_of_step, plan
 
@@ -60,7 +59,7 @@ class RowAdamW(CatchingUpOptimizer):
     """
 
     factors = 3
-    saved = MOMENTS
+    saved = frozenset(MOMENTS)
 
     def __init__(
         self,
@@ -92,8 +91,7 @@ class RowAdamW(CatchingUpOptimizer):
             raise OptionError("amsgrad: RowAdamW cannot catch up with a maximum over skipped steps; use amsgrad=False")
 
     def _start(self, parameter: Tensor, state: State, group: Group) -> None:
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = zeros_like(parameter, moment_dtype(parameter, group))
+        start_moments(parameter, state, group)
         self._complete(parameter, state, group)
 
     def _complete(self, parameter: Tensor, state: State, group: Group) -> None:

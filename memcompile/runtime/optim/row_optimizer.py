@@ -40,9 +40,7 @@ class RowOptimizer(Optimizer):
     Parameters are float32, float64 or bfloat16 and contiguous.
     """
 
-    saved: frozenset[str] = (
-        frozenset()
-    )  # what state of PyTorch's optimizer of the same mathematics holds, beside `step`
+    saved: frozenset[str] = frozenset()  # what PyTorch's optimizer of the same mathematics saves, beside `step`
 
     def __init__(self, params: Any, defaults: Group) -> None:
         super().__init__(params, defaults)
@@ -174,18 +172,8 @@ class RowOptimizer(Optimizer):
         Raises:
             OptionError: an option that was saved is not served.
         """
-        seen: list[dict[str, Any]] = []
-        # The last of the hooks, it sees what the others made of the dict.
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        saved = seen[0]
-        numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            for name, value in saved["state"].get(number, {}).items():
+        for parameter, saved in loaded_states(self, super().load_state_dict, state_dict):
+            for name, value in saved.items():
                 self.state[parameter][name] = placed(name, value, parameter)
         for group in self.param_groups:
             self.check(group)
@@ -204,7 +192,7 @@ class RowOptimizer(Optimizer):
         group = self._group_of(parameter)
         own = dict(state)
         own["step"] = int(own.get("step", 0))  # PyTorch's is a tensor, or SGD's is not there
-        for name in MOMENTS & own.keys():
+        for name in own.keys() & {*MOMENTS}:
             own[name] = own[name].to(moment_dtype(parameter, group)).contiguous()
         self._complete(parameter, own, group)
         self.state[parameter] = own
@@ -223,12 +211,29 @@ class RowOptimizer(Optimizer):
                     group.setdefault(option, value)
 
 
+def loaded_states(
+    optimizer: Optimizer, load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]
+) -> list[tuple[Tensor, State]]:
+    """Loads, and returns each parameter with its state as it was saved: loading casts it to the parameter's dtype."""
+    seen: list[dict[str, Any]] = []
+    # The last of the hooks, it sees what the others made of the dict.
+    handle = optimizer.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))
+    try:
+        load(state_dict)
+    finally:
+        handle.remove()
+    (saved,) = seen
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [(p, saved["state"].get(number, {})) for p, number in zip(parameters, numbers, strict=True)]
+
+
 def placed(name: str, value: Any, parameter: Tensor) -> Any:
     """An entry of a saved state where it belongs, in the dtype that it was saved in."""
     return value.to("cpu" if name in _ON_THE_CPU else parameter.device) if isinstance(value, Tensor) else value
 
 
-MOMENTS = frozenset({"exp_avg", "exp_avg_sq"})
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def tables(parameter: Tensor, state: State) -> tuple[Tensor, Tensor | None]:
@@ -237,11 +242,12 @@ def tables(parameter: Tensor, state: State) -> tuple[Tensor, Tensor | None]:
     return (as_rows(state["master"]), values) if "master" in state else (values, None)
 
 
-def zeros_like(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros of a parameter's shape, in huge pages where there are any: rows of them are read at random."""
-    table = torch.empty_like(parameter, dtype=dtype)
-    advise_huge_pages(table)
-    return table.zero_()
+def start_moments(parameter: Tensor, state: State, group: Group) -> None:
+    """Adds Adam's moments, zeros in huge pages where there are any: rows of them are read at random."""
+    for name in MOMENTS:
+        state[name] = torch.empty_like(parameter, dtype=moment_dtype(parameter, group))
+        advise_huge_pages(state[name])
+        state[name].zero_()
 
 
 def step_seed(state: State, group: Group) -> int:
