@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "by_slot.h"
+#include "lagging_bindings.h"
 #include "row_bindings.h"
 #include "rows.h"
 #include "scores.h"

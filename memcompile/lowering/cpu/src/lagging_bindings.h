@@ -1,0 +1,144 @@
+// The operators for rows that are behind, the reads of them and the plans of what they missed: what they are given is
+// checked here, the loops are in lagging_rows.h and skipped_steps.h.
+#pragma once
+
+#include <tuple>
+#include <vector>
+
+#include "lagging_rows.h"
+#include "row_bindings.h"
+#include "skipped_steps.h"
+
+namespace memcompile {
+namespace {
+
+// What the operators that read rows that are behind are given: f(rows, slots, plan numbers), for one type of each.
+template <class F>
+void with_lagging_rows(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots,
+                       const Tensor& plan_of_hit, const Tensor& decays, const Tensor& panels, double eps, const F& f) {
+  STD_TORCH_CHECK(values.scalar_type() != ScalarType::Half, "memcompile: values must be float32, float64 or bfloat16");
+  STD_TORCH_CHECK(is_table(values, values) && is_table(exp_avg, values) && is_table(exp_avg_sq, values) &&
+                      exp_avg_sq.scalar_type() == exp_avg.scalar_type() && is_floating(exp_avg),
+                  "memcompile: values, exp_avg and exp_avg_sq must be contiguous [slots, dim], the last two alike");
+  STD_TORCH_CHECK(slots.dim() == 2 && plan_of_hit.dim() == 2 && plan_of_hit.size(0) == slots.size(0) &&
+                      plan_of_hit.size(1) == slots.size(1) && plan_of_hit.scalar_type() == ScalarType::Long,
+                  "memcompile: plan_of_hit must be int64 as slots [tokens, hits]");
+  check_range(plan_of_hit, decays.size(0), "plan_of_hit");
+  with_value_type(values, [&](auto value) {
+    using Value = decltype(value);
+    using S = Sum<Value>;
+    check_plans<S>(decays, panels);
+    std::vector<S> room;
+    const std::vector<Plan<S>> plans = plans_of<S>(torch::stable::contiguous(decays), torch::stable::contiguous(panels), room);
+    with_state_type<Value>(exp_avg, [&](auto state) {
+      using State = decltype(state);
+      const LaggingRows<Value, State> rows(data<Value>(values), data<State>(exp_avg), data<State>(exp_avg_sq), values.size(1),
+                                           plans.data(), S(eps));
+      with_slot_type(slots, [&](auto slot) {
+        const auto* numbers = data<decltype(slot)>(slots);
+        check_slots(numbers, slots.numel(), values.size(0));
+        f.template operator()<Value>(rows, numbers, data<int64_t>(plan_of_hit));
+      });
+    });
+  });
+}
+
+Tensor lagging_gather(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots_given,
+                      const Tensor& weights_given, const Tensor& plan_given, const Tensor& decays, const Tensor& panels, double eps) {
+  check_weights(slots_given, weights_given);
+  const Tensor slots = torch::stable::contiguous(slots_given), plan_of_hit = torch::stable::contiguous(plan_given);
+  const Tensor weights = as(weights_given, sum_type(values));
+  const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
+  Tensor out = torch::stable::new_empty(values, {tokens, dim}, values.scalar_type());
+  with_lagging_rows(values, exp_avg, exp_avg_sq, slots, plan_of_hit, decays, panels, eps,
+                    [&]<class Value>(const auto& rows, const auto* s, const int64_t* plan) {
+    using S = Sum<Value>;
+    const S* w = data<S>(weights);
+    Value* y = mutable_data<Value>(out);
+    parallel(tokens, 4 * hits * dim, [&](int64_t begin, int64_t end) {
+      std::vector<S> part(rows.room()), sums(rows.room());
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t first = t * hits;
+        rows.weighted_sum(s + first, plan + first, w + first, hits, (end - t) * hits, part.data(), sums.data());
+        for (int64_t c = 0; c < dim; ++c) from_sum(sums[c], y + t * dim + c);
+      }
+    });
+  });
+  return out;
+}
+
+Tensor lagging_dot(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots_given,
+                   const Tensor& grad_given, const Tensor& plan_given, const Tensor& decays, const Tensor& panels, double eps) {
+  const Tensor slots = torch::stable::contiguous(slots_given), plan_of_hit = torch::stable::contiguous(plan_given);
+  STD_TORCH_CHECK(slots.dim() == 2 && grad_given.dim() == 2 && grad_given.size(0) == slots.size(0) && values.dim() == 2 &&
+                      grad_given.size(1) == values.size(1) && grad_given.scalar_type() == values.scalar_type(),
+                  "memcompile: slots must be [tokens, hits], and grad [tokens, dim] in the dtype of values");
+  const Tensor grad = as(grad_given, sum_type(values));
+  const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
+  Tensor out = torch::stable::new_empty(values, {tokens, hits}, sum_type(values));
+  with_lagging_rows(values, exp_avg, exp_avg_sq, slots, plan_of_hit, decays, panels, eps,
+                    [&]<class Value>(const auto& rows, const auto* s, const int64_t* plan) {
+    using S = Sum<Value>;
+    const S* u = data<S>(grad);
+    S* dots = mutable_data<S>(out);
+    parallel(tokens, 4 * hits * dim, [&](int64_t begin, int64_t end) {
+      std::vector<S> vector(rows.room());
+      for (int64_t t = begin; t < end; ++t) {
+        std::copy(u + t * dim, u + (t + 1) * dim, vector.data());
+        const int64_t known = (end - t) * hits;
+        rows.dots(s + t * hits, plan + t * hits, hits, known, vector.data(), dots + t * hits);
+      }
+    });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> skipped_steps(const Tensor& rates_given, const Tensor& starts_given, int64_t until, int64_t terms,
+                                         int64_t moments) {
+  STD_TORCH_CHECK(rates_given.dim() == 2 && rates_given.size(0) > 0 && rates_given.size(1) == Rates::kColumns &&
+                      rates_given.scalar_type() == ScalarType::Double,
+                  "memcompile: rates must be float64 [changes, ", Rates::kColumns, "]");
+  STD_TORCH_CHECK(is_vector(starts_given, starts_given.numel(), ScalarType::Long), "memcompile: starts must be int64 [n]");
+  STD_TORCH_CHECK(terms > 0 && (moments == 7 || moments == 14), "memcompile: terms must be positive, and moments 7 or 14");
+  const Tensor entries = torch::stable::contiguous(rates_given), starts = torch::stable::contiguous(starts_given);
+  const int64_t count = starts.numel();
+  const int64_t* start = data<int64_t>(starts);
+  STD_TORCH_CHECK(count == 0 || (start[0] >= -1 && start[count - 1] <= until &&
+                                 std::adjacent_find(start, start + count, std::greater_equal<>()) == start + count),
+                  "memcompile: starts must be steps from -1 to ", until, ", ascending and each once");
+  const Rates rates(data<double>(entries), entries.size(0));
+  Tensor decays = torch::stable::new_empty(entries, {count, 3}, ScalarType::Double);
+  const int64_t last_entry = rates.entry_of(until);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t after = std::max<int64_t>(start[i], 0), entry = rates.entry_of(after);
+    for (const auto factor : {Rates::kDecay, Rates::kBeta1, Rates::kBeta2}) {
+      const bool of_zero = start[i] < 0 && factor != Rates::kDecay;  // moments that row_adam need not read
+      mutable_data<double>(decays)[3 * i + factor] = of_zero ? 1 : std::exp(rates.log_product(factor, after, entry, until, last_entry));
+    }
+  }
+  const int64_t* const first = std::find_if(start, start + count, [](int64_t step) { return step >= 0; });
+  const int64_t* const last = std::find(first, start + count, until);
+  SkippedSteps all(rates, first, last - first, until, terms);
+  parallel(all.steps(), 64, [&](int64_t begin, int64_t end) { all.make_steps(begin, end); });
+  std::vector<int64_t> counts(last - first);
+  parallel(last - first, 8 * terms, [&](int64_t begin, int64_t end) {
+    SkippedSteps::Maker maker(all);
+    for (int64_t i = begin; i < end; ++i) counts[i] = maker.count(i);
+  });
+  const int64_t most = counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end()), size = most * (1 + moments);
+  Tensor panels = torch::stable::new_empty(entries, {count, most, 1 + moments}, ScalarType::Double);
+  double* out = mutable_data<double>(panels);
+  std::fill(out, out + count * size, 0.0);
+  parallel(last - first, 8 * terms, [&](int64_t begin, int64_t end) {
+    SkippedSteps::Maker maker(all);
+    for (int64_t i = begin; i < end; ++i) {
+      maker.count(i);
+      double* plan = out + (first - start + i) * size;
+      moments == 7 ? maker.fill<7>(plan) : maker.fill<14>(plan);
+    }
+  });
+  return {decays, panels};
+}
+
+}  // namespace
+}  // namespace memcompile
