@@ -18,7 +18,7 @@ _STYLES = {
     OURS: {"color": OURS_COLOUR, "marker": "*", "markersize": 12, "linewidth": 2, "zorder": 3},
     DENSE: {"color": SAME_LAYER, "marker": "o"},
     SPARSE_ADAM: {"color": LIBRARY, "marker": "s"},
-    FBGEMM: {"color": LIBRARY, "marker": "D"},
+    FBGEMM: {"color": LIBRARY, "marker": "D", "linestyle": "--"},
     HARDWARE: {"color": "black", "linestyle": ":", "marker": "."},
 }
 
@@ -36,7 +36,6 @@ def _panel(axes: Axes, results: Results, width: int, part: str) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_title(TITLES[part], fontsize=10)
     axes.grid(which="major", color="0.88", linewidth=0.6)
-    axes.legend(fontsize=8)
 
 
 def draw(results: Results, width: int, path: Path) -> bool:
@@ -54,5 +53,7 @@ def draw(results: Results, width: int, path: Path) -> bool:
     )
     for axes, part in zip(figure.subplots(1, len(parts), sharey=True, squeeze=False)[0], parts, strict=True):
         _panel(axes, results, width, part)
+    named = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), fontsize=8, loc="outside lower center", ncols=len(named))
     figure.savefig(path)
     return True

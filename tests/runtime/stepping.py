@@ -1,4 +1,4 @@
-"""What the tests of values that are stepped by rows share: small models, their training, and the dense one beside it."""
+"""What the tests of values that are stepped by rows share: small models, their training, and the dense one."""
 
 from __future__ import annotations
 
