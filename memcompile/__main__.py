@@ -1,0 +1,5 @@
+"""`python -m memcompile`."""
+
+from memcompile.cli import main
+
+raise SystemExit(main())
