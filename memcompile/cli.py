@@ -83,7 +83,8 @@ def size(text: str) -> int:
 def _plan(options: argparse.Namespace) -> int:
     job = Job(**_of(Job, options))
     given = _of(Hardware, options)
-    hardware = Hardware(**{name: value * _HARDWARE_UNITS.get(name, 1) for name, value in given.items()})
+    in_units = {name: round(value * _HARDWARE_UNITS.get(name, 1), 12) for name, value in given.items()}
+    hardware = Hardware(**in_units)  # rounded, as 10 * 1e-6 is not 1e-5
     found = candidates(job, hardware)
     if options.plot is not None:
         _draw(job, hardware, found, options.plot)

@@ -74,28 +74,27 @@ def alternatives(job: Job, hardware: Hardware) -> dict[str, Candidate]:
 
 
 def remedies(job: Job, hardware: Hardware) -> list[str]:
-    """What would make a job fit that does not: each change alone, or where none does, all that save memory at once."""
+    """What would make a job fit that does not: options that do alone, or where none does, those that save memory
+    together; more GPUs; fewer slots.
+    """
     helping = [option for option, changed in _changes(job).items() if _fits(changed, hardware)]
-    slots = _slots_that_fit(job, hardware)
+    least = replace(job, dtype="bf16", optimizer="row_wise_adagrad", master_weights=False)
+    if not helping and _fits(least, hardware):
+        helping.append("--dtype bf16 --optimizer row_wise_adagrad without --master-weights")
     gpus = _gpus_that_fit(job, hardware)
-    if gpus:
+    if gpus is not None:
         helping.append(f"--gpus {gpus}")
-    if slots:
+    slots = _slots_that_fit(job, hardware)
+    if slots is not None:
         helping.append(f"--slots {slots} (at most, {math.isqrt(slots)}**2)")
-    if helping:
-        return helping
-    for by in ("columns", "rows"):
-        least = replace(job, dtype="bf16", optimizer="sgd", master_weights=False, values_grad="sparse", by=by)
-        if _fits(least, hardware):
-            return [f"--dtype bf16 --optimizer sgd --values-grad sparse --by {by}"]
-    return []
+    return helping
 
 
 def _changes(job: Job) -> dict[str, Job]:
     """Jobs that take another option each, by that option."""
     changes: dict[str, Job] = {}
     if job.master_weights:
-        changes["no --master-weights"] = replace(job, master_weights=False)
+        changes["without --master-weights"] = replace(job, master_weights=False)
     for option, values in {
         "optimizer": ("row_wise_adagrad",),
         "state_dtype": ("bf16",),

@@ -51,8 +51,8 @@ def draw(job: Job, hardware: Hardware, found: Sequence[Candidate], path: Path) -
     _memory(memory_by_gpus, list(by_gpus), list(by_gpus.values()), hardware)
     for axes in (times_by_gpus, memory_by_gpus):
         axes.set_xlabel("GPUs, and the ranks of the best group")
-    for axes, side in ((times_by_gpus, "left"), (memory_by_gpus, "right")):
-        figure.legend(*axes.get_legend_handles_labels(), fontsize=8, ncols=3, loc=f"outside lower {side}")
+    figure.legend(*times.get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower left")
+    figure.legend(*memory.get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower right")
     figure.savefig(path)
 
 

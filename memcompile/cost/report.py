@@ -56,7 +56,7 @@ def misfit(job: Job, hardware: Hardware, found: Sequence[Candidate]) -> str:
     return (
         f"does not fit: groups of {least.ranks} take the least, {_gib(least.memory.total)} GiB a rank, and "
         f"{_gib(hardware.free_memory)} of {_gib(hardware.gpu_memory)} GiB are free beside the rest of the model.\n"
-        + ("It would fit with any of: " + "; ".join(helping) if helping else "No single option makes it fit")
+        + ("It would fit with any one of: " + "; ".join(helping) if helping else "No option makes it fit.")
     )
 
 
@@ -138,9 +138,9 @@ def _cells(c: Candidate) -> list[str]:
     return [
         f"{c.ranks:,}",
         f"{c.replicas:,}",
-        *map(_gib, sizes),
+        *(_short(n / GIB) for n in sizes),
         *(f"{n / MIB:,.0f}" for n in received),
-        *(f"{s * 1e3:,.1f}" for s in seconds),
+        *(_short(s * 1e3) for s in seconds),
     ]
 
 
@@ -188,6 +188,10 @@ def _candidate_as_json(c: Candidate) -> dict[str, Any]:
         ],
         "seconds": asdict(c.times) | {"total": c.times.total},
     }
+
+
+def _short(number: float) -> str:
+    return f"{number:,.1f}" if number < 1000 else f"{number:,.0f}"
 
 
 def _gib(size: float) -> str:

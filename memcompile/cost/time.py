@@ -147,8 +147,8 @@ def times_of(job: Job, hardware: Hardware, ranks: int) -> Times:
     layers, step = exchanges_of(job, hardware, ranks)
     gather = gather_bytes(job, ranks, hardware.granule) * (1 + BACKWARD)
     return Times(
-        layers_wire=sum(e.seconds for e in layers),
-        step_wire=sum(e.seconds for e in step),
+        layers_wire=sum((e.seconds for e in layers), 0.0),
+        step_wire=sum((e.seconds for e in step), 0.0),
         search=job.layers * search_bytes(job) / hardware.hbm,
         gather=job.layers * gather / hardware.hbm,
         update=update_bytes(job, ranks, hardware.granule) / hardware.hbm,

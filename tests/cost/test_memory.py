@@ -1,0 +1,84 @@
+"""Memory of a rank: by hand, and as the optimizers' own states."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memcompile.cost.job import Job
+from memcompile.cost.memory import memory_of, state_bytes
+from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
+
+GIB = 2**30
+
+
+def job(**options):
+    return Job(**{"slots": 2**26, "value_dim": 2048, "gpus": 256} | options)
+
+
+@pytest.mark.parametrize(("ranks", "gib"), [(8, 256), (64, 32), (256, 8)])
+def test_dense_adamw_with_masters_by_hand(ranks, gib):
+    """2 + 4 + 2 + 8 bytes an element."""
+    memory = memory_of(job(gpus=ranks, values_grad="dense", master_weights=True), ranks)
+    assert memory.values + memory.masters + memory.gradient + memory.states == gib * GIB
+    assert (memory.masters, memory.states) == (2 * memory.values, 4 * memory.values)
+
+
+@pytest.mark.parametrize(("ranks", "gib"), [(8, 32), (64, 4), (256, 1)])
+def test_row_wise_states_by_hand(ranks, gib):
+    """2 bytes an element, and 4 a row, which by columns every rank of the group has."""
+    memory = memory_of(job(gpus=ranks, optimizer="row_wise_adagrad"), ranks)
+    assert (memory.values, memory.states, memory.masters) == (gib * GIB, 2**26 * 4, 0)
+    by_rows = memory_of(job(gpus=ranks, optimizer="row_wise_adagrad", by="rows"), ranks)
+    assert (by_rows.values, by_rows.states) == (gib * GIB, 2**26 * 4 // ranks)
+
+
+def test_a_small_job_by_hand():
+    asked = Job(slots=36, value_dim=10, gpus=4, tokens=2, layers=3, heads=2, top_k=2, unique=0.5)
+    memory = memory_of(asked, 4)
+    rows = asked.touched_rows(4)
+    assert memory.values == 36 * 3 * 2
+    assert memory.states == 36 * (2 * 3 * 4 + 4)
+    assert memory.gradient == rows * (8 + 3 * 2)
+    lists, outputs = 3 * (4 * 2) * 4 * 8, (4 * 2) * 3 * 2
+    assert memory.buffers == lists + outputs
+    assert memory.total == memory.values + memory.states + memory.gradient + memory.buffers
+    assert memory_of(asked, 4, rank=3).values == 36 * 1 * 2  # the last rank has less
+
+
+def test_replicas_gather_the_rows_of_all():
+    asked = Job(slots=2**20, value_dim=64, gpus=8, tokens=64)
+    memory = memory_of(asked, 2)
+    assert memory.buffers == 4 * asked.touched_rows(2) * (8 + 32 * 4)
+    assert memory.gradient == asked.touched_rows(8) * (8 + 32 * 2)  # the sum has the rows of all
+    dense = memory_of(Job(slots=2**20, value_dim=64, gpus=8, tokens=64, values_grad="dense"), 2)
+    assert dense.gradient == dense.values and dense.buffers < memory.buffers
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adamw", RowAdamW), ("lazy_adam", LazyAdam), ("row_wise_adagrad", RowwiseAdagrad), ("sgd", RowSGD)],
+)
+def test_states_are_those_of_our_optimizers(name, kind, dtype):
+    slots, columns = 64, 8
+    values = torch.nn.Parameter(torch.zeros(slots, columns, dtype=torch.bfloat16))
+    narrow = {"state_dtype": torch.bfloat16} if dtype == "bf16" and name in ("adamw", "lazy_adam") else {}
+    optimizer = kind([values], **narrow)
+    values.grad = torch.ones_like(values)
+    optimizer.step()
+    tables = [s for s in optimizer.state[values].values() if isinstance(s, torch.Tensor) and s.shape[:1] == (slots,)]
+    asked = Job(slots=slots, value_dim=columns, gpus=1, top_k=8, optimizer=name, state_dtype=dtype)
+    assert slots * state_bytes(asked, columns) == sum(t.numel() * t.itemsize for t in tables)
+
+
+@given(ranks=st.sampled_from([1, 2, 4, 8, 16]), by=st.sampled_from(["columns", "rows"]), dense=st.booleans())
+def test_a_larger_group_holds_less_of_the_table(ranks, by, dense):
+    asked = Job(slots=2**16, value_dim=64, gpus=32, by=by, values_grad="dense" if dense else "sparse")
+    small, large = memory_of(asked, ranks), memory_of(asked, 2 * ranks)
+    assert large.values < small.values and large.states < small.states and large.gradient < small.gradient
+
+
+def test_fp32_values_are_their_own_masters():
+    memory = memory_of(job(dtype="fp32", master_weights=True), 256)
+    assert memory.masters == 0 and memory.values == 2 * memory_of(job(), 256).values

@@ -1,0 +1,219 @@
+"""Bytes on the wire against an enumeration of who sends what to whom, element by element, and rings that really sum."""
+
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memcompile.cost.wire import backward_collectives, forward_collectives, shard_size, step_collectives
+
+RANKS = (1, 2, 3, 4, 7)
+TOKENS, HITS = 5, 6
+DIMS = (1, 2, 5, 8, 12, 13)  # also fewer columns than ranks, and chunks that leave the last ranks less or nothing
+
+
+def columns_of(value_dim, ranks):
+    """Of each rank, as DTensor's Shard(1) divides them."""
+    chunks = [chunk.tolist() for chunk in torch.arange(value_dim).chunk(ranks)]
+    return chunks + [[]] * (ranks - len(chunks))
+
+
+def ring_reduce_scatter(ranks, chunk_bytes):
+    """Bytes that each rank gets in a ring's reduce-scatter of `ranks` chunks, whose sums are checked."""
+    parts = [[{rank} for _ in range(ranks)] for rank in range(ranks)]  # whose numbers are in a chunk
+    received = Counter()
+    for turn in range(ranks - 1):
+        sent = [(rank, (rank - turn) % ranks, parts[rank][(rank - turn) % ranks]) for rank in range(ranks)]
+        for rank, chunk, numbers in sent:
+            after = (rank + 1) % ranks
+            assert not parts[after][chunk] & numbers
+            parts[after][chunk] = parts[after][chunk] | numbers
+            received[after] += chunk_bytes
+    assert all(parts[rank][(rank + 1) % ranks] == set(range(ranks)) for rank in range(ranks))
+    return received
+
+
+def gather(ranks, bytes_of_a_rank):
+    """Bytes that each rank gets where all send the same to everyone."""
+    received = Counter()
+    for source in range(ranks):
+        for rank in range(ranks):
+            if rank != source:
+                received[rank] += bytes_of_a_rank
+    return received
+
+
+def outputs_to_owners(value_dim, ranks, element_bytes):
+    """Holders of columns send each token's part of the output to the rank that the token came from."""
+    received = Counter()
+    for holder, columns in enumerate(columns_of(value_dim, ranks)):
+        for owner in range(ranks):
+            for _ in range(TOKENS):
+                for _ in columns:
+                    received[owner] += element_bytes if owner != holder else 0
+    return received
+
+
+def gradients_to_holders(value_dim, ranks, element_bytes):
+    received = Counter()
+    for owner in range(ranks):
+        for holder, columns in enumerate(columns_of(value_dim, ranks)):
+            for _ in range(TOKENS):
+                for _ in columns:
+                    received[holder] += element_bytes if owner != holder else 0
+    return received
+
+
+def list_of_hits(ranks):
+    slot_and_weight = torch.int32.itemsize + torch.float32.itemsize
+    return gather(ranks, sum(slot_and_weight for _ in range(TOKENS) for _ in range(HITS)))
+
+
+cases = pytest.mark.parametrize("ranks", RANKS)
+dims = pytest.mark.parametrize("value_dim", DIMS)
+widths = pytest.mark.parametrize("element_bytes", [2, 4])
+
+
+@cases
+@dims
+def test_shards_are_those_of_torch_chunk(value_dim, ranks):
+    assert [shard_size(value_dim, ranks, r) for r in range(ranks)] == [len(c) for c in columns_of(value_dim, ranks)]
+
+
+@cases
+@dims
+@widths
+def test_columns_against_an_enumeration(value_dim, ranks, element_bytes):
+    sent = list_of_hits(ranks), outputs_to_owners(value_dim, ranks, element_bytes)
+    sent_back = (
+        gradients_to_holders(value_dim, ranks, element_bytes),
+        ring_reduce_scatter(ranks, TOKENS * HITS * torch.float32.itemsize),
+    )
+    for rank in range(ranks):
+        sizes = (TOKENS, HITS, value_dim, ranks, rank, element_bytes, "columns")
+        forward, backward = forward_collectives(*sizes), backward_collectives(*sizes)
+        if ranks == 1:
+            assert forward == backward == ()
+            continue
+        assert [c.operation for c in forward] == ["all_gather", "all_to_all"]
+        assert [c.received_bytes for c in forward] == [received[rank] for received in sent]
+        assert [c.operation for c in backward] == ["all_to_all", "reduce_scatter"]
+        assert [c.received_bytes for c in backward] == [received[rank] for received in sent_back]
+
+
+@cases
+@dims
+@widths
+def test_rows_against_an_enumeration(value_dim, ranks, element_bytes):
+    outputs = TOKENS * value_dim * element_bytes  # of a rank's tokens
+    sent = list_of_hits(ranks), ring_reduce_scatter(ranks, outputs)
+    sent_back = gather(ranks, outputs), ring_reduce_scatter(ranks, TOKENS * HITS * torch.float32.itemsize)
+    for rank in range(ranks):
+        sizes = (TOKENS, HITS, value_dim, ranks, rank, element_bytes, "rows")
+        forward, backward = forward_collectives(*sizes), backward_collectives(*sizes)
+        if ranks == 1:
+            assert forward == backward == ()
+            continue
+        assert [c.operation for c in forward] == ["all_gather", "reduce_scatter"]
+        assert [c.received_bytes for c in forward] == [received[rank] for received in sent]
+        assert [c.operation for c in backward] == ["all_gather", "reduce_scatter"]
+        assert [c.received_bytes for c in backward] == [received[rank] for received in sent_back]
+
+
+def step(rows, value_dim, ranks, rank, element_bytes=2, by="columns", **options):
+    return step_collectives(rows, value_dim, ranks, rank, element_bytes, by, **{"slots": 64, "replicas": 1} | options)
+
+
+@cases
+@dims
+@pytest.mark.parametrize("replicas", RANKS)
+def test_a_sparse_gradient_against_an_enumeration(value_dim, ranks, replicas):
+    rows = 12
+    for rank, columns in enumerate(columns_of(value_dim, ranks)):
+        row = torch.int64.itemsize + sum(torch.float32.itemsize for _ in columns)
+        expected = [] if replicas == 1 else [gather(replicas, sum(row for _ in range(rows)))[0]]
+        found = step(rows, value_dim, ranks, rank, replicas=replicas)
+        assert [c.received_bytes for c in found] == expected
+        assert all((c.operation, c.over) == ("all_gather", "replicas") for c in found)
+
+
+@cases
+@pytest.mark.parametrize("replicas", RANKS)
+def test_a_dense_gradient_against_a_ring(ranks, replicas):
+    slots, value_dim = 84, 13  # 84 rows are divided by every number of replicas
+    for rank, columns in enumerate(columns_of(value_dim, ranks)):
+        chunk = slots // replicas * len(columns) * 2
+        expected = ring_reduce_scatter(replicas, chunk)[0] + gather(replicas, chunk)[0]
+        found = step(5, value_dim, ranks, rank, slots=slots, replicas=replicas, values_grad="dense")
+        assert [c.received_bytes for c in found] == ([expected] if replicas > 1 else [])
+
+
+@cases
+def test_by_rows_a_rank_has_a_part_of_the_rows_and_all_of_their_columns(ranks):
+    rows, value_dim, replicas = 84, 5, 3
+    row = 8 + value_dim * 4
+    (sparse,) = step(rows, value_dim, ranks, 0, by="rows", replicas=replicas)
+    assert sparse.received_bytes == (replicas - 1) * (rows // ranks) * row
+    (dense,) = step(rows, value_dim, ranks, 0, by="rows", replicas=replicas, slots=252, values_grad="dense")
+    assert dense.received_bytes == 2 * (replicas - 1) * (252 // ranks // replicas) * value_dim * 2
+
+
+@cases
+def test_row_wise_adagrad_sums_the_squares_of_rows_over_the_group(ranks):
+    rows = 84
+    chunk = rows // ranks * torch.float32.itemsize
+    expected = ring_reduce_scatter(ranks, chunk)[0] + gather(ranks, chunk)[0]
+    found = step(rows, 13, ranks, 0, optimizer="row_wise_adagrad")
+    assert [(c.received_bytes, c.operation, c.over) for c in found] == (
+        [(expected, "all_reduce", "memory")] if ranks > 1 else []
+    )
+    assert step(rows, 13, ranks, 0, optimizer="row_wise_adagrad", by="rows") == ()  # whole rows: nothing to sum
+
+
+def test_row_wise_adagrad_sums_the_rows_of_all_replicas():
+    options = {"optimizer": "row_wise_adagrad", "replicas": 2, "updated_rows": 40}
+    gradient, squares = step(30, 8, 4, 0, **options)
+    assert gradient.received_bytes == 30 * (8 + 2 * 4)
+    assert squares.received_bytes == 2 * 3 * 40 * 4 // 4
+    *_, squares = step(30, 8, 4, 0, **options, values_grad="dense")
+    assert squares.received_bytes == 2 * 3 * 64 * 4 // 4  # all slots
+
+
+@given(ranks=st.integers(1, 9), replicas=st.integers(2, 9))
+def test_fractions_are_rounded_up(ranks, replicas):
+    (dense,) = step(1, 5, ranks, 0, slots=7, replicas=replicas, values_grad="dense")
+    exact = Fraction(2 * (replicas - 1), replicas) * 7 * shard_size(5, ranks, 0) * 2
+    assert exact <= dense.received_bytes < exact + 1
+
+
+@given(
+    tokens=st.integers(1, 100),
+    hits=st.integers(1, 100),
+    value_dim=st.integers(1, 300),
+    ranks=st.integers(2, 40),
+    element_bytes=st.sampled_from([2, 4]),
+)
+def test_what_all_ranks_receive_by_columns_is_the_same_forward_and_backward(
+    tokens, hits, value_dim, ranks, element_bytes
+):
+    def sums(collectives, which):
+        return sum(
+            collectives(tokens, hits, value_dim, ranks, rank, element_bytes)[which].received_bytes
+            for rank in range(ranks)
+        )
+
+    everything = ranks * (ranks - 1) * tokens * hits
+    assert sums(forward_collectives, 0) == everything * 8 and sums(backward_collectives, 1) == everything * 4
+    assert sums(forward_collectives, 1) == sums(backward_collectives, 0)
+
+
+def test_wrong_arguments_are_errors_that_name_them():
+    with pytest.raises(ValueError, match="rank: expected 0 to 3, got 4"):
+        forward_collectives(1, 1, 8, 4, 4, 2)
+    with pytest.raises(ValueError, match="by: expected 'columns' or 'rows', got 'diagonals'"):
+        backward_collectives(1, 1, 8, 4, 0, 2, "diagonals")
+    with pytest.raises(ValueError, match="rank: expected 0 to 0, got 1"):
+        step_collectives(1, 8, 1, 1, 2, replicas=1, slots=4)
