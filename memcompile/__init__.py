@@ -16,6 +16,7 @@ from memcompile.planning import catch_up, config_from, plan, reset_parameters
 from memcompile.runtime.checkpoint import install_load_guard
 from memcompile.runtime.optimizer_checkpoints import install_exact_loading
 from memcompile.runtime.replicas import install_replica_hook
+from memcompile.runtime.sharding import shard
 from memcompile.runtime.steps import install_step_hooks
 from memcompile.runtime.values_stepper import stepper_of
 from memcompile.sites import FfnSite
@@ -37,6 +38,7 @@ __all__ = [
     "find_ffns",
     "plan",
     "reset_parameters",
+    "shard",
 ]
 
 install_front_door()

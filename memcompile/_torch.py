@@ -11,7 +11,18 @@ from typing import Any, cast
 from torch import fx
 from torch._dynamo import list_backends, register_backend
 
-__all__ = ["compile_fx", "inductor_options", "list_backends", "register_backend"]
+__all__ = ["OVERLAP", "compile_fx", "inductor_options", "list_backends", "register_backend"]
+
+# Options of Inductor that move compute between the start of a collective and the wait for it, which it does not by
+# default. In the order that its configuration recommends.
+OVERLAP: dict[str, Any] = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": [
+        "reorder_communication_preserving_peak_memory",
+        "sink_waits_iterative",
+        "reorder_communication_preserving_peak_memory",
+    ],
+}
 
 
 def inductor_options() -> list[str]:

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from memcompile._torch import compile_fx
+from memcompile._torch import OVERLAP, compile_fx
 from memcompile.errors import PlanError
 from memcompile.lowering import cpu, inductor_patches
+from memcompile.passes.capacity import agreement_of
 from memcompile.passes.dense_gradient import make_dense_where_read
 from memcompile.passes.verify import verify
 from memcompile.runtime.pool import MemoryPool, live_pools
+from memcompile.runtime.sharded_graphs import run_sharded
 from memcompile.runtime.values_gradient import watch_gradient
 
 log = logging.getLogger(__name__)
@@ -51,11 +53,14 @@ class Backend:
         }
         calls = {site.down: site.calls for pool in pools for site in pool.chosen} if self.whole else None
         verify(graph_module, example_inputs, layers, calls)
-        if make_dense_where_read(graph_module, example_inputs, [pool.values for pool in pools]):
+        if make_dense_where_read(graph_module, example_inputs, [pool.table for pool in pools]):
             log.info("the compiled graph reads the memory's values beside its layers: their gradient is dense there")
         for pool in pools:
             watch_gradient(pool)
-        return _lower(graph_module, example_inputs, repr([pool.config for pool in pools]), **kwargs)
+        agreement = agreement_of(graph_module, example_inputs)
+        sharded = [pool for pool in pools if pool.sharded is not None]
+        lowered = _lower(graph_module, example_inputs, repr([pool.config for pool in pools]), bool(sharded), **kwargs)
+        return run_sharded(lowered, example_inputs, sharded, agreement) if sharded else lowered
 
 
 def memcompile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable:
@@ -73,10 +78,11 @@ def _lower(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],
     key: str,
+    overlaps: bool,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Callable:
-    patches = dict(options or {})
+    patches = (OVERLAP if overlaps else {}) | dict(options or {})
     if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in example_inputs):
         key += f", CPU kernels: {cpu.load()}"  # built now, and not in the first step
     patches |= inductor_patches(key, patches.get("post_grad_custom_pre_pass"))

@@ -20,10 +20,12 @@ from memcompile.config import OPTION_NAMES, check_names
 from memcompile.errors import OptionError, PlanError
 from memcompile.planning import plan
 from memcompile.runtime.pool import live_pools, pool_of
+from memcompile.runtime.values_gradient import watch_gradient
 from memcompile.runtime.wrappers import unwrap
 
 NAME = "memcompile"
-_OWN_KEYWORDS = (*OPTION_NAMES, "memory", "example_inputs")
+_PLAN_KEYWORDS = ("memory", "example_inputs", "memory_mesh", "shard_by", "shard_tokens")
+_OWN_KEYWORDS = (*OPTION_NAMES, *_PLAN_KEYWORDS)
 
 
 def install_front_door() -> None:
@@ -59,7 +61,7 @@ def _is_ours(backend: Any) -> bool:
 def _split(kwargs: dict[str, Any], torch_keywords: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Our options, given as keywords or inside ``options``, and what is left for ``torch.compile``."""
     options = dict(kwargs.get("options") or {})
-    check_names({k: v for k, v in kwargs.items() if k not in torch_keywords}, also_known=("memory", "example_inputs"))
+    check_names({k: v for k, v in kwargs.items() if k not in torch_keywords}, also_known=_PLAN_KEYWORDS)
     ours = {k: v for k, v in kwargs.items() if k in _OWN_KEYWORDS}
     for name in [k for k in options if k in _OWN_KEYWORDS]:
         value = options.pop(name)
@@ -88,6 +90,7 @@ def _plan(model: Any, ours: dict[str, Any], fullgraph: bool) -> Backend:
     root, wrappers = unwrap(module)
     pool = pool_of(root)
     assert pool is not None
+    watch_gradient(pool)  # of values that were cast or moved since
     is_forward = model is module or getattr(model, "__name__", "") in ("forward", "_call_impl")
     return Backend(pool, whole=fullgraph and is_forward and root is pool.root and not wrappers)
 

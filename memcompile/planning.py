@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from memcompile.config import OPTION_NAMES, MemoryConfig, check_names
 from memcompile.errors import OptionError, PlanError
 from memcompile.explain import Explanation, explain
-from memcompile.lowering.parameters import draw_values
+from memcompile.lowering.parameters import draw_values, values_shape
 from memcompile.passes.detect import find_blocks
 from memcompile.passes.graphs import is_captured
 from memcompile.passes.place import place
@@ -25,6 +26,7 @@ from memcompile.runtime.install import install
 from memcompile.runtime.interrupts import uninterrupted
 from memcompile.runtime.optimizers import adopt_optimizers
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
+from memcompile.runtime.sharding import check_plans_agree, check_same, cut, draw_part
 from memcompile.runtime.wrappers import is_sharded, unwrap
 from memcompile.sites import FfnSite
 from memcompile.sizes import resolve
@@ -33,7 +35,14 @@ log = logging.getLogger(__name__)
 
 
 def plan(
-    model: nn.Module, *, memory: MemoryConfig | None = None, example_inputs: Any = None, **options: Any
+    model: nn.Module,
+    *,
+    memory: MemoryConfig | None = None,
+    example_inputs: Any = None,
+    memory_mesh: DeviceMesh | None = None,
+    shard_by: str = "columns",
+    shard_tokens: str = "uneven",
+    **options: Any,
 ) -> Explanation:
     """Replaces feed-forward blocks of ``model`` by memory layers, or adds memory to them, in place.
 
@@ -47,6 +56,8 @@ def plan(
         example_inputs: a tuple of positional or a dict of keyword arguments of one forward, for models whose
             inputs cannot be guessed. Of its tensors only shapes and dtypes are read, unless
             values decide the path: then a copy of the model runs on them once.
+        memory_mesh, shard_by, shard_tokens: shards the values over a mesh as they are made, so that no rank ever has
+            all of them: `mesh`, `by` and `tokens` of :func:`memcompile.shard`. A collective then.
         options: fields of :class:`memcompile.MemoryConfig`.
 
     Returns:
@@ -68,6 +79,9 @@ def plan(
         )
     given = options if memory is None else requested.as_options()
     if _is_planned(root, given):
+        if memory_mesh is not None:
+            planned = _pool(root)
+            check_same(planned, cut(planned.config, memory_mesh, shard_by, shard_tokens))
         return explain(model)
     if is_sharded(root):
         raise PlanError(
@@ -75,10 +89,13 @@ def plan(
             f"so that the memory's parameters are sharded with the rest"
         )
     for wrapper in parallel:
-        check_rebuildable(wrapper, requested)
+        check_rebuildable(wrapper, requested, memory_mesh is not None)
     sites, chosen = _choose(root, requested, example_inputs)
     config = resolve(requested, chosen, sum(p.numel() for p in root.parameters()))
     pool = MemoryPool(root=root, config=config, requested=requested, sites=tuple(sites))
+    if memory_mesh is not None:
+        pool.sharded = cut(config, memory_mesh, shard_by, shard_tokens)
+        check_plans_agree(pool, pool.sharded)
     with uninterrupted():
         adopt_optimizers(install(pool, chosen), pool)
         for wrapper in parallel:
@@ -96,7 +113,10 @@ def reset_parameters(model: nn.Module) -> None:
     """
     pool = _pool(model)
     pool.catch_up()  # what rows have missed is of the values as they are now
-    draw_values(pool.values)
+    if pool.sharded is None:
+        draw_values(pool.values)
+    else:
+        draw_part(pool.table, pool.sharded, values_shape(pool.config))
     for layer in pool.layers.values():
         layer.reset_parameters()
 

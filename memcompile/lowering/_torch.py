@@ -32,6 +32,7 @@ __all__ = [
     "is_traced",
     "on_the_cpu",
     "onednn_linear",
+    "process_group",
     "run_graph_pass",
     "size_hint",
 ]
@@ -94,6 +95,11 @@ def in_backward() -> bool:
 def is_traced(tensor: Tensor) -> bool:
     """Whether AOTAutograd or Dynamo is tracing what is done with the tensor."""
     return isinstance(tensor, (FakeTensor, FunctionalTensor))
+
+
+def process_group(name: str) -> torch.distributed.ProcessGroup:
+    """The process group that functional collectives know by this name."""
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def graph_pass_base() -> type:

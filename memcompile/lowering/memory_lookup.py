@@ -5,14 +5,17 @@ which Inductor fuses, and the operators `product_key_topk`, `weighted_gather` an
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from memcompile.lowering._torch import functorch_is_active
+from memcompile.lowering.collectives import sum_gradients, sum_over_ranks
 from memcompile.lowering.product_key_topk import check_top_k
 from memcompile.lowering.schema import LIBRARY, operator
+from memcompile.lowering.sharded_table import ASK, SAME_TOKENS, Shards, sharded_gather
 
 VALUES_GRADS = ("dense", "sparse", "fused")
 
@@ -32,6 +35,8 @@ def memory_lookup(
     heads: int,
     top_k: int,
     values_grad: str = "dense",
+    shards: Shards | None = None,
+    capacity: int = ASK,
 ) -> Tensor:
     """A product-key memory layer (Lample et al. 2019; Memory Layers at Scale, arXiv 2412.09764, section 3).
 
@@ -58,6 +63,11 @@ def memory_lookup(
         values_grad: "dense", or "sparse" for a gradient of `values` that is a coalesced sparse COO tensor of the rows
             that were hit, or "fused" for none at all: `sparse_table` tells who then updates them. Under torch.func
             transforms it is always dense.
+        shards: how the values lie on the ranks of a memory group, of which `values` is what this rank holds; None for
+            the whole table. See `sharded_table`.
+        capacity: of a sharded table, the most tokens that a rank of the group has in this call. By default the ranks
+            tell each other. With `SAME_TOKENS` all have the same tokens, and `gate_weight`, `gate_bias` and
+            `out_weight` are of the own columns too (tensor parallelism).
 
     Returns:
         [..., d_out], or [..., value_dim] with no projection, in the dtype of `F.linear(x, query_weight)`.
@@ -69,6 +79,7 @@ def memory_lookup(
     return operator("memory_lookup")(
         x, query_weight, query_bias, half_keys, values,
         gate_weight, gate_bias, out_weight, out_bias, temperature, heads, top_k, values_grad,
+        *(("", (), 0, 1) if shards is None else (shards.group, shards.sizes, shards.rank, shards.dim)), capacity,
     )  # fmt: skip
 
 
@@ -86,12 +97,20 @@ def _composite(
     heads: int,
     top_k: int,
     values_grad: str = "dense",
+    group: str = "",
+    parts: Sequence[int] = (),
+    part: int = 0,
+    shard_dim: int = 1,
+    capacity: int = ASK,
 ) -> Tensor:
+    shards = Shards(group, tuple(parts), part, shard_dim) if parts else None
     _check_search(x, query_weight, query_bias, half_keys, temperature, heads, top_k)
-    _check_read(x, half_keys, values, gate_weight, gate_bias, out_weight, out_bias)
+    shape = values.shape if shards is None or values.dim() != 2 else shards.whole(values)
+    columns = shards.own if shards is not None and capacity == SAME_TOKENS else shape[1]
+    _check_read(x, half_keys, shape, columns, gate_weight, gate_bias, out_weight, out_bias)
     if values_grad not in VALUES_GRADS:
         raise ValueError(f"values_grad: expected one of {', '.join(VALUES_GRADS)}, got {values_grad!r}")
-    half_dim, value_dim = half_keys.shape[3], values.shape[1]
+    half_dim, value_dim = half_keys.shape[3], shape[1]
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     query = F.linear(tokens, query_weight, query_bias)  # [tokens, heads * key_dim]
     layer_dtype = query.dtype
@@ -107,17 +126,32 @@ def _composite(
         half_keys = F.normalize(half_keys, dim=-1)
     weights, slots = operator("product_key_search")(halves.flatten(-2), half_keys, top_k)  # [tokens, heads, k]
     slots, weights = slots.flatten(1), weights.flatten(1)
-    if values_grad == "dense" or functorch_is_active():
+    in_parallel = shards is not None and capacity == SAME_TOKENS and shards.ranks > 1
+    if in_parallel:  # each rank goes on with its own columns, and has their share of the gradients
+        weights, tokens = sum_gradients(weights, group), sum_gradients(tokens, group)
+    if shards is not None:
+        y = sharded_gather(values, slots, weights, shards, capacity, values_grad)
+    elif values_grad == "dense" or functorch_is_active():
         y = operator("weighted_gather")(values, slots, weights)  # [tokens, value_dim]
     else:
         y = operator("table_gather")(values, slots, weights, values_grad)
     y = y.to(layer_dtype)
     if gate_weight is not None:
         y = y * F.silu(F.linear(tokens, gate_weight, gate_bias))
-    if out_weight is not None:
+    if in_parallel:
+        y = _join_columns(y, out_weight, out_bias, Shards(group, tuple(parts), part, shard_dim))
+    elif out_weight is not None:
         y = F.linear(y, out_weight, out_bias)
     d_out = value_dim if out_weight is None else out_weight.shape[0]
     return y.reshape(*x.shape[:-1], d_out)
+
+
+def _join_columns(y: Tensor, out_weight: Tensor | None, out_bias: Tensor | None, shards: Shards) -> Tensor:
+    """The layer's output of y [tokens, own columns]: the sum of what each rank's columns project to."""
+    if out_weight is None:  # the columns are the output
+        return sum_over_ranks(F.pad(y, (shards.offset, sum(shards.sizes) - shards.offset - shards.own)), shards.group)
+    y = sum_over_ranks(F.linear(y, out_weight), shards.group)
+    return y if out_bias is None else y + out_bias
 
 
 def _expect_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
@@ -158,16 +192,16 @@ def _check_search(
 def _check_read(
     x: Tensor,
     half_keys: Tensor,
-    values: Tensor,
+    values_shape: Sequence[int],
+    value_dim: int,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     out_weight: Tensor | None,
     out_bias: Tensor | None,
 ) -> None:
     n_keys = half_keys.shape[2]
-    if values.dim() != 2 or values.shape[0] != n_keys * n_keys:
-        raise ValueError(f"values: expected [n_keys**2 = {n_keys * n_keys}, value_dim], got {list(values.shape)}")
-    value_dim = values.shape[1]
+    if len(values_shape) != 2 or values_shape[0] != n_keys * n_keys:
+        raise ValueError(f"values: expected [n_keys**2 = {n_keys * n_keys}, value_dim], got {list(values_shape)}")
     if gate_weight is None and gate_bias is not None:
         raise ValueError("gate_bias: given without gate_weight")
     _expect_shape("gate_weight", gate_weight, (value_dim, x.shape[-1]), "[value_dim, d]")

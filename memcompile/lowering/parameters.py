@@ -66,9 +66,44 @@ def draw_layer(parameters: Mapping[str, Tensor | None], config: MemoryConfig) ->
             nn.init.constant_(parameter, 10.0)  # as cosine attention starts (Swin v2)
 
 
-def draw_values(values: Tensor) -> None:
-    """Draws ``values [slots, value_dim]`` from N(0, value_dim**-1/2), in place."""
-    nn.init.normal_(values, std=values.shape[1] ** -0.5)
+_BLOCK = 4096, 16  # rows and columns that are drawn at once
+
+
+def draw_values(
+    values: Tensor, seed: int | None = None, shape: tuple[int, int] | None = None, start: tuple[int, int] = (0, 0)
+) -> None:
+    """Draws ``values [slots, value_dim]`` from N(0, value_dim**-1/2), in place.
+
+    Blocks of the table have generators of their own, so that any part of it can be drawn by itself: whoever holds which
+    part, the table is the same, on devices of one kind.
+
+    Args:
+        values: the table, or a part of it.
+        seed: None takes one from PyTorch's default generator.
+        shape: of the whole table; None where `values` is it.
+        start: the row and column of the table that the part begins with.
+    """
+    _, value_dim = shape or values.shape
+    seed = draw_seed() if seed is None else seed
+    if values.is_meta:
+        return
+    (first_row, first_column), (rows, columns) = start, values.shape
+    blocks_a_row = -(-value_dim // _BLOCK[1])
+    generator = torch.Generator(values.device)
+    for row in range(first_row - first_row % _BLOCK[0], first_row + rows, _BLOCK[0]):
+        for column in range(first_column - first_column % _BLOCK[1], first_column + columns, _BLOCK[1]):
+            generator.manual_seed(seed + row // _BLOCK[0] * blocks_a_row + column // _BLOCK[1])
+            block = torch.randn(_BLOCK, generator=generator, device=values.device).mul_(value_dim**-0.5)
+            top, left = max(row, first_row), max(column, first_column)
+            bottom = min(row + _BLOCK[0], first_row + rows)
+            right = min(column + _BLOCK[1], first_column + columns)
+            part = values.detach()[top - first_row : bottom - first_row, left - first_column : right - first_column]
+            part.copy_(block[top - row : bottom - row, left - column : right - column])
+
+
+def draw_seed() -> int:
+    """A seed of `draw_values`, by PyTorch's default generator."""
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62))
 
 
 def new_values(config: MemoryConfig, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -3,7 +3,7 @@
     table_gather  (V, s, w)[t]    = sum_h w[t, h] * V[s[t, h]]              [tokens, value_dim]
     table_dot     (V, s, u)[t, h] = V[s[t, h]] . u[t]                       [tokens, hits]
     sparse_scatter(V, [s], [w], [u]) = the sum of weighted_scatter(s, w, u) over the layers, in the rows that they hit:
-                                       coalesced sparse COO [num_slots, value_dim]
+                                       coalesced sparse COO [num_slots, value_dim]; a slot of -1 is no hit
 
 They are `weighted_gather`, `gather_dot` and `weighted_scatter` for values that an optimizer for rows steps. It leaves
 rows behind until they are touched; so what is read is what the rows are by now, and whoever steps them is asked:
@@ -83,8 +83,13 @@ Factors = Sequence[Tensor]  # slots, weights or gradients, of one layer each
 
 
 def _sparse_scatter(values: Tensor, slots: Factors, weights: Factors, grads: Factors, opaque: bool = False) -> Tensor:
-    rows, sums = operator("row_sums")(*_joined(slots, weights, grads), values.shape[0])
-    return coalesced(rows, sums, values.shape[0])
+    joined, *factors = _joined(slots, weights, grads)
+    if joined.numel() == 0 or bool((joined >= 0).all()):
+        rows, sums = operator("row_sums")(joined, *factors, values.shape[0])
+        return coalesced(rows, sums, values.shape[0])
+    rows, sums = operator("row_sums")(joined + 1, *factors, values.shape[0] + 1)
+    first = int(rows[0] == 0)  # the row of what hits none
+    return coalesced(rows[first:] - 1, sums[first:], values.shape[0])
 
 
 def _fused_scatter(values: Tensor, slots: Factors, weights: Factors, grads: Factors, opaque: bool = False) -> Tensor:

@@ -10,10 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo import OptimizedModule
+from torch._dynamo.decorators import mark_unbacked
 from torch.autograd import Variable
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["OptimizedModule", "after_backward", "at_once", "backward_number", "innermost", "sparse_parts"]
+__all__ = [
+    "OptimizedModule",
+    "after_backward",
+    "at_once",
+    "backward_number",
+    "innermost",
+    "local_part",
+    "sized_at_run_time",
+    "sparse_parts",
+    "whole_like",
+]
+
+_NO_SIZE = 1_000_003  # what a size that is known at run time alone looks like until then
 
 
 @contextmanager
@@ -42,3 +56,40 @@ def after_backward(call: Callable[[], None]) -> None:
 def backward_number() -> int:
     """A number of the backward that is running in this thread; -1 outside of one."""
     return int(torch._C._current_graph_task_id())
+
+
+@torch.no_grad()
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def whole_like(values: DTensor, part: Tensor) -> DTensor:
+    """The DTensor that lies as `values`, of which `part` is what this rank holds.
+
+    With a sparse part it passes for a strided tensor, as DTensors with sparse parts are known to nobody: what is done
+    with it, by clipping for one, is done with the part.
+    """
+    if not part.is_sparse:
+        return DTensor.from_local(
+            part, values.device_mesh, values.placements, run_check=False, shape=values.shape, stride=values.stride()
+        )
+    whole: DTensor = torch.Tensor._make_wrapper_subclass(
+        DTensor,
+        values.shape,
+        strides=values.stride(),
+        dtype=part.dtype,
+        device=part.device,
+        layout=torch.strided,
+        requires_grad=False,
+    )
+    whole._spec, whole._local_tensor = values._spec, part
+    return whole
+
+
+def sized_at_run_time() -> Tensor:
+    """A tensor of no numbers, of whose first size graphs assume nothing."""
+    tensor = torch.empty(1).expand(_NO_SIZE)
+    mark_unbacked(tensor, 0)
+    return tensor

@@ -12,10 +12,12 @@ from memcompile.errors import PlanError
 from memcompile.runtime.replicas import FUSED_IN_DDP
 
 
-def check_rebuildable(ddp: DistributedDataParallel, memory: MemoryConfig) -> None:
+def check_rebuildable(ddp: DistributedDataParallel, memory: MemoryConfig, sharded: bool) -> None:
     """Raises PlanError for options that a DDP object cannot be initialised with a second time, or a memory that it
     cannot hold.
     """
+    if sharded:
+        raise PlanError(f"{type(ddp.module).__name__} is in DDP already: plan with memory_mesh= first, then wrap it")
     if memory.values_grad == "fused":
         raise PlanError(FUSED_IN_DDP)
     lost = [name for name in ("mixed_precision", "_delay_all_reduce_params") if getattr(ddp, name, None)]

@@ -13,6 +13,7 @@ from memcompile.runtime.added import CarryingWeight
 from memcompile.runtime.checkpoint import install_checkpoint_hook
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool
+from memcompile.runtime.sharding import cut_layers, new_sharded_values
 from memcompile.runtime.stand_ins import ReplacedParameter, Role
 from memcompile.runtime.values_gradient import watch_gradient
 from memcompile.sites import LAYER_NAME, VALUES_NAME, FfnSite
@@ -37,7 +38,10 @@ def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
     root = pool.root
     _check(root, chosen)
     down = root.get_parameter(chosen[0].down)
-    values = new_values(pool.config, down.dtype, down.device)
+    if pool.sharded is None:
+        values = new_values(pool.config, down.dtype, down.device)
+    else:
+        values = new_sharded_values(pool, down.dtype, down.device)
     layers = [_create_layer(pool, site) for site in chosen]
 
     parameters = [root.get_parameter(name) for site in chosen for name in site.replaced]
@@ -50,6 +54,8 @@ def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
         pool.layers[site.down] = layer
     if not pool.adds:
         pool.removed_parameters = sum(parameter.numel() for parameter in parameters)
+    if pool.sharded is not None:
+        cut_layers(pool)
     _keep_padded(root, layers)
     return parameters
 

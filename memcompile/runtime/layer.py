@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from memcompile.lowering import memory_lookup
 from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.parameters import draw_layer, new_layer
+from memcompile.lowering.sharded_table import ASK
 from memcompile.runtime.checkpoint import encode_plan
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.values_gradient import watch_gradient
@@ -59,8 +61,8 @@ class MemoryLayer(nn.Module):
         """Draws the layer's own parameters anew; the pool's values stay."""
         draw_layer(self._parameters, self.pool.config)
 
-    def tensors(self) -> LayerTensors:
-        """What the op reads besides the tokens, in the order of its arguments."""
+    def parameters_of_lookup(self) -> LayerTensors:
+        """What the op reads besides the tokens, in the order of its arguments; DTensors where they are sharded."""
         return (
             self.query_weight,
             self.query_bias,
@@ -73,6 +75,13 @@ class MemoryLayer(nn.Module):
             self.temperature,
         )
 
+    def tensors(self) -> LayerTensors:
+        """What this rank has of them."""
+        query_weight, query_bias, half_keys, _, gate_weight, gate_bias, out_weight, *rest = self.parameters_of_lookup()
+        table = self.pool.table_in_graphs if torch.compiler.is_compiling() else self.pool.table
+        cut = _own_part(gate_weight), _own_part(gate_bias), _own_part(out_weight)
+        return (query_weight, query_bias, half_keys, table, *cut, *rest)  # type: ignore[return-value]
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             self.pool.catch_up()  # the program is saved with the values
@@ -80,7 +89,16 @@ class MemoryLayer(nn.Module):
             watch_gradient(self.pool)  # values of a copy, or that were loaded with assign=True
             if self.pool.values_grad == "dense" or functorch_is_active():
                 self.pool.catch_up()  # what is stored is read
-        return memory_lookup(x, *self.tensors(), heads=self.heads, top_k=self.top_k, values_grad=self.pool.values_grad)
+        sharded = self.pool.sharded
+        return memory_lookup(
+            x,
+            *self.tensors(),
+            heads=self.heads,
+            top_k=self.top_k,
+            values_grad=self.pool.values_grad,
+            shards=None if sharded is None else sharded.shards,
+            capacity=ASK if sharded is None else sharded.capacity(x),
+        )
 
     def get_extra_state(self) -> Tensor:
         return encode_plan(self.pool)
@@ -94,3 +112,8 @@ class MemoryLayer(nn.Module):
             f"width={self.width}, slots={config.n_keys**2}, heads={self.heads}, top_k={self.top_k}, "
             f"key_dim={config.key_dim}, value_dim={config.value_dim}, gate={config.gate}"
         )
+
+
+def _own_part(parameter: _Optional) -> _Optional:
+    """The own columns, as autograd sees them, of what tensor parallelism has cut."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memcompile.config import MemoryConfig
+from memcompile.runtime._torch import local_part
 from memcompile.sites import VALUES_NAME, FfnSite
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
     from memcompile.runtime.replicas import Replicas
+    from memcompile.runtime.sharded_values import ShardedValues
     from memcompile.runtime.values_stepper import ValuesReader
 
 _POOL_ATTRIBUTE = "_memcompile_pool"
@@ -38,6 +40,7 @@ class MemoryPool:
         removed_parameters: how many numbers the replaced FFNs held; none left where the memory is added.
         stepper: who steps the values by rows, and reads them; None until an optimizer does.
         replicas: the DDP that the model is in, where it is in one and the gradient of the values is sparse.
+        sharded: how the values lie on a mesh; None where each process has all of them.
     """
 
     root: nn.Module
@@ -48,6 +51,7 @@ class MemoryPool:
     removed_parameters: int = 0
     stepper: ValuesReader | None = None
     replicas: Replicas | None = None
+    sharded: ShardedValues | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A filter may be a lambda, which cannot be pickled; the config names the blocks that it chose. A copy is in
@@ -71,8 +75,27 @@ class MemoryPool:
 
     @property
     def values(self) -> nn.Parameter:
-        """The table [n_keys**2, value_dim]."""
+        """The table [n_keys**2, value_dim]; a DTensor where it is sharded."""
         return getattr(self.root, VALUES_NAME)
+
+    @property
+    def table(self) -> nn.Parameter:
+        """What this process holds of the values: what layers read, and what optimizers for rows step."""
+        return self.values if self.sharded is None else self.sharded.part(self.values)
+
+    @property
+    def table_in_graphs(self) -> nn.Parameter:
+        """The same for Dynamo, which cannot trace how it is kept up to date: that is done before a graph runs."""
+        return self.values if self.sharded is None or self.sharded.own is None else self.sharded.own
+
+    @property
+    def table_grad(self) -> Tensor | None:
+        """The gradient of `table`, which is what this process holds of `values.grad`."""
+        return None if self.values.grad is None else local_part(self.values.grad)
+
+    @table_grad.setter
+    def table_grad(self, grad: Tensor | None) -> None:
+        self.values.grad = grad if self.sharded is None or grad is None else self.sharded.whole(grad, self.values)
 
     def attach(self, values: nn.Parameter) -> None:
         """Registers the values on the root; from here on the model is planned."""
@@ -87,7 +110,8 @@ class MemoryPool:
         """What gradient the values get: as planned where they are a parameter of the root's own, not a parametrization
         or FSDP's view of a shard, and of a dtype that optimizers for rows step; else dense.
         """
-        alone = isinstance(self.values, nn.Parameter) and not hasattr(type(self.root), "set_requires_gradient_sync")
+        fsdp = self.sharded is None and hasattr(type(self.root), "set_requires_gradient_sync")
+        alone = isinstance(self.values, nn.Parameter) and not fsdp
         return self.config.gradient if alone and self.values.dtype is not torch.float16 else "dense"
 
     def catch_up(self) -> None:

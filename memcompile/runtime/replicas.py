@@ -22,6 +22,7 @@ from memcompile.lowering.schema import operator
 from memcompile.lowering.sparse_table import coalesced
 from memcompile.runtime._torch import after_backward, sparse_parts
 from memcompile.runtime.pool import MemoryPool, live_pools
+from memcompile.runtime.sharded_values import ShardedValues
 
 FUSED_IN_DDP = (
     "values_grad='fused' updates the values of each replica by its own gradient: for DDP plan with values_grad='sparse'"
@@ -57,13 +58,16 @@ def install_replica_hook() -> None:
 
     @functools.wraps(original)
     def build(self: DistributedDataParallel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        pools = _sparse_pools(module)
+        pools = _pools_left_alone(module)
         _leave_alone(module, pools)
         original(self, module, *args, **kwargs)
         for pool in pools:
             pool.replicas = Replicas(self)
-            first = dist.get_global_rank(self.process_group, 0)
-            dist.broadcast(pool.values.detach(), first, group=self.process_group)
+            if pool.sharded is None:
+                first = dist.get_global_rank(self.process_group, 0)
+                dist.broadcast(pool.values.detach(), first, group=self.process_group)
+            else:
+                _check_covered(self, pool.sharded)
 
     build._memcompile_replicas = True  # type: ignore[attr-defined]
     DistributedDataParallel.__init__ = build  # type: ignore[method-assign]
@@ -77,19 +81,26 @@ def average_after_backward(pool: MemoryPool) -> None:
     """
     replicas = pool.replicas
     ddp = replicas.ddp if replicas is not None and replicas.wait else None
-    if replicas is None or ddp is None:
-        return
-    if ddp._join_config.enable:
+    if ddp is not None and ddp._join_config.enable:
         raise PlanError(
             "DDP's join() lets ranks stop early, and rows are averaged among all: plan with values_grad='dense'"
         )
-    group = ddp.process_group
+    if pool.sharded is None:
+        group = None if ddp is None else ddp.process_group
+    else:  # without DDP, FSDP or the loop averages the rest, and each gradient of ours is averaged as it comes
+        group = pool.sharded.replicas if ddp is not None or replicas is None else None
+    if group is None:
+        return
 
     def average() -> None:
-        replicas.wait = False
-        values = pool.values
-        if values.grad is not None and values.grad.is_sparse:
-            values.grad = _average(pool, values.grad, group)
+        if replicas is not None:
+            replicas.wait = False
+        grad = pool.table_grad
+        if grad is not None and grad.is_sparse:
+            pool.table_grad = _average(pool, grad, group)
+        elif grad is not None and pool.sharded is not None:
+            dist.all_reduce(grad, group=group)
+            grad.div_(dist.get_world_size(group))
 
     after_backward(average)
 
@@ -123,12 +134,28 @@ def _gathered(tensor: Tensor, most: int, ranks: int, group: dist.ProcessGroup) -
     return everyones
 
 
-def _sparse_pools(module: nn.Module) -> list[MemoryPool]:
+def _pools_left_alone(module: nn.Module) -> list[MemoryPool]:
     inside = set(module.modules())
-    pools = [pool for pool in live_pools() if pool.root in inside and pool.values_grad != "dense"]
+    planned = [pool for pool in live_pools() if pool.root in inside]
+    pools = [pool for pool in planned if pool.values_grad != "dense" or pool.sharded is not None]
     if any(pool.config.gradient == "fused" for pool in pools):
         raise PlanError(FUSED_IN_DDP)
     return pools
+
+
+def _check_covered(ddp: DistributedDataParallel, sharded: ShardedValues) -> None:
+    """Raises PlanError where ranks of a DDP would have other values: it leaves them alone."""
+    if sharded.tokens == "shared":
+        mine = [sharded.replicas] if sharded.replicas is not None else []
+        covered = {dist.get_rank()}.union(*(dist.get_process_group_ranks(group) for group in mine))
+    else:
+        covered = set(sharded.mesh.mesh.flatten().tolist())
+    missing = set(dist.get_process_group_ranks(ddp.process_group)) - covered
+    if missing:
+        raise PlanError(
+            f"ranks {sorted(missing)} of this DDP have no part in {sharded.mesh}, over which the memory is sharded, "
+            f"and its values would differ there: shard over a mesh of two dimensions, replicas and memory group"
+        )
 
 
 def _leave_alone(module: nn.Module, pools: list[MemoryPool]) -> None:

@@ -126,7 +126,7 @@ def _split(optimizer: Optimizer, index: int, group: dict[str, Any], pools: dict[
         pool = pools.get(id(parameter))
         if pool is not None:
             to = pool.config.values_lr, _stepper(optimizer, group, pool)
-            if to != (None, None):
+            if to != (None, None) or pool.sharded is not None:  # DTensors are not stepped among tensors
                 moved[position] = to
     for rate, stepper in dict.fromkeys(moved.values()):
         positions = [position for position in moved if moved[position] == (rate, stepper)]
@@ -164,13 +164,13 @@ def _stepper(optimizer: Optimizer, group: dict[str, Any], pool: MemoryPool) -> V
             return None
         stepper.before_step()
         return stepper
-    grad = pool.values.grad
+    grad = pool.table_grad
     if grad is None:
         return None
     release(pool)
-    if grad.is_sparse and not takes_sparse_gradients(optimizer, group):
+    if grad.is_sparse and (pool.sharded is not None or not takes_sparse_gradients(optimizer, group)):
         _say_dense(type(optimizer).__name__)
-        pool.values.grad = grad.to_dense()
+        pool.table_grad = grad.to_dense()
     return None
 
 

@@ -18,27 +18,32 @@ _watched: Any = WeakTensorKeyDictionary()  # not an attribute: a parameter is pi
 
 def watch_gradient(pool: MemoryPool) -> None:
     """Sees every gradient that the values get from here on. Idempotent: values that were replaced are watched anew."""
-    values, of = pool.values, weakref.ref(pool)
-    if pool.values_grad == "dense" or not values.requires_grad or values in _watched:
+    table, of = pool.table, weakref.ref(pool)
+    dense = pool.values_grad == "dense" and pool.sharded is None
+    if dense or not table.requires_grad or table in _watched:
         return
 
     def hook(parameter: Tensor) -> None:
         owner = of()
-        if owner is not None and parameter.grad is not None and parameter.grad.is_sparse:
+        if owner is not None and parameter.grad is not None:
             _added_up(owner, parameter)
 
-    _watched[values] = values.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    _watched[table] = table.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
-def _added_up(pool: MemoryPool, values: Tensor) -> None:
-    assert values.grad is not None
-    if pool.config.gradient == "fused":
+def _added_up(pool: MemoryPool, table: Tensor) -> None:
+    grad = table.grad
+    assert grad is not None
+    if pool.config.gradient == "fused" and grad.is_sparse:
         assert pool.stepper is not None, "it took the factors"
-        values.grad = None
+        table.grad = None
         pool.stepper.update()
-    else:
-        values.grad = sum_of_rows(values.grad)
-        average_after_backward(pool)
+        return
+    if pool.sharded is not None:  # the table is a part: its gradient joins that of the whole
+        table.grad, before = None, pool.table_grad
+        grad = grad if before is None else before + grad if before.is_sparse else before.add_(grad)
+    pool.table_grad = sum_of_rows(grad) if grad.is_sparse else grad
+    average_after_backward(pool)
 
 
 def sum_of_rows(grad: Tensor) -> Tensor:

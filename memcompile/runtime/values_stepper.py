@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from memcompile.errors import OptionError
-from memcompile.runtime._torch import at_once
+from memcompile.runtime._torch import at_once, local_part
 from memcompile.runtime.counterparts import are_alike, rate_like, row_optimizer_in
 from memcompile.runtime.fused_update import FusedUpdate
 from memcompile.runtime.optim import RowOptimizer
@@ -36,7 +36,7 @@ _OWN_STATE = ("last_step", "rates", "changes", "eps")  # what rows have missed: 
 
 def stepper_in(optimizer: Optimizer, pool: MemoryPool, kind: type[RowOptimizer]) -> ValuesReader:
     """Who steps the values of a pool in this optimizer; from here on nobody else does."""
-    if pool.stepper is None or not pool.stepper.is_for(pool.values, optimizer, kind):
+    if pool.stepper is None or not pool.stepper.is_for(pool.table, optimizer, kind):
         release(pool)
         own = isinstance(optimizer, RowOptimizer)
         pool.stepper = ValuesReader(pool, optimizer) if own else ValuesStepper(pool, optimizer, kind)
@@ -51,7 +51,7 @@ def stepper_of(values: Tensor, needed: bool = False) -> ValuesReader | None:
     """
     for pool in live_pools():
         stepper = pool.stepper
-        if stepper is None and needed and pool.values.data_ptr() == values.data_ptr():
+        if stepper is None and needed and pool.table.data_ptr() == values.data_ptr():
             stepper = _find_stepper(pool)
         if stepper is not None and stepper.values.data_ptr() == values.data_ptr() and not values.is_meta:
             return stepper
@@ -85,8 +85,9 @@ class ValuesReader:
     """Reads the values of one pool as they are by now, for `lowering.sparse_table`.
 
     Attributes:
-        values: the parameter that is stepped. A model may hold another by now, after `load_state_dict(assign=True)` or
-            inside `functional_call`.
+        values: what is stepped: the parameter, or this rank's part of it. A model may hold another by now, after
+            `load_state_dict(assign=True)` or inside `functional_call`.
+        held: the parameter, as the user's optimizer holds it.
         rows: the row optimizer that steps the values: here the user's own.
         moved_all: whether all rows were brought up to date, since replicas of the model last did so too.
     """
@@ -95,7 +96,7 @@ class ValuesReader:
     moved_all = False
 
     def __init__(self, pool: MemoryPool, optimizer: Optimizer) -> None:
-        self.values = pool.values
+        self.values, self.held = pool.table, pool.values
         self._pool = weakref.ref(pool)
         self._optimizer = weakref.ref(optimizer)
         if optimizer not in _saving:
@@ -182,14 +183,16 @@ class ValuesStepper(ValuesReader):
         takes_dtype = "state_dtype" in inspect.signature(self._kind).parameters
         options: dict[str, Any] = {"state_dtype": torch.bfloat16} if takes_dtype and dtype == "bfloat16" else {}
         self.rows = self._kind([self.values], **options)
+        if self.pool.sharded is not None:
+            self.rows.shards = self.pool.sharded.shards
         setattr(self.rows, _INNER, True)
 
     @property
     def group(self) -> dict[str, Any]:
         """The group of the user's optimizer that the values are in."""
-        optimizer, values = self.optimizer, self.values
+        optimizer, held = self.optimizer, self.held
         assert optimizer is not None
-        return next(g for g in optimizer.param_groups if any(p is values for p in g["params"]))
+        return next(g for g in optimizer.param_groups if any(p is held for p in g["params"]))
 
     def take_factors(self, slots: Tensor, weights: Tensor, grad: Tensor) -> None:
         self._fused.take(slots, weights, grad)
@@ -216,7 +219,7 @@ class ValuesStepper(ValuesReader):
     @torch.compiler.disable  # how many rows there are is not for graphs
     def step(self) -> None:
         """Steps the rows of the values' gradient; the user's optimizer has stepped the rest."""
-        optimizer, grad = self.optimizer, self.values.grad
+        optimizer, grad = self.optimizer, self.pool.table_grad
         if optimizer is not None and grad is not None and _unscaled(optimizer, grad):
             self._step(lambda: self.rows.step_by(self.values, grad))
 
@@ -240,7 +243,7 @@ class ValuesStepper(ValuesReader):
         optimizer, values = self.optimizer, self.values
         if optimizer is None:
             return
-        state = optimizer.state.get(values) or None
+        state = optimizer.state.get(self.held) or None
         cast, self._dtype = values.dtype is not self._dtype, values.dtype  # by model.to(dtype)
         if state is self._published:
             if cast and self.rows.state.get(values):
@@ -251,7 +254,7 @@ class ValuesStepper(ValuesReader):
         self.rows.catch_up(values, tell_autograd=False)  # with the steps that were done
         self.rows.state.pop(values, None)
         if state is not None and self.rows.knows(values, state):
-            self.rows.adopt(values, state)
+            self.rows.adopt(values, {name: local_part(value) for name, value in state.items()})
             self._publish(optimizer)
         else:  # none, or one that another optimizer's step began with
             self._published = state
@@ -259,9 +262,14 @@ class ValuesStepper(ValuesReader):
     def _publish(self, optimizer: Optimizer) -> None:
         """Shows the state in the user's optimizer: the same tensors, and the number of steps as PyTorch has it."""
         own = self.rows.state[self.values]
-        shown = {name: value for name, value in own.items() if name not in _OWN_STATE}
+        shown = {name: self._whole(value) for name, value in own.items() if name not in _OWN_STATE}
         shown["step"] = torch.tensor(float(own["step"]))
-        optimizer.state[self.values] = self._published = shown
+        optimizer.state[self.held] = self._published = shown
+
+    def _whole(self, value: Any) -> Any:
+        """What the user's optimizer has in the place of an entry of the state: DTensors where the values are one."""
+        sharded = self.pool.sharded
+        return sharded.whole(value, self.held) if sharded is not None and isinstance(value, Tensor) else value
 
 
 def _unscaled(optimizer: Optimizer, grad: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -261,6 +262,7 @@ def test_steps_without_a_backward_and_both_ways_to_zero():
 def test_an_optimizer_step_inside_torch_compile():
     model, twin = (model_of("sparse") for _ in range(2))
     optimizer, other = (SGD([m.memory_values, m.head.weight], lr=0.1) for m in (model, twin))
+    gc.collect()  # models of other tests, that Dynamo would see disappear
     step = torch.compile(lambda: optimizer.step(), backend="eager")
     for each, call in ((model, step), (twin, other.step)):
         each(*batch()).backward()

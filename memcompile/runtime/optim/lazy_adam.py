@@ -82,7 +82,7 @@ class LazyAdam(RowOptimizer):
         decay = 1 - lr * float(group["weight_decay"])
         numbers = torch.tensor([decay, beta1, beta2, rate, 1.0, group["eps"]], dtype=torch.float64)
         moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
-        seed = step_seed(state, group)
+        seed = step_seed(state, group, self.shards)
         values, rounded = tables(parameter, state)
         rest = (None, None, None, numbers, seed, *gradient.factors)
         operator("row_adam")(values, rounded, *moments, rows, gradient.grad, *rest)

@@ -154,7 +154,7 @@ class RowAdamW(CatchingUpOptimizer):
         missed = self._plan(values, state, state["last_step"][rows], until)
         parts = (None, None, None) if missed is None else (missed.plan_of_row, missed.decays, missed.panels)
         constants = torch.tensor([*numbers, state["eps"]], dtype=torch.float64)
-        seed = step_seed(state, group)
+        seed = step_seed(state, group, self.shards)
         grad, factors = (gradient.grad, gradient.factors) if gradient else (None, (None, None, None))
         operator("row_adam")(values, rounded, *moments, rows, grad, *parts, constants, seed, *factors)
         state["last_step"].index_fill_(0, rows, state["step"])

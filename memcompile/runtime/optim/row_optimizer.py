@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from memcompile.errors import OptionError
@@ -15,6 +16,7 @@ from memcompile.lowering.cpu.pages import advise_huge_pages
 from memcompile.lowering.hits import sum_dtype
 from memcompile.lowering.row_tables import Gradient
 from memcompile.lowering.schema import operator
+from memcompile.lowering.sharded_table import Shards
 from memcompile.lowering.stochastic_rounding import seed_of_step
 from memcompile.runtime.optim.gradients import as_rows, touched_rows
 
@@ -40,6 +42,7 @@ class RowOptimizer(Optimizer):
     Parameters are float32, float64 or bfloat16 and contiguous.
     """
 
+    shards: Shards | None = None  # how the table lies of which the one parameter is this rank's part
     saved: frozenset[str] = frozenset()  # what PyTorch's optimizer of the same mathematics saves, beside `step`
 
     def __init__(self, params: Any, defaults: Group) -> None:
@@ -250,9 +253,9 @@ def start_moments(parameter: Tensor, state: State, group: Group) -> None:
         state[name].zero_()
 
 
-def step_seed(state: State, group: Group) -> int:
-    """The seed of the step that is being done."""
-    return seed_of_step(group["seed"], state["step"])
+def step_seed(state: State, group: Group, shards: Shards | None = None) -> int:
+    """The seed of the step that is being done; ranks with parts of one table round apart."""
+    return seed_of_step(group["seed"] + (shards.rank if shards else 0), state["step"])
 
 
 def moment_dtype(parameter: Tensor, group: Group) -> torch.dtype:
@@ -284,6 +287,11 @@ def require(option: str, value: Any, holds: bool, expected: str) -> None:
 
 def _check_parameter(parameter: Tensor) -> None:
     shape = list(parameter.shape)
+    if isinstance(parameter, DTensor):
+        raise OptionError(
+            "params: DTensors are not stepped by rows here. Sharded values of a memory are, in torch.optim.AdamW or "
+            "any other, by the one that values_optimizer names"
+        )
     require("params", parameter.dtype, parameter.dtype in _DTYPES, "float32, float64 or bfloat16")
     require("params", shape, parameter.dim() > 0 and parameter.is_contiguous(), "a contiguous [slots, ...]")
     require("params", parameter.layout, parameter.layout is torch.strided, "dense parameters")

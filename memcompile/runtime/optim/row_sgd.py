@@ -106,4 +106,4 @@ class RowSGD(CatchingUpOptimizer):
             decays = self._decays(state, state["last_step"][rows])
             state["last_step"].index_fill_(0, rows, state["step"])
         grad, factors = (gradient.grad, gradient.factors) if gradient else (None, (None, None, None))
-        operator("row_sgd")(values, rounded, rows, grad, decays, rate, step_seed(state, group), *factors)
+        operator("row_sgd")(values, rounded, rows, grad, decays, rate, step_seed(state, group, self.shards), *factors)

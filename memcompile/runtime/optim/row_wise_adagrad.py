@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import OptionError
+from memcompile.lowering import collectives
 from memcompile.lowering.hits import sum_dtype
-from memcompile.lowering.row_tables import Gradient
+from memcompile.lowering.row_tables import Gradient, chunks, load_rows, store_values
 from memcompile.lowering.schema import operator
 from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State, require, step_seed, tables
 
@@ -81,8 +82,41 @@ class RowwiseAdagrad(RowOptimizer):
     def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, gradient: Gradient) -> None:
         state["step"] += 1
         decay = float(group["weight_decay"]), bool(group["decoupled"])
-        seed = step_seed(state, group)
+        seed = step_seed(state, group, self.shards)
         values, rounded = tables(parameter, state)
         lr, eps = float(group["lr"]), float(group["eps"])
+        if self.shards is not None and self.shards.by_columns and self.shards.ranks > 1:
+            self._update_columns(values, rounded, state["sum"], rows, gradient, lr, eps, decay, seed)
+            return
         rest = (lr, eps, *decay, seed, *gradient.factors)
         operator("row_adagrad")(values, rounded, state["sum"], rows, gradient.grad, *rest)
+
+    def _update_columns(
+        self,
+        values: Tensor,
+        rounded: Tensor | None,
+        total: Tensor,
+        rows: Tensor,
+        gradient: Gradient,
+        lr: float,
+        eps: float,
+        decay: tuple[float, bool],
+        seed: int,
+    ) -> None:
+        """The same where each rank has some columns: a row's mean is over all of them. Every rank of the group has the
+        same rows, since each has the hits of all. One all-reduce of a number a row.
+        """
+        assert self.shards is not None
+        weight_decay, decoupled = decay
+        grad = gradient.of(slice(0, len(rows)), total.dtype)  # [n, own columns]
+        if weight_decay and not decoupled:
+            grad = grad + weight_decay * load_rows(values, rows)
+        squares = collectives.all_reduce(grad.square().sum(1), self.shards.group) / sum(self.shards.sizes)
+        sums = total.index_select(0, rows).add_(squares)  # [n]
+        total.index_copy_(0, rows, sums)
+        for part in chunks(rows, values.shape[1]):
+            x = load_rows(values, rows[part])
+            if weight_decay and decoupled:
+                x.mul_(1 - lr * weight_decay)
+            x.sub_((lr / (sums[part].sqrt() + eps)).unsqueeze(1) * grad[part])
+            store_values(values, rounded, rows[part], x, seed)

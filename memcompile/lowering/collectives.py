@@ -1,0 +1,80 @@
+"""Functional collectives along dim 0: nodes of a graph, which start one and wait for it apart.
+
+The first ones have no derivatives, and whoever calls them has his own. `sum_gradients` and `sum_over_ranks` are each
+other's, for tensor parallelism: where ranks with the same tokens part, and where they meet again.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memcompile.lowering._torch import autograd_kernel, below_autograd, process_group
+
+_FUNCTIONAL = torch.ops._c10d_functional
+
+
+def ranks_of(group: str) -> int:
+    """How many ranks the group of this name has."""
+    return process_group(group).size()
+
+
+def all_gather(tensor: Tensor, ranks: int, group: str) -> Tensor:
+    """[n, ...] of each rank -> [ranks * n, ...] of all."""
+    return _done(_FUNCTIONAL.all_gather_into_tensor(tensor.contiguous(), ranks, group))
+
+
+def reduce_scatter(tensor: Tensor, ranks: int, group: str) -> Tensor:
+    """[ranks * n, ...] of each rank -> [n, ...], the own part of their sum."""
+    return _done(_FUNCTIONAL.reduce_scatter_tensor(tensor.contiguous(), "sum", ranks, group))
+
+
+def all_reduce(tensor: Tensor, group: str) -> Tensor:
+    """The sum over the ranks."""
+    return _done(_FUNCTIONAL.all_reduce(tensor.contiguous(), "sum", group))
+
+
+def all_to_all(
+    tensor: Tensor, received: Sequence[int | torch.SymInt], sent: Sequence[int | torch.SymInt], group: str
+) -> Tensor:
+    """Sends `sent[q]` entries of [n] to each rank q, in order, and has `received[q]` from each."""
+    return _done(_FUNCTIONAL.all_to_all_single(tensor.contiguous(), list(received), list(sent), group))
+
+
+def _done(started: Tensor) -> Tensor:
+    done: Tensor = _FUNCTIONAL.wait_tensor(started)
+    return done
+
+
+def _forward_as_is(ctx: Any, tensor: Tensor, group: str) -> Tensor:
+    ctx.group = group
+    return tensor.view_as(tensor)
+
+
+def _backward_summed(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return sum_over_ranks(grad, ctx.group), None
+
+
+def _forward_summed(ctx: Any, tensor: Tensor, group: str) -> Tensor:
+    ctx.group = group
+    with below_autograd():
+        return all_reduce(tensor, group)
+
+
+def _backward_as_is(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return sum_gradients(grad, ctx.group), None
+
+
+_sum_gradients = autograd_kernel("SumGradients", forward=_forward_as_is, backward=_backward_summed)
+_sum_over_ranks = autograd_kernel("SumOverRanks", forward=_forward_summed, backward=_backward_as_is)
+
+
+def sum_gradients(tensor: Tensor, group: str) -> Tensor:
+    """The tensor, which all ranks have; its gradient is the sum of theirs."""
+    return _sum_gradients(tensor, group)  # type: ignore[no-any-return]
+
+
+def sum_over_ranks(tensor: Tensor, group: str) -> Tensor:
+    """The sum over the ranks; all of them have its gradient."""
+    return _sum_over_ranks(tensor, group)  # type: ignore[no-any-return]
