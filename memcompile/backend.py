@@ -59,7 +59,12 @@ class Backend:
             watch_gradient(pool)
         agreement = agreement_of(graph_module, example_inputs)
         sharded = [pool for pool in pools if pool.sharded is not None]
-        lowered = _lower(graph_module, example_inputs, repr([pool.config for pool in pools]), bool(sharded), **kwargs)
+        if agreement is not None and agreement.is_of_nothing:
+            # Zeros of no tokens are constants to a compiler, which would send them before the other ranks send theirs.
+            lowered: Callable = graph_module
+        else:
+            key = repr([pool.config for pool in pools])
+            lowered = _lower(graph_module, example_inputs, key, overlaps=bool(sharded), **kwargs)
         return run_sharded(lowered, example_inputs, sharded, agreement) if sharded else lowered
 
 

@@ -15,7 +15,7 @@ from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.collectives import sum_gradients, sum_over_ranks
 from memcompile.lowering.product_key_topk import check_top_k
 from memcompile.lowering.schema import LIBRARY, operator
-from memcompile.lowering.sharded_table import ASK, SAME_TOKENS, Shards, sharded_gather
+from memcompile.lowering.sharded_table import ASK, Shards, have_same_tokens, sharded_gather
 
 VALUES_GRADS = ("dense", "sparse", "fused")
 
@@ -106,7 +106,7 @@ def _composite(
     shards = Shards(group, tuple(parts), part, shard_dim) if parts else None
     _check_search(x, query_weight, query_bias, half_keys, temperature, heads, top_k)
     shape = values.shape if shards is None or values.dim() != 2 else shards.whole(values)
-    columns = shards.own if shards is not None and capacity == SAME_TOKENS else shape[1]
+    columns = shards.own if shards is not None and have_same_tokens(capacity) else shape[1]
     _check_read(x, half_keys, shape, columns, gate_weight, gate_bias, out_weight, out_bias)
     if values_grad not in VALUES_GRADS:
         raise ValueError(f"values_grad: expected one of {', '.join(VALUES_GRADS)}, got {values_grad!r}")
@@ -126,7 +126,7 @@ def _composite(
         half_keys = F.normalize(half_keys, dim=-1)
     weights, slots = operator("product_key_search")(halves.flatten(-2), half_keys, top_k)  # [tokens, heads, k]
     slots, weights = slots.flatten(1), weights.flatten(1)
-    in_parallel = shards is not None and capacity == SAME_TOKENS and shards.ranks > 1
+    in_parallel = shards is not None and have_same_tokens(capacity) and shards.ranks > 1
     if in_parallel:  # each rank goes on with its own columns, and has their share of the gradients
         weights, tokens = sum_gradients(weights, group), sum_gradients(tokens, group)
     if shards is not None:

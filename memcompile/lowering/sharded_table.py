@@ -105,19 +105,28 @@ def sharded_gather(
     """
     if functorch_is_active():
         raise NotImplementedError("sharded memory values serve no torch.func transform: use an unsharded model")
-    if capacity == ASK:
+    if _is(capacity, ASK):
         if is_traced(slots):
             raise NotImplementedError(
                 "sharded memory values are traced without a number of tokens that all ranks agree on: compile the "
                 "model with backend='memcompile' (and export an unsharded model)"
             )
         capacity = most_tokens(slots.shape[0], shards.group, slots.device)
-    if capacity != SAME_TOKENS:
+    if not have_same_tokens(capacity):
         torch._check(  # type: ignore[no-untyped-call]
             slots.shape[0] <= capacity,
             lambda: f"capacity: this rank has {slots.shape[0]} tokens, but the ranks agreed on at most {capacity}",
         )
     return _sharded_gather(table, slots, weights, shards, capacity, gradient)  # type: ignore[no-any-return]
+
+
+def have_same_tokens(capacity: int | torch.SymInt) -> bool:
+    """Whether a capacity says that all ranks of the group have the same tokens."""
+    return _is(capacity, SAME_TOKENS)
+
+
+def _is(capacity: int | torch.SymInt, meaning: int) -> bool:
+    return isinstance(capacity, int) and capacity == meaning  # a symbol is a number of tokens
 
 
 def most_tokens(tokens: int, group: str, device: torch.device) -> int:
@@ -134,16 +143,16 @@ def _forward(
 ) -> Tensor:
     tokens = slots.shape[0]
     with below_autograd():
-        if capacity != SAME_TOKENS and shards.ranks > 1:
+        if not have_same_tokens(capacity) and shards.ranks > 1:
             slots, weights = _gather_hits(slots, weights, capacity, shards)
-        elif capacity != SAME_TOKENS:
+        elif not have_same_tokens(capacity):
             capacity = tokens
         hits, shares = _own_hits(slots, weights, shards)
         if table.numel():
             sums = _gather(table, hits, shares, gradient)
         else:
             sums = table.new_zeros(slots.shape[0], table.shape[1])
-        if capacity != SAME_TOKENS and shards.ranks > 1:
+        if not have_same_tokens(capacity) and shards.ranks > 1:
             return_sums = _columns_to_tokens if shards.by_columns else _partial_sums_to_tokens
             sums = return_sums(sums, capacity, shards)[:tokens]
     ctx.save_for_backward(table, slots, weights)  # of all tokens
@@ -212,7 +221,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | Non
     table, slots, weights = ctx.saved_tensors
     shards = ctx.shards
     tokens, capacity = grad.shape[0], ctx.capacity
-    apart = capacity != SAME_TOKENS and shards.ranks > 1  # each rank has tokens of its own
+    apart = not have_same_tokens(capacity) and shards.ranks > 1  # each rank has tokens of its own
     if apart:
         grad = _padded(grad, capacity)
         grad = (_tokens_to_columns if shards.by_columns else _tokens_to_all)(grad, capacity, shards)

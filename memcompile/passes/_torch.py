@@ -5,6 +5,7 @@ Tried with torch 2.11, 2.13 and 2.15.
 
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -13,6 +14,7 @@ __all__ = [
     "FakeTensorMode",
     "FakeTensorProp",
     "PyTreeCodeGen",
+    "free_unbacked_symbols",
     "get_proxy_mode",
     "make_fx",
 ]

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from memcompile.errors import CaptureError
+from memcompile.passes._torch import free_unbacked_symbols
 from memcompile.passes.verify import is_lookup, operators_in, placeholders_of
 
 CAPACITY = 17  # its place in the arguments of `memory_lookup`
@@ -37,6 +38,11 @@ class Agreement:
     tokens: tuple[sympy.Expr, ...]
     symbols: dict[sympy.Symbol, tuple[int, int | None]]
 
+    @property
+    def is_of_nothing(self) -> bool:
+        """Whether a lookup of the graph has no tokens, whatever the inputs."""
+        return 0 in self.tokens
+
     def most(self, inputs: Sequence[Any]) -> int:
         """The most tokens that a lookup has on this rank, for these inputs."""
         read = {
@@ -58,8 +64,10 @@ def agreement_of(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Agre
         capacity = node.args[CAPACITY] if is_lookup(node) and len(node.args) > CAPACITY else None
         x = node.args[0] if node.args else None
         if isinstance(capacity, fx.Node) and isinstance(x, fx.Node):
-            agreed = binding.get(capacity, capacity.meta.get("example_value"))
-            found.add((str(node.args[_GROUP]), places[_expression(agreed)]))
+            agreed = _expression(binding.get(capacity, capacity.meta.get("example_value")))
+            if not free_unbacked_symbols(agreed):
+                continue  # computed from the inputs, which are promised to be alike
+            found.add((str(node.args[_GROUP]), places[agreed]))
             shape = x.meta["example_value"].shape
             tokens.append(sympy.sympify(math.prod(map(_expression, shape[:-1]))))
     if not found:

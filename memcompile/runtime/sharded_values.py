@@ -14,6 +14,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from memcompile.lowering.sharded_table import ASK, SAME_TOKENS, Shards, chunk_sizes
 from memcompile.runtime._torch import local_part, sized_at_run_time, whole_like
 
+# Its size is what graphs have for the most tokens of a rank, until that is agreed upon. Not an attribute of what a
+# module holds: Dynamo takes the sizes of those for constants.
+_ROOM = sized_at_run_time()
+
 
 @dataclasses.dataclass(eq=False)
 class ShardedValues:
@@ -23,14 +27,12 @@ class ShardedValues:
         mesh: of one dimension, the memory group, or of two, replicas before it.
         shards: the cut over the memory group.
         tokens: "uneven", "even" or "shared": see `memcompile.shard`.
-        room: a size without numbers: what graphs have for the most tokens of a rank, until that is agreed upon.
         own: the part as a leaf of autograd; `part` keeps it up to date.
     """
 
     mesh: DeviceMesh
     shards: Shards
     tokens: str
-    room: Tensor = dataclasses.field(default_factory=sized_at_run_time)
     own: nn.Parameter | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedValues:
@@ -81,7 +83,7 @@ class ShardedValues:
             return SAME_TOKENS
         if self.tokens == "even":
             return x.shape[:-1].numel()
-        return self.room.shape[0] if torch.compiler.is_compiling() else ASK
+        return _ROOM.shape[0] if torch.compiler.is_compiling() else ASK
 
     def whole(self, part: Tensor, values: nn.Parameter) -> DTensor:
         """A tensor of the values' shape, or of one number a slot, of which this rank holds a part."""

@@ -104,11 +104,10 @@ def check_same(pool: MemoryPool, sharded: ShardedValues) -> None:
 
 def check_plans_agree(pool: MemoryPool, sharded: ShardedValues) -> None:
     """Raises PlanError, on every rank, where another has another plan. A collective."""
-    shapes = {name: [list(p.shape), str(p.dtype)] for name, p in pool.root.named_parameters() if p is not pool.values}
+    parameters = {name: p for name, p in pool.root.named_parameters() if name != VALUES_NAME}
     mine: dict[str, Any] = {
         **pool.config.to_dict(),
-        "layers": [site.down for site in pool.chosen],
-        "parameters": shapes,
+        "parameters": {name: [list(p.shape), str(p.dtype)] for name, p in parameters.items()},
         "by": "columns" if sharded.shards.by_columns else "rows",
         "tokens": sharded.tokens,
     }

@@ -1,0 +1,257 @@
+"""`memcompile.shard`: training on ranks that share one table is training on one process, and wrong orders are told."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+import memcompile
+from memcompile import MemcompileError
+from memcompile.runtime._torch import local_part
+from tests.models import tiny_gpt
+from tests.planned import MEMORY, plain_attention, planned_gpt
+from tests.runtime.distributed import run_on_ranks
+from tests.runtime.sharded import largest_difference, memory_mesh, sharded_gpt, train, whole
+
+PLAN = {"layers": 4, "memory_layers": 3}
+ONE_LAYER = {"layers": 2, "memory_layers": 1}
+
+# name -> ranks, how the values lie, sequences of each rank, plan, whether compiled
+TRAININGS: dict[str, tuple[int, dict[str, Any], tuple[int, ...], dict[str, Any], bool]] = {
+    "columns, sparse": (2, {"by": "columns"}, (2, 2), {**PLAN, "values_grad": "sparse"}, False),
+    "columns, dense": (2, {"by": "columns"}, (3, 1), {**PLAN, "values_grad": "dense"}, False),
+    "rows, sparse": (2, {"by": "rows"}, (1, 3), {**PLAN, "values_grad": "sparse"}, False),
+    "rows, dense": (2, {"by": "rows"}, (2, 2), {**ONE_LAYER, "values_grad": "dense"}, False),
+    "even": (2, {"tokens": "even"}, (2, 2), {**PLAN, "values_grad": "sparse"}, False),
+    "no tokens on a rank": (2, {}, (0, 3), {**PLAN, "values_grad": "sparse"}, False),
+    "a plain Memory": (2, {}, (2, 1), {**ONE_LAYER, "values_grad": "sparse", "gate": False}, False),
+    "compiled columns": (2, {"by": "columns"}, (3, 1), {**PLAN, "values_grad": "sparse"}, True),
+    "compiled rows": (2, {"by": "rows"}, (1, 2), {**ONE_LAYER, "values_grad": "dense"}, True),
+    "compiled, even": (2, {"tokens": "even"}, (2, 2), {**ONE_LAYER, "values_grad": "sparse"}, True),
+    "one rank": (1, {}, (3,), {**PLAN, "values_grad": "sparse"}, False),
+    "four ranks, uneven columns": (4, {}, (1, 0, 3, 2), {**PLAN, "values_grad": "sparse", "value_dim": 10}, False),
+    "four ranks, empty columns": (4, {}, (1, 2, 3, 2), {**PLAN, "values_grad": "dense", "value_dim": 2}, False),
+    "four ranks, rows": (4, {"by": "rows"}, (1, 0, 3, 2), {**PLAN, "values_grad": "sparse"}, False),
+    "four ranks, compiled": (4, {}, (1, 0, 3, 2), {**ONE_LAYER, "values_grad": "sparse", "value_dim": 10}, True),
+}
+
+
+def run_training(rank: int, name: str) -> dict[str, Any]:
+    ranks, how, sizes, plan, compiled = TRAININGS[name]
+    model = sharded_gpt(memory_mesh(ranks), **how, **plan)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="memcompile", fullgraph=True, dynamic=True) if compiled else model
+    with plain_attention():
+        found = train(model, run, sizes, rank)
+    table = model.memory_values
+    assert isinstance(table, DTensor) and local_part(table.grad).is_sparse == (plan["values_grad"] == "sparse")
+    return found
+
+
+def expected_training(name: str) -> dict[str, Any]:
+    _, _, sizes, plan, _ = TRAININGS[name]
+    model = planned_gpt(**plan).double()
+    return train(model, model, sizes)
+
+
+def raised(call: Any, *args: Any, **kwargs: Any) -> str:
+    try:
+        call(*args, **kwargs)
+    except MemcompileError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def wrong_orders(rank: int) -> dict[str, str]:
+    mesh = memory_mesh(2)
+    told = {"unplanned": raised(memcompile.shard, tiny_gpt(), mesh)}
+    held = planned_gpt()
+    optimizer = torch.optim.SGD(held.parameters(), lr=0.1)
+    told["optimizer"] = raised(memcompile.shard, held, mesh)
+    del optimizer
+    told["ddp"] = raised(memcompile.shard, DistributedDataParallel(planned_gpt()), mesh)
+    fsdp = planned_gpt()
+    fully_shard(fsdp)
+    told["fsdp"] = raised(memcompile.shard, fsdp, mesh)
+    sharded = sharded_gpt(mesh)
+    told["again"] = raised(memcompile.shard, sharded, mesh)
+    told["otherwise"] = raised(memcompile.shard, sharded, mesh, by="rows")
+    told["by"] = raised(memcompile.shard, planned_gpt(), mesh, by="depth")
+    told["tokens"] = raised(memcompile.shard, planned_gpt(), mesh, tokens="odd")
+    told["mesh"] = raised(memcompile.shard, planned_gpt(), "cuda")
+    told["fused"] = raised(memcompile.shard, planned_gpt(values_grad="fused"), mesh)
+    told["parallel rows"] = raised(memcompile.shard, planned_gpt(), mesh, by="rows", tokens="shared")
+    told["planned, unsharded"] = raised(memcompile.plan, planned_gpt(), memory_mesh=mesh)
+    told["row optimizer"] = raised(memcompile.runtime.optim.RowAdamW, [sharded.memory_values])
+    return told
+
+
+def other_plans(rank: int) -> list[str]:
+    """Ranks with another option, with another model, and with other sizes."""
+    models = [
+        lambda: planned_gpt(top_k=4 + rank),
+        lambda: planned_gpt(layers=2 + rank, memory_layers=[0]),
+        lambda: planned_gpt(values_lr=1e-3 if rank else None),
+    ]
+    return [raised(memcompile.shard, build(), memory_mesh(2)) for build in models]
+
+
+def drawn(rank: int, ranks: int, by: str, seed_of_rank: bool = False) -> dict[str, Any]:
+    """Values that were never whole, and what `shard` makes of those of a model that has them all."""
+    torch.manual_seed(rank if seed_of_rank else 0)
+    model, sizes = tiny_gpt(), []
+    original = torch.empty
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = original(*args, **kwargs)
+        sizes.append(0 if tensor.is_meta else tensor.numel())
+        return tensor
+
+    torch.empty = watched
+    try:
+        memcompile.plan(model, **MEMORY | {"n_keys": 128}, memory_mesh=memory_mesh(ranks), shard_by=by)
+    finally:
+        torch.empty = original
+    return {
+        "values": whole(model.memory_values),
+        "largest": max(sizes),
+        "local": model.memory_values.to_local().numel(),
+    }
+
+
+def copies(rank: int) -> dict[str, Any]:
+    """A deep copy is a sharded model of its own; the meta device and `reset_parameters` work as ever."""
+    mesh = memory_mesh(2)
+    model = sharded_gpt(mesh, **ONE_LAYER)
+    other = copy.deepcopy(model)
+    before = whole(model.memory_values)
+    moved = train(other, other, (2, 2), rank, steps=1)["parameters"]["memory_values"]
+    with torch.device("meta"):
+        late = tiny_gpt(layers=2)
+        memcompile.plan(late, memory_layers=1, **MEMORY, memory_mesh=mesh)
+    was_meta = late.memory_values.is_meta
+    late.to_empty(device="cpu")
+    torch.manual_seed(5)
+    memcompile.reset_parameters(late)
+    torch.manual_seed(5)
+    single = planned_gpt(**ONE_LAYER)
+    torch.manual_seed(5)
+    memcompile.reset_parameters(single)
+    frozen = sharded_gpt(mesh, **ONE_LAYER)
+    frozen.memory_values.requires_grad_(False)
+    frozen(torch.zeros(1, 5, dtype=torch.long)).sum().backward()
+    return {
+        "original untouched": torch.equal(before, whole(model.memory_values)),
+        "copy trained": not torch.equal(before, moved),
+        "own storage": model.memory_values.to_local().data_ptr() != other.memory_values.to_local().data_ptr(),
+        "meta": was_meta,
+        "reset as on one process": torch.equal(whole(late.memory_values), single.memory_values),
+        "frozen": frozen.memory_values.grad is None and frozen.head.weight.grad is not None,
+        "by columns": model.memory_values.placements == (Shard(1),),
+    }
+
+
+def on_two(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {name: run_training(rank, name) for name, (ranks, *_) in TRAININGS.items() if ranks == 2}
+    found["wrong orders"] = wrong_orders(rank)
+    found["other plans"] = other_plans(rank)
+    found["copies"] = copies(rank)
+    found["drawn"] = {by: drawn(rank, 2, by) for by in ("columns", "rows")}
+    found["drawn apart"] = drawn(rank, 2, "columns", seed_of_rank=True)
+    return found
+
+
+def on_four(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {name: run_training(rank, name) for name, (ranks, *_) in TRAININGS.items() if ranks == 4}
+    found["drawn"] = {by: drawn(rank, 4, by) for by in ("columns", "rows")}
+    return found
+
+
+def on_one(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {name: run_training(rank, name) for name, (ranks, *_) in TRAININGS.items() if ranks == 1}
+    found["drawn"] = {by: drawn(rank, 1, by) for by in ("columns", "rows")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[int, list[dict[str, Any]]]:
+    return {1: run_on_ranks(on_one, 1), 2: run_on_ranks(on_two, 2), 4: run_on_ranks(on_four, 4)}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training_is_that_of_one_process(ranks, name):
+    """Outputs, all gradients, three steps of AdamW, in fp64: to rounding."""
+    expected = expected_training(name)
+    everyone = [found[name] for found in ranks[TRAININGS[name][0]]]
+    losses = torch.tensor([found["losses"] for found in everyone], dtype=torch.float64).mean(0)
+    torch.testing.assert_close(losses, torch.tensor(expected["losses"], dtype=torch.float64), rtol=1e-12, atol=1e-13)
+    for rank, found in enumerate(everyone):
+        for what, allowed in (("gradients", 1e-13), ("parameters", 1e-9), ("state", 1e-12)):
+            difference, where = largest_difference(found[what], expected[what])
+            assert difference <= allowed, f"rank {rank}: {what} of {where} differ by {difference}"
+
+
+@pytest.mark.parametrize("by", ["columns", "rows"])
+def test_the_table_is_the_same_for_any_number_of_ranks(ranks, by):
+    one = ranks[1][0]["drawn"][by]["values"]
+    torch.manual_seed(0)
+    model = tiny_gpt()
+    memcompile.plan(model, **MEMORY | {"n_keys": 128})
+    assert torch.equal(model.memory_values, one)
+    for found in (*ranks[2], *ranks[4]):
+        assert torch.equal(found["drawn"][by]["values"], one)
+
+
+def test_no_rank_ever_has_the_whole_table(ranks):
+    for number in (2, 4):
+        for found in ranks[number]:
+            for drawn_by in found["drawn"].values():
+                assert drawn_by["largest"] == drawn_by["local"] == drawn_by["values"].numel() // number
+
+
+def test_ranks_with_other_seeds_have_one_table(ranks):
+    first, second = (found["drawn apart"]["values"] for found in ranks[2])
+    assert torch.equal(first, second)
+
+
+def test_wrong_orders_name_the_right_one(ranks):
+    told = ranks[2][0]["wrong orders"]
+    for name in ("unplanned", "optimizer", "ddp", "fsdp"):
+        assert told[name].startswith("PlanError") and "plan, shard, then DDP or fully_shard" in told[name], name
+    assert "AdamW" not in told["optimizer"] and "SGD holds the memory's values" in told["optimizer"]
+    assert told["again"] == ""
+    assert "sharded over" in told["otherwise"]
+    assert "memory_mesh" not in told["planned, unsharded"] and "not sharded" in told["planned, unsharded"]
+
+
+def test_wrong_options_are_told(ranks):
+    told = ranks[2][0]["wrong orders"]
+    for name, says in {
+        "by": "'columns' or 'rows'",
+        "tokens": "'uneven', 'even' or 'shared'",
+        "mesh": "DeviceMesh",
+        "fused": "values_grad='fused'",
+        "parallel rows": "by='columns'",
+        "row optimizer": "values_optimizer",
+    }.items():
+        assert told[name].startswith("OptionError") and says in told[name], name
+
+
+def test_other_plans_are_told_on_every_rank_before_any_lookup(ranks):
+    for found in ranks[2]:
+        options, model, rate = found["other plans"]
+        assert options.startswith("PlanError: ranks 0 and 1") and "top_k 4 and 5" in options
+        assert "parameters['blocks.2" in model and "layers" not in model.split("parameters[")[0]
+        assert "values_lr None and 0.001" in rate
+
+
+def test_copies_meta_and_frozen_values(ranks):
+    for found in ranks[2]:
+        wrong = [name for name, holds in found["copies"].items() if not holds]
+        assert not wrong
