@@ -25,6 +25,7 @@ from memcompile.runtime.ddp import check_rebuildable, rebuild
 from memcompile.runtime.install import install
 from memcompile.runtime.interrupts import uninterrupted
 from memcompile.runtime.optimizers import adopt_optimizers
+from memcompile.runtime.parallelisms import install_if_distributed
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.sharding import check_plans_agree, check_same, cut, draw_part
 from memcompile.runtime.wrappers import is_sharded, unwrap
@@ -70,6 +71,7 @@ def plan(
     if not isinstance(model, nn.Module):
         raise OptionError(f"plan() takes an nn.Module, got {model!r}")
     start = time.perf_counter()
+    install_if_distributed()
     requested = _config(memory, options)
     root, parallel = unwrap(model)
     if is_captured(root):

@@ -13,6 +13,7 @@ from torch._dynamo import OptimizedModule
 from torch._dynamo.decorators import mark_unbacked
 from torch.autograd import Variable
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "after_backward",
     "at_once",
     "backward_number",
+    "clip_grad",
+    "fsdp_init",
     "innermost",
     "local_part",
     "sized_at_run_time",
@@ -93,3 +96,10 @@ def sized_at_run_time() -> Tensor:
     tensor = torch.empty(1).expand(_NO_SIZE)
     mark_unbacked(tensor, 0)
     return tensor
+
+
+def fsdp_init() -> Any:
+    """The module in which `fully_shard` finds the parameters to shard, by `_get_managed_states`; slow to import."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_init
+
+    return _fsdp_init

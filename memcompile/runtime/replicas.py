@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memcompile.errors import PlanError
+from memcompile.lowering import collectives
 from memcompile.lowering.hits import sum_dtype
 from memcompile.lowering.schema import operator
 from memcompile.lowering.sparse_table import coalesced
@@ -129,9 +130,7 @@ def _gathered(tensor: Tensor, most: int, ranks: int, group: dist.ProcessGroup) -
     """The tensors [n, ...] of all ranks, each at the start of its own [most, ...]."""
     padded = tensor.new_zeros(most, *tensor.shape[1:])
     padded[: len(tensor)] = tensor
-    everyones = tensor.new_empty(ranks * most, *tensor.shape[1:])
-    dist.all_gather_into_tensor(everyones, padded, group=group)
-    return everyones
+    return collectives.all_gather(padded, ranks, group.group_name)
 
 
 def _pools_left_alone(module: nn.Module) -> list[MemoryPool]:

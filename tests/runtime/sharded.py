@@ -1,7 +1,8 @@
-"""What the tests of sharded models share: a training that is the same on one process and on ranks that share its batch."""
+"""What the tests of sharded models share: a training that is the same on one process and on ranks that part its batch."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ def train(
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     reduce: bool = True,
     clip: float | None = None,
+    accumulate: Callable[[bool], contextlib.AbstractContextManager] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Trains on `sizes` sequences of each rank, or all of them where `rank` is None.
@@ -51,6 +53,7 @@ def train(
 
     Args:
         reduce: averages the gradients of all parameters but the values', as DDP would.
+        accumulate: the second step has two backwards; the context of each, told whether it is the last.
     """
     stepper = optimizer(model.parameters(), lr=1e-2, **options)
     first: dict[str, Tensor] = {}
@@ -63,8 +66,10 @@ def train(
         if rank is not None:
             part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
             tokens, weight = tokens[part], weight[part] * len(sizes)
-        loss = (run(tokens) * weight).sum()
-        loss.backward()
+        for last in (False, True) if accumulate is not None and step == 1 else (True,):
+            with accumulate(last) if accumulate is not None else contextlib.nullcontext():
+                loss = (run(tokens) * weight).sum()
+                loss.backward()
         if rank is not None and reduce:
             for name, parameter in model.named_parameters():
                 if name != VALUES:

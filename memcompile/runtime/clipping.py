@@ -1,0 +1,70 @@
+"""Clipping gradients that lie on different meshes: DTensors of the values among plain tensors, or among FSDP's.
+
+`torch.nn.utils.clip_grad_norm_` stacks the norms of all gradients, which DTensors of another mesh refuse. Here the norm
+of each mesh is taken first, and then that of all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import utils
+
+from memcompile.runtime._torch import clip_grad
+
+
+def install_clipping() -> None:
+    """Wraps what `clip_grad_norm_`, `get_total_norm` and `clip_grads_with_norm_` are made of. Idempotent."""
+    if hasattr(clip_grad._get_total_norm, "_memcompile_by_mesh"):
+        return
+    for private, public, wrap in (
+        ("_get_total_norm", "get_total_norm", _norm_by_mesh),
+        ("_clip_grads_with_norm_", "clip_grads_with_norm_", _clip_by_mesh),
+    ):
+        wrapped: Any = wrap(getattr(clip_grad, private))
+        wrapped._memcompile_by_mesh = True
+        setattr(clip_grad, private, wrapped)
+        setattr(utils, public, wrapped)
+
+
+def _norm_by_mesh(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(original)
+    def total_norm(
+        tensors: Tensor | Iterable[Tensor],
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> Tensor:
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        meshes = _by_mesh(tensors, tensors)
+        if len(meshes) < 2:
+            return original(tensors, norm_type, error_if_nonfinite, foreach)
+        norms = [original(group, norm_type, error_if_nonfinite, foreach) for group in meshes]
+        whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        return torch.linalg.vector_norm(torch.stack([norm.to(whole[0].device) for norm in whole]), norm_type)
+
+    return total_norm
+
+
+def _clip_by_mesh(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def clip(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        with_grad = [p for p in parameters if p.grad is not None]
+        for group in _by_mesh(with_grad, [p.grad for p in with_grad]):
+            original(group, *args, **kwargs)
+
+    return clip
+
+
+def _by_mesh(tensors: list[Tensor], like: list[Any]) -> list[list[Tensor]]:
+    """The tensors, apart by the mesh of what they are like."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor, key in zip(tensors, like, strict=True):
+        groups.setdefault(key.device_mesh if isinstance(key, DTensor) else None, []).append(tensor)
+    return list(groups.values())
