@@ -16,8 +16,8 @@ from memcompile.passes.capacity import agreement_of
 from memcompile.passes.dense_gradient import make_dense_where_read
 from memcompile.passes.verify import verify
 from memcompile.runtime.pool import MemoryPool, live_pools
-from memcompile.runtime.sharded_graphs import run_sharded
 from memcompile.runtime.values_gradient import watch_gradient
+from memcompile.sharded_graphs import run_sharded, tables_among
 
 log = logging.getLogger(__name__)
 
@@ -53,19 +53,20 @@ class Backend:
         }
         calls = {site.down: site.calls for pool in pools for site in pool.chosen} if self.whole else None
         verify(graph_module, example_inputs, layers, calls)
+        sharded = [pool for pool in pools if pool.sharded is not None]
+        tables = tables_among(example_inputs, sharded)
         if make_dense_where_read(graph_module, example_inputs, [pool.table for pool in pools]):
             log.info("the compiled graph reads the memory's values beside its layers: their gradient is dense there")
         for pool in pools:
             watch_gradient(pool)
         agreement = agreement_of(graph_module, example_inputs)
-        sharded = [pool for pool in pools if pool.sharded is not None]
         if agreement is not None and agreement.is_of_nothing:
             # Zeros of no tokens are constants to a compiler, which would send them before the other ranks send theirs.
             lowered: Callable = graph_module
         else:
             key = repr([pool.config for pool in pools])
             lowered = _lower(graph_module, example_inputs, key, overlaps=bool(sharded), **kwargs)
-        return run_sharded(lowered, example_inputs, sharded, agreement) if sharded else lowered
+        return run_sharded(lowered, tables, agreement) if sharded else lowered
 
 
 def memcompile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable:

@@ -70,6 +70,11 @@ class Shards:
         return sum(self.sizes[: self.rank])
 
     @property
+    def even(self) -> bool:
+        """Whether all ranks have equally many."""
+        return len(set(self.sizes)) == 1
+
+    @property
     def by_columns(self) -> bool:
         return self.dim == 1
 
@@ -195,14 +200,14 @@ def _is_own(slots: Tensor, shards: Shards) -> Tensor:
 
 def _columns_to_tokens(sums: Tensor, capacity: int, shards: Shards) -> Tensor:
     """[P * C, own columns] of all tokens -> [C, value_dim] of the own ones. One all-to-all."""
+    sizes, own = shards.sizes, shards.own
     received = collectives.all_to_all(
-        sums.reshape(-1),
-        [capacity * size for size in shards.sizes],
-        [capacity * shards.own] * shards.ranks,
-        shards.group,
+        sums.reshape(-1), [capacity * size for size in sizes], [capacity * own] * shards.ranks, shards.group
     )
-    blocks = torch.split(received, [capacity * size for size in shards.sizes])
-    return torch.cat([block.view(capacity, size) for block, size in zip(blocks, shards.sizes, strict=True)], 1)
+    if shards.even:
+        return received.view(shards.ranks, capacity, own).transpose(0, 1).reshape(capacity, shards.ranks * own)
+    blocks = torch.split(received, [capacity * size for size in sizes])
+    return torch.cat([block.view(capacity, size) for block, size in zip(blocks, sizes, strict=True)], 1)
 
 
 def _partial_sums_to_tokens(sums: Tensor, capacity: int, shards: Shards) -> Tensor:
@@ -239,11 +244,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | Non
 
 def _tokens_to_columns(grad: Tensor, capacity: int, shards: Shards) -> Tensor:
     """[C, value_dim] of the own tokens -> [P * C, own columns] of all. One all-to-all."""
-    blocks = torch.cat([block.reshape(-1) for block in torch.split(grad, list(shards.sizes), 1)])
+    sizes, own = shards.sizes, shards.own
+    if shards.even:
+        sent = grad.view(capacity, shards.ranks, own).transpose(0, 1).reshape(-1)
+    else:
+        sent = torch.cat([block.reshape(-1) for block in torch.split(grad, list(sizes), 1)])
     received = collectives.all_to_all(
-        blocks, [capacity * shards.own] * shards.ranks, [capacity * size for size in shards.sizes], shards.group
+        sent, [capacity * own] * shards.ranks, [capacity * size for size in sizes], shards.group
     )
-    return received.view(shards.ranks * capacity, shards.own)
+    return received.view(shards.ranks * capacity, own)
 
 
 def _tokens_to_all(grad: Tensor, capacity: int, shards: Shards) -> Tensor:

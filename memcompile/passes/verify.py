@@ -86,6 +86,9 @@ def operators_in(
             binding[node] = getattr(graph_module, str(node.target), None)
         if node.op in ("placeholder", "get_attr", "output"):
             continue
+        if node.op == "call_method" and node.target == "to_local":  # a rank's part of a parameter stands for it
+            binding[node] = binding.get(node.all_input_nodes[0])
+            continue
         yield node, binding
         for body in _bodies(node, binding):
             operands = [a for a in node.all_input_nodes if not isinstance(binding.get(a), fx.GraphModule)]

@@ -1,4 +1,4 @@
-"""What the tests of sharded models share: a training that is the same on one process and on ranks that part its batch."""
+"""What the tests of sharded models share: a training that is the same on one process and on ranks."""
 
 from __future__ import annotations
 
