@@ -8,7 +8,7 @@ Importing the package adds the backend to `torch.compile`; every other backend s
 
 from memcompile.compile import install_front_door
 from memcompile.config import MemoryConfig
-from memcompile.errors import CaptureError, MemcompileError, OptionError, PlanError
+from memcompile.errors import CaptureError, CollectiveError, MemcompileError, OptionError, PlanError
 from memcompile.explain import ExplainedSite, Explanation, explain
 from memcompile.lowering.sparse_table import set_stepper_of
 from memcompile.passes.detect import find_ffns
@@ -25,6 +25,7 @@ from memcompile.version import __version__
 
 __all__ = [
     "CaptureError",
+    "CollectiveError",
     "ExplainedSite",
     "Explanation",
     "FfnSite",

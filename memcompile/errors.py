@@ -13,5 +13,9 @@ class PlanError(MemcompileError, RuntimeError):
     """The model cannot be planned as asked: no FFN, too few of them, already planned, already sharded."""
 
 
+class CollectiveError(MemcompileError, RuntimeError):
+    """A collective of sharded values failed: another rank hangs or has died."""
+
+
 class CaptureError(MemcompileError, RuntimeError):
     """A captured graph or a running model does not match its plan; it is never run as a dense model instead."""

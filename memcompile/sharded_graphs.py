@@ -11,6 +11,7 @@ from memcompile.errors import CaptureError
 from memcompile.lowering.sharded_table import most_tokens
 from memcompile.passes.capacity import Agreement
 from memcompile.passes.verify import names_by_identity
+from memcompile.runtime.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
 
 Tables = list[tuple[MemoryPool, int, torch.Tensor]]  # a pool, and the place and kind of its part among inputs
@@ -45,9 +46,10 @@ def run_sharded(lowered: Callable[..., Any], tables: Tables, agreement: Agreemen
         for pool, at, captured in tables:
             _check_as_captured(pool.table, captured)
             given[at] = pool.table
-        if agreement is not None:
-            given[agreement.place] = most_tokens(agreement.most(args), agreement.group, tables[0][2].device)
-        return lowered(*given)
+        with named_collectives("forward"):
+            if agreement is not None:
+                given[agreement.place] = most_tokens(agreement.most(args), agreement.group, tables[0][2].device)
+            return lowered(*given)
 
     return run
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memcompile.lowering._torch import autograd_kernel, below_autograd, process_group
 
+OPERATIONS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 _FUNCTIONAL = torch.ops._c10d_functional
 
 

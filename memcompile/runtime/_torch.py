@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, autograd
 from torch._dynamo import OptimizedModule
 from torch._dynamo.decorators import mark_unbacked
 from torch.autograd import Variable
@@ -20,6 +20,7 @@ __all__ = [
     "OptimizedModule",
     "after_backward",
     "at_once",
+    "autograd",
     "backward_number",
     "clip_grad",
     "fsdp_init",

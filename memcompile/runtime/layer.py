@@ -13,6 +13,7 @@ from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.parameters import draw_layer, new_layer
 from memcompile.lowering.sharded_table import ASK
 from memcompile.runtime.checkpoint import encode_plan
+from memcompile.runtime.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.values_gradient import watch_gradient
 
@@ -89,6 +90,12 @@ class MemoryLayer(nn.Module):
             watch_gradient(self.pool)  # values of a copy, or that were loaded with assign=True
             if self.pool.values_grad == "dense" or functorch_is_active():
                 self.pool.catch_up()  # what is stored is read
+        if self.pool.sharded is not None and not torch.compiler.is_compiling():
+            with named_collectives("forward"):
+                return self._look_up(x)
+        return self._look_up(x)
+
+    def _look_up(self, x: Tensor) -> Tensor:
         sharded = self.pool.sharded
         return memory_lookup(
             x,

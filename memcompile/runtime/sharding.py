@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError, PlanError
 from memcompile.lowering.parameters import draw_seed, draw_values, values_shape
+from memcompile.runtime.collective_errors import install_collective_errors
 from memcompile.runtime.optimizers import live_optimizers
 from memcompile.runtime.pool import MemoryPool, pool_of
 from memcompile.runtime.sharded_values import ShardedValues
@@ -142,6 +143,7 @@ def new_sharded_values(pool: MemoryPool, dtype: torch.dtype, device: torch.devic
     sharded, shape = pool.sharded, values_shape(pool.config)
     part = torch.empty(sharded.own_shape(shape), dtype=dtype, device=device)
     draw_part(part, sharded, shape)
+    install_collective_errors()
     whole = DTensor.from_local(
         part, sharded.mesh, sharded.placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
     )
@@ -168,6 +170,7 @@ def put_sharded(pool: MemoryPool, sharded: ShardedValues, values: DTensor) -> No
     pool.root._parameters[VALUES_NAME] = nn.Parameter(values, requires_grad=pool.values.requires_grad)
     pool.sharded = sharded
     watch_gradient(pool)
+    install_collective_errors()
 
 
 def cut_layers(pool: MemoryPool) -> None:
