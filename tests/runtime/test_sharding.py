@@ -68,6 +68,17 @@ def raised(call: Any, *args: Any, **kwargs: Any) -> str:
     return ""
 
 
+def in_fp32(rank: int) -> dict[str, Any]:
+    """SGD, and compiled AdamW."""
+    found = {}
+    for optimizer, compiled in ((torch.optim.SGD, False), (torch.optim.AdamW, True)):
+        model = sharded_gpt(memory_mesh(2), tokens="even", **PLAN).float()
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="memcompile", fullgraph=True) if compiled else model
+        found[optimizer.__name__] = train(model, run, (2, 2), rank, optimizer=optimizer)["parameters"]
+    return found
+
+
 def wrong_orders(rank: int) -> dict[str, str]:
     mesh = memory_mesh(2)
     told = {"unplanned": raised(memcompile.shard, tiny_gpt(), mesh)}
@@ -159,6 +170,7 @@ def copies(rank: int) -> dict[str, Any]:
 
 def on_two(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: run_training(rank, name) for name, (ranks, *_) in TRAININGS.items() if ranks == 2}
+    found["fp32"] = in_fp32(rank)
     found["wrong orders"] = wrong_orders(rank)
     found["other plans"] = other_plans(rank)
     found["copies"] = copies(rank)
@@ -195,6 +207,27 @@ def test_training_is_that_of_one_process(ranks, name):
         for what, allowed in (("gradients", 1e-13), ("parameters", 1e-9), ("state", 1e-12)):
             difference, where = largest_difference(found[what], expected[what])
             assert difference <= allowed, f"rank {rank}: {what} of {where} differ by {difference}"
+
+
+def test_the_drift_in_fp32_is_of_gradients_that_are_zero(ranks):
+    """Sums over ranks are rounded otherwise. AdamW divides gradients by their own size: where one is zero but for
+    rounding (the bias of attention's keys, half-keys that are hardly hit) it makes steps of rounding errors, in one
+    process as on ranks, as large as the learning rate. SGD does not.
+    """
+    drifts = {}
+    for optimizer in (torch.optim.SGD, torch.optim.AdamW):
+        model = planned_gpt(**PLAN)
+        expected = train(model, model, (2, 2), optimizer=optimizer)["parameters"]
+        found = ranks[2][0]["fp32"][optimizer.__name__]
+        drifts[optimizer.__name__] = {name: (found[name] - expected[name]).abs() for name in expected}
+    assert max(float(drift.max()) for drift in drifts["SGD"].values()) < 1e-6
+    exact = planned_gpt(**PLAN).double()
+    gradients = train(exact, exact, (2, 2), steps=1)["gradients"]
+    adamw = drifts["AdamW"]
+    assert max(float(drift.max()) for drift in adamw.values()) > 1e-4  # or there would be nothing to explain
+    for name, drift in adamw.items():
+        worst = drift[gradients[name].abs() > 1e-5]
+        assert not len(worst) or float(worst.max()) < 2e-5, name
 
 
 @pytest.mark.parametrize("by", ["columns", "rows"])
