@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import empty as distributed_empty
 
-__all__ = ["is_fsdp1", "like", "local_part"]
+__all__ = ["is_first_copy", "is_fsdp1", "like", "local_part"]
 
 
 def local_part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
@@ -40,3 +40,11 @@ def like(tensor: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
         for p in tensor.placements
     ]
     return distributed_empty(*size, dtype=dtype, device_mesh=tensor.device_mesh, placements=placements)
+
+
+def is_first_copy(tensor: DTensor) -> bool:
+    """Whether this rank's part of a tensor is the first of its copies, where ranks have the same part."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return False
+    return all(at == 0 or isinstance(p, Shard) for at, p in zip(coordinate, tensor.placements, strict=True))

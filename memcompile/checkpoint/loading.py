@@ -14,11 +14,9 @@ from torch.optim import Optimizer
 from memcompile.checkpoint import folders
 from memcompile.checkpoint._torch import local_part
 from memcompile.checkpoint.asynchronous import finish_last
-from memcompile.checkpoint.manifest import Manifest
 from memcompile.checkpoint.model_state import (
     check_entries,
     check_plans,
-    decoded,
     model_state,
     root_of,
     run_load_hooks,
@@ -30,9 +28,7 @@ from memcompile.checkpoint.ranks import all_ranks
 from memcompile.checkpoint.reading import Part, StepReader
 from memcompile.checkpoint.saving import EXTRA, MODEL, OPTIMIZER, OPTIMIZER_REST, optimizers_in
 from memcompile.checkpoint.verify import choose
-from memcompile.config import MemoryConfig
 from memcompile.errors import CheckpointError
-from memcompile.runtime.checkpoint import config_of
 
 log = logging.getLogger(__name__)
 
@@ -121,30 +117,6 @@ def load(
             ranks.size,
         )
     return Loaded(manifest.step, extra, manifest.world_size)
-
-
-def config(folder: str | os.PathLike, *, step: int | None = None, part: str = "") -> MemoryConfig:
-    """The options of the memory that a step was saved with, for ``memcompile.plan(model, memory=...)``. Any rank may
-    call it alone.
-
-    Args:
-        step: None is the last one that was saved.
-        part: the name of the planned module, where that is a part of the model.
-
-    Raises:
-        CheckpointError: there is no such step, its manifest is damaged, or it was saved without a memory.
-    """
-    path = Path(folder)
-    manifest = Manifest.read(folders.step_folder(path, folders.latest_step(path) if step is None else step))
-    if part not in manifest.plans:
-        others = f": it has one in {', '.join(map(repr, manifest.plans))}, give part=" if manifest.plans else ""
-        raise CheckpointError(f"step {manifest.step} in {path} has no memory{f' in {part!r}' if part else ''}{others}")
-    return config_of(decoded(manifest.plans[part]))
-
-
-def steps(folder: str | os.PathLike) -> list[int]:
-    """The steps that were saved, the last save first; not verified. Any rank may call it alone."""
-    return folders.saved_steps(Path(folder))
 
 
 def _config_call(folder: Path, step: int | None) -> str:
