@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from memcompile.checkpoint import folders
 from memcompile.checkpoint._torch import is_first_copy, local_part
 from memcompile.checkpoint.asynchronous import finish_last
+from memcompile.checkpoint.files import PIECE
 from memcompile.checkpoint.model_state import Plans, model_state, plans_of, root_of
 from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import Ranks, all_ranks
@@ -28,7 +29,7 @@ from memcompile.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 PLANS = "memcompile"  # in the metadata of each file
-BUFFER = 2**26  # bytes that are read, or gathered from the ranks, at once
+BUFFER = PIECE  # bytes that are read, or gathered from the ranks, at once
 
 
 class Piece(NamedTuple):

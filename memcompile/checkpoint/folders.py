@@ -88,8 +88,8 @@ def begin(folder: Path, step: int) -> Path:
     return new
 
 
-def publish(folder: Path, step: int, keep: int | None) -> None:
-    """Finishes the step that is being written, of which every file is on the disk; deletes all but the `keep` last."""
+def publish(folder: Path, step: int) -> None:
+    """Finishes the step that is being written, of which every file is on the disk."""
     target, replaced = step_folder(folder, step), folder / f"step_{step}.old"
     sync(being_written(folder, step))
     if target.exists():
@@ -101,7 +101,11 @@ def publish(folder: Path, step: int, keep: int | None) -> None:
     sync(folder)
     if replaced.exists():
         remove(replaced)
-    for old in saved_steps(folder)[keep:] if keep is not None else ():
+
+
+def delete_old(folder: Path, step: int, keep: int) -> None:
+    """Deletes all but the `keep` last saves, and never that of `step`, the last one."""
+    for old in saved_steps(folder)[keep:]:
         if old != step:
             remove(step_folder(folder, old))
 

@@ -111,7 +111,7 @@ def load(
     extra = ranks.each("read the checkpoint", read)
     if extra is not None and manifest.world_size != ranks.size and ranks.rank == 0:
         log.warning(
-            "%s was saved by %d ranks, here are %d: `extra` is of the same rank or else of rank 0",
+            "%s was saved by %d rank(s), here are %d: `extra` is of the same rank, or else of rank 0",
             source,
             manifest.world_size,
             ranks.size,
@@ -127,4 +127,4 @@ def _extra(reader: StepReader, rank: int) -> Any:
     ranks = reader.objects(EXTRA)
     if not ranks:
         return None
-    return unpacked(reader.read_object(EXTRA + (str(rank) if str(rank) in ranks else "0")))
+    return unpacked(reader.read_object(EXTRA + (str(rank) if str(rank) in ranks else min(ranks, key=int))))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from memcompile.errors import CheckpointError, MemcompileError
 
@@ -35,13 +36,16 @@ class Ranks:
                 rank it was on and what it was `doing`.
         """
         mine: tuple[T | None, MemcompileError | None]
-        cause: Exception | None = None
+        cause: BaseException | None = None
         try:
             mine = run(), None
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # DCP's is no Exception
             cause = error
             mine = None, _to_send(error, f"rank {self.rank} could not {doing}")
-        everyones = self._everyones(mine)
+        try:
+            everyones = self._everyones(mine)
+        except RuntimeError as error:  # of gloo
+            raise CheckpointError(f"rank {self.rank} lost another while it was to {doing}: {error}") from error
         failure = next((error for _, error in everyones if error is not None), None)
         if failure is not None:
             raise (mine[1] or failure) from (None if cause is mine[1] else cause)
@@ -76,17 +80,15 @@ def all_ranks() -> Ranks:
     return Ranks(_made[1])
 
 
-def _to_send(error: Exception, failed: str) -> MemcompileError:
+def _to_send(error: BaseException, failed: str) -> MemcompileError:
     """An error that every rank can unpickle; ours as it is."""
     return error if isinstance(error, MemcompileError) else CheckpointError(f"{failed}: {_described(error)}")
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     """One line; DCP's error holds those of the ranks, with their tracebacks."""
-    failures: dict[int, Any] | None = getattr(error, "failures", None)
-    if failures:
+    if isinstance(error, CheckpointException):
         return "; ".join(
-            f"on rank {rank} {_described(failure[0] if isinstance(failure, tuple) else failure)}"
-            for rank, failure in sorted(failures.items())
+            f"on rank {rank} {_described(failure)}" for rank, (failure, _) in sorted(error.failures.items())
         )
     return f"{type(error).__name__}: {error}"

@@ -87,11 +87,14 @@ def save(
             manifest = Manifest(
                 step=step, number=number, save_id=save_id, world_size=ranks.size, plans=plans, files=files
             )
-            ranks.first("finish the step", lambda: _finish(path, manifest, keep))
+            ranks.first("finish the step", lambda: _finish(path, manifest))
         except CheckpointError as error:
             if ranks.rank == 0:  # what a full disk has no room for
                 shutil.rmtree(folders.being_written(path, step), ignore_errors=True)
+                folders.recover(path)
             raise CheckpointError(f"step {step} was not saved, and what {path} had is as it was: {error}") from error
+        if keep is not None:
+            ranks.first("delete old steps", lambda: folders.delete_old(path, step, keep))
 
     if asynchronous:
         handle.start(write)
@@ -160,6 +163,6 @@ def _see(folder: Path, step: int) -> None:
         raise CheckpointError(f"{folder} is not the folder that rank 0 sees: all ranks must share its file system")
 
 
-def _finish(folder: Path, manifest: Manifest, keep: int | None) -> None:
+def _finish(folder: Path, manifest: Manifest) -> None:
     folders.write(folders.being_written(folder, manifest.step) / NAME, manifest.text())
-    folders.publish(folder, manifest.step, keep)
+    folders.publish(folder, manifest.step)
