@@ -9,11 +9,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+# `save` itself warns in each process that is alone.
+from torch.distributed.checkpoint.state_dict_saver import _save_state_dict as save_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import empty as distributed_empty
 
-__all__ = ["is_first_copy", "is_fsdp1", "like", "local_part"]
+__all__ = ["is_first_copy", "is_fsdp1", "like", "local_part", "save_state_dict"]
 
 
 def local_part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:

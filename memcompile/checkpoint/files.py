@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,17 +15,13 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from memcompile.checkpoint._torch import local_part
+from memcompile.checkpoint._torch import local_part, save_state_dict
 from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import Ranks
 from memcompile.checkpoint.sums import BlockSums, FileRecord
 
 PIECE = 2**28  # bytes of a tensor that are stored as one; reading needs memory for one
-
-# DCP says so at each call of a process alone, which is what such a process wants.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 def write_files(state: dict[str, Any], folder: Path, save_id: str, ranks: Ranks, progress: Progress) -> dict[str, Any]:
@@ -43,7 +38,7 @@ def write_files(state: dict[str, Any], folder: Path, save_id: str, ranks: Ranks,
     writer.fs = files = _RecordedFiles(progress)
     planner = _PiecewisePlanner(progress)
     try:
-        save(state, storage_writer=writer, planner=planner, process_group=ranks.group, no_dist=ranks.group is None)
+        save_state_dict(state, writer, ranks.group, no_dist=ranks.group is None, planner=planner)
     finally:
         progress.close()
     return files.records

@@ -40,6 +40,17 @@ def saved_steps(folder: Path) -> list[int]:
     return [step for _, step in sorted(found, reverse=True)]
 
 
+def saved_before(folder: Path, step: int | None, latest: bool) -> list[int]:
+    """Steps that may stand in for one that cannot be loaded, the last save first: those that were saved before it.
+    Where its manifest does not tell when that was, all others stand in for the `latest`, and lower ones for another.
+    """
+    others = [other for other in saved_steps(folder) if other != step]
+    number = 0 if step is None else _number(step_folder(folder, step))
+    if number:
+        return [other for other in others if _number(step_folder(folder, other)) < number]
+    return [other for other in others if latest or (step is not None and other < step)]
+
+
 def next_number(folder: Path) -> int:
     """The number of the next save."""
     return 1 + max([0, *(_number(step_folder(folder, step)) for step in saved_steps(folder))])

@@ -34,12 +34,13 @@ class Progress:
     def add(self, count: int) -> None:
         """So many bytes more are done."""
         with self._lock:
+            count = min(count, self._total - self._done)  # files have some bytes around their tensors
             self._done += count
             if self._bar is _LINES:
                 tenths = 10 * self._done // max(1, self._total)
                 if tenths > self._said:
                     self._said = tenths
-                    log.info("%s: %d%% of %.1f GiB", self._doing, min(100, 10 * tenths), self._total / 2**30)
+                    log.info("%s: %d%% of %.1f GiB", self._doing, 10 * tenths, self._total / 2**30)
             elif self._bar is not None:
                 self._bar.update(count)
 

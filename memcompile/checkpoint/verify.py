@@ -27,15 +27,14 @@ def choose(ranks: Ranks, folder: Path, step: int | None, fall_back: bool, progre
         CheckpointError: there is none, or it is damaged: what was expected and found, and which steps are not.
     """
     wanted, problem = ranks.first("find the step", lambda: _wanted(folder, step))
-    steps = ranks.first("list the steps", lambda: folders.saved_steps(folder))
     good: list[Manifest] = []
     if wanted is not None:
         try:
             return verified(ranks, folder, wanted, progress)
         except CheckpointError as error:
             problem = str(error)
-    before = steps[steps.index(wanted) + 1 :] if wanted in steps else [s for s in steps if step is None or s < step]
-    for earlier in before:
+    named = wanted if step is None else step
+    for earlier in ranks.first("list the steps", lambda: folders.saved_before(folder, named, step is None)):
         try:
             good.append(verified(ranks, folder, earlier, progress))
         except CheckpointError as error:
