@@ -69,7 +69,7 @@ def save(
     step, path = _agreed(ranks, step, Path(folder), keep)
     state: dict[str, Any] = {}
     plans = ranks.each("collect the state", lambda: _collect(state, model, optimizer, extra, ranks.rank))
-    bar = Progress((progress if ranks.rank == 0 else False) if progress is not None or not asynchronous else False)
+    bar = Progress(False if ranks.rank != 0 or (asynchronous and progress is None) else progress)
     if asynchronous:
         start = time.perf_counter()
         state = ranks.each("copy the state", lambda: _copied(state))

@@ -7,6 +7,7 @@ n // 2, so that each second one replaces a step; the state is a function of n, w
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import random
@@ -109,7 +110,7 @@ def at_random_times(folder: Path, kills: int) -> dict[str, Any]:
 
 
 def before_each_operation(folder: Path) -> dict[str, Any]:
-    """Kills a child that saves twice before the first operation of `os` that changes the disk, before the second ..."""
+    """Kills a child that saves twice before the first operation on the disk, before the second ..."""
     trial = Trial(folder)
     trial.check(*trial.child(lambda: None, saves=5))
     count = 0
@@ -123,17 +124,27 @@ def before_each_operation(folder: Path) -> dict[str, Any]:
 def _die_before(count: int) -> None:
     left = [count]
 
+    def count_down() -> None:
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+
     def dying(operation: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
+            count_down()
             return operation(*args, **kwargs)
 
         return run
 
+    def opening(path: Any, mode: str = "r", *args: Any, whole: Callable[..., Any] = io.open, **kwargs: Any) -> Any:
+        file = whole(path, mode, *args, **kwargs)
+        if "w" in mode:  # the file is empty now
+            count_down()
+        return file
+
     for name in OPERATIONS:
         setattr(os, name, dying(getattr(os, name)))
+    io.open = opening
 
 
 if __name__ == "__main__":
