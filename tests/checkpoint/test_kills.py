@@ -20,7 +20,7 @@ def test_nothing_is_lost_by_a_kill(tmp_path):
     assert run.returncode == 0, run.stderr
     at_random, before_each = json.loads(run.stdout.splitlines()[-1])
     assert at_random["kills"] == 50
-    assert at_random["saves"] > 10
-    assert at_random["interrupted"] > 10
+    assert at_random["saves"] > 5
+    assert at_random["interrupted"] > 5
     assert before_each["kills"] > 20
     assert before_each["interrupted"] > 20
