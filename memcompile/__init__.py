@@ -6,9 +6,19 @@
 Importing the package adds the backend to `torch.compile`; every other backend stays as it is.
 """
 
+import importlib
+from typing import Any
+
 from memcompile.compile import install_front_door
 from memcompile.config import MemoryConfig
-from memcompile.errors import CaptureError, CollectiveError, MemcompileError, OptionError, PlanError
+from memcompile.errors import (
+    CaptureError,
+    CheckpointError,
+    CollectiveError,
+    MemcompileError,
+    OptionError,
+    PlanError,
+)
 from memcompile.explain import ExplainedSite, Explanation, explain
 from memcompile.lowering.sparse_table import set_stepper_of
 from memcompile.passes.detect import find_ffns
@@ -25,6 +35,7 @@ from memcompile.version import __version__
 
 __all__ = [
     "CaptureError",
+    "CheckpointError",
     "CollectiveError",
     "ExplainedSite",
     "Explanation",
@@ -42,6 +53,14 @@ __all__ = [
     "reset_parameters",
     "shard",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`memcompile.checkpoint` is imported at the first use: `torch.distributed.checkpoint` takes its time."""
+    if name == "checkpoint":
+        return importlib.import_module("memcompile.checkpoint")
+    raise AttributeError(f"module 'memcompile' has no attribute {name!r}")
+
 
 install_front_door()
 install_load_guard()

@@ -19,3 +19,7 @@ class CollectiveError(MemcompileError, RuntimeError):
 
 class CaptureError(MemcompileError, RuntimeError):
     """A captured graph or a running model does not match its plan; it is never run as a dense model instead."""
+
+
+class CheckpointError(MemcompileError, RuntimeError):
+    """A checkpoint could not be written, is damaged, or is not of this model; raised on every rank."""

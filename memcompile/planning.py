@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from memcompile.config import OPTION_NAMES, MemoryConfig, check_names
+from memcompile.config import MemoryConfig, check_names
 from memcompile.errors import OptionError, PlanError
 from memcompile.explain import Explanation, explain
 from memcompile.lowering.parameters import draw_values, values_shape
@@ -20,7 +20,7 @@ from memcompile.passes.graphs import is_captured
 from memcompile.passes.place import place
 from memcompile.passes.trace import trace
 from memcompile.rehearsal import rehearse
-from memcompile.runtime.checkpoint import plan_in
+from memcompile.runtime.checkpoint import config_of, plan_in
 from memcompile.runtime.ddp import check_rebuildable, rebuild
 from memcompile.runtime.install import install
 from memcompile.runtime.interrupts import uninterrupted
@@ -142,12 +142,7 @@ def config_from(state_dict: Mapping[str, Any]) -> MemoryConfig:
     saved = plan_in(state_dict)
     if saved is None:
         raise PlanError("the state dict holds no memory: it was saved from a model that was not planned")
-    try:
-        return MemoryConfig(
-            **{name: saved["config"][name] for name in OPTION_NAMES} | {"memory_layers": saved["layers"]}
-        )
-    except (KeyError, OptionError) as error:
-        raise PlanError(f"the plan in the checkpoint is damaged: {error}") from error
+    return config_of(saved)
 
 
 def _pool(model: nn.Module) -> MemoryPool:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memcompile.config import TRAINING_OPTIONS
-from memcompile.errors import PlanError
+from memcompile.config import OPTION_NAMES, TRAINING_OPTIONS, MemoryConfig
+from memcompile.errors import OptionError, PlanError
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.sites import LAYER_NAME, VALUES_NAME
 
@@ -26,7 +26,7 @@ _LATER_OPTIONS = {
     "values_optimizer": None,
     "values_state_dtype": "float32",
 }
-_PLAN_KEY = f"{LAYER_NAME}._extra_state"
+PLAN_KEY = f"{LAYER_NAME}._extra_state"
 _MAGIC = b'{"memcompile"'  # how every encoded plan starts
 
 
@@ -51,7 +51,7 @@ def install_load_guard() -> None:
         def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
             planned = pool_of(self) is not None or bool(pools_inside(self))
             if not planned and VALUES_NAME in self._parameters:  # a captured graph has parameters and no extra state
-                state_dict = {k: v for k, v in state_dict.items() if not (k.endswith(_PLAN_KEY) and _is_plan(v))}
+                state_dict = {k: v for k, v in state_dict.items() if not (k.endswith(PLAN_KEY) and _is_plan(v))}
             elif not planned and any(map(_is_plan, _entries(state_dict))):
                 raise PlanError(
                     f"the checkpoint holds a memory, but {type(self).__name__} has none: plan it first, "
@@ -69,7 +69,7 @@ def encode_plan(pool: MemoryPool) -> Tensor:
     A tensor, because every checkpoint format stores one (safetensors holds nothing else); extra state and not a
     buffer, because nothing averages, casts, broadcasts or moves extra state.
     """
-    return torch.tensor(list(json.dumps(_plan_of(pool)).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(plan_of(pool)).encode()), dtype=torch.uint8)
 
 
 def plan_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -83,7 +83,7 @@ def plan_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _entries(state_dict: Mapping[str, Any]) -> Iterator[Any]:
-    return (value for name, value in state_dict.items() if f".{name}".endswith(f".{_PLAN_KEY}"))
+    return (value for name, value in state_dict.items() if f".{name}".endswith(f".{PLAN_KEY}"))
 
 
 def _is_plan(entry: Any) -> bool:
@@ -115,11 +115,11 @@ def _check_state_dict(
     own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
     saved = plan_in(own)
     if saved is not None:
-        _check_same_plan(saved, _plan_of(pool))
+        check_same_plan(saved, plan_of(pool))
     elif not any(_is_memory(name[len(prefix) :], pool) for name in own):
         _fill_from_dense(pool, state_dict, prefix)
     else:  # of a captured graph, which has parameters and no extra state
-        plans = [name for name in pool.root.state_dict() if f".{name}".endswith(f".{_PLAN_KEY}")]
+        plans = [name for name in pool.root.state_dict() if f".{name}".endswith(f".{PLAN_KEY}")]
         state_dict.update({prefix + name: encode_plan(pool) for name in plans})
 
 
@@ -148,7 +148,15 @@ def _is_memory(name: str, pool: MemoryPool) -> bool:
     return name == VALUES_NAME or name.startswith(layers)
 
 
-def _check_same_plan(saved: dict[str, Any], own: dict[str, Any]) -> None:
+def check_same_plan(
+    saved: dict[str, Any], own: dict[str, Any], config: str = "memcompile.config_from(state_dict)"
+) -> None:
+    """Raises PlanError, which lists what differs, unless a plan that was saved is that of this model, but for options
+    of training.
+
+    Args:
+        config: the expression that reads the saved options, for the message.
+    """
     sizes = {k: v for k, v in own["config"].items() if k not in ("memory_layers", *TRAINING_OPTIONS)}
     differing = [
         f"{k}={saved['config'].get(k)!r} (here {v!r})" for k, v in sizes.items() if saved["config"].get(k) != v
@@ -158,11 +166,12 @@ def _check_same_plan(saved: dict[str, Any], own: dict[str, Any]) -> None:
     if differing:
         raise PlanError(
             f"the checkpoint was saved with another memory: {', '.join(differing)}. Plan the model as the "
-            f"checkpoint was: memcompile.plan(model, memory=memcompile.config_from(state_dict))"
+            f"checkpoint was: memcompile.plan(model, memory={config})"
         )
 
 
-def _plan_of(pool: MemoryPool) -> dict[str, Any]:
+def plan_of(pool: MemoryPool) -> dict[str, Any]:
+    """The plan in plain JSON types."""
     return {
         "memcompile": FORMAT,
         "config": pool.config.to_dict(),
@@ -170,16 +179,35 @@ def _plan_of(pool: MemoryPool) -> dict[str, Any]:
     }
 
 
-def _decode(entry: Any) -> dict[str, Any]:
+def config_of(plan: Mapping[str, Any]) -> MemoryConfig:
+    """The options of a plan that was read, for ``memcompile.plan(model, memory=...)``.
+
+    Raises:
+        PlanError: the plan is damaged.
+    """
     try:
-        plan = json.loads(bytes(entry.tolist()))
-        saved_format, config, layers = plan["memcompile"], plan["config"], plan["layers"]
-        if not (isinstance(saved_format, int) and isinstance(config, dict) and isinstance(layers, list)):
-            raise TypeError(f"unexpected types in {plan}")
-    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        raise PlanError(f"the plan in the checkpoint ({_PLAN_KEY}) is damaged: {error}") from error
+        return MemoryConfig(**{name: plan["config"][name] for name in OPTION_NAMES} | {"memory_layers": plan["layers"]})
+    except (KeyError, OptionError) as error:
+        raise PlanError(f"the plan in the checkpoint is damaged: {error}") from error
+
+
+def checked_plan(plan: Any) -> dict[str, Any]:
+    """A plan that was decoded, with the options that later versions have added.
+
+    Raises:
+        PlanError: it is of a later version.
+        KeyError, TypeError: it is no plan.
+    """
+    saved_format, config, layers = plan["memcompile"], plan["config"], plan["layers"]
+    if not (isinstance(saved_format, int) and isinstance(config, dict) and isinstance(layers, list)):
+        raise TypeError(f"unexpected types in {plan}")
     if saved_format > FORMAT:
         raise PlanError(f"the checkpoint's plan has format {saved_format}, this memcompile reads {FORMAT}: upgrade it")
-    for name, value in _LATER_OPTIONS.items():
-        config.setdefault(name, value)
-    return plan
+    return {**plan, "config": {**_LATER_OPTIONS, **config}}
+
+
+def _decode(entry: Any) -> dict[str, Any]:
+    try:
+        return checked_plan(json.loads(bytes(entry.tolist())))
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        raise PlanError(f"the plan in the checkpoint ({PLAN_KEY}) is damaged: {error}") from error

@@ -1,0 +1,64 @@
+"""A save that goes on in a thread while the training does: one at a time, and its error is never lost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+class SaveHandle:
+    """A save that was begun; of one that is not asynchronous, it is done."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over on this rank, well or not."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> Path:
+        """Waits until it is over on every rank, and returns the folder of the step.
+
+        Raises:
+            CheckpointError: it failed; earlier checkpoints are as they were. It is raised once: here, or by the next
+                `save` or `load`.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return self._folder
+
+    def start(self, write: Callable[[], object]) -> None:
+        """Goes on in a thread, which the process waits for at its end."""
+
+        def run() -> None:
+            try:
+                write()
+            except Exception as error:
+                log.error("the asynchronous save into %s failed: %s", self._folder, error)
+                self._error = error
+
+        global _last
+        _last = self
+        self._thread = threading.Thread(target=run, name="memcompile checkpoint")
+        self._thread.start()
+
+
+_last: SaveHandle | None = None
+
+
+def finish_last() -> None:
+    """Waits for the last asynchronous save, and raises its error where nobody has seen it."""
+    global _last
+    last, _last = _last, None
+    if last is not None:
+        last.wait()

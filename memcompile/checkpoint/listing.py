@@ -1,0 +1,42 @@
+"""What is in a folder of checkpoints, without a model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from memcompile.checkpoint import folders
+from memcompile.checkpoint.importing import plans_in
+from memcompile.checkpoint.manifest import Manifest
+from memcompile.checkpoint.model_state import decoded
+from memcompile.config import MemoryConfig
+from memcompile.errors import CheckpointError
+from memcompile.runtime.checkpoint import config_of
+
+
+def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") -> MemoryConfig:
+    """The options of the memory that was saved, for ``memcompile.plan(model, memory=...)``. Any rank may call it alone.
+
+    Args:
+        path: a folder of checkpoints, or safetensors.
+        step: of a folder of checkpoints; None is the last one that was saved.
+        part: the name of the planned module, where that is a part of the model.
+
+    Raises:
+        CheckpointError: there is no such step, what is read of it is damaged, or it has no memory.
+    """
+    source = Path(path)
+    if step is None and (source.is_file() or next(source.glob("*.safetensors"), None)):
+        plans = plans_in(source)
+    else:
+        step = folders.latest_step(source) if step is None else step
+        plans = Manifest.read(folders.step_folder(source, step)).plans
+    if part not in plans:
+        others = f": it has one in {', '.join(map(repr, plans))}, give part=" if plans else ""
+        raise CheckpointError(f"what {source} has saved has no memory{f' in {part!r}' if part else ''}{others}")
+    return config_of(decoded(plans[part]))
+
+
+def steps(folder: str | os.PathLike) -> list[int]:
+    """The steps that were saved, the last save first; not verified. Any rank may call it alone."""
+    return folders.saved_steps(Path(folder))

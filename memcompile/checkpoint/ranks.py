@@ -1,0 +1,94 @@
+"""What the processes of a job do together, so that an error of one is raised on every one and none waits for it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from memcompile.errors import CheckpointError, MemcompileError
+
+T = TypeVar("T")
+
+_made: tuple[weakref.ref[dist.ProcessGroup], dist.ProcessGroup] | None = None
+
+
+class Ranks:
+    """All ranks of the job, or the one process of a job without `torch.distributed`.
+
+    Attributes:
+        group: a gloo group of its own, in which a thread may wait while the training uses the others; None without.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    def gather(self, doing: str, run: Callable[[], T]) -> list[T]:
+        """What `run()` returns on every rank, in their order. All ranks call this.
+
+        Raises:
+            MemcompileError: `run` raised on some rank: that error, or a CheckpointError of any other that says which
+                rank it was on and what it was `doing`.
+        """
+        mine: tuple[T | None, MemcompileError | None]
+        cause: BaseException | None = None
+        try:
+            mine = run(), None
+        except (Exception, CheckpointException) as error:  # DCP's is no Exception
+            cause = error
+            mine = None, _to_send(error, f"rank {self.rank} could not {doing}")
+        try:
+            everyones = self._everyones(mine)
+        except RuntimeError as error:  # of gloo
+            raise CheckpointError(f"rank {self.rank} lost another while it was to {doing}: {error}") from error
+        failure = next((error for _, error in everyones if error is not None), None)
+        if failure is not None:
+            raise (mine[1] or failure) from (None if cause is mine[1] else cause)
+        return [cast(T, result) for result, _ in everyones]
+
+    def each(self, doing: str, run: Callable[[], T]) -> T:
+        """What `run()` returns on this rank, once every rank has run it. Raises as `gather` does."""
+        result: list[T] = []
+        self.gather(doing, lambda: result.append(run()))
+        return result[0]
+
+    def first(self, doing: str, run: Callable[[], T]) -> T:
+        """What `run()` returns on rank 0, which alone runs it. Raises as `gather` does."""
+        return cast(T, self.gather(doing, lambda: run() if self.rank == 0 else None)[0])
+
+    def _everyones(self, mine: Any) -> list[Any]:
+        if self.size == 1:
+            return [mine]
+        results: list[Any] = [None] * self.size
+        dist.all_gather_object(results, mine, group=self.group)
+        return results
+
+
+def all_ranks() -> Ranks:
+    """The ranks of this job. The first call makes their group, so all ranks make it."""
+    global _made
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks(None)
+    world = cast(dist.ProcessGroup, dist.group.WORLD)
+    if _made is None or _made[0]() is not world:
+        _made = weakref.ref(world), cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+    return Ranks(_made[1])
+
+
+def _to_send(error: BaseException, failed: str) -> MemcompileError:
+    """An error that every rank can unpickle; ours as it is."""
+    return error if isinstance(error, MemcompileError) else CheckpointError(f"{failed}: {_described(error)}")
+
+
+def _described(error: BaseException) -> str:
+    """One line; DCP's error holds those of the ranks, with their tracebacks."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(
+            f"on rank {rank} {_described(failure)}" for rank, (failure, _) in sorted(error.failures.items())
+        )
+    return f"{type(error).__name__}: {error}"
