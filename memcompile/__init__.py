@@ -17,6 +17,8 @@ from memcompile.runtime.checkpoint import install_load_guard
 from memcompile.runtime.optimizer_checkpoints import install_exact_loading
 from memcompile.runtime.replicas import install_replica_hook
 from memcompile.runtime.steps import install_step_hooks
+from memcompile.runtime.store import store_values
+from memcompile.runtime.values_file import verify as verify_values
 from memcompile.runtime.values_stepper import stepper_of
 from memcompile.sites import FfnSite
 from memcompile.version import __version__
@@ -37,6 +39,8 @@ __all__ = [
     "find_ffns",
     "plan",
     "reset_parameters",
+    "store_values",
+    "verify_values",
 ]
 
 install_front_door()

@@ -159,12 +159,18 @@ def _layer_flops(layer: MemoryLayer) -> int:
 def _memory(pool: MemoryPool) -> str:
     c = pool.config
     assert c.n_keys is not None
-    rate = f"constant learning rate {c.values_lr:g}" if c.values_lr is not None else "the optimizer's learning rate"
+    rate = (
+        f"with constant learning rate {c.values_lr:g}"
+        if c.values_lr is not None
+        else "with the optimizer's learning rate"
+    )
+    if c.frozen:
+        rate = (
+            f"in {c.values_path}, for inference" if c.values_path is not None else "in the CPU's memory, for inference"
+        )
     return (
         f"memory: {c.n_keys**2:,} slots ({c.n_keys} half-keys a side) x {c.value_dim} in {len(pool.layers)} layer(s), "
-        f"{c.heads} heads x top {c.top_k}, key_dim {c.key_dim}; values {pool.values.dtype} with {rate}".replace(
-            "torch.", ""
-        )
+        f"{c.heads} heads x top {c.top_k}, key_dim {c.key_dim}; values {str(pool.values.dtype).removeprefix('torch.')} {rate}"
     )
 
 

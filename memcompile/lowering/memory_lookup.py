@@ -15,6 +15,7 @@ from memcompile.lowering.product_key_topk import check_top_k
 from memcompile.lowering.schema import LIBRARY, operator
 
 VALUES_GRADS = ("dense", "sparse", "fused")
+VALUES_STORAGES = ("device", "host", "mmap")
 
 
 def memory_lookup(
@@ -32,6 +33,7 @@ def memory_lookup(
     heads: int,
     top_k: int,
     values_grad: str = "dense",
+    values_storage: str = "device",
 ) -> Tensor:
     """A product-key memory layer (Lample et al. 2019; Memory Layers at Scale, arXiv 2412.09764, section 3).
 
@@ -58,6 +60,9 @@ def memory_lookup(
         values_grad: "dense", or "sparse" for a gradient of `values` that is a coalesced sparse COO tensor of the rows
             that were hit, or "fused" for none at all: `sparse_table` tells who then updates them. Under torch.func
             transforms it is always dense.
+        values_storage: "device", or "host" for values in the CPU's memory whatever the rest is on: their rows are summed
+            there, and the sums moved. "mmap" is "host" for a file that is mapped: its rows are asked for while the gate
+            is computed. Both are for values that do not learn.
 
     Returns:
         [..., d_out], or [..., value_dim] with no projection, in the dtype of `F.linear(x, query_weight)`.
@@ -68,7 +73,7 @@ def memory_lookup(
     """
     return operator("memory_lookup")(
         x, query_weight, query_bias, half_keys, values,
-        gate_weight, gate_bias, out_weight, out_bias, temperature, heads, top_k, values_grad,
+        gate_weight, gate_bias, out_weight, out_bias, temperature, heads, top_k, values_grad, values_storage,
     )  # fmt: skip
 
 
@@ -86,11 +91,13 @@ def _composite(
     heads: int,
     top_k: int,
     values_grad: str = "dense",
+    values_storage: str = "device",
 ) -> Tensor:
     _check_search(x, query_weight, query_bias, half_keys, temperature, heads, top_k)
     _check_read(x, half_keys, values, gate_weight, gate_bias, out_weight, out_bias)
     if values_grad not in VALUES_GRADS:
         raise ValueError(f"values_grad: expected one of {', '.join(VALUES_GRADS)}, got {values_grad!r}")
+    _check_storage(values, values_storage)
     half_dim, value_dim = half_keys.shape[3], values.shape[1]
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     query = F.linear(tokens, query_weight, query_bias)  # [tokens, heads * key_dim]
@@ -107,13 +114,20 @@ def _composite(
         half_keys = F.normalize(half_keys, dim=-1)
     weights, slots = operator("product_key_search")(halves.flatten(-2), half_keys, top_k)  # [tokens, heads, k]
     slots, weights = slots.flatten(1), weights.flatten(1)
+    if values_storage != "device":
+        slots, weights = slots.to(values.device), weights.to(values.device)
+    if values_storage == "mmap":
+        slots = operator("prefetch_rows")(values, slots)
+    gate = None if gate_weight is None else F.silu(F.linear(tokens, gate_weight, gate_bias))
     if values_grad == "dense" or functorch_is_active():
         y = operator("weighted_gather")(values, slots, weights)  # [tokens, value_dim]
     else:
         y = operator("table_gather")(values, slots, weights, values_grad)
     y = y.to(layer_dtype)
-    if gate_weight is not None:
-        y = y * F.silu(F.linear(tokens, gate_weight, gate_bias))
+    if values_storage != "device":
+        y = y.to(tokens.device)
+    if gate is not None:
+        y = y * gate
     if out_weight is not None:
         y = F.linear(y, out_weight, out_bias)
     d_out = value_dim if out_weight is None else out_weight.shape[0]
@@ -179,6 +193,16 @@ def _check_read(
     if out_weight.dim() != 2 or out_weight.shape[1] != value_dim:
         raise ValueError(f"out_weight: expected [d_out, value_dim = {value_dim}], got {list(out_weight.shape)}")
     _expect_shape("out_bias", out_bias, (out_weight.shape[0],), "[d_out]")
+
+
+def _check_storage(values: Tensor, values_storage: str) -> None:
+    if values_storage not in VALUES_STORAGES:
+        raise ValueError(f"values_storage: expected one of {', '.join(VALUES_STORAGES)}, got {values_storage!r}")
+    if values_storage != "device" and values.requires_grad:
+        raise ValueError(
+            f"values: those of values_storage={values_storage!r} do not learn: values.requires_grad_(False), or "
+            f"values_storage='device' to train them"
+        )
 
 
 # vmap takes the operator apart as autograd does; without the second line it would loop over the batch.

@@ -10,8 +10,9 @@ SCHEMAS = {
     "memory_lookup": (
         "(Tensor x, Tensor query_weight, Tensor? query_bias, Tensor half_keys, Tensor values, "
         "Tensor? gate_weight, Tensor? gate_bias, Tensor? out_weight, Tensor? out_bias, "
-        'Tensor? temperature, int heads, int top_k, str values_grad="dense") -> Tensor'
+        'Tensor? temperature, int heads, int top_k, str values_grad="dense", str values_storage="device") -> Tensor'
     ),
+    "prefetch_rows": "(Tensor values, Tensor slots) -> Tensor",
     "product_key_search": "(Tensor query, Tensor half_keys, int top_k) -> (Tensor weights, Tensor slots)",
     "product_key_topk": "(Tensor scores, int top_k) -> (Tensor logits, Tensor slots)",
     "weighted_gather": "(Tensor values, Tensor slots, Tensor weights) -> Tensor",

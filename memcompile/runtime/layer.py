@@ -80,7 +80,14 @@ class MemoryLayer(nn.Module):
             watch_gradient(self.pool)  # values of a copy, or that were loaded with assign=True
             if self.pool.values_grad == "dense" or functorch_is_active():
                 self.pool.catch_up()  # what is stored is read
-        return memory_lookup(x, *self.tensors(), heads=self.heads, top_k=self.top_k, values_grad=self.pool.values_grad)
+        return memory_lookup(
+            x,
+            *self.tensors(),
+            heads=self.heads,
+            top_k=self.top_k,
+            values_grad=self.pool.values_grad,
+            values_storage=self.pool.config.values_storage,
+        )
 
     def get_extra_state(self) -> Tensor:
         return encode_plan(self.pool)
