@@ -100,9 +100,7 @@ def reset_parameters(model: nn.Module) -> None:
     """
     pool = _pool(model)
     if isinstance(pool.values, MappedValues):
-        raise PlanError(
-            f"the values lie in {pool.values.path!r}, which is not written: plan with values_storage='device'"
-        )
+        raise PlanError(f"the values lie in {pool.values.path!r}, for inference: plan with values_storage='device'")
     pool.catch_up()  # what rows have missed is of the values as they are now
     draw_values(pool.values)
     for layer in pool.layers.values():

@@ -60,9 +60,9 @@ def memory_lookup(
         values_grad: "dense", or "sparse" for a gradient of `values` that is a coalesced sparse COO tensor of the rows
             that were hit, or "fused" for none at all: `sparse_table` tells who then updates them. Under torch.func
             transforms it is always dense.
-        values_storage: "device", or "host" for values in the CPU's memory whatever the rest is on: their rows are summed
-            there, and the sums moved. "mmap" is "host" for a file that is mapped: its rows are asked for while the gate
-            is computed. Both are for values that do not learn.
+        values_storage: "device", or "host" for values in the CPU's memory, whatever the rest is on: rows are summed
+            there, and the sums moved. "mmap" is "host" for a mapped file: its rows are asked for before the gate is
+            computed. Both are for values that do not learn.
 
     Returns:
         [..., d_out], or [..., value_dim] with no projection, in the dtype of `F.linear(x, query_weight)`.

@@ -1,8 +1,8 @@
 """`prefetch_rows`: asks the system for rows of a table that is mapped from a file, before they are read.
 
-It starts to read what is not in memory yet, all rows at once, and waits for none: a disk serves many requests in the time
-of one, and a gather asks for one page after the other. Returns a copy of the slots. Who gathers by it comes after it in
-every graph, and keeps it there. On a table in memory it does nothing but the copy. There is no derivative.
+It starts to read what is not in memory yet, all rows at once, and waits for none: a disk serves many requests in the
+time of one, and a gather asks for one page after the other. It returns a copy of the slots: a gather by these comes
+after it in every graph, and keeps it there. There is no derivative.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def _check(values: Tensor, slots: Tensor) -> None:
 
 def _prefetch(values: Tensor, slots: Tensor) -> Tensor:
     if values.device.type == "cpu":
-        read_ahead(values, slots.unique().tolist())
+        read_ahead(values, torch.unique(slots).tolist())  # type: ignore[no-untyped-call]
     return slots.clone(memory_format=torch.contiguous_format)
 
 

@@ -1,5 +1,5 @@
-"""Values that are for inference alone, in a file or in the CPU's memory: made, and kept where they are while the model is
-moved, cast or replicated.
+"""Values that are for inference alone, in a file or in the CPU's memory: how they are made, and stay where they are
+while the model is moved, cast or replicated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def create_values(config: MemoryConfig, dtype: torch.dtype, device: torch.device
         assert config.values_path is not None
         return open_values(config.values_path, values_shape(config), dtype)
     if config.values_storage == "host":
-        return new_values(config, dtype, torch.device("cpu")).requires_grad_(False)
+        values = new_values(config, dtype, torch.device("cpu"))
+        values.requires_grad_(False)
+        return values
     return new_values(config, dtype, device)
 
 
@@ -45,7 +47,8 @@ def _apply_to_the_rest(root: nn.Module, fn: Callable[..., Any], recurse: bool = 
     values = root._parameters[VALUES_NAME]
     root._parameters[VALUES_NAME] = None  # its place is kept: the order of parameters is that of checkpoints
     try:
-        return type(root)._apply(root, fn, recurse)
+        module: nn.Module = type(root)._apply(root, fn, recurse)  # type: ignore[no-untyped-call]
+        return module
     finally:
         root._parameters[VALUES_NAME] = values
 

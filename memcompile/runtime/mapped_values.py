@@ -78,8 +78,8 @@ def open_values(
         )
     if checksum is not None and header.checksum != checksum:
         raise PlanError(
-            f"the file of values {path!r} has other rows than when the model was saved (SHA-256 {header.checksum}, then "
-            f"{checksum}): give it its own file back"
+            f"the file of values {path!r} has other rows than when the model was saved (SHA-256 {header.checksum}, "
+            f"then {checksum}): give it its own file back"
         )
     with open(path, "rb") as file:
         mapping = mmap.mmap(file.fileno(), header.offset + header.nbytes, access=mmap.ACCESS_READ)
@@ -104,8 +104,8 @@ def keep_mapped(values: MappedValues, state_dict: dict[str, Any], name: str) -> 
         same = isinstance(given, Tensor) and given.shape == values.shape and given.dtype is values.dtype
         if not same or given.is_meta or given.data_ptr() != values.data_ptr():
             raise PlanError(
-                f"the model's values lie in {values.path!r}, which load_state_dict() does not write: leave {name!r} out "
-                f"of the state dict; or plan with values_storage='device', load, and memcompile.store_values(model, path)"
+                f"the model's values lie in {values.path!r}, which load_state_dict() does not write: leave {name!r} "
+                f"out of the state dict; or plan with values_storage='device', load, and store_values() anew"
             )
     state_dict[name] = values  # copied onto itself: nothing is read or written
 
@@ -116,6 +116,6 @@ def _table(shape: tuple[int, ...]) -> str:
 
 def _refuse_to_learn(path: str) -> None:
     raise PlanError(
-        f"the memory's values lie in {path!r} and do not learn: plan with values_storage='device' and load the checkpoint "
-        f"to train them; to train the rest, leave them as they are"
+        f"the memory's values lie in {path!r} and do not learn: to train them, plan with values_storage='device' and "
+        f"load the checkpoint; to train the rest, leave them as they are"
     )

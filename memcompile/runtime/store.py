@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from typing import Any
 
 from torch import nn
 
@@ -24,9 +25,9 @@ log = logging.getLogger(__name__)
 
 
 def store_values(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes the values of a planned model to a file, and has the model read them from there: as it does that is planned
-    with ``values_storage="mmap", values_path=path``. What they took in memory is free once nobody else holds them; they
-    do not learn any more, and leave the optimizers.
+    """Writes the values of a planned model to a file, and has the model read them from there: as one does that is
+    planned with ``values_storage="mmap", values_path=path``. The memory that they took is free when nobody else holds
+    them; they do not learn any more, and leave the optimizers.
 
     The file is written a chunk at a time, with a progress bar where tqdm is installed, and appears when it is whole.
 
@@ -52,7 +53,7 @@ def store_values(model: nn.Module, path: str | os.PathLike[str]) -> None:
     pool.catch_up()
     write(path, pool.values.detach())
     values = open_values(path)
-    frozen = {**LEARNING_DEFAULTS, "values_storage": "mmap", "values_path": path}
+    frozen: dict[str, Any] = {**LEARNING_DEFAULTS, "values_storage": "mmap", "values_path": path}
     with uninterrupted():
         release(pool)
         leave_optimizers(pool.values)

@@ -1,7 +1,7 @@
 """The file that a table of values lies in: a safetensors file of one tensor, whose rows begin on a page.
 
-Eight bytes say how long the header is, which is JSON; the rows follow. Of what the format leaves open, `__metadata__` has
-the SHA-256 of the rows, and spaces fill the header up to the page.
+Eight bytes say how long the header is, which is JSON; the rows follow. Of what the format leaves open, `__metadata__`
+has the SHA-256 of the rows, and spaces fill the header up to the page.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def read_header(path: str) -> Header:
             header, size = _decoded(file), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise PlanError(
-            f"the file of values {path!r} cannot be read ({error.strerror}): memcompile.store_values(model, path) writes it"
+            f"the file of values {path!r} cannot be read ({error.strerror}): memcompile.store_values(model, path) "
+            f"writes it"
         ) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PlanError(
@@ -101,8 +102,8 @@ def _decoded(file: BinaryIO) -> Header:
 
 
 def write(path: str, values: Tensor) -> None:
-    """Writes ``values [slots, value_dim]``, of any device, a chunk at a time. The file appears when it is whole; what was
-    there before stays until then, and for who has it mapped.
+    """Writes ``values [slots, value_dim]``, of any device, a chunk at a time. The file appears when it is whole; one
+    that was there stays until then, and for who has it mapped.
 
     Raises:
         OSError: the directory cannot be written, or is full.
@@ -117,9 +118,11 @@ def write(path: str, values: Tensor) -> None:
             file.write(header.encoded())
             step = max(1, _CHUNK // max(1, dim * values.element_size()))
             parts = (values[i : i + step].detach().cpu().contiguous() for i in range(0, rows, step))
-            for part in _reported((_bytes_of(part) for part in parts), header.nbytes, f"writing {name}"):
-                digest.update(part)
-                file.write(part)
+            for part in _reported(parts, header.nbytes, f"writing {name}"):
+                # not by numpy, which has no bfloat16 and may not be there
+                numbers = (ctypes.c_ubyte * part.nbytes).from_address(part.data_ptr())
+                digest.update(numbers)
+                file.write(numbers)
             file.seek(0)
             file.write(dataclasses.replace(header, checksum=digest.hexdigest()).encoded())
             file.flush()
@@ -145,24 +148,14 @@ def verify(path: str) -> None:
             digest.update(part)
     if digest.hexdigest() != header.checksum:
         raise PlanError(
-            f"the rows of {path!r} have SHA-256 {digest.hexdigest()}, and its header says {header.checksum}: copy the file "
-            f"again, or write it by memcompile.store_values(model, path)"
+            f"the rows of {path!r} have SHA-256 {digest.hexdigest()}, and its header says {header.checksum}: copy the "
+            f"file again, or write it by memcompile.store_values(model, path)"
         )
 
 
-def _bytes_of(part: Tensor) -> memoryview:
-    """The numbers of a contiguous tensor on the CPU, not copied; numpy has no bfloat16, and may not be there."""
-
-    class Part(ctypes.Array):
-        _type_, _length_ = ctypes.c_ubyte, part.nbytes
-        tensor = part  # lives as long
-
-    return memoryview(Part.from_address(part.data_ptr())).cast("B")
-
-
 def _reported(parts: Iterator[Any], total: int, title: str) -> Iterator[Any]:
-    """The parts, and a bar of how many of the bytes were taken: on a terminal where tqdm is installed, else in the log, a
-    line for each tenth.
+    """The parts, and how many of the bytes were taken: a bar on a terminal where tqdm is installed, else a line in the
+    log for each tenth.
     """
     try:
         from tqdm import tqdm
@@ -173,9 +166,10 @@ def _reported(parts: Iterator[Any], total: int, title: str) -> Iterator[Any]:
     done = 0
     for part in parts:
         yield part
-        before, done = done, done + len(part)
+        size = part.nbytes if isinstance(part, Tensor) else len(part)
+        before, done = done, done + size
         if bar is not None and not bar.disable:
-            bar.update(len(part))
+            bar.update(size)
         elif done * 10 // max(1, total) > before * 10 // max(1, total):
             log.info("%s: %.1f of %.1f GiB", title, done / 2**30, total / 2**30)
     if bar is not None:

@@ -1,5 +1,5 @@
-"""What Linux is told of a table's pages: huge ones for large tables, for a row read at random costs a walk through the page
-tables too, and those of small pages do not fit the caches; and which pages of a file are read next.
+"""What Linux is told of a table's pages: huge ones for a large table, where a row read at random costs a walk through
+the page tables too, and those of small pages do not fit the caches; and which pages of a file are read next.
 """
 
 import ctypes
@@ -29,8 +29,8 @@ def advise_huge_pages(table: Tensor) -> None:
 
 
 def read_ahead(table: Tensor, rows: Iterable[int]) -> None:
-    """Starts to read these rows of ``table`` [num_rows, dim], which is mapped from a file, and waits for none; the CPU's
-    kernels do it in `prefetch.h`. Where there is no madvise, it does nothing.
+    """Starts to read these rows of ``table`` [num_rows, dim], which is mapped from a file, and waits for none. The
+    CPU's kernels do it in `prefetch.h`. Where there is no madvise, nothing is read ahead.
     """
     if not hasattr(mmap, "MADV_WILLNEED"):
         return
