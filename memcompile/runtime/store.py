@@ -46,9 +46,7 @@ def store_values(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if parallel:
         raise PlanError("store_values() takes the model inside DDP, whose reducer waits for the values' gradient")
     if is_sharded(root) or pool.values.is_meta:
-        raise PlanError(
-            f"the values of {type(root).__name__} are not whole here: store them before sharding or to 'meta'"
-        )
+        raise PlanError(f"{type(root).__name__} has not all of its values here: store them before it is sharded")
     path = os.fspath(path)
     pool.catch_up()
     write(path, pool.values.detach())

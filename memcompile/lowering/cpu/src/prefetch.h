@@ -59,11 +59,11 @@ class MappedRows {
   }
 
   // Whether all of these rows seem to be in memory, by a sample, which is asked for. A call for pages that are there takes
-  // half a microsecond, and one that has to read six; mincore would tell too, but only the file's owner.
+  // half a microsecond, and one that has to read at least three; mincore would tell too, but only the file's owner.
   template <class Slot>
   bool are_there(const Slot* rows, int64_t count) const {
     constexpr int64_t kSample = 128;
-    constexpr auto kSlow = std::chrono::microseconds(2);
+    constexpr auto kSlow = std::chrono::nanoseconds(1500);
     if (count <= 2 * kSample) return false;  // then asking for all is no dearer
     int64_t slow = 0;
     for (int64_t i = 0; i < kSample; ++i) {
