@@ -31,6 +31,8 @@ def test_defaults_are_those_of_the_paper():
         "values_grad": "auto",
         "values_optimizer": None,
         "values_state_dtype": "float32",
+        "values_storage": "device",
+        "values_path": None,
     }
 
 
