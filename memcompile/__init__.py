@@ -29,6 +29,8 @@ from memcompile.runtime.optimizer_checkpoints import install_exact_loading
 from memcompile.runtime.replicas import install_replica_hook
 from memcompile.runtime.sharding import shard
 from memcompile.runtime.steps import install_step_hooks
+from memcompile.runtime.store import store_values
+from memcompile.runtime.values_file import verify as verify_values
 from memcompile.runtime.values_stepper import stepper_of
 from memcompile.sites import FfnSite
 from memcompile.version import __version__
@@ -52,6 +54,8 @@ __all__ = [
     "plan",
     "reset_parameters",
     "shard",
+    "store_values",
+    "verify_values",
 ]
 
 

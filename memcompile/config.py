@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import numbers
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "values_grad": ("auto", "dense", "sparse", "fused"),
     "values_optimizer": (None, "row_adamw", "lazy_adam", "row_wise_adagrad", "row_sgd"),
     "values_state_dtype": ("float32", "bfloat16"),
+    "values_storage": ("device", "host", "mmap"),
 }
 SPARSE_FROM = 2**16  # slots
 TRAINING_OPTIONS = (
@@ -26,6 +28,8 @@ TRAINING_OPTIONS = (
     "values_optimizer",
     "values_state_dtype",
 )  # may change in a checkpoint's life
+STORAGE_OPTIONS = ("values_storage", "values_path")  # of a machine: no checkpoint has them
+LEARNING_DEFAULTS = {"values_grad": "auto", "values_optimizer": None, "values_state_dtype": "float32"}
 MAX_KEYS = 46340  # n_keys**2 slots must be addressable by an int32
 
 
@@ -73,6 +77,12 @@ class MemoryConfig:
             take sparse gradients themselves. Others are given a dense gradient, which the log says once.
         values_state_dtype: "float32", or "bfloat16" for moments in half the memory, rounded stochastically.
 
+        values_storage: where the values lie. "device": with the model. The others are for inference: the values do not
+            learn, and stay where they are when the model is moved or cast. "mmap": in a file, of which the system keeps
+            the pages that are read in whatever memory is free; a table may be larger than memory. "host": in the CPU's
+            memory, for a model on an accelerator. Rows are summed where they lie, and the sums move.
+        values_path: the file of "mmap", written by :func:`memcompile.store_values`.
+
     Raises:
         OptionError: naming the option, what it got and what it takes.
     """
@@ -90,6 +100,8 @@ class MemoryConfig:
     values_grad: str = "auto"
     values_optimizer: str | None = None
     values_state_dtype: str = "float32"
+    values_storage: str = "device"
+    values_path: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "memory_layers", _checked_layers(self.memory_layers))
@@ -114,13 +126,42 @@ class MemoryConfig:
         if lr is not None and (isinstance(lr, bool) or not isinstance(lr, numbers.Real) or not 0 <= lr < float("inf")):
             raise OptionError(f"values_lr must be a learning rate >= 0 or None, got {lr!r}")
         object.__setattr__(self, "values_lr", lr if lr is None else float(lr))
+        self._check_storage()
+
+    def _check_storage(self) -> None:
+        path = self.values_path
+        if path is not None:
+            if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+                raise OptionError(f"values_path must be the path of a file or None, got {path!r}")
+            object.__setattr__(self, "values_path", os.fspath(path))
+        if self.values_storage == "mmap" and path is None:
+            raise OptionError(
+                "values_storage='mmap' needs values_path='...', the file that memcompile.store_values(model, path) made"
+            )
+        if self.values_storage != "mmap" and path is not None:
+            raise OptionError(
+                f"values_path={path!r} is of values_storage='mmap', got values_storage={self.values_storage!r}: give "
+                f"both, or neither"
+            )
+        for name, default in LEARNING_DEFAULTS.items() if self.frozen else ():
+            if getattr(self, name) != default:
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r} is for values that learn, and those of values_storage="
+                    f"{self.values_storage!r} do not: leave it out ({name}={default!r}), or use values_storage='device'"
+                )
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the values are for inference alone."""
+        return self.values_storage != "device"
 
     @property
     def gradient(self) -> str:
         """What ``values_grad`` means for ``n_keys`` half-keys a side: "dense", "sparse" or "fused"."""
         if self.values_grad != "auto":
             return self.values_grad
-        return "sparse" if self.n_keys is not None and self.n_keys**2 >= SPARSE_FROM else "dense"
+        large = self.n_keys is not None and self.n_keys**2 >= SPARSE_FROM
+        return "sparse" if large and not self.frozen else "dense"
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON types; a filter has none, so plans record the names that it chose."""

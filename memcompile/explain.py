@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from memcompile.config import MemoryConfig
 from memcompile.lowering import memory_lookup
 from memcompile.passes.detect import find_ffns
 from memcompile.runtime.layer import LayerTensors, MemoryLayer
@@ -159,13 +160,20 @@ def _layer_flops(layer: MemoryLayer) -> int:
 def _memory(pool: MemoryPool) -> str:
     c = pool.config
     assert c.n_keys is not None
-    rate = f"constant learning rate {c.values_lr:g}" if c.values_lr is not None else "the optimizer's learning rate"
+    dtype = str(pool.values.dtype).removeprefix("torch.")
     return (
         f"memory: {c.n_keys**2:,} slots ({c.n_keys} half-keys a side) x {c.value_dim} in {len(pool.layers)} layer(s), "
-        f"{c.heads} heads x top {c.top_k}, key_dim {c.key_dim}; values {pool.values.dtype} with {rate}".replace(
-            "torch.", ""
-        )
+        f"{c.heads} heads x top {c.top_k}, key_dim {c.key_dim}; values {dtype} {_learning(c)}"
     )
+
+
+def _learning(config: MemoryConfig) -> str:
+    if config.frozen:
+        where = f"the file {config.values_path}" if config.values_path is not None else "the CPU's memory"
+        return f"for inference, in {where}"
+    if config.values_lr is None:
+        return "with the optimizer's learning rate"
+    return f"with constant learning rate {config.values_lr:g}"
 
 
 def _cells(row: ExplainedSite) -> list[str]:

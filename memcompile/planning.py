@@ -24,6 +24,7 @@ from memcompile.runtime.checkpoint import config_of, plan_in
 from memcompile.runtime.ddp import check_rebuildable, rebuild
 from memcompile.runtime.install import install
 from memcompile.runtime.interrupts import uninterrupted
+from memcompile.runtime.mapped_values import MappedValues
 from memcompile.runtime.optimizers import adopt_optimizers
 from memcompile.runtime.parallelisms import install_if_distributed
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
@@ -66,7 +67,8 @@ def plan(
 
     Raises:
         OptionError: an unknown option, a wrong type or value, or a model that is no module.
-        PlanError: no or too few feed-forward blocks, already planned with other options, already sharded.
+        PlanError: no or too few feed-forward blocks, already planned with other options, already sharded, or a
+            ``values_path`` that is not the file of this memory.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"plan() takes an nn.Module, got {model!r}")
@@ -79,7 +81,9 @@ def plan(
             "a captured graph is not changed in place: memcompile.passes.rewrite(graph_module, sites) returns one with "
             "memory, for sites of memcompile.find_ffns(graph_module); compile that with any other backend"
         )
-    given = options if memory is None else requested.as_options()
+    given = requested.as_options()
+    if memory is None:
+        given = {name: given[name] for name in options}
     if _is_planned(root, given):
         if memory_mesh is not None:
             planned = _pool(root)
@@ -111,9 +115,11 @@ def reset_parameters(model: nn.Module) -> None:
     """Draws the memory of a planned model anew, values and layers: after ``to_empty()``, or to start over.
 
     Raises:
-        PlanError: the model has no memory.
+        PlanError: the model has no memory, or its values lie in a file.
     """
     pool = _pool(model)
+    if isinstance(pool.values, MappedValues):
+        raise PlanError(f"the values lie in {pool.values.path!r}, for inference: plan with values_storage='device'")
     pool.catch_up()  # what rows have missed is of the values as they are now
     if pool.sharded is None:
         draw_values(pool.values)

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -29,6 +31,8 @@ def test_defaults_are_those_of_the_paper():
         "values_grad": "auto",
         "values_optimizer": None,
         "values_state_dtype": "float32",
+        "values_storage": "device",
+        "values_path": None,
     }
 
 
@@ -85,6 +89,11 @@ WRONG = [
     ("values_lr", math.nan, "values_lr must be"),
     ("values_lr", True, "values_lr must be"),
     ("values_lr", "1e-3", "values_lr must be"),
+    ("values_storage", "disk", "values_storage must be 'device', 'host' or 'mmap', got 'disk'"),
+    ("values_storage", "mmap", r"values_storage='mmap' needs values_path='...', the file that memcompile.store_values"),
+    ("values_path", "table", "values_path='table' is of values_storage='mmap', got values_storage='device': give both"),
+    ("values_path", "", "values_path must be the path of a file or None, got ''"),
+    ("values_path", 3, "values_path must be the path of a file or None, got 3"),
 ]
 
 
@@ -94,6 +103,38 @@ def test_wrong_values_are_errors_that_name_the_option(option, value, message):
         MemoryConfig(**{option: value})
     assert option in str(caught.value)
     assert isinstance(caught.value, ValueError)
+
+
+STORAGES = [{"values_storage": "host"}, {"values_storage": "mmap", "values_path": "table"}]
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize(
+    ("option", "value", "default"),
+    [
+        ("values_grad", "fused", "'auto'"),
+        ("values_grad", "dense", "'auto'"),
+        ("values_optimizer", "row_adamw", "None"),
+        ("values_state_dtype", "bfloat16", "'float32'"),
+    ],
+)
+def test_values_that_do_not_learn_take_no_options_of_learning(storage, option, value, default):
+    expected = rf"{option}='{value}' is for values that learn.*leave it out \({option}={default}\), or use values_sto"
+    with pytest.raises(OptionError, match=expected):
+        MemoryConfig(**storage, **{option: value})
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_values_that_do_not_learn_have_a_dense_gradient_of_nothing(storage):
+    config = MemoryConfig(n_keys=1024, **storage)
+    assert config.frozen and config.gradient == "dense"
+    assert not MemoryConfig().frozen
+
+
+def test_a_path_is_kept_as_text():
+    config = MemoryConfig(values_storage="mmap", values_path=Path("some") / "table")
+    assert config.values_path == os.path.join("some", "table")
+    assert MemoryConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from memcompile.lowering.schema import LIBRARY, operator
 from memcompile.lowering.sharded_table import ASK, Shards, have_same_tokens, sharded_gather
 
 VALUES_GRADS = ("dense", "sparse", "fused")
+VALUES_STORAGES = ("device", "host", "mmap")
 
 
 def memory_lookup(
@@ -35,6 +36,7 @@ def memory_lookup(
     heads: int,
     top_k: int,
     values_grad: str = "dense",
+    values_storage: str = "device",
     shards: Shards | None = None,
     capacity: int = ASK,
 ) -> Tensor:
@@ -63,6 +65,9 @@ def memory_lookup(
         values_grad: "dense", or "sparse" for a gradient of `values` that is a coalesced sparse COO tensor of the rows
             that were hit, or "fused" for none at all: `sparse_table` tells who then updates them. Under torch.func
             transforms it is always dense.
+        values_storage: "device", or "host" for values in the CPU's memory, whatever the rest is on: rows are summed
+            there, and the sums moved. "mmap" is "host" for a mapped file: its rows are asked for before the gate is
+            computed. Both are for values that do not learn.
         shards: how the values lie on the ranks of a memory group, of which `values` is what this rank holds; None for
             the whole table. See `sharded_table`.
         capacity: of a sharded table, the most tokens that a rank of the group has in this call. By default the ranks
@@ -78,7 +83,7 @@ def memory_lookup(
     """
     return operator("memory_lookup")(
         x, query_weight, query_bias, half_keys, values,
-        gate_weight, gate_bias, out_weight, out_bias, temperature, heads, top_k, values_grad,
+        gate_weight, gate_bias, out_weight, out_bias, temperature, heads, top_k, values_grad, values_storage,
         *(("", (), 0, 1) if shards is None else (shards.group, shards.sizes, shards.rank, shards.dim)), capacity,
     )  # fmt: skip
 
@@ -97,6 +102,7 @@ def _composite(
     heads: int,
     top_k: int,
     values_grad: str = "dense",
+    values_storage: str = "device",
     group: str = "",
     parts: Sequence[int] = (),
     part: int = 0,
@@ -110,6 +116,7 @@ def _composite(
     _check_read(x, half_keys, shape, columns, gate_weight, gate_bias, out_weight, out_bias)
     if values_grad not in VALUES_GRADS:
         raise ValueError(f"values_grad: expected one of {', '.join(VALUES_GRADS)}, got {values_grad!r}")
+    _check_storage(values, values_storage)
     half_dim, value_dim = half_keys.shape[3], shape[1]
     tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     query = F.linear(tokens, query_weight, query_bias)  # [tokens, heads * key_dim]
@@ -129,6 +136,11 @@ def _composite(
     in_parallel = shards is not None and have_same_tokens(capacity) and shards.ranks > 1
     if in_parallel:  # each rank goes on with its own columns, and has their share of the gradients
         weights, tokens = sum_gradients(weights, group), sum_gradients(tokens, group)
+    if values_storage != "device":
+        slots, weights = slots.to(values.device), weights.to(values.device)
+    if values_storage == "mmap":
+        slots = operator("prefetch_rows")(values, slots)
+    gate = None if gate_weight is None else F.silu(F.linear(tokens, gate_weight, gate_bias))
     if shards is not None:
         y = sharded_gather(values, slots, weights, shards, capacity, values_grad)
     elif values_grad == "dense" or functorch_is_active():
@@ -136,8 +148,10 @@ def _composite(
     else:
         y = operator("table_gather")(values, slots, weights, values_grad)
     y = y.to(layer_dtype)
-    if gate_weight is not None:
-        y = y * F.silu(F.linear(tokens, gate_weight, gate_bias))
+    if values_storage != "device":
+        y = y.to(tokens.device)
+    if gate is not None:
+        y = y * gate
     if in_parallel:
         y = _join_columns(y, out_weight, out_bias, Shards(group, tuple(parts), part, shard_dim))
     elif out_weight is not None:
@@ -213,6 +227,16 @@ def _check_read(
     if out_weight.dim() != 2 or out_weight.shape[1] != value_dim:
         raise ValueError(f"out_weight: expected [d_out, value_dim = {value_dim}], got {list(out_weight.shape)}")
     _expect_shape("out_bias", out_bias, (out_weight.shape[0],), "[d_out]")
+
+
+def _check_storage(values: Tensor, values_storage: str) -> None:
+    if values_storage not in VALUES_STORAGES:
+        raise ValueError(f"values_storage: expected one of {', '.join(VALUES_STORAGES)}, got {values_storage!r}")
+    if values_storage != "device" and values.requires_grad:
+        raise ValueError(
+            f"values: those of values_storage={values_storage!r} do not learn: values.requires_grad_(False), or "
+            f"values_storage='device' to train them"
+        )
 
 
 # vmap takes the operator apart as autograd does; without the second line it would loop over the batch.

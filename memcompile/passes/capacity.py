@@ -18,8 +18,8 @@ from memcompile.errors import CaptureError
 from memcompile.passes._torch import free_unbacked_symbols
 from memcompile.passes.verify import is_lookup, operators_in, placeholders_of
 
-CAPACITY = 17  # its place in the arguments of `memory_lookup`
-_GROUP = 13
+CAPACITY = 18  # its place in the arguments of `memory_lookup`
+_GROUP = 14
 
 
 @dataclasses.dataclass(frozen=True)

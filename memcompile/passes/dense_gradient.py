@@ -33,5 +33,5 @@ def make_dense_where_read(
         elif not passes_on(node):
             read = read or any(id(binding.get(a)) in tables for a in node.all_input_nodes)
     for node in lookups if read else ():
-        node.args = (*node.args[:_VALUES_GRAD], "dense")
+        node.args = (*node.args[:_VALUES_GRAD], "dense", *node.args[_VALUES_GRAD + 1 :])
     return read

@@ -155,6 +155,10 @@ class _Drawn:
 
 
 def _draw(blocks: list[Block], requested: MemoryConfig, module: fx.GraphModule, scope: Scope) -> _Drawn:
+    if requested.frozen:
+        raise OptionError(
+            f"values_storage={requested.values_storage!r} is of live models: plan the model so, and export it"
+        )
     nodes = {name: node for node, name in scope.parameters.items()}
     downs = [nodes[block.site.down].meta["val"] for block in blocks]
     if len({down.device for down in downs}) > 1:

@@ -11,22 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memcompile.config import OPTION_NAMES, TRAINING_OPTIONS, MemoryConfig
+from memcompile.config import OPTION_NAMES, STORAGE_OPTIONS, TRAINING_OPTIONS, MemoryConfig
 from memcompile.errors import OptionError, PlanError
+from memcompile.runtime.mapped_values import MappedValues, keep_mapped
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.sites import LAYER_NAME, VALUES_NAME
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-# Options that plans saved before them do not have, and what those plans did.
+# Options that saved plans do not have, and what they stand for there: plans were saved before there were these, or the
+# option is of the machine.
 _LATER_OPTIONS = {
     "placement": "replace",
     "values_grad": "dense",
     "values_optimizer": None,
     "values_state_dtype": "float32",
+    "values_storage": "device",
+    "values_path": None,
 }
 PLAN_KEY = f"{LAYER_NAME}._extra_state"
+_CHECKSUM = "values_sha256"  # in the plan of a model whose values lie in a file
 _MAGIC = b'{"memcompile"'  # how every encoded plan starts
 
 
@@ -121,6 +126,8 @@ def _check_state_dict(
     else:  # of a captured graph, which has parameters and no extra state
         plans = [name for name in pool.root.state_dict() if f".{name}".endswith(f".{PLAN_KEY}")]
         state_dict.update({prefix + name: encode_plan(pool) for name in plans})
+    if isinstance(pool.values, MappedValues):
+        keep_mapped(pool.values, state_dict, prefix + VALUES_NAME)
 
 
 def _fill_from_dense(pool: MemoryPool, state_dict: dict[str, Any], prefix: str) -> None:
@@ -163,6 +170,12 @@ def check_same_plan(
     ]
     if saved["layers"] != own["layers"]:
         differing.append(f"layers {saved['layers']} (here {own['layers']})")
+    checksums = saved.get(_CHECKSUM), own.get(_CHECKSUM)
+    if None not in checksums and checksums[0] != checksums[1]:
+        raise PlanError(
+            f"the checkpoint was saved beside another file of values (SHA-256 of its rows {checksums[0]}, here "
+            f"{checksums[1]}): plan the model with the values_path of its own"
+        )
     if differing:
         raise PlanError(
             f"the checkpoint was saved with another memory: {', '.join(differing)}. Plan the model as the "
@@ -172,11 +185,14 @@ def check_same_plan(
 
 def plan_of(pool: MemoryPool) -> dict[str, Any]:
     """The plan in plain JSON types."""
-    return {
+    config = pool.config.to_dict()
+    plan = {
         "memcompile": FORMAT,
-        "config": pool.config.to_dict(),
+        "config": {name: option for name, option in config.items() if name not in STORAGE_OPTIONS},
         "layers": [site.down for site in pool.chosen],
     }
+    values = pool.values
+    return plan | ({_CHECKSUM: values.checksum} if isinstance(values, MappedValues) else {})
 
 
 def config_of(plan: Mapping[str, Any]) -> MemoryConfig:

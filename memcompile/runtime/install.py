@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from memcompile.errors import PlanError
-from memcompile.lowering.parameters import new_values
 from memcompile.runtime.added import CarryingWeight
 from memcompile.runtime.checkpoint import install_checkpoint_hook
+from memcompile.runtime.frozen_values import create_values, keep_in_place
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.sharding import cut_layers, new_sharded_values
@@ -30,7 +30,8 @@ def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
         The parameters of the chosen FFNs; those of replaced ones are no longer in the model.
 
     Raises:
-        PlanError: the model already uses one of the names, or its FFNs lie on different devices.
+        PlanError: the model already uses one of the names, its FFNs lie on different devices, or the file of its values
+            does not fit.
 
     The model changes only after everything new exists: an error, or a table too large for the memory, leaves it
     as it was.
@@ -39,13 +40,15 @@ def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
     _check(root, chosen)
     down = root.get_parameter(chosen[0].down)
     if pool.sharded is None:
-        values = new_values(pool.config, down.dtype, down.device)
+        values = create_values(pool.config, down.dtype, down.device)
     else:
         values = new_sharded_values(pool, down.dtype, down.device)
     layers = [_create_layer(pool, site) for site in chosen]
 
     parameters = [root.get_parameter(name) for site in chosen for name in site.replaced]
     pool.attach(values)
+    if pool.config.frozen:
+        keep_in_place(root)
     watch_gradient(pool)
     install_checkpoint_hook(root)
     for site, layer in zip(chosen, layers, strict=True):

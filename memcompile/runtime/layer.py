@@ -103,6 +103,7 @@ class MemoryLayer(nn.Module):
             heads=self.heads,
             top_k=self.top_k,
             values_grad=self.pool.values_grad,
+            values_storage=self.pool.config.values_storage,
             shards=None if sharded is None else sharded.shards,
             capacity=ASK if sharded is None else sharded.capacity(x),
         )

@@ -39,15 +39,16 @@ def adopt_optimizers(ffns: Iterable[nn.Parameter], pool: MemoryPool) -> int:
                 held_in[id(parameter)].append(group)
             if not pool.adds:
                 _take_out(optimizer, held_in.keys())
-            if isinstance(optimizer, torch.optim.LBFGS):  # its history and size are of all parameters as one vector
-                optimizer.state.clear()
-                optimizer._numel_cache = None
+            if isinstance(optimizer, torch.optim.LBFGS):
+                _start_lbfgs(optimizer)
             adopted.append(optimizer)
             left = "" if pool.adds else "the replaced FFNs left it, "
             log.info("adopted %s: %sthe memory joined it", type(optimizer).__name__, left)
     known = [p for p in ffns if held_in[id(p)]]
     position = {id(parameter): index for index, parameter in enumerate(pool.root.parameters())}
     for name, parameter in pool.memory_parameters() if known else ():
+        if not parameter.requires_grad:  # values that are for inference
+            continue
         alike = next((p for p in known if (p.dim() > 1) == (parameter.dim() > 1)), None)
         vectors = _groups_of_vectors(adopted) if parameter.dim() <= 1 else []
         for group in held_in[id(alike)] if alike is not None else vectors[:1] or held_in[id(known[0])]:
@@ -56,6 +57,21 @@ def adopt_optimizers(ffns: Iterable[nn.Parameter], pool: MemoryPool) -> int:
         if isinstance(optimizer, torch.optim.Adagrad):
             _start_adagrad(optimizer)
     return len(adopted)
+
+
+def leave_optimizers(parameter: nn.Parameter) -> None:
+    """Takes a parameter, and its state, out of every optimizer."""
+    for optimizer in live_optimizers():
+        if any(p is parameter for group in optimizer.param_groups for p in group["params"]):
+            _take_out(optimizer, {id(parameter)})
+            if isinstance(optimizer, torch.optim.LBFGS):
+                _start_lbfgs(optimizer)
+
+
+def _start_lbfgs(optimizer: torch.optim.LBFGS) -> None:
+    """Its history and size are of all parameters as one vector."""
+    optimizer.state.clear()
+    optimizer._numel_cache = None
 
 
 def _start_adagrad(optimizer: torch.optim.Adagrad) -> None:

@@ -90,6 +90,11 @@ def cut(config: MemoryConfig, mesh: DeviceMesh, by: str, tokens: str) -> Sharded
         raise OptionError(f"tokens must be 'uneven', 'even' or 'shared', got {tokens!r}")
     if tokens == "shared" and by == "rows":
         raise OptionError("tokens='shared' is tensor parallelism, which needs by='columns'")
+    if config.values_storage != "device":
+        raise OptionError(
+            f"values_storage={config.values_storage!r} keeps all values in one place, and for inference: shard values on "
+            f"the devices, or serve them from one process"
+        )
     if config.gradient == "fused":
         raise OptionError("values_grad='fused' updates values in the backward of one rank: shard with 'sparse'")
     return ShardedValues.over(mesh, values_shape(config), DIMS[by], tokens)

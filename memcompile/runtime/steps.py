@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from memcompile.errors import OptionError
 from memcompile.runtime._torch import innermost
 from memcompile.runtime.counterparts import rate_like, row_optimizer_in, takes_sparse_gradients
+from memcompile.runtime.frozen_values import refuse_gradient
 from memcompile.runtime.optimizers import per_parameter
 from memcompile.runtime.pool import MemoryPool, live_pools
 from memcompile.runtime.values_stepper import (
@@ -100,6 +101,9 @@ def _take_aside(optimizer: Optimizer) -> bool:
     _put_back(optimizer)  # a step that raised left them aside
     pools = {id(pool.values): pool for pool in live_pools()}
     mine = [pools[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in pools]
+    for pool in mine:
+        if pool.config.frozen:
+            refuse_gradient(pool.values)
     if isinstance(optimizer, torch.optim.LBFGS):  # it steps along one direction: it has one rate
         for pool in mine:
             release(pool)

@@ -5,6 +5,7 @@
 
 #include "by_slot.h"
 #include "lagging_bindings.h"
+#include "prefetch.h"
 #include "row_bindings.h"
 #include "rows.h"
 #include "scores.h"
@@ -209,6 +210,26 @@ Tensor gather_dot(const Tensor& values_given, const Tensor& slots_given, const T
   return out;
 }
 
+Tensor prefetch_rows(const Tensor& values, const Tensor& slots_given) {
+  STD_TORCH_CHECK(values.dim() == 2 && slots_given.dim() == 2, "memcompile: values must be [num_rows, dim] and slots [tokens, hits]");
+  const Tensor slots = torch::stable::contiguous(slots_given);
+  const int64_t count = slots.numel(), bytes = values.element_size();
+  Tensor out = torch::stable::new_empty(slots, {slots.size(0), slots.size(1)}, slots.scalar_type());
+  const MappedRows rows(values.const_data_ptr(), values.stride(0) * bytes, values.size(1) * bytes);
+  with_slot_type(slots, [&](auto slot) {
+    const auto* numbers = data<decltype(slot)>(slots);
+    check_slots(numbers, count, values.size(0));
+    std::copy(numbers, numbers + count, mutable_data<decltype(slot)>(out));
+    if (rows.are_there(numbers, count)) return;
+    const std::vector<PageRun> runs = rows.pages_of(numbers, count);
+    constexpr int64_t elements = 1 << 10;  // that asking for a run costs as much as
+    parallel(int64_t(runs.size()), elements, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) rows.ask(runs[i]);
+    });
+  });
+  return out;
+}
+
 // The hits sorted by slot, and where each slot's end: f(sorted, ends).
 template <class Slot, class F>
 void with_runs(const Slot* slots, int64_t count, int64_t num_slots, const F& f) {
@@ -322,6 +343,7 @@ std::tuple<Tensor, Tensor, Tensor> hits_by_row(const Tensor& slots_given, int64_
 STABLE_TORCH_LIBRARY_IMPL(memcompile, CPU, m) {
   m.impl("product_key_search", TORCH_BOX(&product_key_search));
   m.impl("product_key_topk", TORCH_BOX(&product_key_topk));
+  m.impl("prefetch_rows", TORCH_BOX(&prefetch_rows));
   m.impl("weighted_gather", TORCH_BOX(&weighted_gather));
   m.impl("gather_dot", TORCH_BOX(&gather_dot));
   m.impl("weighted_scatter", TORCH_BOX(&weighted_scatter));
