@@ -24,7 +24,7 @@ from memcompile.lowering.sparse_table import set_stepper_of
 from memcompile.passes.detect import find_ffns
 from memcompile.planning import catch_up, config_from, plan, reset_parameters
 from memcompile.runtime.checkpoint import install_load_guard
-from memcompile.runtime.clipping import install_clipping
+from memcompile.runtime.gradients_by_mesh import install_by_mesh
 from memcompile.runtime.optimizer_checkpoints import install_exact_loading
 from memcompile.runtime.replicas import install_replica_hook
 from memcompile.runtime.sharding import shard
@@ -71,5 +71,5 @@ install_load_guard()
 install_step_hooks()
 install_exact_loading()
 install_replica_hook()
-install_clipping()
+install_by_mesh()
 set_stepper_of(stepper_of)

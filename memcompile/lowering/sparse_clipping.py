@@ -1,4 +1,6 @@
-"""What clipping asks of sparse gradients and PyTorch does not have for them: norms (before 2.15), and clamps."""
+"""What clipping and unscaling ask of sparse gradients and PyTorch does not have for them: norms (before 2.15), clamps,
+and the division of what is the part of a DTensor, where GradScaler does not see that it is sparse.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +47,13 @@ def _clamp_stored(x: Tensor, name: str, bound: Any, keeps_zero: bool) -> Tensor:
     return x
 
 
-_KERNELS: dict[str, Callable[..., Tensor]] = {
+def _unscale_(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    stored = [sparse._values() for sparse in tensors]  # in place: `values()` is a view that forgets whose it is
+    torch._amp_foreach_non_finite_check_and_unscale_(stored, found_inf, inv_scale)
+
+
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "_amp_foreach_non_finite_check_and_unscale_": _unscale_,
     "linalg_vector_norm": _vector_norm,
     "clamp_": _clamp_,
     "clamp_min_": _clamp_min_,

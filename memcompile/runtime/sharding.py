@@ -92,8 +92,8 @@ def cut(config: MemoryConfig, mesh: DeviceMesh, by: str, tokens: str) -> Sharded
         raise OptionError("tokens='shared' is tensor parallelism, which needs by='columns'")
     if config.values_storage != "device":
         raise OptionError(
-            f"values_storage={config.values_storage!r} keeps all values in one place, and for inference: shard values on "
-            f"the devices, or serve them from one process"
+            f"values_storage={config.values_storage!r} keeps all values in one place, and for inference: shard values "
+            f"on the devices, or serve them from one process"
         )
     if config.gradient == "fused":
         raise OptionError("values_grad='fused' updates values in the backward of one rank: shard with 'sparse'")

@@ -45,6 +45,7 @@ def train(
     reduce: bool = True,
     clip: float | None = None,
     accumulate: Callable[[bool], contextlib.AbstractContextManager] | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Trains on `sizes` sequences of each rank, or all of them where `rank` is None.
@@ -53,6 +54,7 @@ def train(
 
     Args:
         reduce: averages the gradients of all parameters but the values', as DDP would.
+        scaler: scales the losses; where a norm is clipped, the gradients are unscaled first.
         accumulate: the second step has two backwards; the context of each, told whether it is the last.
     """
     stepper = optimizer(model.parameters(), lr=1e-2, **options)
@@ -69,7 +71,9 @@ def train(
         for last in (False, True) if accumulate is not None and step == 1 else (True,):
             with accumulate(last) if accumulate is not None else contextlib.nullcontext():
                 loss = (run(tokens) * weight).sum()
-                loss.backward()
+                (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is not None:
+            scaler.unscale_(stepper)
         if rank is not None and reduce:
             for name, parameter in model.named_parameters():
                 if name != VALUES:
@@ -79,7 +83,9 @@ def train(
             first = {name: whole(p.grad) for name, p in model.named_parameters()}
         if clip is not None:
             norms.append(float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))))
-        stepper.step()
+        stepper.step() if scaler is None else scaler.step(stepper)
+        if scaler is not None:
+            scaler.update()
         losses.append(float(loss.detach()))
     saved = model.state_dict()  # brings all rows up to date
     return {

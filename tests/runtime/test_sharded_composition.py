@@ -125,6 +125,10 @@ TRAININGS: dict[str, tuple[Callable[[int], Found], Callable[[], Found]]] = {
     "no ddp": (without_ddp, lambda: alone(DENSE, accumulate=lambda last: contextlib.nullcontext())),
     "fsdp": (lambda rank: fsdp(rank, SPARSE), lambda: alone(SPARSE)),
     "fsdp, clipped": (lambda rank: fsdp(rank, DENSE, clip=0.01), lambda: alone(DENSE, clip=0.01)),
+    "ddp, scaled": (
+        lambda rank: ddp(rank, SPARSE, clip=0.01, scaler=torch.amp.GradScaler("cpu")),
+        lambda: alone(SPARSE, clip=0.01, scaler=torch.amp.GradScaler("cpu")),
+    ),
     "tensor parallel": (tensor_parallel, lambda: alone(SPARSE, sizes=TWO)),
     "recomputed": (recomputed, lambda: alone(SPARSE)),
     **{

@@ -1,7 +1,8 @@
-"""Clipping gradients that lie on different meshes: DTensors of the values among plain tensors, or among FSDP's.
+"""Clipping and unscaling gradients that lie on different meshes: DTensors of the values among plain tensors, or among
+FSDP's.
 
-`torch.nn.utils.clip_grad_norm_` stacks the norms of all gradients, which DTensors of another mesh refuse. Here the norm
-of each mesh is taken first, and then that of all.
+`torch.nn.utils.clip_grad_norm_` stacks the norms of all gradients, and `GradScaler` divides them in one list, which
+DTensors of another mesh refuse. Here each mesh has its own norm, and its own list.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch.nn import utils
 from memcompile.runtime._torch import clip_grad
 
 
-def install_clipping() -> None:
-    """Wraps what `clip_grad_norm_`, `get_total_norm` and `clip_grads_with_norm_` are made of. Idempotent."""
+def install_by_mesh() -> None:
+    """Wraps what `clip_grad_norm_`, `clip_grads_with_norm_` and `GradScaler` are made of. Idempotent."""
     if hasattr(clip_grad._get_total_norm, "_memcompile_by_mesh"):
         return
     for private, public, wrap in (
@@ -30,6 +31,9 @@ def install_clipping() -> None:
         wrapped._memcompile_by_mesh = True
         setattr(clip_grad, private, wrapped)
         setattr(utils, public, wrapped)
+    torch._amp_foreach_non_finite_check_and_unscale_ = _unscale_by_mesh(
+        torch._amp_foreach_non_finite_check_and_unscale_
+    )
 
 
 def _norm_by_mesh(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -60,6 +64,15 @@ def _clip_by_mesh(original: Callable[..., None]) -> Callable[..., None]:
             original(group, *args, **kwargs)
 
     return clip
+
+
+def _unscale_by_mesh(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def unscale(tensors: list[Tensor], *args: Any) -> None:
+        for group in _by_mesh(tensors, tensors):
+            original(group, *args)
+
+    return unscale
 
 
 def _by_mesh(tensors: list[Tensor], like: list[Any]) -> list[list[Tensor]]:
