@@ -253,8 +253,9 @@ class ValuesStepper(ValuesReader):
         self._published = None
         self.rows.catch_up(values, tell_autograd=False)  # with the steps that were done
         self.rows.state.pop(values, None)
-        if state is not None and self.rows.knows(values, state):
-            self.rows.adopt(values, {name: local_part(value) for name, value in state.items()})
+        own = None if state is None else {name: local_part(value) for name, value in state.items()}
+        if own is not None and self.rows.knows(values, own):
+            self.rows.adopt(values, own)
             self._publish(optimizer)
         else:  # none, or one that another optimizer's step began with
             self._published = state
