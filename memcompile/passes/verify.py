@@ -86,7 +86,7 @@ def operators_in(
             binding[node] = getattr(graph_module, str(node.target), None)
         if node.op in ("placeholder", "get_attr", "output"):
             continue
-        if node.op == "call_method" and node.target == "to_local":  # a rank's part of a parameter stands for it
+        if _is_part(node):  # what a rank has of a parameter stands for it
             binding[node] = binding.get(node.all_input_nodes[0])
             continue
         yield node, binding
@@ -94,6 +94,13 @@ def operators_in(
             operands = [a for a in node.all_input_nodes if not isinstance(binding.get(a), fx.GraphModule)]
             inner = dict(zip(placeholders_of(body), (binding.get(a) for a in operands), strict=False))
             yield from operators_in(body, inner)
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether the node is `DTensor.to_local`, as Dynamo writes it (until 2.11 as a function)."""
+    if node.op == "call_method":
+        return node.target == "to_local"
+    return node.op == "call_function" and "to_local" in getattr(node.target, "__qualname__", "")
 
 
 def _bodies(node: fx.Node, binding: Mapping[fx.Node, object]) -> list[fx.GraphModule]:

@@ -1,5 +1,5 @@
-"""Checkpoints of models that `memcompile.shard` sharded and that are stepped by rows: saved by two ranks, gone on with by
-two otherwise, and by one process. Values and the state of their rows are the same bit for bit.
+"""Checkpoints of models that `memcompile.shard` sharded and that are stepped by rows: saved by two ranks, gone on with
+by two that shard otherwise, and by one process. Values and the state of their rows are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -80,13 +80,11 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 def test_two_ranks_go_on(runs, kind, by):
     for before, after in zip(runs["saved"], runs["loaded"], strict=True):
         assert_equal(after[kind, by]["loaded"], before[kind]["saved"])
-        assert (
-            largest_difference(after[kind, by]["gone on"]["parameters"], before[kind]["gone on"]["parameters"])[0]
-            < 1e-9
-        )
+        expected, found = before[kind]["gone on"], after[kind, by]["gone on"]
+        assert largest_difference(found["parameters"], expected["parameters"])[0] < 1e-9
         if by == "columns":  # the same sums in the same order
-            assert_equal(after[kind, by]["gone on"]["parameters"], before[kind]["gone on"]["parameters"])
-            assert after[kind, by]["gone on"]["losses"] == before[kind]["gone on"]["losses"]
+            assert_equal(found["parameters"], expected["parameters"])
+            assert found["losses"] == expected["losses"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
