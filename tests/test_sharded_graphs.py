@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from tests.runtime.sharded import memory_mesh, sharded_gpt
 LAYERS = 3
 HITS = MEMORY["heads"] * MEMORY["top_k"]
 COLLECTIVE = re.compile(r"(buf\d+) = torch\.ops\._c10d_functional\.(\w+)\.default\(")
+SIZE = re.compile(r"assert_(?:size_stride|tensor_metadata)\((buf\d+), \(([\d, ]+)\)")
 WAIT = re.compile(r"_c10d_functional\.wait_tensor\.default\((buf\d+)\)")
 COMPUTE = re.compile(r"extern_kernels\.\w*mm\(|mkldnn|onednn_mm")
 
@@ -92,8 +94,13 @@ def test_the_table_is_never_sent(fake_ranks, by):
 
 def sent_sizes(code: list[str]) -> list[int]:
     """The numbers of elements of what every collective returns."""
-    shapes = re.findall(r"assert_size_stride\(buf\d+, \(([\d, ]+)\), .*_c10d_functional\.(?!wait)", "\n".join(code))
-    return [eval("*".join(part for part in shape.replace(" ", "").split(",") if part)) for shape in shapes]
+    return [elements for part in code for _, elements in results_of_collectives(part)]
+
+
+def results_of_collectives(code: str) -> list[tuple[str, int]]:
+    """Each collective's name, and the number of elements that it returns, which the code asserts."""
+    sizes = {name: math.prod(map(int, re.findall(r"\d+", shape))) for name, shape in SIZE.findall(code)}
+    return [(operation, sizes[name]) for name, operation in COLLECTIVE.findall(code)]
 
 
 @pytest.mark.parametrize("fake_ranks", [4], indirect=True)
@@ -142,9 +149,7 @@ def received_bytes(code: str, ranks: int) -> Iterator[tuple[str, int]]:
     """(operation, bytes that come from other ranks) of each collective; its elements have 4 bytes here."""
     operations = {"all_gather_into_tensor": "all_gather", "all_to_all_single": "all_to_all"}
     operations["reduce_scatter_tensor"] = "reduce_scatter"
-    shapes = dict(re.findall(r"assert_size_stride\((buf\d+), \(([\d, ]+)\)", code))
-    for name, operation in COLLECTIVE.findall(code):
-        elements = eval("*".join(part for part in shapes[name].replace(" ", "").split(",") if part))
+    for operation, elements in results_of_collectives(code):
         # A reduce-scatter returns one part, and has as much from every other rank; the others return all parts.
         parts = ranks - 1 if operation == "reduce_scatter_tensor" else (ranks - 1) / ranks
         yield operations[operation], int(elements * 4 * parts)
@@ -195,7 +200,7 @@ def test_values_that_were_cast_after_compiling_are_told(fake_ranks):
     model = sharded_gpt(memory_mesh(2), tokens="even").float()
     run = torch.compile(model, backend="memcompile")
     run(*batch())
-    model.double()
+    model.memory_values = nn.Parameter(whole_like(model.memory_values, local_part(model.memory_values).double()))
     with pytest.raises(Exception, match="cast and move it before compiling"):
         run(*batch())
 
@@ -204,6 +209,8 @@ def test_values_that_were_cast_after_compiling_are_told(fake_ranks):
 def test_values_on_another_storage_are_read_there(fake_ranks, monkeypatch):
     monkeypatch.setattr("memcompile.backend.compile_fx", lambda graph, *args: graph)
     model = sharded_gpt(memory_mesh(1), tokens="even")
+    with torch.no_grad():
+        local_part(model.memory_values).fill_(0.1)
     run = torch.compile(model, backend="memcompile")
     before = run(*batch()).detach()
     moved = whole_like(model.memory_values, torch.zeros_like(local_part(model.memory_values)))
