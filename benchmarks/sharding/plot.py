@@ -12,7 +12,7 @@ from benchmarks.sharding.results import Prediction, Results
 from benchmarks.sharding.split import COMMUNICATION, GATHER, OPTIMIZER, PARTS, REST, SEARCH
 
 _OF_REPLICAS = "communication of replicas (modelled)"
-_WORK = "processor time of a rank, without communication"
+_WORK = "processor time of a rank's own thread"
 _COLOURS = {
     SEARCH: "#8c8c8c",
     GATHER: "#4c72b0",
@@ -50,7 +50,7 @@ def _measured(axes: Axes, results: Results) -> None:
         labels += [f"{case.ranks}{'*' * (case.ranks in results.crowded)}" for case in cases_of_curve]
     measured = [results.lines[case] for case in cases]
     top = _stack(axes, places, {part: [line.parts[part] for line in measured] for part in PARTS})
-    work = [line.own_work for line in measured]
+    work = [line.work for line in measured]
     axes.plot(places, work, "D", color="black", markeredgecolor="white", markersize=9, label=_WORK)
     axes.set_xticks(places, labels)
     axes.set_ylim(0, 1.12 * top)

@@ -6,8 +6,8 @@ import os
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 
 import torch
@@ -17,6 +17,7 @@ from benchmarks.sharding.cases import Sizes
 from benchmarks.sharding.worker import Told, work
 
 _TIMEOUT = datetime.timedelta(minutes=10)  # of a collective, others' turns included
+_LOG_LEVEL = "KINETO_LOG_LEVEL"
 _SAYS, _TOLD, _FAILED = "says", "told", "failed"
 
 
@@ -37,7 +38,8 @@ def run(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> list[Told]:
                 process = context.Process(
                     target=_rank, args=(rank, sizes, rounds, os.path.join(folder, "store"), there), daemon=True
                 )
-                process.start()
+                with _quiet_profiler():
+                    process.start()
                 there.close()  # so that its end is seen
                 ends[here] = rank
                 processes.append(process)
@@ -57,6 +59,19 @@ def run(sizes: Sizes, rounds: int, say: Callable[[str], None]) -> list[Told]:
                 process.kill()
                 process.join()
     return [told[rank] for rank in range(ranks)]
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Processes that start here log none of the profiler's starts and stops, of which each step has one."""
+    before = os.environ.get(_LOG_LEVEL)
+    os.environ[_LOG_LEVEL] = "99"
+    try:
+        yield
+    finally:
+        del os.environ[_LOG_LEVEL]
+        if before is not None:
+            os.environ[_LOG_LEVEL] = before
 
 
 def _received(end: Connection, rank: int) -> tuple:

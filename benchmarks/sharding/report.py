@@ -5,6 +5,7 @@ from benchmarks.cpu.neighbours import QUIET
 from benchmarks.sharding.cases import STRONG, WEAK, Case, rows_case, scaling
 from benchmarks.sharding.results import Results
 from benchmarks.sharding.split import PARTS
+from benchmarks.sharding.traffic import Received
 from benchmarks.sharding.worker import WHOLE_STEP
 from memcompile.cost.report import GIB, MIB
 
@@ -36,8 +37,8 @@ def _cells(results: Results, case: Case, first: Case) -> list[str]:
         milliseconds(line.milliseconds),
         f"{line.milliseconds / one.milliseconds:.2f}",
         *(f"{line.parts[part] / all_parts:.0%}" for part in PARTS),
-        milliseconds(line.own_work),
-        f"{line.own_work / one.own_work:.2f}",
+        milliseconds(line.work),
+        f"{line.work / one.work:.2f}",
         f"{sum(line.memory.values()) / MIB:,.1f}",
     ]
 
@@ -56,15 +57,19 @@ def _traffic(results: Results) -> str:
 
 def _verdict(results: Results) -> str:
     """Which collectives bring what the formula says, and which do not."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Received]] = {}
     for line in results.lines.values():
         for one in line.traffic:
-            found.setdefault(one.operation or WHOLE_STEP, []).append(one.of_formula)
+            found.setdefault(one.operation or WHOLE_STEP, []).append(one)
     lines = []
-    for operation, ratios in found.items():
+    for operation, received in found.items():
+        ratios, by_gloo = [one.of_formula for one in received], [one.of_gloo for one in received]
         within = all(abs(ratio - 1) <= _TOLERANCE for ratio in ratios)
         kept = f"within {_TOLERANCE:.0%}" if within else f"NOT within {_TOLERANCE:.0%}"
-        lines.append(f"- {operation}: {min(ratios):.3f} to {max(ratios):.3f} of the formula's bytes, {kept}")
+        lines.append(
+            f"- {operation}: {min(ratios):.3f} to {max(ratios):.3f} of the formula's bytes, {kept}; "
+            f"{min(by_gloo):.3f} to {max(by_gloo):.3f} of what gloo's algorithm brings"
+        )
     return "\n".join(lines)
 
 
@@ -90,9 +95,9 @@ def render(results: Results) -> str:
         f"interface, a thread a process\nd = {sizes.width}, {sizes.slots:,} slots, {sizes.heads} heads x top "
         f"{sizes.top_k}, float32, AdamW of rows; eager; medians of {results.rounds} rounds",
         _times(results),
-        f"{WEAK}: tokens of a rank are fixed; {STRONG}: those of all ranks. Of one: of one process; by rows, of the weak\n"
-        "one. Parts are shares of the step's time; communication lasts until all ranks have come. Work is the processor\n"
-        "time of a rank's own thread, without communication. MiB are values and states.",
+        f"{WEAK}: tokens of a rank are fixed; {STRONG}: those of all ranks. Of one: of one process; by rows, of the\n"
+        "weak one. Parts are shares of the step's time; communication lasts until all ranks have come. Work is the\n"
+        "processor time of a rank's own thread, which waiting does not add to. MiB are values and states.",
     ]
     if results.crowded:
         crowded = " and ".join(map(str, results.crowded))

@@ -1,14 +1,14 @@
 """What a run has measured, what the cost model predicts beside it, and the JSON file that keeps both."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.results import write_json
 from benchmarks.sharding.cases import Case, Sizes
-from benchmarks.sharding.split import COMMUNICATION, PARTS
+from benchmarks.sharding.split import PARTS, Step
 from benchmarks.sharding.traffic import Received
 from benchmarks.sharding.worker import Told
 from memcompile.cost.groups import Candidate
@@ -25,21 +25,16 @@ class Line:
     Attributes:
         milliseconds: of a step.
         parts: of its parts; medians, which add up to about a step.
-        work: of a processor, for the parts of a rank.
+        work: of a processor, by a rank's own thread.
         memory: bytes of the rank that holds most.
         traffic: of each collective and of a whole step, at the rank that is farthest from the formula as gloo runs it.
     """
 
     milliseconds: float
     parts: dict[str, float]
-    work: dict[str, float]
+    work: float
     memory: dict[str, int]
     traffic: list[Received]
-
-    @property
-    def own_work(self) -> float:
-        """Milliseconds of a processor without communication, of which a rank's own thread does but the start."""
-        return sum(ms for part, ms in self.work.items() if part != COMMUNICATION)
 
 
 @dataclass(frozen=True)
@@ -92,21 +87,17 @@ def lines(told: Sequence[Told], cases: Sequence[Case]) -> dict[Case, Line]:
 def _line(told: Sequence[Told], case: Case) -> Line:
     rounds = [*zip(*(of_rank.steps[case] for of_rank in told), strict=True)]
     everyones = [of_rank.traffic.get(case, []) for of_rank in told]
+
+    def median(seconds: Callable[[Step], float]) -> float:
+        return statistics.median(1e3 * statistics.fmean(map(seconds, steps)) for steps in rounds)
+
     return Line(
-        milliseconds=statistics.median(_mean([sum(step.clock.values()) for step in steps]) for steps in rounds),
-        parts=_medians([[step.clock for step in steps] for steps in rounds]),
-        work=_medians([[step.processor for step in steps] for steps in rounds]),
+        milliseconds=median(lambda step: sum(step.parts.values())),
+        parts={part: median(lambda step, part=part: step.parts[part]) for part in PARTS},
+        work=median(lambda step: step.processor),
         memory=max((of_rank.memory[case] for of_rank in told), key=lambda memory: sum(memory.values())),
         traffic=[max(same, key=lambda one: abs(one.of_gloo - 1)) for same in zip(*everyones, strict=True)],
     )
-
-
-def _mean(seconds: Sequence[float]) -> float:
-    return statistics.fmean(seconds) * 1e3
-
-
-def _medians(rounds: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
-    return {part: statistics.median(_mean([of[part] for of in ranks]) for ranks in rounds) for part in PARTS}
 
 
 def _best(gpus: int, candidate: Candidate | None) -> dict[str, Any]:

@@ -1,89 +1,73 @@
-"""Where a step's time goes: operators are timed as they are dispatched, which on a CPU is when they run."""
+"""Where a step's time goes, by the profiler's events of operators, which on a CPU last as long as they run.
+
+Not by a TorchDispatchMode: under one autograd copies the values' sparse gradient, which it takes as it is otherwise,
+and a step has 40% more work.
+"""
 
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.autograd.profiler import profile
+from torch.autograd.profiler_util import FunctionEvent
 
 SEARCH, GATHER, COMMUNICATION, OPTIMIZER, REST = PARTS = ("search", "gather", "communication", "optimizer", "rest")
 
 FUNCTIONAL = "_c10d_functional"
 # The search's backward is a gather and a scatter over its half-keys, by the operators of a dense table; the values
 # have a sparse gradient here, and other operators.
-_SEARCH = {"product_key_search", "product_key_topk", "weighted_gather", "gather_dot", "weighted_scatter"}
-_GATHER = {"table_gather", "table_dot", "sparse_scatter"}
-
-
-class Split(TorchDispatchMode):
-    """Adds up the time of operators by part. A collective's is that until its result is there, so also that in which
-    this rank waits for slower ones, or for a processor.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.clock: Counter[str] = Counter()
-        self.processor: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        clock, processor = time.perf_counter(), time.thread_time()
-        out = func(*args, **(kwargs or {}))
-        part = part_of(func.namespace, func.overloadpacket.__name__)
-        self.processor[part] += time.thread_time() - processor
-        self.clock[part] += time.perf_counter() - clock
-        return out
-
-
-def part_of(namespace: str, name: str) -> str:
-    """The part of a step that an operator belongs to.
-
-    Raises:
-        ValueError: an operator of memcompile that has none.
-    """
-    if namespace == FUNCTIONAL:
-        return COMMUNICATION
-    if namespace != "memcompile":
-        return REST
-    if name in _SEARCH:
-        return SEARCH
-    if name in _GATHER:
-        return GATHER
-    raise ValueError(f"memcompile::{name} belongs to no part of a step: name one in {__name__}")
+_OPERATORS = {
+    SEARCH: ("product_key_search", "product_key_topk", "weighted_gather", "gather_dot", "weighted_scatter"),
+    GATHER: ("table_gather", "table_dot", "sparse_scatter"),
+}
+_PART = {f"memcompile::{name}": part for part, names in _OPERATORS.items() for name in names}
 
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of a step by part: of the clock, and of a processor.
+    """Seconds of a step.
 
-    A processor's are this thread's own: they do not grow where there are more ranks than cores, though caches and
-    memory are shared. gloo moves bytes in threads of its own, which they leave out.
+    Attributes:
+        parts: a collective's are those until its result is there, so also those in which this rank waits for slower
+            ones, or for a processor.
+        processor: that this thread took. They hardly grow where there are more ranks than cores, though caches and
+            memory are shared. gloo moves bytes in threads of its own, which they leave out.
     """
 
-    clock: dict[str, float]
-    processor: dict[str, float]
+    parts: dict[str, float]
+    processor: float
 
 
 def timed(forward_backward: Callable[[], object], optimizer: Callable[[], object]) -> Step:
     """Of one step. What is no operator of another part is the rest."""
-    start = time.perf_counter(), time.thread_time()
-    with Split() as split:
+    with profile(use_kineto=False) as recorded:
+        start = time.perf_counter(), time.thread_time()
         forward_backward()
-    between = time.perf_counter(), time.thread_time()
+        passes = _since(start)
+    start = time.perf_counter(), time.thread_time()
     optimizer()
-    end = time.perf_counter(), time.thread_time()
-    found = []
-    for measured, first, second, last in zip((split.clock, split.processor), start, between, end, strict=True):
-        parts = {part: measured[part] for part in (SEARCH, GATHER, COMMUNICATION)}
-        found.append(parts | {OPTIMIZER: last - second, REST: second - first - sum(parts.values())})
-    return Step(*found)
+    step = _since(start)
+    parts = split(recorded.function_events or ())
+    rest = passes[0] - sum(parts.values())
+    return Step(parts | {OPTIMIZER: step[0], REST: rest}, passes[1] + step[1])
 
 
-def wait(started: Tensor) -> Tensor:
-    """The result of a collective, when it is there."""
-    return torch.ops._c10d_functional.wait_tensor(started)
+def split(events: Iterable[FunctionEvent]) -> dict[str, float]:
+    """Seconds of the search, the gather and the communication: of their outermost events."""
+    seconds = dict.fromkeys((SEARCH, GATHER, COMMUNICATION), 0.0)
+    for event in events:
+        part, caller = part_of(event.name), event.cpu_parent
+        while caller is not None and part_of(caller.name) is None:
+            caller = caller.cpu_parent
+        if part is not None and caller is None:
+            seconds[part] += event.time_range.elapsed_us() * 1e-6
+    return seconds
+
+
+def part_of(name: str) -> str | None:
+    """The part of a step that an event counts for whole; None where what it calls decides."""
+    return COMMUNICATION if name.startswith(f"{FUNCTIONAL}::") else _PART.get(name)
+
+
+def _since(start: tuple[float, float]) -> tuple[float, float]:
+    return time.perf_counter() - start[0], time.thread_time() - start[1]

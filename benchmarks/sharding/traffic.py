@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.sharding.cases import Case, Sizes
-from benchmarks.sharding.split import FUNCTIONAL, wait
+from benchmarks.sharding.split import FUNCTIONAL
 from memcompile.cost.wire import Collective, backward_collectives, forward_collectives
 
 _BYTES_RECEIVED = 128  # where it is in Linux's struct tcp_info, since 4.2
@@ -105,7 +106,7 @@ class Alone(TorchDispatchMode):
         if operation is None:
             return func(*args, **(kwargs or {}))
         before = received_between(self._meet)
-        out = wait(func(*args, **(kwargs or {})))
+        out = torch.ops._c10d_functional.wait_tensor(func(*args, **(kwargs or {})))
         self.found.append((operation, received_between(self._meet) - before))
         return out
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from benchmarks.sharding.cases import STRONG, WEAK, Case, Sizes, all_cases, rows
 from benchmarks.sharding.processes import run
 from benchmarks.sharding.report import render
 from benchmarks.sharding.results import Results, lines, predict
-from benchmarks.sharding.split import COMMUNICATION, GATHER, OPTIMIZER, PARTS, REST, SEARCH, Step, part_of, timed
+from benchmarks.sharding.split import COMMUNICATION, GATHER, OPTIMIZER, PARTS, REST, SEARCH, Step, split, timed
 from benchmarks.sharding.traffic import beside, formulas, received_bytes
 from benchmarks.sharding.worker import WHOLE_STEP, Told
 from memcompile.cost.job import Job
@@ -72,19 +73,25 @@ def test_time_is_split_by_operator():
 
     def forward_backward():
         weights, slots = operator("product_key_search")(query, half_keys, 2)
-        operator("table_gather")(table, slots.flatten(1), weights.flatten(1), "sparse")
+        operator("table_gather")(table, slots.flatten(1), weights.flatten(1), "sparse").relu()
 
     step = timed(forward_backward, lambda: optimized.append(1))
-    assert optimized == [1] and set(step.clock) == set(step.processor) == set(PARTS)
-    assert all(step.clock[part] > 0 for part in (SEARCH, GATHER, OPTIMIZER, REST)) and step.clock[COMMUNICATION] == 0
+    assert optimized == [1] and set(step.parts) == set(PARTS) and step.processor > 0
+    assert all(step.parts[part] > 0 for part in (SEARCH, GATHER, OPTIMIZER, REST)) and step.parts[COMMUNICATION] == 0
 
 
-def test_every_operator_has_a_part():
-    assert part_of("_c10d_functional", "wait_tensor") == COMMUNICATION
-    assert part_of("aten", "mm") == REST
-    assert [part_of("memcompile", name) for name in ("product_key_search", "table_dot")] == [SEARCH, GATHER]
-    with pytest.raises(ValueError, match="memcompile::row_adam belongs to no part"):
-        part_of("memcompile", "row_adam")
+def test_an_operator_within_another_counts_once():
+    def event(name, microseconds, caller=None):
+        elapsed = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(name=name, time_range=elapsed, cpu_parent=caller)
+
+    lookup = event("memcompile::memory_lookup", 90)
+    search = event("memcompile::product_key_search", 30, lookup)
+    gather = event("memcompile::table_gather", 20, lookup)
+    inside = [event("memcompile::product_key_search", 29, search), event("memcompile::weighted_gather", 18, gather)]
+    started, waited = event("_c10d_functional::all_reduce", 1), event("_c10d_functional::wait_tensor", 4)
+    found = split([lookup, search, gather, *inside, started, waited, event("aten::mm", 50)])
+    assert found == pytest.approx({SEARCH: 30e-6, GATHER: 20e-6, COMMUNICATION: 5e-6})
 
 
 def test_other_collectives_than_the_formulas_know_are_an_error():
@@ -104,7 +111,7 @@ def test_a_process_without_connections_receives_nothing():
 
 
 def told(case: Case, clocks: list[float]) -> Told:
-    steps = [Step(dict.fromkeys(PARTS, clock), dict.fromkeys(PARTS, clock / 2)) for clock in clocks]
+    steps = [Step(dict.fromkeys(PARTS, clock), clock / 2) for clock in clocks]
     return Told(steps={case: steps}, memory={case: {"values": 1, "states": int(clocks[0] * 1e3)}})
 
 
@@ -112,7 +119,7 @@ def test_medians_of_rounds_are_of_the_mean_of_ranks():
     case = Case(2, "columns", 8)
     (line,) = lines([told(case, [1e-3, 5e-3, 3e-3]), told(case, [3e-3, 1e-3, 7e-3])], [case]).values()
     assert line.parts == pytest.approx(dict.fromkeys(PARTS, 3.0)) and line.milliseconds == pytest.approx(15.0)
-    assert line.own_work == pytest.approx(6.0) and line.memory["states"] == 3
+    assert line.work == pytest.approx(1.5) and line.memory["states"] == 3
 
 
 @pytest.mark.parametrize(("cores", "crowded"), [(4, False), (2, True)])
