@@ -48,11 +48,11 @@ def _traffic(results: Results) -> str:
     for case, line in results.lines.items():
         name = f"{of_processes(case.ranks)} by {case.by}, {case.tokens:,} tokens each"
         for one in line.traffic:
-            counts = [one.formula_bytes, one.gloo_bytes, one.measured_bytes]
+            counts = [one.formula_bytes, one.measured_bytes]
             what = [one.name, one.operation, *(f"{count / _KIB:,.1f}" for count in counts)]
-            body.append([name, *what, f"{one.of_formula:.3f}", f"{one.of_gloo:.3f}"])
-    header = ["ranks", "received by a rank", "collective", "formula, KiB", "gloo's, KiB", "measured, KiB"]
-    return table([*header, "of the formula", "of gloo's"], body)
+            body.append([name, *what, f"{one.of_formula:.3f}"])
+    header = ["ranks", "received by a rank", "collective", "formula, KiB", "measured, KiB", "of the formula"]
+    return table(header, body)
 
 
 def _verdict(results: Results) -> str:
@@ -63,13 +63,10 @@ def _verdict(results: Results) -> str:
             found.setdefault(one.operation or WHOLE_STEP, []).append(one)
     lines = []
     for operation, received in found.items():
-        ratios, by_gloo = [one.of_formula for one in received], [one.of_gloo for one in received]
+        ratios = [one.of_formula for one in received]
         within = all(abs(ratio - 1) <= _TOLERANCE for ratio in ratios)
         kept = f"within {_TOLERANCE:.0%}" if within else f"NOT within {_TOLERANCE:.0%}"
-        lines.append(
-            f"- {operation}: {min(ratios):.3f} to {max(ratios):.3f} of the formula's bytes, {kept}; "
-            f"{min(by_gloo):.3f} to {max(by_gloo):.3f} of what gloo's algorithm brings"
-        )
+        lines.append(f"- {operation}: {min(ratios):.3f} to {max(ratios):.3f} of the formula's bytes, {kept}")
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ class Line:
         parts: of its parts; medians, which add up to about a step.
         work: of a processor, by a rank's own thread.
         memory: bytes of the rank that holds most.
-        traffic: of each collective and of a whole step, at the rank that is farthest from the formula as gloo runs it.
+        traffic: of each collective and of a whole step, at the rank that is farthest from the formula.
     """
 
     milliseconds: float
@@ -96,7 +96,7 @@ def _line(told: Sequence[Told], case: Case) -> Line:
         parts={part: median(lambda step, part=part: step.parts[part]) for part in PARTS},
         work=median(lambda step: step.processor),
         memory=max((of_rank.memory[case] for of_rank in told), key=lambda memory: sum(memory.values())),
-        traffic=[max(same, key=lambda one: abs(one.of_gloo - 1)) for same in zip(*everyones, strict=True)],
+        traffic=[max(same, key=lambda one: abs(one.of_formula - 1)) for same in zip(*everyones, strict=True)],
     )
 
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from benchmarks.cpu.neighbours import Neighbours
 from benchmarks.sharding.cases import Case, Sizes, all_cases
 from benchmarks.sharding.split import Step, timed
-from benchmarks.sharding.traffic import Alone, Received, beside, by_gloo, formulas, received_between
+from benchmarks.sharding.traffic import Alone, Received, beside, formulas, received_between
 from benchmarks.sharding.trainee import Trainee
 
 _WARM_UPS = 2
@@ -86,8 +86,7 @@ def _traffic(trainee: Trainee, case: Case, sizes: Sizes, rank: int, mesh: Device
     before = received_between(meet)
     _train(trainee, case, _STEPS)
     measured = (received_between(meet) - before) / _STEPS
-    formula, gloo = sum(c.received_bytes for c in expected), sum(map(by_gloo, expected))
-    whole = Received(WHOLE_STEP, "", formula, gloo, measured)
+    whole = Received(WHOLE_STEP, "", sum(c.received_bytes for c in expected), measured)
     return [*beside(expected, alone.found), whole]
 
 
