@@ -150,7 +150,7 @@ def _layer_flops(layer: MemoryLayer) -> int:
         # by its shape: a DTensor's is that of the whole tensor
         return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
-    tensors = cast(LayerTensors, tuple(map(meta, layer.parameters_of_lookup())))
+    tensors = cast(LayerTensors, tuple(map(meta, layer.parameters_of_lookup(layer.pool.values))))
     token = torch.empty(1, layer.width, dtype=layer.query_weight.dtype, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         memory_lookup(token, *tensors, heads=layer.heads, top_k=layer.top_k)

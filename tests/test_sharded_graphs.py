@@ -187,6 +187,18 @@ def test_a_graph_of_no_tokens_is_not_compiled(fake_ranks, monkeypatch):
     assert run(torch.zeros(0, 5, dtype=torch.long)).shape == (0, 5, 50)
 
 
+@pytest.mark.parametrize("fake_ranks", [1], indirect=True)
+def test_a_graph_is_captured_beside_a_sparse_gradient(fake_ranks, monkeypatch):
+    """As for an evaluation behind the last step of a training."""
+    monkeypatch.setattr("memcompile.backend.compile_fx", lambda graph, *args: graph)
+    model = sharded_gpt(memory_mesh(1), values_grad="sparse")
+    model(*batch()).backward()
+    assert local_part(model.memory_values.grad).is_sparse
+    with torch.no_grad():
+        expected = model(*batch())
+        assert torch.equal(torch.compile(model, backend="memcompile", fullgraph=True)(*batch()), expected)
+
+
 @pytest.mark.parametrize("fake_ranks", [2], indirect=True)
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
 def test_another_backend_is_told_to_be_ours(fake_ranks, backend):

@@ -62,13 +62,13 @@ class MemoryLayer(nn.Module):
         """Draws the layer's own parameters anew; the pool's values stay."""
         draw_layer(self._parameters, self.pool.config)
 
-    def parameters_of_lookup(self) -> LayerTensors:
+    def parameters_of_lookup(self, values: Tensor) -> LayerTensors:
         """What the op reads besides the tokens, in the order of its arguments; DTensors where they are sharded."""
         return (
             self.query_weight,
             self.query_bias,
             self.half_keys,
-            self.pool.values,
+            values,
             self.gate_weight,
             self.gate_bias,
             self.out_weight,
@@ -78,10 +78,10 @@ class MemoryLayer(nn.Module):
 
     def tensors(self) -> LayerTensors:
         """What this rank has of them."""
-        query_weight, query_bias, half_keys, _, gate_weight, gate_bias, out_weight, *rest = self.parameters_of_lookup()
         table = self.pool.table_in_graphs if torch.compiler.is_compiling() else self.pool.table
+        *tensors, gate_weight, gate_bias, out_weight, out_bias, temperature = self.parameters_of_lookup(table)
         cut = _own_part(gate_weight), _own_part(gate_bias), _own_part(out_weight)
-        return (query_weight, query_bias, half_keys, table, *cut, *rest)  # type: ignore[return-value]
+        return (*tensors, *cut, out_bias, temperature)  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():

@@ -85,7 +85,9 @@ class MemoryPool:
 
     @property
     def table_in_graphs(self) -> nn.Parameter:
-        """The same for Dynamo, which cannot trace how it is kept up to date: that is done before a graph runs."""
+        """The same for Dynamo, which can neither trace how it is kept up to date (that is done before a graph runs) nor
+        take a DTensor that has a sparse gradient.
+        """
         return self.values if self.sharded is None or self.sharded.own is None else self.sharded.own
 
     @property
@@ -111,8 +113,9 @@ class MemoryPool:
         or FSDP's view of a shard, and of a dtype that optimizers for rows step; else dense.
         """
         fsdp = self.sharded is None and hasattr(type(self.root), "set_requires_gradient_sync")
-        alone = isinstance(self.values, nn.Parameter) and not fsdp
-        return self.config.gradient if alone and self.values.dtype is not torch.float16 else "dense"
+        values = self.table_in_graphs if torch.compiler.is_compiling() else self.values
+        alone = isinstance(values, nn.Parameter) and not fsdp
+        return self.config.gradient if alone and values.dtype is not torch.float16 else "dense"
 
     def catch_up(self) -> None:
         """Brings all rows of the values up to date with the optimizer's last step."""
