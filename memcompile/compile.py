@@ -107,4 +107,6 @@ def _function_backend(function: Any, ours: dict[str, Any]) -> Backend:
             f"{name!r} is no nn.Module, and no model has a memory yet: call memcompile.plan(model, memory_layers=...) "
             f"on the model that it calls, then compile it"
         )
+    for pool in live_pools():
+        watch_gradient(pool)  # of values that were cast or moved since
     return Backend(None, whole=False)

@@ -28,7 +28,7 @@ from memcompile.runtime.mapped_values import MappedValues
 from memcompile.runtime.optimizers import adopt_optimizers
 from memcompile.runtime.parallelisms import install_if_distributed
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
-from memcompile.runtime.sharding import check_plans_agree, check_same, cut, draw_part
+from memcompile.runtime.sharding import check_plans_agree, check_same, cut, draw_part, redraw_layer
 from memcompile.runtime.wrappers import is_sharded, unwrap
 from memcompile.sites import FfnSite
 from memcompile.sizes import resolve
@@ -126,7 +126,10 @@ def reset_parameters(model: nn.Module) -> None:
     else:
         draw_part(pool.table, pool.sharded, values_shape(pool.config))
     for layer in pool.layers.values():
-        layer.reset_parameters()
+        if pool.sharded is not None and pool.sharded.tokens == "shared":
+            redraw_layer(layer, pool)
+        else:
+            layer.reset_parameters()
 
 
 def catch_up(model: nn.Module) -> None:

@@ -50,4 +50,4 @@ def is_first_copy(tensor: DTensor) -> bool:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return False
-    return all(at == 0 or isinstance(p, Shard) for at, p in zip(coordinate, tensor.placements, strict=True))
+    return all(at == 0 or not isinstance(p, Replicate) for at, p in zip(coordinate, tensor.placements, strict=True))

@@ -12,12 +12,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from memcompile.checkpoint.manifest import Manifest
 from memcompile.errors import CheckpointError
 
 LATEST = "LATEST"
+_PATIENCE = 1.0  # seconds
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -77,6 +79,16 @@ def latest_step(folder: Path) -> int:
     return int(match[1])
 
 
+def recover_to_read(folder: Path) -> None:
+    """As `recover`, by who does not save: another process may be about to finish the step, which takes no time."""
+    if any(not old.with_suffix("").exists() for old in folder.glob("step_*.old")):
+        time.sleep(_PATIENCE)
+        for old in folder.glob("step_*.old"):
+            if not old.with_suffix("").exists():
+                old.rename(old.with_suffix(""))
+                sync(folder)
+
+
 def recover(folder: Path) -> None:
     """Puts back the step that a save was replacing when it was killed."""
     for old in folder.glob("step_*.old"):
@@ -115,9 +127,9 @@ def publish(folder: Path, step: int) -> None:
 
 
 def delete_old(folder: Path, step: int, keep: int) -> None:
-    """Deletes all but the `keep` last saves, and never that of `step`, the last one."""
+    """Deletes all but the `keep` last saves; never that of `step`, the last one, or one whose age is not known."""
     for old in saved_steps(folder)[keep:]:
-        if old != step:
+        if old != step and _number(step_folder(folder, old)):
             remove(step_folder(folder, old))
 
 

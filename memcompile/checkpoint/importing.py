@@ -62,7 +62,7 @@ def import_safetensors(
         check_plans(_plans(files), root, f"memcompile.checkpoint.config({str(source)!r})")
         own = model_state(root)
         check_entries(saved, [], own, strict, source)
-        return root, own, pieces, targets(saved, own)
+        return root, own, pieces, targets(saved, own, root)
 
     root, own, pieces, into = ranks.each("compare the files with the model", prepare)
 

@@ -87,7 +87,7 @@ def load(
         check_plans(manifest.plans, root, _config_call(path, step))
         own, saved = model_state(root), reader.tensors(MODEL)
         check_entries(saved, reader.objects(MODEL), own, strict, source)
-        parts = {MODEL + name: Part(*local_part(tensor)) for name, tensor in targets(saved, own).items()}
+        parts = {MODEL + name: Part(*local_part(tensor)) for name, tensor in targets(saved, own, root).items()}
         if not optimizers:
             return reader, root, own, None, parts
         if OPTIMIZER_REST not in reader.objects(""):

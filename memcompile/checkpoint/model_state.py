@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,11 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from memcompile.checkpoint._torch import is_fsdp1
 from memcompile.errors import CheckpointError, PlanError
 from memcompile.runtime.checkpoint import PLAN_KEY, check_same_plan, checked_plan, plan_of
+from memcompile.runtime.mapped_values import MappedValues
 from memcompile.runtime.pool import live_pools
 from memcompile.runtime.wrappers import unwrap
+
+log = logging.getLogger(__name__)
 
 Plans = dict[str, dict[str, Any]]
 _EXTRA_STATE = "_extra_state"
@@ -105,13 +109,23 @@ def check_entries(
         raise CheckpointError(f"{source} is not of this {'; '.join(['model', *problems])}: {fix}")
 
 
-def targets(saved: Mapping[str, TensorStorageMetadata], own: dict[str, Any]) -> dict[str, Tensor]:
-    """What saved tensors are read into: the model's own, or new ones for extra state, which has any size."""
+def mapped_in(root: nn.Module) -> list[str]:
+    """The names of values that lie in a file (`values_storage="mmap"`), which cannot be written to."""
+    return [name for name, parameter in root.named_parameters() if isinstance(parameter, MappedValues)]
+
+
+def targets(saved: Mapping[str, TensorStorageMetadata], own: dict[str, Any], root: nn.Module) -> dict[str, Tensor]:
+    """What saved tensors are read into: the model's own, or new ones for extra state, which has any size. Values that
+    lie in a file stay as they are.
+    """
+    mapped = mapped_in(root)
+    if mapped:
+        log.info("%s stay as the file has them", ", ".join(mapped))
     found: dict[str, Tensor] = {}
     for name, value in own.items():
         if name.endswith(_EXTRA_STATE) and name in saved and not is_plan(name):
             own[name] = value = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
-        if name in saved and isinstance(value, Tensor) and not is_plan(name):
+        if name in saved and isinstance(value, Tensor) and not is_plan(name) and name not in mapped:
             found[name] = value
     return found
 

@@ -19,7 +19,7 @@ from memcompile.checkpoint import folders
 from memcompile.checkpoint.asynchronous import SaveHandle, finish_last
 from memcompile.checkpoint.files import write_files
 from memcompile.checkpoint.manifest import NAME, Manifest
-from memcompile.checkpoint.model_state import Plans, model_state, plans_of, root_of
+from memcompile.checkpoint.model_state import Plans, mapped_in, model_state, plans_of, root_of
 from memcompile.checkpoint.optimizer_state import OptimizerState, packed
 from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import Ranks, all_ranks
@@ -129,6 +129,11 @@ def _collect(
     state: dict[str, Any], model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None, extra: Any, rank: int
 ) -> Plans:
     root = root_of(model)
+    if mapped_in(root):
+        raise CheckpointError(
+            f"{', '.join(mapped_in(root))} lie in a file, for inference: save the rest by torch.save(), or the model "
+            f"before memcompile.store_values()"
+        )
     state.update({MODEL + name: value for name, value in model_state(root).items()})
     if optimizer is not None:
         of_optimizers = OptimizerState.of(optimizers_in(optimizer), root)

@@ -73,7 +73,7 @@ def verified(ranks: Ranks, folder: Path, step: int, progress: Progress) -> Manif
 def _wanted(folder: Path, step: int | None) -> tuple[int | None, str]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing: no checkpoint was saved there")
-    folders.recover(folder)
+    folders.recover_to_read(folder)
     if step is None:
         try:
             return folders.latest_step(folder), ""

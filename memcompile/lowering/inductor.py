@@ -14,6 +14,7 @@ from memcompile.lowering._torch import GraphPass, KeyedPass, configured_pre_pass
 from memcompile.lowering.caches import source_digest
 from memcompile.lowering.cpu.gemm import mkl_is_held_back, use_onednn
 from memcompile.lowering.merge_scatters import merge_scatters
+from memcompile.lowering.order_collectives import order_collectives
 from memcompile.lowering.triton import template
 from memcompile.lowering.triton.settings import uses_atomics
 from memcompile.version import __version__
@@ -32,6 +33,7 @@ class LoweringPass(KeyedPass, graph_pass_base()):  # type: ignore[misc]
         for graph_pass in self.wrapped:
             run_graph_pass(graph_pass, graph, is_inference)
         merge_scatters(graph)
+        order_collectives(graph)
         if self.use_onednn:
             use_onednn(graph)
 

@@ -11,7 +11,7 @@ SCHEMAS = {
         "(Tensor x, Tensor query_weight, Tensor? query_bias, Tensor half_keys, Tensor values, "
         "Tensor? gate_weight, Tensor? gate_bias, Tensor? out_weight, Tensor? out_bias, "
         'Tensor? temperature, int heads, int top_k, str values_grad="dense", str values_storage="device", '
-        'str group="", int[] parts=[], int part=0, int shard_dim=1, SymInt capacity=0) -> Tensor'
+        'str group="", int[] parts=[], int part=0, int shard_dim=1, SymInt capacity=-2) -> Tensor'
     ),
     "prefetch_rows": "(Tensor values, Tensor slots) -> Tensor",
     "product_key_search": "(Tensor query, Tensor half_keys, int top_k) -> (Tensor weights, Tensor slots)",
@@ -53,6 +53,7 @@ SCHEMAS = {
         "(Tensor(a!) values, Tensor(b!)? rounded, Tensor rows, Tensor? grad, Tensor? decays, float rate, int seed, "
         "Tensor? ends=None, Tensor? hits=None, Tensor? weights=None) -> ()"
     ),
+    "in_order": "(Tensor tensor, Tensor after) -> Tensor",  # between two collectives: order_collectives.py
     "onednn_mm": "(Tensor left, Tensor right, Tensor? bias) -> Tensor",  # a product in Inductor's graphs: cpu/gemm.py
 }
 

@@ -33,7 +33,7 @@ from memcompile.lowering._torch import autograd_kernel, below_autograd, functorc
 from memcompile.lowering.hits import sum_dtype
 from memcompile.lowering.schema import operator
 
-ASK = 0  # a capacity: the ranks tell each other, in each call, how many tokens they have
+ASK = -2  # a capacity: the ranks tell each other, in each call, how many tokens they have
 SAME_TOKENS = -1  # a capacity: all ranks of the group have the same tokens
 
 _WORDS = {torch.float32: torch.int32, torch.float64: torch.int64}  # slots as wide as weights travel with them

@@ -15,11 +15,12 @@ import torch
 from torch import fx
 
 from memcompile.errors import CaptureError
+from memcompile.lowering import operator
 from memcompile.passes._torch import free_unbacked_symbols
 from memcompile.passes.verify import is_lookup, operators_in, placeholders_of
 
-CAPACITY = 18  # its place in the arguments of `memory_lookup`
-_GROUP = 14
+_PLACES = {argument.name: place for place, argument in enumerate(operator("memory_lookup")._schema.arguments)}
+_CAPACITY, _GROUP = _PLACES["capacity"], _PLACES["group"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def agreement_of(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Agre
     found: set[tuple[str, int]] = set()
     tokens: list[sympy.Expr] = []
     for node, binding in operators_in(graph_module, dict(zip(placeholders_of(graph_module), inputs, strict=False))):
-        capacity = node.args[CAPACITY] if is_lookup(node) and len(node.args) > CAPACITY else None
+        capacity = node.args[_CAPACITY] if is_lookup(node) and len(node.args) > _CAPACITY else None
         x = node.args[0] if node.args else None
         if isinstance(capacity, fx.Node) and isinstance(x, fx.Node):
             agreed = _expression(binding.get(capacity, capacity.meta.get("example_value")))

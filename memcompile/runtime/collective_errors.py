@@ -49,8 +49,8 @@ def named_collectives(where: str) -> Iterator[None]:
         if name is None or isinstance(error, CollectiveError) or not _FAILED.search(str(error)):
             raise
         raise CollectiveError(
-            f"{name} of sharded memory values failed in the {where}: {error}. Another rank of the memory group hangs, "
-            f"has died, or runs another program; how long ranks wait is the timeout of init_process_group()"
+            f"the collective {name} failed in the {where}: {error}. Another rank hangs, has died, or runs another "
+            f"program; how long ranks wait is the timeout of init_process_group()"
         ) from error
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import utils
 
-from memcompile.runtime._torch import clip_grad
+from memcompile.runtime._torch import clip_grad, local_part
 
 
 def install_by_mesh() -> None:
@@ -26,6 +26,7 @@ def install_by_mesh() -> None:
     for private, public, wrap in (
         ("_get_total_norm", "get_total_norm", _norm_by_mesh),
         ("_clip_grads_with_norm_", "clip_grads_with_norm_", _clip_by_mesh),
+        ("clip_grad_value_", "clip_grad_value_", _clip_by_mesh),
     ):
         wrapped: Any = wrap(getattr(clip_grad, private))
         wrapped._memcompile_by_mesh = True
@@ -79,5 +80,6 @@ def _by_mesh(tensors: list[Tensor], like: list[Any]) -> list[list[Tensor]]:
     """The tensors, apart by the mesh of what they are like."""
     groups: dict[Any, list[Tensor]] = {}
     for tensor, key in zip(tensors, like, strict=True):
-        groups.setdefault(key.device_mesh if isinstance(key, DTensor) else None, []).append(tensor)
+        mesh = (key.device_mesh, local_part(key).is_sparse) if isinstance(key, DTensor) else None
+        groups.setdefault(mesh, []).append(tensor)
     return list(groups.values())

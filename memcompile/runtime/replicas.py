@@ -48,7 +48,8 @@ class Replicas:
         return self._ddp()
 
     def _before_forward(self, ddp: nn.Module, args: Any) -> None:
-        self.wait = bool(torch.is_grad_enabled() and ddp.require_backward_grad_sync)
+        if torch.is_grad_enabled():  # an evaluation between a forward and its backward changes nothing
+            self.wait = bool(ddp.require_backward_grad_sync)
 
 
 def install_replica_hook() -> None:
@@ -60,6 +61,11 @@ def install_replica_hook() -> None:
     @functools.wraps(original)
     def build(self: DistributedDataParallel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         pools = _pools_left_alone(module)
+        if any(pool.sharded is not None and pool.sharded.tokens == "shared" for pool in pools):
+            raise PlanError(
+                "DDP takes no DTensors, and tensor parallelism (tokens='shared') cuts gates and output projections "
+                "into some: fully_shard(model, mesh=mesh['replicate']) averages over the replicas"
+            )
         _leave_alone(module, pools)
         original(self, module, *args, **kwargs)
         for pool in pools:
@@ -144,11 +150,7 @@ def _pools_left_alone(module: nn.Module) -> list[MemoryPool]:
 
 def _check_covered(ddp: DistributedDataParallel, sharded: ShardedValues) -> None:
     """Raises PlanError where ranks of a DDP would have other values: it leaves them alone."""
-    if sharded.tokens == "shared":
-        mine = [sharded.replicas] if sharded.replicas is not None else []
-        covered = {dist.get_rank()}.union(*(dist.get_process_group_ranks(group) for group in mine))
-    else:
-        covered = set(sharded.mesh.mesh.flatten().tolist())
+    covered = set(sharded.mesh.mesh.flatten().tolist())
     missing = set(dist.get_process_group_ranks(ddp.process_group)) - covered
     if missing:
         raise PlanError(

@@ -66,16 +66,15 @@ class ShardedValues:
         return (shape[0], self.shards.own) if self.shards.by_columns else (self.shards.own, shape[1])
 
     def part(self, values: nn.Parameter) -> nn.Parameter:
-        """This rank's part of the values, on their storage. Its gradient is made theirs: `values_gradient`."""
-        local, own = local_part(values), self.own
-        same = own is not None and (own.data_ptr(), own.dtype, own.shape) == (
-            local.data_ptr(),
-            local.dtype,
-            local.shape,
-        )
-        if own is None or not same or own.device != local.device:
-            own = self.own = nn.Parameter(local.detach(), requires_grad=values.requires_grad)
-        return own.requires_grad_(values.requires_grad)  # type: ignore[return-value]
+        """This rank's part of the values, on their storage: one leaf, whatever is loaded or cast. Its gradient is made
+        theirs: `values_gradient`.
+        """
+        local = local_part(values)
+        if self.own is None:
+            self.own = nn.Parameter(local.detach(), requires_grad=values.requires_grad)
+        elif (self.own.data_ptr(), self.own.dtype, self.own.shape) != (local.data_ptr(), local.dtype, local.shape):
+            self.own.data = local.detach()
+        return self.own.requires_grad_(values.requires_grad)  # type: ignore[return-value]
 
     def capacity(self, x: Tensor) -> int:
         """The `capacity` of a lookup of the tokens x [..., width]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,14 +13,19 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError, PlanError
-from memcompile.lowering.parameters import draw_seed, draw_values, values_shape
+from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, values_shape
+from memcompile.runtime._torch import local_part
 from memcompile.runtime.collective_errors import install_collective_errors
 from memcompile.runtime.optimizers import live_optimizers
+from memcompile.runtime.parallelisms import install_parallelisms
 from memcompile.runtime.pool import MemoryPool, pool_of
 from memcompile.runtime.sharded_values import ShardedValues
 from memcompile.runtime.values_gradient import watch_gradient
 from memcompile.runtime.wrappers import is_sharded, unwrap
 from memcompile.sites import VALUES_NAME
+
+if TYPE_CHECKING:
+    from memcompile.runtime.layer import MemoryLayer
 
 DIMS = {"columns": 1, "rows": 0}
 TOKENS = ("uneven", "even", "shared")
@@ -65,9 +70,10 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: st
         raise PlanError(f"{type(root).__name__} is in DistributedDataParallel already. {_ORDER}")
     if is_sharded(root):
         raise PlanError(f"parameters of {type(root).__name__} are sharded already. {_ORDER}")
+    replaced = {id(pool.values)} | {id(p) for p in (_to_cut(pool) if tokens == "shared" else {}).values()}
     for optimizer in live_optimizers():
-        if any(p is pool.values for group in optimizer.param_groups for p in group["params"]):
-            raise PlanError(f"{type(optimizer).__name__} holds the memory's values already. {_ORDER}")
+        if any(id(p) in replaced for group in optimizer.param_groups for p in group["params"]):
+            raise PlanError(f"{type(optimizer).__name__} holds the memory's parameters already. {_ORDER}")
     check_plans_agree(pool, sharded)
     put_sharded(pool, sharded, distribute_tensor(pool.values.detach(), mesh, sharded.placements))
     cut_layers(pool)
@@ -84,6 +90,10 @@ def cut(config: MemoryConfig, mesh: DeviceMesh, by: str, tokens: str) -> Sharded
             f"mesh: expected a DeviceMesh of one dimension, the memory group, or of two, replicas and memory group; "
             f"got {mesh!r}"
         )
+    if mesh.ndim == 2 and not mesh.mesh_dim_names:
+        raise OptionError("mesh: its two dimensions need names, mesh_dim_names=('replicate', 'memory')")
+    if mesh.get_coordinate() is None:
+        raise OptionError(f"mesh: this rank is not in {mesh}: each rank shards over the mesh that it is in")
     if by not in DIMS:
         raise OptionError(f"by must be 'columns' or 'rows', got {by!r}")
     if tokens not in TOKENS:
@@ -117,20 +127,21 @@ def check_plans_agree(pool: MemoryPool, sharded: ShardedValues) -> None:
         "by": "columns" if sharded.shards.by_columns else "rows",
         "tokens": sharded.tokens,
     }
-    for dim in reversed(range(sharded.mesh.ndim)):
+    plans = [(dist.get_rank(), json.dumps(mine))]
+    for dim in reversed(range(sharded.mesh.ndim)):  # all ranks of the mesh have all plans before any raises
         group = sharded.mesh.get_group(dim)
         everyones: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyones, json.dumps(mine), group=group)
-        plans = [json.loads(plan) for plan in everyones]
-        for rank, plan in enumerate(plans):
-            differing = [name for name in mine if plan.get(name) != plans[0].get(name)]
-            if differing:
-                first, other = dist.get_global_rank(group, 0), dist.get_global_rank(group, rank)
-                told = ", ".join(_difference(name, plans[0].get(name), plan.get(name)) for name in differing)
-                raise PlanError(
-                    f"ranks {first} and {other} share one memory, but have planned otherwise: {told}. Build the same "
-                    f"model with the same options on every rank"
-                )
+        dist.all_gather_object(everyones, plans, group=group)
+        plans = [plan for of_rank in everyones for plan in of_rank]
+    (first, expected), *others = ((rank, json.loads(plan)) for rank, plan in plans)
+    for rank, plan in others:
+        differing = [name for name in expected if plan.get(name) != expected.get(name)]
+        if differing:
+            told = ", ".join(_difference(name, expected.get(name), plan.get(name)) for name in differing)
+            raise PlanError(
+                f"ranks {first} and {rank} share one memory, but have planned otherwise: {told}. Build the same model "
+                f"with the same options on every rank"
+            )
 
 
 def _difference(name: str, one: Any, other: Any) -> str:
@@ -148,7 +159,6 @@ def new_sharded_values(pool: MemoryPool, dtype: torch.dtype, device: torch.devic
     sharded, shape = pool.sharded, values_shape(pool.config)
     part = torch.empty(sharded.own_shape(shape), dtype=dtype, device=device)
     draw_part(part, sharded, shape)
-    install_collective_errors()
     whole = DTensor.from_local(
         part, sharded.mesh, sharded.placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
     )
@@ -163,9 +173,7 @@ def draw_part(part: Tensor, sharded: ShardedValues, shape: tuple[int, int]) -> N
     if part.is_meta:
         return
     common = torch.tensor([seed], device=part.device)
-    for dim in range(sharded.mesh.ndim):
-        group = sharded.mesh.get_group(dim)
-        dist.broadcast(common, dist.get_global_rank(group, 0), group=group)
+    _broadcast(common, sharded)
     offset = sharded.shards.offset
     draw_values(part, int(common), shape, (0, offset) if sharded.shards.by_columns else (offset, 0))
 
@@ -175,18 +183,52 @@ def put_sharded(pool: MemoryPool, sharded: ShardedValues, values: DTensor) -> No
     pool.root._parameters[VALUES_NAME] = nn.Parameter(values, requires_grad=pool.values.requires_grad)
     pool.sharded = sharded
     watch_gradient(pool)
-    install_collective_errors()
 
 
 def cut_layers(pool: MemoryPool) -> None:
-    """Cuts gates and output projections as the values are, where all ranks of the group have the same tokens."""
-    assert pool.sharded is not None
-    if pool.sharded.tokens != "shared":
+    """Where all ranks of the group have the same tokens, cuts gates and output projections as the values are, and makes
+    the rest of the layers that of the group's first rank. A collective then, unless on the meta device.
+    """
+    install_collective_errors()
+    install_parallelisms()
+    sharded = pool.sharded
+    assert sharded is not None
+    if sharded.tokens != "shared":
         return
-    group = pool.sharded.memory_mesh
+    to_cut = _to_cut(pool)
+    for (layer, name), parameter in to_cut.items():
+        part = distribute_tensor(parameter.detach(), sharded.memory_mesh, [Shard(_CUT[name])])
+        layer._parameters[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
     for layer in pool.layers.values():
-        for name, dim in _CUT.items():
-            parameter = getattr(layer, name)
-            if parameter is not None:
-                cut_parameter = distribute_tensor(parameter.detach(), group, [Shard(dim)])
-                layer._parameters[name] = nn.Parameter(cut_parameter, requires_grad=parameter.requires_grad)
+        for parameter in layer.parameters():
+            if not isinstance(parameter, DTensor) and not parameter.is_meta:
+                _broadcast(parameter.detach(), sharded)
+
+
+def redraw_layer(layer: MemoryLayer, pool: MemoryPool) -> None:
+    """Draws the parameters of a layer anew that tensor parallelism has cut, as one process would. A collective."""
+    sharded = pool.sharded
+    assert sharded is not None
+    weight = layer.query_weight
+    for name, drawn in new_layer(pool.config, layer.width, weight.dtype, weight.device).items():
+        parameter = layer._parameters[name]
+        if parameter is None or drawn is None:
+            continue
+        whole = drawn.detach()
+        _broadcast(whole, sharded)
+        cut = isinstance(parameter, DTensor)
+        part = whole.narrow(_CUT[name], sharded.shards.offset, sharded.shards.own) if cut else whole
+        local_part(parameter).detach().copy_(part)
+
+
+def _to_cut(pool: MemoryPool) -> dict[tuple[MemoryLayer, str], nn.Parameter]:
+    layers = pool.layers.values()
+    found = {(layer, name): layer._parameters[name] for layer in layers for name in _CUT}
+    return {place: parameter for place, parameter in found.items() if parameter is not None}
+
+
+def _broadcast(tensor: Tensor, sharded: ShardedValues) -> None:
+    """What the first rank of the mesh has."""
+    for dim in range(sharded.mesh.ndim):
+        group = sharded.mesh.get_group(dim)
+        dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)

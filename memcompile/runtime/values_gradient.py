@@ -44,6 +44,9 @@ def _added_up(pool: MemoryPool, table: Tensor) -> None:
         grad = grad if before is None else before + grad if before.is_sparse else before.add_(grad)
     pool.table_grad = sum_of_rows(grad) if grad.is_sparse else grad
     average_after_backward(pool)
+    if pool.sharded is not None:
+        for hook in (pool.values._post_accumulate_grad_hooks or {}).values():  # autograd knows the part alone
+            hook(pool.values)
 
 
 def sum_of_rows(grad: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ _OWN_STATE = ("last_step", "rates", "changes", "eps")  # what rows have missed: 
 
 def stepper_in(optimizer: Optimizer, pool: MemoryPool, kind: type[RowOptimizer]) -> ValuesReader:
     """Who steps the values of a pool in this optimizer; from here on nobody else does."""
-    if pool.stepper is None or not pool.stepper.is_for(pool.table, optimizer, kind):
+    if pool.stepper is None or not pool.stepper.is_for(pool, optimizer, kind):
         release(pool)
         own = isinstance(optimizer, RowOptimizer)
         pool.stepper = ValuesReader(pool, optimizer) if own else ValuesStepper(pool, optimizer, kind)
@@ -122,9 +122,10 @@ class ValuesReader:
         """The user's; None once it is gone."""
         return self._optimizer()
 
-    def is_for(self, values: Tensor, optimizer: Optimizer, kind: type[RowOptimizer]) -> bool:
-        """Whether this steps these values in this optimizer, by this class."""
-        return self.values is values and self.optimizer is optimizer and type(self.rows) is kind
+    def is_for(self, pool: MemoryPool, optimizer: Optimizer, kind: type[RowOptimizer]) -> bool:
+        """Whether this steps the values that a pool has now in this optimizer, by this class."""
+        same = self.values is pool.table and self.held is pool.values
+        return same and self.optimizer is optimizer and type(self.rows) is kind
 
     def gather(self, slots: Tensor, weights: Tensor) -> Tensor:
         """As `weighted_gather`, of the rows as they are by now."""
@@ -254,11 +255,22 @@ class ValuesStepper(ValuesReader):
         self.rows.catch_up(values, tell_autograd=False)  # with the steps that were done
         self.rows.state.pop(values, None)
         own = None if state is None else {name: local_part(value) for name, value in state.items()}
+        self._check_parts(own or {})
         if own is not None and self.rows.knows(values, own):
             self.rows.adopt(values, own)
             self._publish(optimizer)
         else:  # none, or one that another optimizer's step began with
             self._published = state
+
+    def _check_parts(self, state: dict[str, Any]) -> None:
+        """Raises OptionError for the state of a whole table where this rank has a part of it."""
+        for name in self.rows.saved & state.keys():
+            if self.pool.sharded is not None and state[name].shape != self.values.shape:
+                raise OptionError(
+                    f"the optimizer's state of the memory's values, {name} {list(state[name].shape)}, is not that of "
+                    f"this rank's part, {list(self.values.shape)}: load trainings that were sharded otherwise, or not "
+                    f"at all, by memcompile.checkpoint"
+                )
 
     def _publish(self, optimizer: Optimizer) -> None:
         """Shows the state in the user's optimizer: the same tensors, and the number of steps as PyTorch has it."""

@@ -71,6 +71,6 @@ def ranks() -> list[dict[str, dict[str, Any]]]:
 )
 def test_the_error_names_the_collective(ranks, way, name, where):
     found = ranks[0][way]
-    assert found["told"].startswith(f"{name} of sharded memory values failed in the {where}"), found
+    assert found["told"].startswith(f"the collective {name} failed in the {where}"), found
     assert "init_process_group" in found["told"]
     assert PATIENCE * 0.8 < found["took"] < PATIENCE + 20

@@ -22,6 +22,7 @@ from tests.runtime.distributed import run_on_ranks
 from tests.runtime.sharded import largest_difference, memory_mesh, sharded_gpt, train
 
 SPARSE = {"layers": 3, "memory_layers": 2, "values_grad": "sparse"}
+BY_ROWS = {**SPARSE, "values_optimizer": "row_adamw"}  # in whatever optimizer
 DENSE = {**SPARSE, "values_grad": "dense"}
 TWO, FOUR = (1, 2), (1, 2, 2, 1)
 Found = dict[str, Any]
@@ -74,17 +75,60 @@ def with_optimizer(rank: int, name: str, **options: Any) -> Found:
     return train(model, model, FOUR, rank, **options)
 
 
-def recomputed(rank: int) -> Found:
-    """Activation checkpointing of every block: its collectives run again in the backward."""
-    model = sharded_gpt(memory_mesh(4), **SPARSE)
-    return train(model, with_recomputation(model), FOUR, rank)
+def recomputed(rank: int, compiled: bool = False) -> Found:
+    """Activation checkpointing of every block: its collectives run again in the backward. In graphs they depend on
+    nothing there, and ranks of other sizes would order them otherwise.
+    """
+    model = with_recomputation(sharded_gpt(memory_mesh(4), **SPARSE))
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="memcompile", fullgraph=True, dynamic=True) if compiled else model
+    with plain_attention():
+        return train(model, run, FOUR, rank)
 
 
-def with_recomputation(model: nn.Module) -> Callable:
+def with_recomputation(model: nn.Module) -> nn.Module:
     for block in model.blocks:
         forward = block.forward
         block.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=False)
     return model
+
+
+class ClippedAdamW(torch.optim.AdamW):
+    """Clips each gradient's numbers before its step."""
+
+    def step(self, closure: Any = None) -> Any:
+        torch.nn.utils.clip_grad_value_([p for group in self.param_groups for p in group["params"]], 1e-3)
+        return super().step(closure)
+
+
+def clipped_by_value(rank: int) -> Found:
+    model = sharded_gpt(memory_mesh(4), **BY_ROWS)
+    return train(model, DistributedDataParallel(model), FOUR, rank, reduce=False, optimizer=ClippedAdamW)
+
+
+def evaluated(rank: int) -> Found:
+    """An evaluation between each forward and its backward."""
+    model = sharded_gpt(memory_mesh(4, 2), **SPARSE)
+    wrapped = DistributedDataParallel(model)
+
+    def run(tokens: torch.Tensor) -> torch.Tensor:
+        logits = wrapped(tokens)
+        with torch.no_grad():
+            wrapped(tokens)
+        return logits
+
+    return train(model, run, FOUR, rank, reduce=False)
+
+
+def moved(rank: int) -> Found:
+    """The values lie on another storage before each step, as after `model.cpu()` and `model.cuda()`."""
+    model = sharded_gpt(memory_mesh(4), **SPARSE)
+
+    def run(tokens: torch.Tensor) -> torch.Tensor:
+        model._apply(lambda tensor: tensor.clone())
+        return model(tokens)
+
+    return train(model, run, FOUR, rank)
 
 
 def told(call: Callable[[], Any]) -> str:
@@ -105,11 +149,15 @@ def refusals(rank: int) -> dict[str, str]:
     def stage(module: nn.Module) -> PipelineStage:
         return PipelineStage(module, 0, 4, torch.device("cpu"))
 
-    group_of_two = memory_mesh(4, 2)["memory"]
+    grid = memory_mesh(4, 2)
+    group_of_two = grid["memory"]
     return {
         "spread": told(lambda: stage(nn.Sequential(*model.blocks[:2]))),
         "without its table": told(lambda: stage(nn.Sequential(*planned_gpt(memory_layers=[0]).blocks))),
         "of its own": told(lambda: stage(half)),
+        "parallel ddp": told(
+            lambda: DistributedDataParallel(sharded_gpt(memory_mesh(4, 2), tokens="shared", **SPARSE))
+        ),
         "ddp": told(lambda: DistributedDataParallel(sharded_gpt(group_of_two, **SPARSE))),
     }
 
@@ -131,6 +179,14 @@ TRAININGS: dict[str, tuple[Callable[[int], Found], Callable[[], Found]]] = {
     ),
     "tensor parallel": (tensor_parallel, lambda: alone(SPARSE, sizes=TWO)),
     "recomputed": (recomputed, lambda: alone(SPARSE)),
+    "recomputed, compiled": (lambda rank: recomputed(rank, compiled=True), lambda: alone(SPARSE)),
+    "evaluated before the backward": (evaluated, lambda: alone(SPARSE)),
+    "clipped by value": (clipped_by_value, lambda: alone(BY_ROWS, optimizer=ClippedAdamW)),
+    "scaled, fsdp": (
+        lambda rank: fsdp(rank, SPARSE, clip=0.01, scaler=torch.amp.GradScaler("cpu")),
+        lambda: alone(SPARSE, clip=0.01, scaler=torch.amp.GradScaler("cpu")),
+    ),
+    "moved": (moved, lambda: alone(SPARSE)),
     **{
         name: (
             lambda rank, name=name: with_optimizer(rank, name),
@@ -183,6 +239,10 @@ def test_stages_that_would_share_a_table_are_refused(ranks):
         assert "several stages" in rank["refusals"]["spread"] and "memory_layers" in rank["refusals"]["spread"]
         assert "memcompile.plan(stage" in rank["refusals"]["without its table"]
         assert rank["refusals"]["of its own"] == ""
+
+
+def test_ddp_around_tensor_parallelism_is_refused(ranks):
+    assert all("fully_shard" in rank["refusals"]["parallel ddp"] for rank in ranks)
 
 
 def test_a_ddp_over_ranks_without_a_part_is_refused(ranks):

@@ -113,6 +113,31 @@ def other_plans(rank: int) -> list[str]:
     return [raised(memcompile.shard, build(), memory_mesh(2)) for build in models]
 
 
+def other_plans_of_replicas(rank: int) -> str:
+    """One of four ranks differs: all of the mesh are told, those too that share no group with it."""
+    return raised(memcompile.shard, planned_gpt(top_k=4 + (rank == 1)), memory_mesh(4, 2))
+
+
+def without_common_seeds(rank: int) -> dict[str, Any]:
+    """Tensor parallelism of layers that each rank drew for itself; then they are drawn anew."""
+    torch.manual_seed(rank)
+    model = tiny_gpt(layers=2)
+    memcompile.plan(model, memory_layers=1, **MEMORY, memory_mesh=memory_mesh(2), shard_tokens="shared")
+    layer = {name: whole(p) for name, p in model.named_parameters() if "memory" in name}
+    memcompile.reset_parameters(model)
+    again = {name: whole(p) for name, p in model.named_parameters() if "memory" in name}
+    return {"drawn": layer, "again": again}
+
+
+def hooks(rank: int) -> list[str]:
+    """Hooks of the user's on the gradients of all parameters."""
+    model, seen = sharded_gpt(memory_mesh(2), **ONE_LAYER), []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.append(name))
+    model(torch.zeros(1, 5, dtype=torch.long)).sum().backward()
+    return sorted(set(dict(model.named_parameters())) - set(seen))
+
+
 def drawn(rank: int, ranks: int, by: str, seed_of_rank: bool = False) -> dict[str, Any]:
     """Values that were never whole, and what `shard` makes of those of a model that has them all."""
     torch.manual_seed(rank if seed_of_rank else 0)
@@ -174,6 +199,8 @@ def on_two(rank: int) -> dict[str, Any]:
     found["wrong orders"] = wrong_orders(rank)
     found["other plans"] = other_plans(rank)
     found["copies"] = copies(rank)
+    found["hooks"] = hooks(rank)
+    found["without common seeds"] = without_common_seeds(rank)
     found["drawn"] = {by: drawn(rank, 2, by) for by in ("columns", "rows")}
     found["drawn apart"] = drawn(rank, 2, "columns", seed_of_rank=True)
     return found
@@ -182,6 +209,7 @@ def on_two(rank: int) -> dict[str, Any]:
 def on_four(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: run_training(rank, name) for name, (ranks, *_) in TRAININGS.items() if ranks == 4}
     found["drawn"] = {by: drawn(rank, 4, by) for by in ("columns", "rows")}
+    found["other plans"] = other_plans_of_replicas(rank)
     return found
 
 
@@ -257,7 +285,7 @@ def test_wrong_orders_name_the_right_one(ranks):
     told = ranks[2][0]["wrong orders"]
     for name in ("unplanned", "optimizer", "ddp", "fsdp"):
         assert told[name].startswith("PlanError") and "plan, shard, then DDP or fully_shard" in told[name], name
-    assert "AdamW" not in told["optimizer"] and "SGD holds the memory's values" in told["optimizer"]
+    assert "AdamW" not in told["optimizer"] and "SGD holds the memory's parameters" in told["optimizer"]
     assert told["again"] == ""
     assert "sharded over" in told["otherwise"]
     assert "memory_mesh" not in told["planned, unsharded"] and "not sharded" in told["planned, unsharded"]
@@ -282,6 +310,21 @@ def test_other_plans_are_told_on_every_rank_before_any_lookup(ranks):
         assert options.startswith("PlanError: ranks 0 and 1") and "top_k 4 and 5" in options
         assert "parameters['blocks.2" in model and "layers" not in model.split("parameters[")[0]
         assert "values_lr None and 0.001" in rate
+    assert all("ranks 0 and 1" in found["other plans"] for found in ranks[4])
+
+
+def test_hooks_on_gradients_see_the_values(ranks):
+    assert all(found["hooks"] == [] for found in ranks[2])
+
+
+def test_tensor_parallel_layers_are_one_layer_whatever_the_seeds(ranks):
+    first, second = (found["without common seeds"] for found in ranks[2])
+    for when in ("drawn", "again"):
+        assert all(torch.equal(first[when][name], second[when][name]) for name in first[when])
+    assert not torch.equal(first["drawn"]["memory_values"], first["again"]["memory_values"])
+    gate = next(tensor for name, tensor in first["again"].items() if name.endswith("gate_weight"))
+    halves = gate.chunk(2)
+    assert not torch.equal(*halves), "ranks drew the same columns"
 
 
 def test_copies_meta_and_frozen_values(ranks):
