@@ -52,8 +52,8 @@ class RateHistory:
         self._state["changes"] = count + 1
 
     def forget(self) -> None:
-        """Every row is up to date: the history starts again, as that of a state which was loaded does, so that a training
-        which resumes there rounds as the one that goes on.
+        """Every row is up to date: the history starts again, as that of a state which was loaded does. A training that
+        resumes there then rounds as the one that goes on.
         """
         self._state["rates"] = torch.zeros(8, _LOGS + 2 * self._factors, dtype=torch.float64)
         self._state["changes"] = 0
