@@ -1,0 +1,113 @@
+"""The results as tables."""
+
+from benchmarks.common.tables import milliseconds, table
+from benchmarks.cpu.neighbours import QUIET
+from benchmarks.sharding.cases import STRONG, WEAK, Case, rows_case, scaling
+from benchmarks.sharding.results import Results
+from benchmarks.sharding.split import PARTS
+from benchmarks.sharding.traffic import Received
+from benchmarks.sharding.worker import WHOLE_STEP
+from memcompile.cost.report import GIB, MIB
+
+_KIB = 1024
+_TOLERANCE = 0.1  # of bytes that were measured, of the formula's
+
+
+def of_processes(ranks: int) -> str:
+    return f"{ranks} process{'es' * (ranks > 1)}"
+
+
+def _times(results: Results) -> str:
+    curves = scaling(results.sizes)
+    listed = [
+        (f"{curve}, {of_processes(case.ranks)}", case, cases[0]) for curve, cases in curves.items() for case in cases
+    ]
+    rows = rows_case(results.sizes)
+    listed.append((f"by rows, {of_processes(rows.ranks)}", rows, curves[WEAK][0]))
+    body = [[name, *_cells(results, case, first)] for name, case, first in listed]
+    header = ["by columns", "tokens a rank", "step, ms", "of one", *PARTS, "work, ms", "of one", "MiB a rank"]
+    return table(header, body)
+
+
+def _cells(results: Results, case: Case, first: Case) -> list[str]:
+    line, one = results.lines[case], results.lines[first]
+    all_parts = sum(line.parts.values())
+    return [
+        f"{case.tokens:,}",
+        milliseconds(line.milliseconds),
+        f"{line.milliseconds / one.milliseconds:.2f}",
+        *(f"{line.parts[part] / all_parts:.0%}" for part in PARTS),
+        milliseconds(line.work),
+        f"{line.work / one.work:.2f}",
+        f"{sum(line.memory.values()) / MIB:,.1f}",
+    ]
+
+
+def _traffic(results: Results) -> str:
+    body = []
+    for case, line in results.lines.items():
+        name = f"{of_processes(case.ranks)} by {case.by}, {case.tokens:,} tokens each"
+        for one in line.traffic:
+            counts = [one.formula_bytes, one.measured_bytes]
+            what = [one.name, one.operation, *(f"{count / _KIB:,.1f}" for count in counts)]
+            body.append([name, *what, f"{one.of_formula:.3f}"])
+    header = ["ranks", "received by a rank", "collective", "formula, KiB", "measured, KiB", "of the formula"]
+    return table(header, body)
+
+
+def _verdict(results: Results) -> str:
+    """Which collectives bring what the formula says, and which do not."""
+    found: dict[str, list[Received]] = {}
+    for line in results.lines.values():
+        for one in line.traffic:
+            found.setdefault(one.operation or WHOLE_STEP, []).append(one)
+    lines = []
+    for operation, received in found.items():
+        ratios = [one.of_formula for one in received]
+        within = all(abs(ratio - 1) <= _TOLERANCE for ratio in ratios)
+        kept = f"within {_TOLERANCE:.0%}" if within else f"NOT within {_TOLERANCE:.0%}"
+        lines.append(f"- {operation}: {min(ratios):.3f} to {max(ratios):.3f} of the formula's bytes, {kept}")
+    return "\n".join(lines)
+
+
+def _predicted(results: Results) -> str:
+    body = []
+    for gpus, candidate in results.prediction.best.items():
+        if candidate is None:
+            body.append([f"{gpus:,}", "no fit", *[""] * 7])
+            continue
+        t = candidate.times
+        seconds = (t.search, t.gather, t.layers_wire, t.step_wire, t.update, t.total)
+        cells = [milliseconds(s * 1e3) for s in seconds]
+        body.append([f"{gpus:,}", f"{candidate.ranks:,}", *cells, f"{candidate.memory.total / GIB:.1f}"])
+    header = ["GPUs", "ranks of the best group", "search, ms", "gather", "communication", "of replicas", "optimizer"]
+    return table([*header, "step", "GiB a rank"], body)
+
+
+def render(results: Results) -> str:
+    """Everything."""
+    about, sizes, job = results.machine, results.sizes, results.prediction.job
+    parts = [
+        f"{about['cpu']}, {about['capability']}, {about['cores']} cores, torch {about['torch']}, gloo on the loopback "
+        f"interface, a thread a process\nd = {sizes.width}, {sizes.slots:,} slots, {sizes.heads} heads x top "
+        f"{sizes.top_k}, float32, AdamW of rows; eager; medians of {results.rounds} rounds",
+        _times(results),
+        f"{WEAK}: tokens of a rank are fixed; {STRONG}: those of all ranks. Of one: of one process; by rows, of the\n"
+        "weak one. Parts are shares of the step's time; communication lasts until all ranks have come. Work is the\n"
+        "processor time of a rank's own thread, which waiting does not add to. MiB are values and states.",
+    ]
+    if results.crowded:
+        crowded = " and ".join(map(str, results.crowded))
+        parts.append(
+            f"{crowded} processes on {about['cores']} cores: their steps measure contention, not scaling. Work hardly "
+            "depends on it; bytes and memory do not."
+        )
+    if any(line.traffic for line in results.lines.values()):
+        parts += [_traffic(results), _verdict(results)]
+    parts += [
+        f"modelled, not measured: {job.slots:,} slots x {job.value_dim:,} in {job.dtype}, {job.layers} layers, "
+        f"{job.tokens:,} tokens a rank, memcompile.cost's hardware\n\n{_predicted(results)}"
+    ]
+    if results.share_of_others > QUIET:
+        parts.append(f"Other processes took {results.share_of_others:.0%} of the processors while steps were timed.")
+    return "\n\n".join(parts)
