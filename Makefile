@@ -5,11 +5,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test test-gpu lint docs fuzz bench bench-gpu bench-compile clean
+.PHONY: demo demo-sharded test test-gpu lint docs fuzz bench bench-gpu bench-compile clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/facts.py
+
+# Two processes share one table; one is killed half way, torchrun starts both again, and one process evaluates the result.
+demo-sharded: $(VENV)/.examples
+	rm -rf build/sharded
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --max-restarts 1 \
+		examples/sharded.py --folder build/sharded --kill-at 550
+	$(BIN)/python examples/sharded.py --evaluate build/sharded
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --durations 10

@@ -24,8 +24,7 @@ class RateHistory:
         self._state = state
         self._factors = factors
         if "rates" not in state:
-            state["rates"] = torch.zeros(8, _LOGS + 2 * factors, dtype=torch.float64)
-            state["changes"] = 0
+            self.forget()
 
     def __len__(self) -> int:
         """How many entries there are."""
@@ -53,10 +52,11 @@ class RateHistory:
         self._state["changes"] = count + 1
 
     def forget(self) -> None:
-        """Keeps the last entry alone: every row is up to date."""
-        if len(self) > 1:
-            self._state["rates"] = torch.cat([self.entries[-1:], torch.zeros_like(self._state["rates"][:7])])
-            self._state["changes"] = 1
+        """Every row is up to date: the history starts again, as that of a state which was loaded does. A training that
+        resumes there then rounds as the one that goes on.
+        """
+        self._state["rates"] = torch.zeros(8, _LOGS + 2 * self._factors, dtype=torch.float64)
+        self._state["changes"] = 0
 
     def lr(self, steps: Tensor) -> Tensor:
         """The learning rates, float64, of these steps."""

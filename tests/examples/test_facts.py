@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -10,13 +9,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 pytest.importorskip("airportsdata")
 pytest.importorskip("matplotlib")
+
+import facts as example
+import facts_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "facts.py"
@@ -33,15 +34,6 @@ def command(*arguments: object) -> dict:
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
     }
-
-
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    """The example as a module."""
-    spec = importlib.util.spec_from_file_location("memcompile_example_facts", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def check_results(stdout: str, out: Path) -> dict:
@@ -118,27 +110,27 @@ def test_a_wrong_option_is_named_and_nothing_runs(tmp_path):
         ("--out", f"--out {SCRIPT}"),
     ],
 )
-def test_wrong_options_are_named(example, capsys, name, options):
+def test_wrong_options_are_named(capsys, name, options):
     with pytest.raises(SystemExit) as stopped:
         example.main(options.split())
     assert stopped.value.code == 2
     assert f"argument {name}:" in capsys.readouterr().err
 
 
-def test_a_memory_that_costs_more_than_dense_is_refused(example, capsys, tmp_path):
+def test_a_memory_that_costs_more_than_dense_is_refused(capsys, tmp_path):
     assert example.main([*TINY, "--keys", "256", "--no-compile", "--out", str(tmp_path)]) == 2
     assert "lower --keys" in capsys.readouterr().err
 
 
-def test_facts_are_real_and_their_keys_unique(example):
-    facts = dict(example.Facts.available())
-    assert len(facts) == len(example.Facts.available()) > 5000
+def test_facts_are_real_and_their_keys_unique():
+    facts = dict(facts_model.Facts.available())
+    assert len(facts) == len(facts_model.Facts.available()) > 5000
     assert facts["JFK"] == "New York"
-    assert all(len(code) == example.CODE_LENGTH for code in facts)
+    assert all(len(code) == facts_model.CODE_LENGTH for code in facts)
 
 
-def test_an_epoch_holds_each_fact_once(example):
-    facts = example.Facts.encode(example.Facts.available()[: 2 * example.BATCH])
+def test_an_epoch_holds_each_fact_once():
+    facts = facts_model.Facts.encode(facts_model.Facts.available()[: 2 * facts_model.BATCH])
     batches = facts.batches(seed=1)
     seen = torch.cat([next(batches)[0] for _ in range(2)])
     assert torch.equal(seen.unique(dim=0), facts.tokens.unique(dim=0))
@@ -147,18 +139,18 @@ def test_an_epoch_holds_each_fact_once(example):
         assert torch.equal(targets, targets_again)
 
 
-def test_recall_is_that_of_greedy_decoding(example):
+def test_recall_is_that_of_greedy_decoding():
     """Trains until some facts are known and some are not, then writes each city character by character."""
-    chosen = example.Facts.available()[:60]
-    facts = example.Facts.encode(chosen)
+    chosen = facts_model.Facts.available()[:60]
+    facts = facts_model.Facts.encode(chosen)
     torch.manual_seed(0)
-    model = example.Transformer(facts.vocabulary, width=16, layers=1)
+    model = facts_model.Transformer(facts.vocabulary, width=16, layers=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     recall = 0.0
     for _ in range(500):
-        if (recall := example.exact_recall(model, facts)) > 0.3:
+        if (recall := facts_model.exact_recall(model, facts)) > 0.3:
             break
-        logits = example.answer_logits(model, facts.tokens)
+        logits = facts_model.answer_logits(model, facts.tokens)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), facts.targets.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -166,13 +158,13 @@ def test_recall_is_that_of_greedy_decoding(example):
     assert 0.3 < recall < 1
 
     written = facts.tokens.clone()
-    written[:, example.CODE_LENGTH + 1 :] = example.PADDING
+    written[:, facts_model.CODE_LENGTH + 1 :] = facts_model.PADDING
     answers = torch.empty_like(facts.targets)
-    for position in range(example.LONGEST_CITY + 1):
+    for position in range(facts_model.LONGEST_CITY + 1):
         with torch.no_grad():
-            answers[:, position] = model(written)[:, example.CODE_LENGTH + position].argmax(-1)
-        if position < example.LONGEST_CITY:
-            written[:, example.CODE_LENGTH + 1 + position] = answers[:, position]
+            answers[:, position] = model(written)[:, facts_model.CODE_LENGTH + position].argmax(-1)
+        if position < facts_model.LONGEST_CITY:
+            written[:, facts_model.CODE_LENGTH + 1 + position] = answers[:, position]
     learnt = facts.targets >= 0
     right = ((answers == facts.targets) | ~learnt).all(-1)
     assert recall == pytest.approx(right.float().mean().item())

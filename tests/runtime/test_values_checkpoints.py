@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 
 from memcompile.runtime.pool import pool_of
-from tests.planned import batch, planned_gpt
+from tests.planned import assert_same, batch, planned_gpt
 from tests.runtime.stepping import SIZES, adamw, assert_as_dense, evaluate, model_of, snapshot, train
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -61,6 +62,27 @@ def test_dense_and_sparse_training_read_each_others_checkpoints(make):
     torch.testing.assert_close(*results, rtol=0, atol=1e-10)
     layouts = [{name: value.shape for name, value in state["state"].get(0, {}).items()} for _, state in trained]
     assert layouts[0] == layouts[1] | {"step": torch.Size([])}, "memory_values are the first parameter"
+
+
+def test_resuming_under_a_schedule_is_bit_for_bit():
+    """Rates and betas change in every step: what has gone on since it was saved has not more of their history."""
+
+    def build(seed: int) -> tuple[nn.Module, Optimizer, OneCycleLR]:
+        model = model_of("sparse", seed=seed)
+        optimizer = adamw(model)
+        return model, optimizer, OneCycleLR(optimizer, 0.1, total_steps=12)
+
+    def go_on(model: nn.Module, optimizer: Optimizer, schedule: OneCycleLR, steps: range) -> dict[str, Tensor]:
+        for step in steps:
+            train(model, optimizer, [step])
+            schedule.step()
+        return snapshot(model)
+
+    saved, resumed = build(0), build(1)
+    go_on(*saved, range(5))
+    for one, other in zip(saved, resumed, strict=True):
+        other.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert_same(go_on(*resumed, range(5, 12)), go_on(*saved, range(5, 12)))
 
 
 @pytest.mark.parametrize("old", ["alive", "deleted"])

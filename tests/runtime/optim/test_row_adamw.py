@@ -157,7 +157,7 @@ def test_history_is_bounded():
         longest = max(longest, state["changes"])
     assert longest == 1024 and len(state["rates"]) <= 2048
     optimizer.catch_up(parameter)
-    assert state["changes"] == 1 and len(state["rates"]) == 8
+    assert state["changes"] == 0 and len(state["rates"]) == 8
 
 
 def test_refusals():
