@@ -70,7 +70,7 @@ class ShardedValues:
         theirs: `values_gradient`.
         """
         local = local_part(values)
-        if self.own is None:
+        if self.own is None or self.own.is_meta != local.is_meta:  # which share no leaf
             self.own = nn.Parameter(local.detach(), requires_grad=values.requires_grad)
         elif (self.own.data_ptr(), self.own.dtype, self.own.shape) != (local.data_ptr(), local.dtype, local.shape):
             self.own.data = local.detach()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = 240  # seconds for everything; a machine that other work shares may need most of it to import torch
+TIMEOUT = 480  # seconds for everything; a machine that other work shares may need most of it to import torch
 
 
 def run_on_ranks(function: Callable[[int], Any], world_size: int = 2) -> list[Any]:
