@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,25 +15,43 @@ from memcompile.passes.verify import names_by_identity
 from memcompile.runtime.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
 
-Tables = list[tuple[MemoryPool, int, torch.Tensor]]  # a pool, and the place and kind of its part among inputs
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Where a graph has the part of a pool's values, and what that was when it was captured."""
+
+    pool: MemoryPool
+    place: int  # among the inputs
+    kind: tuple[torch.dtype, torch.Size, torch.device]
+
+    def now(self) -> torch.Tensor:
+        """The part as it is by now.
+
+        Raises:
+            CaptureError: it was cast or moved since.
+        """
+        table = self.pool.table
+        _check_kind(table, self.kind)
+        return table
 
 
-def tables_among(inputs: Sequence[object], pools: Sequence[MemoryPool]) -> Tables:
+def tables_among(inputs: Sequence[object], pools: Sequence[MemoryPool]) -> list[Table]:
     """Where the parts of sharded values are among the inputs of a graph that was captured just now.
 
     Raises:
         CaptureError: the values were cast or moved, and the graph has them as they were.
     """
-    found: Tables = []
+    found: list[Table] = []
     for pool in pools:
         captured = pool.table_in_graphs
+        kind = _kind(captured)
         owner = names_by_identity({"": [captured]}, inputs)
-        found += [(pool, at, captured) for at, value in enumerate(inputs) if id(value) in owner]
-        _check_as_captured(pool.table, captured)
+        found += [Table(pool, at, kind) for at, value in enumerate(inputs) if id(value) in owner]
+        _check_kind(pool.table, kind)
     return found
 
 
-def run_sharded(lowered: Callable[..., Any], tables: Tables, agreement: Agreement | None) -> Callable[..., Any]:
+def run_sharded(lowered: Callable[..., Any], tables: list[Table], agreement: Agreement | None) -> Callable[..., Any]:
     """A graph that is run with the values as they are by then, and with the capacity on which the ranks agree.
 
     Args:
@@ -43,21 +62,25 @@ def run_sharded(lowered: Callable[..., Any], tables: Tables, agreement: Agreemen
 
     def run(*args: Any) -> Any:
         given = list(args)
-        for pool, at, captured in tables:
-            _check_as_captured(pool.table, captured)
-            given[at] = pool.table
+        for table in tables:
+            given[table.place] = table.now()
         with named_collectives("forward"):
             if agreement is not None:
-                given[agreement.place] = most_tokens(agreement.most(args), agreement.group, tables[0][2].device)
+                device = given[tables[0].place].device
+                given[agreement.place] = most_tokens(agreement.most(args), agreement.group, device)
             return lowered(*given)
 
     return run
 
 
-def _check_as_captured(table: torch.Tensor, captured: torch.Tensor) -> None:
-    if table.dtype != captured.dtype or table.shape != captured.shape or table.device != captured.device:
+def _kind(table: torch.Tensor) -> tuple[torch.dtype, torch.Size, torch.device]:
+    return table.dtype, table.shape, table.device
+
+
+def _check_kind(table: torch.Tensor, captured: tuple[torch.dtype, torch.Size, torch.device]) -> None:
+    if _kind(table) != captured:
+        dtype, shape, device = captured
         raise CaptureError(
-            f"the memory's values are {table.dtype} {list(table.shape)} on {table.device} now, and were "
-            f"{captured.dtype} {list(captured.shape)} on {captured.device} when the model was compiled: cast and move "
-            f"it before compiling"
+            f"the memory's values are {table.dtype} {list(table.shape)} on {table.device} now, and were {dtype} "
+            f"{list(shape)} on {device} when the model was compiled: cast and move it before compiling"
         )

@@ -15,12 +15,10 @@ import torch
 from torch import fx
 
 from memcompile.errors import CaptureError
-from memcompile.lowering import operator
 from memcompile.passes._torch import free_unbacked_symbols
-from memcompile.passes.verify import is_lookup, operators_in, placeholders_of
+from memcompile.passes.verify import PLACES, is_lookup, operators_in, placeholders_of
 
-_PLACES = {argument.name: place for place, argument in enumerate(operator("memory_lookup")._schema.arguments)}
-_CAPACITY, _GROUP = _PLACES["capacity"], _PLACES["group"]
+_CAPACITY, _GROUP = PLACES["capacity"], PLACES["group"]
 
 
 @dataclasses.dataclass(frozen=True)

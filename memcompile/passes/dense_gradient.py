@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from memcompile.passes.verify import is_lookup, names_by_identity, operators_in, passes_on, placeholders_of
+from memcompile.passes.verify import PLACES, is_lookup, names_by_identity, operators_in, passes_on, placeholders_of
 
-_VALUES_GRAD = 12  # its place in the arguments of `memory_lookup`
+_VALUES_GRAD = PLACES["values_grad"]
 
 
 def make_dense_where_read(

@@ -9,9 +9,11 @@ import torch
 from torch import fx
 
 from memcompile.errors import CaptureError
+from memcompile.lowering import operator
 from memcompile.passes._torch import FakeTensor
 
 OP_NAME = "memcompile.memory_lookup"
+PLACES = {argument.name: place for place, argument in enumerate(operator("memory_lookup")._schema.arguments)}
 
 
 def verify(
