@@ -14,7 +14,17 @@ from torch.utils.checkpoint import checkpoint
 
 import memcompile
 from memcompile import CaptureError
-from tests.models import DYNAMO_TRACES_MATMUL_OF_OBJECTS, HIDDEN, WIDTH, ZOO, Block, Transformer, around, plain_ffn
+from tests.models import (
+    DYNAMO_TRACES_MATMUL_OF_OBJECTS,
+    HIDDEN,
+    VOCABULARY,
+    WIDTH,
+    ZOO,
+    Block,
+    Transformer,
+    around,
+    plain_ffn,
+)
 from tests.planned import (
     MEMORY,
     assert_same,
@@ -72,15 +82,17 @@ def test_every_spelling_of_an_ffn_is_the_same_compiled_and_eager(name, decompose
 
 @pytest.mark.parametrize("name", ["gpt", "fused_gate"])
 def test_inductor_is_as_accurate_as_eager(name):
-    torch.manual_seed(1)  # of twelve seeds one (0) errs 1.07 times what is allowed; the median error is eager's
+    """The rule of `tests.tolerance`, of the errors of eight batches: rounding errors of one are a matter of luck."""
+    torch.manual_seed(0)
     model, inputs = ZOO[name]()
     model.blocks = model.blocks[:2]
     compiled = torch.compile(model, backend="memcompile", memory_layers=1, **MEMORY)
-    fast = outputs_and_gradients(model, *inputs, call=compiled)
-    plain = outputs_and_gradients(model, *inputs)
-    exact = outputs_and_gradients(model.double(), *inputs)
-    for key in exact:
-        assert_as_accurate(fast[key], plain[key], exact[key], key)
+    batches = [tuple(torch.randint_like(tokens, VOCABULARY) for tokens in inputs) for _ in range(8)]
+    fast = [outputs_and_gradients(model, *batch, call=compiled) for batch in batches]
+    plain = [outputs_and_gradients(model, *batch) for batch in batches]
+    exact = [outputs_and_gradients(model.double(), *batch) for batch in batches]
+    for key in exact[0]:
+        assert_as_accurate(*(torch.stack([found[key] for found in way]) for way in (fast, plain, exact)), key)
 
 
 # --- in pieces --------------------------------------------------------------------------------------------------
