@@ -28,12 +28,14 @@ class Agreement:
     Attributes:
         group: name of the process group.
         place: of the capacity among the graph's inputs.
+        rooms: places of inputs without numbers that have it for a size (torch 2.11).
         tokens: how many tokens the lookups of the graph have, in symbols.
         symbols: where these are: the place of an input, and the dimension of a tensor or None for a size.
     """
 
     group: str
     place: int
+    rooms: tuple[int, ...]
     tokens: tuple[sympy.Expr, ...]
     symbols: dict[sympy.Symbol, tuple[int, int | None]]
 
@@ -41,6 +43,12 @@ class Agreement:
     def is_of_nothing(self) -> bool:
         """Whether a lookup of the graph has no tokens, whatever the inputs."""
         return 0 in self.tokens
+
+    def fill_in(self, given: list[Any], capacity: int) -> None:
+        """Puts the capacity that was agreed upon among the inputs."""
+        given[self.place] = capacity
+        for room in self.rooms:
+            given[room] = given[room].new_empty(1).expand(capacity)
 
     def most(self, inputs: Sequence[Any]) -> int:
         """The most tokens that a lookup has on this rank, for these inputs."""
@@ -81,7 +89,13 @@ def agreement_of(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Agre
             f"memcompile: how many tokens a memory layer has depends on data ({', '.join(map(str, unknown))}), and the "
             f"ranks cannot agree on it before the graph runs: shard with tokens='even', or pad"
         )
-    return Agreement(group, place, tuple(dict.fromkeys(tokens)), symbols)
+    rooms = [at for at, node in enumerate(placeholders_of(graph_module)) if _has_size(node, inputs[place])]
+    return Agreement(group, place, tuple(rooms), tuple(dict.fromkeys(tokens)), symbols)
+
+
+def _has_size(placeholder: fx.Node, size: object) -> bool:
+    value = placeholder.meta.get("example_value")  # the inputs themselves may have numbers for sizes
+    return isinstance(value, torch.Tensor) and list(map(_expression, value.shape)) == [_expression(size)]
 
 
 def _expression(size: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from memcompile.errors import CaptureError
 from memcompile.lowering import operator
@@ -93,8 +94,11 @@ def operators_in(
             continue
         yield node, binding
         for body in _bodies(node, binding):
-            operands = [a for a in node.all_input_nodes if not isinstance(binding.get(a), fx.GraphModule)]
-            inner = dict(zip(placeholders_of(body), (binding.get(a) for a in operands), strict=False))
+            # In order, repeats included; what stands before a body's own operands (a predicate) is no input of it.
+            given = [binding.get(a) if isinstance(a, fx.Node) else a for a in pytree.tree_leaves(node.args)]
+            operands = [value for value in given if not isinstance(value, fx.GraphModule)]
+            inputs = placeholders_of(body)
+            inner = dict(zip(inputs, operands[max(0, len(operands) - len(inputs)) :], strict=False))
             yield from operators_in(body, inner)
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import memcompile
 from memcompile import CaptureError
-from memcompile.passes.verify import is_lookup, verify
+from memcompile.passes.verify import is_lookup, operators_in, placeholders_of, verify
 from memcompile.runtime.pool import pool_of
 from tests.models import ZOO, tiny_gpt
 
@@ -152,3 +152,18 @@ def test_calls_of_a_shared_layer_are_counted():
     assert verify(module, inputs, layers, {"blocks.0.ffn.2.weight": 4}) == {"blocks.0.ffn.2.weight": 4}
     with pytest.raises(CaptureError, match="planned"):
         verify(module, inputs, layers, {"blocks.0.ffn.2.weight": 3})
+
+
+@pytest.mark.parametrize("before", [(), ("predicate",)], ids=["all are its own", "a predicate stands before them"])
+def test_operands_of_a_body_stand_for_its_placeholders(before):
+    """In order, one twice, for an operator that calls its body."""
+    body = fx.symbolic_trace(lambda first, second, third: torch.add(first, second) * third)
+    graph = fx.Graph()
+    given = {name: graph.placeholder(name) for name in ("predicate", "a", "b")}
+    operands = [given[name] for name in ("a", "b", "a")]
+    graph.output(graph.call_function(torch.cond, (*map(given.get, before), graph.get_attr("body"), operands)))
+    outer = fx.GraphModule({"body": body}, graph)
+
+    _, (add, binding), _ = operators_in(outer, {node: name for name, node in given.items()})
+    assert [binding[a] for a in placeholders_of(body)] == ["a", "b", "a"]
+    assert add.target is torch.add
