@@ -91,8 +91,11 @@ def other_training(options: argparse.Namespace) -> str:
     """Where the folder has a training of other options, which they are; otherwise they are written there."""
     mine = {name: getattr(options, name) for name in OF_TRAINING}
     path = options.folder / TRAINING
-    if not path.exists():
+    if not memcompile.checkpoint.steps(options.folder):  # none, or one that saved nothing
         path.write_text(json.dumps(mine) + "\n")
+        return ""
+    if not path.exists():
+        return f"{options.folder} has checkpoints, and not of this example: give another --folder"
     there = json.loads(path.read_text())
     differing = [f"--{k.replace('_', '-')} {there[k]} there, {mine[k]} here" for k in mine if there[k] != mine[k]]
     if not differing:

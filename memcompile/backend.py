@@ -66,7 +66,7 @@ class Backend:
         else:
             key = repr([pool.config for pool in pools])
             lowered = _lower(graph_module, example_inputs, key, overlaps=bool(sharded), **kwargs)
-        return run_sharded(lowered, tables, agreement) if sharded else lowered
+        return run_sharded(lowered, tables, agreement) if tables else lowered
 
 
 def memcompile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable:

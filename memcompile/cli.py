@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from memcompile.cost.time import Hardware
 from memcompile.errors import OptionError
 from memcompile.version import __version__
 
+_PIPE_CLOSED = 141  # as a shell says of a program that SIGPIPE ended
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMG]?)", re.IGNORECASE)
 _HARDWARE_UNITS = {  # of the options: one of them is so many bytes, bytes a second or seconds
@@ -60,9 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_options(plan)
     options = parser.parse_args(argv)
     try:
-        return _plan(options)
+        code = _plan(options)
+        sys.stdout.flush()
     except OptionError as error:
         plan.error(str(error))
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return _PIPE_CLOSED
+    return code
 
 
 def size(text: str) -> int:

@@ -189,7 +189,7 @@ def check_names(options: Mapping[str, Any], also_known: Sequence[str] = ()) -> N
     for name in options:
         if name not in OPTION_NAMES and name not in also_known:
             near = difflib.get_close_matches(name, [*OPTION_NAMES, *also_known], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join(OPTION_NAMES)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join([*OPTION_NAMES, *also_known])}"
             raise OptionError(f"unknown memcompile option {name!r}: {hint}")
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -24,6 +25,7 @@ from memcompile.runtime.checkpoint import config_of, plan_in
 from memcompile.runtime.ddp import check_rebuildable, rebuild
 from memcompile.runtime.install import install
 from memcompile.runtime.interrupts import uninterrupted
+from memcompile.runtime.live_objects import is_in_ddp
 from memcompile.runtime.mapped_values import MappedValues
 from memcompile.runtime.optimizers import adopt_optimizers
 from memcompile.runtime.parallelisms import install_if_distributed
@@ -75,6 +77,8 @@ def plan(
     start = time.perf_counter()
     install_if_distributed()
     requested = _config(memory, options)
+    if memory_mesh is None and (shard_by, shard_tokens) != ("columns", "uneven"):
+        raise OptionError("shard_by and shard_tokens say how values lie on a memory_mesh: give it, too")
     root, parallel = unwrap(model)
     if is_captured(root):
         raise PlanError(
@@ -93,6 +97,11 @@ def plan(
         raise PlanError(
             f"{type(root).__name__} is already sharded: plan before fully_shard() and distribute_tensor(), "
             f"so that the memory's parameters are sharded with the rest"
+        )
+    if not parallel and dist.is_available() and dist.is_initialized() and is_in_ddp(root):
+        raise PlanError(
+            f"{type(root).__name__} is in DDP already, whose reducer waits for the gradients of what is replaced: pass "
+            f"the DDP itself, or plan first, then wrap the model"
         )
     for wrapper in parallel:
         check_rebuildable(wrapper, requested, memory_mesh is not None)

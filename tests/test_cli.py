@@ -208,6 +208,14 @@ def in_a_process(*arguments):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
 
 
+def test_a_reader_that_has_read_enough():
+    command = [sys.executable, "-m", "memcompile", *SMALL, "--json"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 def test_as_a_module():
     done = in_a_process("-m", "memcompile", *SMALL)
     assert done.returncode == 0 and "* the best" in done.stdout

@@ -4,11 +4,21 @@ memcompile.checkpoint.save("run", model, optimizer, step=100, extra=scheduler.st
 step, extra, _ = memcompile.checkpoint.load("run", model, optimizer)
 """
 
-from memcompile.checkpoint.asynchronous import SaveHandle
+from memcompile.checkpoint.asynchronous import SaveHandle, wait
 from memcompile.checkpoint.exporting import export_safetensors
 from memcompile.checkpoint.importing import import_safetensors
 from memcompile.checkpoint.listing import config, steps
 from memcompile.checkpoint.loading import Loaded, load
 from memcompile.checkpoint.saving import save
 
-__all__ = ["Loaded", "SaveHandle", "config", "export_safetensors", "import_safetensors", "load", "save", "steps"]
+__all__ = [
+    "Loaded",
+    "SaveHandle",
+    "config",
+    "export_safetensors",
+    "import_safetensors",
+    "load",
+    "save",
+    "steps",
+    "wait",
+]

@@ -56,8 +56,12 @@ class SaveHandle:
 _last: SaveHandle | None = None
 
 
-def finish_last() -> None:
-    """Waits for the last asynchronous save, and raises its error where nobody has seen it."""
+def wait() -> None:
+    """Waits for the last asynchronous save. What leaves by `os._exit` calls it before: the save would end with it.
+
+    Raises:
+        CheckpointError: it failed, and nobody has seen its error.
+    """
     global _last
     last, _last = _last, None
     if last is not None:

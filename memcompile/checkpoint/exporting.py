@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from memcompile.checkpoint import folders
 from memcompile.checkpoint._torch import is_first_copy, local_part
-from memcompile.checkpoint.asynchronous import finish_last
+from memcompile.checkpoint.asynchronous import wait
 from memcompile.checkpoint.files import PIECE
 from memcompile.checkpoint.model_state import Plans, model_state, plans_of, root_of
 from memcompile.checkpoint.progress import Progress
@@ -76,8 +76,10 @@ def export_safetensors(
     Raises:
         CheckpointError: on all ranks: the step is damaged, a dtype has no safetensors, the folder has some already.
     """
+    if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
+        raise CheckpointError(f"max_shard_size is a number of bytes, as 5 * 10**9, got {max_shard_size!r}")
     ranks = all_ranks()
-    ranks.each("finish the save before", finish_last)
+    ranks.each("finish the save before", wait)
     bar = Progress(progress if ranks.rank == 0 else False)
     if max_shard_size < 1:
         raise CheckpointError(f"max_shard_size must be a number of bytes, got {max_shard_size}")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 
 from memcompile.checkpoint._torch import local_part
-from memcompile.checkpoint.asynchronous import finish_last
+from memcompile.checkpoint.asynchronous import wait
 from memcompile.checkpoint.exporting import INDEX, PLANS
+from memcompile.checkpoint.mapped import check_mapped
 from memcompile.checkpoint.model_state import (
     Plans,
     check_entries,
@@ -50,7 +51,7 @@ def import_safetensors(
         PlanError: on all ranks: the model has another memory, or none.
     """
     ranks = all_ranks()
-    ranks.each("finish the save before", finish_last)
+    ranks.each("finish the save before", wait)
     bar = Progress(progress if ranks.rank == 0 else False)
     source = Path(path)
 
@@ -62,6 +63,7 @@ def import_safetensors(
         check_plans(_plans(files), root, f"memcompile.checkpoint.config({str(source)!r})")
         own = model_state(root)
         check_entries(saved, [], own, strict, source)
+        check_mapped(root, saved, lambda name, first, into: _read_rows(pieces[name], first, into), source, bar)
         return root, own, pieces, targets(saved, own, root)
 
     root, own, pieces, into = ranks.each("compare the files with the model", prepare)
@@ -112,6 +114,14 @@ def _copy(tensor: Tensor, start: int, piece: Tensor, bar: Progress) -> None:
         rows = local[row - offsets[0] : end - offsets[0]]
         rows.copy_(piece[row - start : end - start])
         bar.add(rows.nbytes)
+
+
+def _read_rows(pieces: list[tuple[int, Tensor]], first: int, into: Tensor) -> None:
+    """Copies rows from `first` on, whichever pieces have them."""
+    for start, piece in pieces:
+        row, end = max(first, start), min(first + len(into), start + len(piece))
+        if row < end:
+            into[row - first : end - first] = piece[row - start : end - start]
 
 
 def _files(path: Path) -> list[Path]:

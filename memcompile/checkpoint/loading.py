@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from memcompile.checkpoint import folders
 from memcompile.checkpoint._torch import local_part
-from memcompile.checkpoint.asynchronous import finish_last
+from memcompile.checkpoint.asynchronous import wait
+from memcompile.checkpoint.mapped import check_mapped
 from memcompile.checkpoint.model_state import (
     check_entries,
     check_plans,
@@ -76,8 +77,11 @@ def load(
         PlanError: on all ranks: the model has another memory, or none.
     """
     ranks = all_ranks()
-    ranks.each("finish the save before", finish_last)
-    path, optimizers = Path(folder), optimizers_in(optimizer)
+    ranks.each("finish the save before", wait)
+    path = Path(folder)
+    optimizers = ranks.each("take the optimizer", lambda: optimizers_in(optimizer))
+    asked = {"step": step, "folder": str(path), "strict": strict, "fall_back": fall_back, "optimizers": len(optimizers)}
+    ranks.agree("load", lambda: asked)
     bar = Progress(progress if ranks.rank == 0 else False)
     manifest = choose(ranks, path, step, fall_back, bar)
     source = folders.step_folder(path, manifest.step)
@@ -87,6 +91,9 @@ def load(
         check_plans(manifest.plans, root, _config_call(path, step))
         own, saved = model_state(root), reader.tensors(MODEL)
         check_entries(saved, reader.objects(MODEL), own, strict, source)
+        check_mapped(
+            root, saved, lambda name, first, into: reader.read({MODEL + name: Part((first, 0), into)}), source, bar
+        )
         parts = {MODEL + name: Part(*local_part(tensor)) for name, tensor in targets(saved, own, root).items()}
         if not optimizers:
             return reader, root, own, None, parts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +16,6 @@ from memcompile.runtime.checkpoint import PLAN_KEY, check_same_plan, checked_pla
 from memcompile.runtime.mapped_values import MappedValues
 from memcompile.runtime.pool import live_pools
 from memcompile.runtime.wrappers import unwrap
-
-log = logging.getLogger(__name__)
 
 Plans = dict[str, dict[str, Any]]
 _EXTRA_STATE = "_extra_state"
@@ -109,18 +106,16 @@ def check_entries(
         raise CheckpointError(f"{source} is not of this {'; '.join(['model', *problems])}: {fix}")
 
 
-def mapped_in(root: nn.Module) -> list[str]:
-    """The names of values that lie in a file (`values_storage="mmap"`), which cannot be written to."""
-    return [name for name, parameter in root.named_parameters() if isinstance(parameter, MappedValues)]
+def mapped_in(root: nn.Module) -> dict[str, MappedValues]:
+    """Values that lie in a file (`values_storage="mmap"`), which cannot be written to, by their names."""
+    return {name: parameter for name, parameter in root.named_parameters() if isinstance(parameter, MappedValues)}
 
 
 def targets(saved: Mapping[str, TensorStorageMetadata], own: dict[str, Any], root: nn.Module) -> dict[str, Tensor]:
     """What saved tensors are read into: the model's own, or new ones for extra state, which has any size. Values that
-    lie in a file stay as they are.
+    lie in a file stay as they are: see `check_mapped`.
     """
     mapped = mapped_in(root)
-    if mapped:
-        log.info("%s stay as the file has them", ", ".join(mapped))
     found: dict[str, Tensor] = {}
     for name, value in own.items():
         if name.endswith(_EXTRA_STATE) and name in saved and not is_plan(name):

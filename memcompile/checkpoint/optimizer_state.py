@@ -16,9 +16,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from memcompile.checkpoint._torch import like
+from memcompile.checkpoint.optimizer_groups import CLASS, PARAMS, check_groups, options_of, plain_options
 from memcompile.errors import CheckpointError
-
-_PARAMS = "params"
 
 
 class OptimizerState:
@@ -26,7 +25,7 @@ class OptimizerState:
 
     Attributes:
         tensors: `<parameter>.<entry>`.
-        groups: the options of every group, and under "params" the names of its parameters.
+        groups: the options of every group, under "params" the names of its parameters, and the class of its optimizer.
         entries: of every parameter that has state, the names of its entries that are tensors.
         others: of every parameter, its other entries.
     """
@@ -56,9 +55,9 @@ class OptimizerState:
             saved = optimizer.state_dict()
             numbers: dict[int, str] = {}
             for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-                of_group = [_name_of(p, names, optimizer) for p in own[_PARAMS]]
-                numbers.update(zip(group[_PARAMS], of_group, strict=True))
-                state.groups.append({**{k: v for k, v in group.items() if k != _PARAMS}, _PARAMS: of_group})
+                of_group = [_name_of(p, names, optimizer) for p in own[PARAMS]]
+                numbers.update(zip(group[PARAMS], of_group, strict=True))
+                state.groups.append({**plain_options(group), PARAMS: of_group, CLASS: type(optimizer).__name__})
             for number, entries in saved["state"].items():
                 name = numbers[number]
                 state.entries[name] = [key for key, value in entries.items() if isinstance(value, Tensor)]
@@ -71,17 +70,17 @@ class OptimizerState:
         fit together.
         """
         names = _names(root)
-        own = {_name_of(p, names, o) for o in optimizers for g in o.param_groups for p in g[_PARAMS]}
-        saved = {name for group in self.groups for name in group[_PARAMS]}
+        own = {_name_of(p, names, o) for o in optimizers for g in o.param_groups for p in g[PARAMS]}
+        saved = {name for group in self.groups for name in group[PARAMS]}
         if strict and own != saved:
-            lacks, has = sorted(own - saved), sorted(saved - own)
+            lacks, has = sorted(own - saved)[:5], sorted(saved - own)[:5]
+            problems = [f"it lacks {lacks}"] * bool(lacks) + [f"it has {has}, which this one has not"] * bool(has)
             raise CheckpointError(
-                f"{source} is of an optimizer of other parameters: it lacks {lacks[:5]} and has {has[:5]}, which this "
-                f"one has not: build the optimizer as it was, or pass strict=False"
+                f"{source} is of an optimizer of other parameters: {' and '.join(problems)}: build the optimizer as it "
+                f"was, or pass strict=False"
             )
         for optimizer in optimizers:
-            for index, group in enumerate(optimizer.param_groups):
-                self._options_of(index, [names[id(p)] for p in group[_PARAMS]], source)
+            check_groups(self.groups, optimizer, names, source)
 
     def make_targets(self, root: nn.Module, saved: Mapping[str, TensorStorageMetadata]) -> None:
         """New tensors, to be read into: as the parameters are, where they are as large."""
@@ -109,10 +108,9 @@ class OptimizerState:
             numbers: dict[Tensor, int] = {}
             groups = []
             for index, group in enumerate(optimizer.param_groups):
-                numbers.update({p: len(numbers) + i for i, p in enumerate(group[_PARAMS])})
-                options = self._options_of(index, [names[id(p)] for p in group[_PARAMS]], "the checkpoint")
-                kept = {k: v for k, v in group.items() if k != _PARAMS}  # where nothing was saved of its parameters
-                groups.append({**(options or kept), _PARAMS: [numbers[p] for p in group[_PARAMS]]})
+                numbers.update({p: len(numbers) + i for i, p in enumerate(group[PARAMS])})
+                options = options_of(self.groups, index, [names[id(p)] for p in group[PARAMS]], "the checkpoint")
+                groups.append({**group, **options, PARAMS: [numbers[p] for p in group[PARAMS]]})
             states = {numbers[p]: self._state_of(names[id(p)]) for p in numbers if names[id(p)] in self.entries}
             optimizer.load_state_dict({"state": states, "param_groups": groups})
             for parameter, number in numbers.items():
@@ -123,22 +121,6 @@ class OptimizerState:
     def _state_of(self, name: str) -> dict[str, Any]:
         tensors = {entry: self.tensors[f"{name}.{entry}"] for entry in self.entries[name]}
         return {**tensors, **self.others[name]}
-
-    def _options_of(self, index: int, names: list[str], source: object) -> dict[str, Any]:
-        """The options that a group's parameters were saved with; {} where none of them was."""
-        found = [group for group in self.groups if set(names) & set(group[_PARAMS])]
-        options = [{k: v for k, v in group.items() if k != _PARAMS} for group in found]
-        for other in options[1:]:
-            differing = sorted(
-                k for k in other.keys() | options[0].keys() if not _equal(other.get(k), options[0].get(k))
-            )
-            if differing:
-                raise CheckpointError(
-                    f"{source} has the parameters of group {index} in groups with other options "
-                    f"({', '.join(f'{k}={options[0].get(k)!r} and {other.get(k)!r}' for k in differing)}): give the "
-                    f"optimizer the groups that it was saved with"
-                )
-        return options[0] if options else {}
 
 
 def packed(value: Any) -> bytes:
@@ -157,12 +139,6 @@ def _restore_dtypes(state: dict[str, Any], saved: dict[str, Any]) -> None:
     for name, value in saved.items():
         if isinstance(value, Tensor) and isinstance(state.get(name), Tensor) and state[name].dtype != value.dtype:
             state[name] = value.to(state[name].device)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
-    return bool(one == other)
 
 
 def _names(root: nn.Module) -> dict[int, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -10,6 +12,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from memcompile.errors import CheckpointError, MemcompileError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -57,6 +61,19 @@ class Ranks:
         self.gather(doing, lambda: result.append(run()))
         return result[0]
 
+    def agree(self, doing: str, arguments: Callable[[], dict[str, Any]]) -> None:
+        """Compares what all ranks were called with. All ranks call this.
+
+        Raises:
+            MemcompileError: they differ, or as `gather` does.
+        """
+        everyones = self.gather("take the arguments", arguments)
+        for name, mine in everyones[0].items():
+            for rank, others in enumerate(everyones):
+                if others[name] != mine:
+                    here = f"{others[name]!r} on rank {rank}"
+                    raise CheckpointError(f"ranks {doing} different things: {name} is {mine!r} on rank 0 and {here}")
+
     def first(self, doing: str, run: Callable[[], T]) -> T:
         """What `run()` returns on rank 0, which alone runs it. Raises as `gather` does."""
         return cast(T, self.gather(doing, lambda: run() if self.rank == 0 else None)[0])
@@ -73,6 +90,12 @@ def all_ranks() -> Ranks:
     """The ranks of this job. The first call makes their group, so all ranks make it."""
     global _made
     if not (dist.is_available() and dist.is_initialized()):
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            log.warning(
+                "this is one of WORLD_SIZE=%s processes, but torch.distributed is not initialised: it saves and loads "
+                "as if it were alone, and others that do write the same files",
+                os.environ["WORLD_SIZE"],
+            )
         return Ranks(None)
     world = cast(dist.ProcessGroup, dist.group.WORLD)
     if _made is None or _made[0]() is not world:

@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from memcompile.checkpoint import folders
-from memcompile.checkpoint.asynchronous import SaveHandle, finish_last
+from memcompile.checkpoint.asynchronous import SaveHandle, wait
 from memcompile.checkpoint.files import write_files
 from memcompile.checkpoint.manifest import NAME, Manifest
 from memcompile.checkpoint.model_state import Plans, mapped_in, model_state, plans_of, root_of
 from memcompile.checkpoint.optimizer_state import OptimizerState, packed
 from memcompile.checkpoint.progress import Progress
-from memcompile.checkpoint.ranks import Ranks, all_ranks
+from memcompile.checkpoint.ranks import all_ranks
 from memcompile.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,9 @@ def save(
         CheckpointError: on all ranks, where one failed; earlier checkpoints are as they were.
     """
     ranks = all_ranks()
-    ranks.each("finish the save before", finish_last)
-    step, path = _agreed(ranks, step, Path(folder), keep)
+    ranks.each("finish the save before", wait)
+    path = Path(folder)
+    ranks.agree("save", lambda: _checked(step, path, keep, asynchronous))
     state: dict[str, Any] = {}
     plans = ranks.each("collect the state", lambda: _collect(state, model, optimizer, extra, ranks.rank))
     bar = Progress(False if ranks.rank != 0 or (asynchronous and progress is None) else progress)
@@ -104,25 +105,30 @@ def save(
 
 
 def optimizers_in(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """Those that were given.
+
+    Raises:
+        CheckpointError: one is no optimizer.
+    """
+    given: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if optimizer is None:
         return []
-    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]  # type: ignore[list-item]
+    for each in given:
+        if not hasattr(each, "param_groups"):
+            raise CheckpointError(
+                f"expected a torch.optim.Optimizer, got {type(each).__name__}: the state of anything else is saved by "
+                f"extra=...state_dict()"
+            )
+    return given
 
 
-def _agreed(ranks: Ranks, step: int, folder: Path, keep: int | None) -> tuple[int, Path]:
-    """The arguments, once they are checked and the same on all ranks."""
-
-    def checked() -> tuple[int, str, int | None]:
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise CheckpointError(f"step must be an integer >= 0, got {step!r}")
-        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-            raise CheckpointError(f"keep must be an integer >= 1 or None, got {keep!r}")
-        return step, str(folder), keep
-
-    everyones = ranks.gather("take the arguments", checked)
-    if len(set(everyones)) > 1:
-        raise CheckpointError(f"ranks save different things, (step, folder, keep): {sorted(set(everyones), key=str)}")
-    return step, folder
+def _checked(step: int, folder: Path, keep: int | None, asynchronous: bool) -> dict[str, Any]:
+    """The arguments that are the same on all ranks."""
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise CheckpointError(f"step must be an integer >= 0, got {step!r}")
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        raise CheckpointError(f"keep must be an integer >= 1 or None, got {keep!r}")
+    return {"step": step, "folder": str(folder), "keep": keep, "asynchronous": asynchronous}
 
 
 def _collect(

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from memcompile.checkpoint import folders
-from memcompile.checkpoint.manifest import Manifest
+from memcompile.checkpoint.manifest import NAME, Manifest
 from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import Ranks
 from memcompile.checkpoint.reading import save_id_of
@@ -79,10 +79,13 @@ def _wanted(folder: Path, step: int | None) -> tuple[int | None, str]:
             return folders.latest_step(folder), ""
         except CheckpointError as error:
             if not folders.saved_steps(folder):
-                raise CheckpointError(f"{folder} has no checkpoint") from error
+                of_step = (folder / NAME).is_file()
+                hint = f": it is a step of {folder.parent}, give that and step=" if of_step else ""
+                raise CheckpointError(f"{folder} has no checkpoint{hint}") from error
             return None, str(error)
     if not folders.step_folder(folder, step).is_dir():
-        return None, f"{folder} has no step {step}"
+        there = ", ".join(map(str, sorted(folders.saved_steps(folder)))) or "none"
+        return None, f"{folder} has no step {step} (it has {there})"
     return step, ""
 
 

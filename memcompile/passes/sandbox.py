@@ -9,6 +9,7 @@ import gc
 import logging
 import random
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch.utils.checkpoint import CheckpointFunction
 from memcompile.passes._torch import FakeTensor, get_proxy_mode
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_caches: weakref.WeakSet[functools._lru_cache_wrapper[Any]] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
@@ -98,14 +101,19 @@ def _set_random_state(state: tuple[Any, ...]) -> None:
         sys.modules["numpy"].random.set_state(numpy)
 
 
+def note_caches() -> None:
+    """Finds every `functools.lru_cache` of the process, for later too: `gc.freeze` hides those that it met."""
+    _caches.update(f for f in gc.get_objects() if type(f) is functools._lru_cache_wrapper)
+
+
 @contextlib.contextmanager
 def forgotten() -> Iterator[None]:
     """Empties every `functools.lru_cache` that kept a fake tensor: a later call would return it to the real model."""
     try:
         yield
     finally:
-        caches = [f for f in gc.get_objects() if type(f) is functools._lru_cache_wrapper]
-        for cache in [c for c in caches if c.cache_info().currsize]:
+        note_caches()
+        for cache in [c for c in _caches if c.cache_info().currsize]:
             results = gc.get_referents(cache)  # of a cache without bounds they are the values of a dict
             if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(results)):
                 cache.cache_clear()

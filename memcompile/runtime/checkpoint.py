@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from memcompile.config import OPTION_NAMES, STORAGE_OPTIONS, TRAINING_OPTIONS, MemoryConfig
 from memcompile.errors import OptionError, PlanError
@@ -126,6 +127,12 @@ def _check_state_dict(
     else:  # of a captured graph, which has parameters and no extra state
         plans = [name for name in pool.root.state_dict() if f".{name}".endswith(f".{PLAN_KEY}")]
         state_dict.update({prefix + name: encode_plan(pool) for name in plans})
+    given = state_dict.get(prefix + VALUES_NAME)
+    if pool.sharded is not None and isinstance(given, Tensor) and not isinstance(given, DTensor):
+        raise PlanError(
+            f"the state dict has all values, and those of {type(root).__name__} are sharded: load it before "
+            f"memcompile.shard(), or read its file by memcompile.checkpoint.import_safetensors()"
+        )
     if isinstance(pool.values, MappedValues):
         keep_mapped(pool.values, state_dict, prefix + VALUES_NAME)
 

@@ -7,7 +7,6 @@ or, where only the optimizer's step can tell, before that step.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable
 
 import torch
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 
 from memcompile.errors import OptionError
 from memcompile.runtime._torch import after_backward, backward_number
+from memcompile.runtime.live_objects import live_objects
 
 _INSTEAD = "Use values_grad='sparse'"
 
@@ -91,7 +91,7 @@ class FusedUpdate:
 
 
 def _refuse_scalers() -> None:
-    scalers = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler)]
+    scalers = live_objects(torch.amp.GradScaler)
     if any(scaler.is_enabled() and scaler._scale is not None for scaler in scalers):
         raise OptionError(
             f"values_grad='fused' updates the values in the backward, where a GradScaler's gradients are still scaled. "

@@ -6,7 +6,6 @@ and checkpoints of optimizers are matched by group.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Container, Iterable
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from memcompile.runtime.live_objects import live_objects
 from memcompile.runtime.pool import MemoryPool
 
 log = logging.getLogger(__name__)
@@ -101,8 +101,7 @@ def _groups_of_vectors(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
 
 def live_optimizers() -> list[Optimizer]:
     """Every optimizer of the process."""
-    # type(o), not isinstance: a lazy proxy's __class__ may import half a library
-    return [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and hasattr(o, "param_groups")]
+    return [optimizer for optimizer in live_objects(Optimizer) if hasattr(optimizer, "param_groups")]
 
 
 def _take_out(optimizer: Optimizer, removed_ids: Container[int]) -> None:

@@ -16,6 +16,7 @@ from memcompile.errors import OptionError, PlanError
 from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, values_shape
 from memcompile.runtime._torch import local_part
 from memcompile.runtime.collective_errors import install_collective_errors
+from memcompile.runtime.live_objects import is_in_ddp
 from memcompile.runtime.optimizers import live_optimizers
 from memcompile.runtime.parallelisms import install_parallelisms
 from memcompile.runtime.pool import MemoryPool, pool_of
@@ -66,7 +67,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: st
     if pool.sharded is not None:
         check_same(pool, sharded)
         return
-    if ddp:
+    if ddp or is_in_ddp(root):
         raise PlanError(f"{type(root).__name__} is in DistributedDataParallel already. {_ORDER}")
     if is_sharded(root):
         raise PlanError(f"parameters of {type(root).__name__} are sharded already. {_ORDER}")

@@ -16,7 +16,7 @@ from memcompile.runtime.interrupts import uninterrupted
 from memcompile.runtime.mapped_values import open_values
 from memcompile.runtime.optimizers import leave_optimizers
 from memcompile.runtime.pool import pool_of
-from memcompile.runtime.values_file import write
+from memcompile.runtime.values_file import check_writable, write
 from memcompile.runtime.values_stepper import release
 from memcompile.runtime.wrappers import is_sharded, unwrap
 from memcompile.sites import VALUES_NAME
@@ -46,8 +46,12 @@ def store_values(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if parallel:
         raise PlanError("store_values() takes the model inside DDP, whose reducer waits for the values' gradient")
     if is_sharded(root) or pool.values.is_meta:
-        raise PlanError(f"{type(root).__name__} has not all of its values here: store them before it is sharded")
+        raise PlanError(
+            f"{type(root).__name__} has not all of its values here: load the checkpoint of its training into "
+            f"one process, unsharded, and store them there"
+        )
     path = os.fspath(path)
+    check_writable(path)
     pool.catch_up()
     write(path, pool.values.detach())
     values = open_values(path)

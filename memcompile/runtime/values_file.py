@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -50,6 +51,12 @@ class Header:
     def nbytes(self) -> int:
         """Of all rows."""
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """First row and end of what is read or written at once."""
+        rows, dim = self.shape
+        step = max(1, _CHUNK // max(1, dim * self.dtype.itemsize))
+        return ((first, min(first + step, rows)) for first in range(0, rows, step))
 
     def encoded(self) -> bytes:
         name = next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
@@ -101,6 +108,15 @@ def _decoded(file: BinaryIO) -> Header:
     return Header((int(rows), int(dim)), DTYPES[entry["dtype"]], str(metadata["sha256"]), 8 + length + first)
 
 
+def check_writable(path: str) -> None:
+    """Raises OSError where no file of this name can be, before anything is written under another name."""
+    directory = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, "the values need the name of a file", path)
+    if not os.path.isdir(directory):
+        raise FileNotFoundError(errno.ENOENT, "there is no such directory for the file of values", directory)
+
+
 def write(path: str, values: Tensor) -> None:
     """Writes ``values [slots, value_dim]``, of any device, a chunk at a time. The file appears when it is whole; one
     that was there stays until then, and for who has it mapped.
@@ -116,13 +132,10 @@ def write(path: str, values: Tensor) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(header.encoded())
-            step = max(1, _CHUNK // max(1, dim * values.element_size()))
-            parts = (values[i : i + step].detach().cpu().contiguous() for i in range(0, rows, step))
+            parts = (values[i:end].detach().cpu().contiguous() for i, end in header.chunks())
             for part in _reported(parts, header.nbytes, f"writing {name}"):
-                # not by numpy, which has no bfloat16 and may not be there
-                numbers = (ctypes.c_ubyte * part.nbytes).from_address(part.data_ptr())
-                digest.update(numbers)
-                file.write(numbers)
+                digest.update(numbers_of(part))
+                file.write(numbers_of(part))
             file.seek(0)
             file.write(dataclasses.replace(header, checksum=digest.hexdigest()).encoded())
             file.flush()
@@ -133,6 +146,11 @@ def write(path: str, values: Tensor) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync_directory(directory)
+
+
+def numbers_of(part: Tensor) -> ctypes.Array[ctypes.c_ubyte]:
+    """The bytes of a contiguous tensor on the CPU: not by numpy, which has no bfloat16 and may not be there."""
+    return (ctypes.c_ubyte * part.nbytes).from_address(part.data_ptr())
 
 
 def verify(path: str) -> None:

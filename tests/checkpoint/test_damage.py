@@ -133,11 +133,16 @@ def test_a_damaged_latest(name, saved):
 def test_folders_without_the_checkpoint(saved, tmp_path):
     folder, _ = saved
     model = sharded_gpt(seed=1)
-    with pytest.raises(CheckpointError, match=r"has no step 25\. Not damaged before it: 20, 10\. Load with step=20"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"has no step 25 \(it has 10, 20, 30\)\. Not damaged before it: 20, 10\. Load with step=20",
+    ):
         load(folder, model, step=25)
     assert load(folder, model, step=25, fall_back=True).step == 20
     with pytest.raises(CheckpointError, match="is missing: no checkpoint was saved there"):
         load(tmp_path / "nowhere", model)
+    with pytest.raises(CheckpointError, match=r"has no checkpoint: it is a step of .*, give that and step="):
+        load(folder / "step_20", model)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         load(tmp_path / "empty", model)

@@ -246,10 +246,62 @@ def test_what_the_optimizer_and_the_arguments_must_be(tmp_path):
     with pytest.raises(CheckpointError, match=r"AdamW holds a parameter \[2\] that is not in the model"):
         save(tmp_path, model, AdamW([nn.Parameter(torch.ones(2))]), step=2)
     save(tmp_path, model, optimizer, step=2)
-    with pytest.raises(CheckpointError, match=r"an optimizer of other parameters: it lacks \[\] and has \['blocks"):
+    with pytest.raises(CheckpointError, match=r"an optimizer of other parameters: it has \['blocks"):
         load(tmp_path, model, AdamW([model.memory_values]))
+    with pytest.raises(CheckpointError, match=r"expected a torch\.optim\.Optimizer, got StepLR: .*extra="):
+        save(tmp_path, model, torch.optim.lr_scheduler.StepLR(optimizer, 1), step=2)
     for arguments in ({"step": -1}, {"step": True}, {"step": 1, "keep": 0}):
         with pytest.raises(CheckpointError, match=r"must be an integer"):
             save(tmp_path, model, **arguments)
     with pytest.raises(CheckpointError, match=r"expected an nn\.Module"):
         save(tmp_path, {"model": 1}, step=1)
+
+
+def in_two_groups(model: nn.Module, decay: float) -> AdamW:
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    rest = [p for p in model.parameters() if p.dim() >= 2]
+    return AdamW([{"params": vectors, "weight_decay": 0.0}, {"params": rest, "weight_decay": decay}], lr=1e-2)
+
+
+OTHER_OPTIMIZERS = {
+    "class": (lambda model: SGD(model.parameters(), lr=0.1), "has the state of AdamW, and the optimizer is SGD"),
+    "groups": (
+        lambda model: in_two_groups(model, 0.3),
+        r"groups 0 and 1 in one group, .*weight_decay=0\.0 and 0\.3 now",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_OPTIMIZERS)
+def test_another_optimizer_is_refused_before_anything_changes(name, tmp_path):
+    save(tmp_path, *trained(), step=1)
+    model = sharded_gpt(seed=1)
+    make, message = OTHER_OPTIMIZERS[name]
+    optimizer = make(model)
+    before = everything(model, optimizer)
+    groups = copy.deepcopy([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, model, optimizer)
+    assert_same(everything(model, optimizer), before)
+    assert groups == [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+class OwnAdamW(AdamW):
+    """Another class, with the same options."""
+
+
+def test_groups_alike_and_a_derived_class_are_no_other_optimizer(tmp_path):
+    model, optimizer = trained()
+    save(tmp_path, model, optimizer, step=1)
+    decay = optimizer.param_groups[0]["weight_decay"]
+    vectors, rest = in_two_groups(model, decay).param_groups
+    own = OwnAdamW([{"params": vectors["params"]}, {"params": rest["params"]}], lr=1e-2)
+    load(tmp_path, model, own)
+    assert torch.equal(own.state[model.memory_values]["exp_avg"], optimizer.state[model.memory_values]["exp_avg"])
+
+
+def test_processes_that_were_not_introduced_are_warned(tmp_path, monkeypatch, caplog):
+    model, _ = trained()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    save(tmp_path, model, step=1)
+    assert "WORLD_SIZE=2 processes, but torch.distributed is not initialised" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_another_training_is_told(killed):
     code, output = alone(*TINY, "--folder", killed.folder, "--width", 32)
     assert code == 2
     assert "has another training (--width 16 there, 32 here)" in output and "Traceback" not in output
+
+
+def test_checkpoints_of_another_program_are_left_alone(killed, tmp_path):
+    shutil.copytree(killed.folder / f"step_{STEPS}", tmp_path / f"step_{STEPS}")
+    code, output = alone(*TINY, "--folder", tmp_path)
+    assert code == 2 and "has checkpoints, and not of this example" in output
+    assert [path.name for path in tmp_path.iterdir()] == [f"step_{STEPS}"]
+
+
+def test_a_training_that_saved_nothing_is_in_nobodys_way(tmp_path):
+    options = sharded.parse([*TINY, "--folder", str(tmp_path)])
+    assert sharded.other_training(options) == ""
+    assert sharded.other_training(sharded.parse([*TINY, "--folder", str(tmp_path), "--width", "32"])) == ""
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,17 @@ def sharded(rank: int) -> dict[str, Any]:
     return {"message": "planned"}
 
 
+def ddp_then_plan_inside(rank: int) -> dict[str, Any]:
+    """The DDP is kept from whoever plans, and its reducer would never hear of it."""
+    model = dense(0)
+    ddp = DistributedDataParallel(model)
+    try:
+        memcompile.plan(model, **PLAN)
+    except PlanError as error:
+        return {"message": str(error)}
+    return {"message": f"planned, in {ddp}"}
+
+
 def plan_then_shard(rank: int) -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard
 
@@ -164,6 +175,7 @@ SCENARIOS = (
     ddp_then_plan,
     accumulation,
     sharded,
+    ddp_then_plan_inside,
     plan_then_shard,
 )
 
@@ -248,3 +260,8 @@ def test_a_sharded_model_must_be_planned_first(ranks):
     for r in result(ranks, sharded):
         assert (r["before"], r["after"]) == (False, True)
         assert "Transformer is already sharded: plan before fully_shard()" in r["message"]
+
+
+def test_the_model_inside_a_ddp_is_not_planned_behind_its_back(ranks):
+    for r in result(ranks, ddp_then_plan_inside):
+        assert "Transformer is in DDP already" in r["message"] and "pass the DDP itself" in r["message"]

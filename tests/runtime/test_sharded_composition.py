@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import memcompile
-from memcompile import PlanError
+from memcompile import PlanError, backend
 from tests.models import tiny_gpt
 from tests.planned import MEMORY, plain_attention, planned_gpt
 from tests.runtime.distributed import run_on_ranks
@@ -28,13 +29,25 @@ TWO, FOUR = (1, 2), (1, 2, 2, 1)
 Found = dict[str, Any]
 
 
-def ddp(rank: int, plan: Found, replicas: int = 2, compiled: bool = False, **options: Any) -> Found:
+def ddp(
+    rank: int, plan: Found, replicas: int = 2, compiled: bool = False, bucket_mb: float | None = None, **options: Any
+) -> Found:
     """Two replicas of a memory group of two, or one group; DDP is over all four ranks."""
     model = sharded_gpt(memory_mesh(4, replicas), **plan)
-    wrapped = DistributedDataParallel(model)
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=bucket_mb)
     run = torch.compile(wrapped, backend="memcompile") if compiled else wrapped
     with plain_attention():
         return train(model, run, FOUR, rank, reduce=False, **options)
+
+
+def ddp_in_buckets(rank: int) -> Found:
+    """Each bucket of DDP's is a graph of its own, and the table is in several."""
+    torch._dynamo.reset()
+    lower = mock.Mock(side_effect=backend._lower)
+    with mock.patch("torch.distributed._DEFAULT_FIRST_BUCKET_BYTES", 1), mock.patch.object(backend, "_lower", lower):
+        found = ddp(rank, SPARSE, replicas=1, compiled=True, bucket_mb=0.04)
+    assert lower.call_count > 2
+    return found
 
 
 def ddp_accumulating(rank: int) -> Found:
@@ -168,6 +181,7 @@ TRAININGS: dict[str, tuple[Callable[[int], Found], Callable[[], Found]]] = {
     "ddp, dense": (lambda rank: ddp(rank, DENSE), lambda: alone(DENSE)),
     "ddp of one group": (lambda rank: ddp(rank, SPARSE, replicas=1), lambda: alone(SPARSE)),
     "ddp, compiled": (lambda rank: ddp(rank, SPARSE, compiled=True), lambda: alone(SPARSE)),
+    "ddp, compiled in buckets": (ddp_in_buckets, lambda: alone(SPARSE)),
     "ddp, clipped": (lambda rank: ddp(rank, SPARSE, clip=0.01), lambda: alone(SPARSE, clip=0.01)),
     "ddp, accumulating": (ddp_accumulating, lambda: alone(SPARSE, accumulate=lambda last: contextlib.nullcontext())),
     "no ddp": (without_ddp, lambda: alone(DENSE, accumulate=lambda last: contextlib.nullcontext())),

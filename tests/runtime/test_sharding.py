@@ -86,11 +86,17 @@ def wrong_orders(rank: int) -> dict[str, str]:
     optimizer = torch.optim.SGD(held.parameters(), lr=0.1)
     told["optimizer"] = raised(memcompile.shard, held, mesh)
     del optimizer
+    inside = planned_gpt()
+    ddp = DistributedDataParallel(inside)
+    told["inside ddp"] = raised(memcompile.shard, inside, mesh)
+    del ddp
+    told["inside no ddp"] = raised(memcompile.shard, inside, mesh)
     told["ddp"] = raised(memcompile.shard, DistributedDataParallel(planned_gpt()), mesh)
     fsdp = planned_gpt()
     fully_shard(fsdp)
     told["fsdp"] = raised(memcompile.shard, fsdp, mesh)
     sharded = sharded_gpt(mesh)
+    told["whole"] = raised(sharded.load_state_dict, planned_gpt().state_dict())
     told["again"] = raised(memcompile.shard, sharded, mesh)
     told["otherwise"] = raised(memcompile.shard, sharded, mesh, by="rows")
     told["by"] = raised(memcompile.shard, planned_gpt(), mesh, by="depth")
@@ -98,6 +104,7 @@ def wrong_orders(rank: int) -> dict[str, str]:
     told["mesh"] = raised(memcompile.shard, planned_gpt(), "cuda")
     told["fused"] = raised(memcompile.shard, planned_gpt(values_grad="fused"), mesh)
     told["parallel rows"] = raised(memcompile.shard, planned_gpt(), mesh, by="rows", tokens="shared")
+    told["no mesh"] = raised(memcompile.plan, tiny_gpt(), shard_by="rows")
     told["planned, unsharded"] = raised(memcompile.plan, planned_gpt(), memory_mesh=mesh)
     told["row optimizer"] = raised(memcompile.runtime.optim.RowAdamW, [sharded.memory_values])
     return told
@@ -283,10 +290,11 @@ def test_ranks_with_other_seeds_have_one_table(ranks):
 
 def test_wrong_orders_name_the_right_one(ranks):
     told = ranks[2][0]["wrong orders"]
-    for name in ("unplanned", "optimizer", "ddp", "fsdp"):
+    for name in ("unplanned", "optimizer", "ddp", "inside ddp", "fsdp"):
         assert told[name].startswith("PlanError") and "plan, shard, then DDP or fully_shard" in told[name], name
     assert "AdamW" not in told["optimizer"] and "SGD holds the memory's parameters" in told["optimizer"]
-    assert told["again"] == ""
+    assert told["again"] == "" and told["inside no ddp"] == ""
+    assert "has all values, and those of Transformer are sharded" in told["whole"]
     assert "sharded over" in told["otherwise"]
     assert "memory_mesh" not in told["planned, unsharded"] and "not sharded" in told["planned, unsharded"]
 
@@ -300,6 +308,7 @@ def test_wrong_options_are_told(ranks):
         "fused": "values_grad='fused'",
         "parallel rows": "by='columns'",
         "row optimizer": "values_optimizer",
+        "no mesh": "memory_mesh",
     }.items():
         assert told[name].startswith("OptionError") and says in told[name], name
 

@@ -95,8 +95,10 @@ def test_optimizers_let_go(path, kind):
 def test_a_directory_that_is_not_there(tmp_path):
     model, _ = trained()
     values = model.memory_values
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="no such directory"):
         memcompile.store_values(model, tmp_path / "none" / "values")
+    with pytest.raises(IsADirectoryError, match="the name of a file"):
+        memcompile.store_values(model, tmp_path)
     assert model.memory_values is values and values.requires_grad
 
 

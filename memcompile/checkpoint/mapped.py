@@ -1,0 +1,48 @@
+"""Values that lie in a file stay as it has them: a checkpoint of others is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from memcompile.checkpoint.model_state import mapped_in
+from memcompile.checkpoint.progress import Progress
+from memcompile.errors import PlanError
+from memcompile.runtime.values_file import numbers_of, read_header
+
+
+def check_mapped(
+    root: nn.Module,
+    saved: Mapping[str, TensorStorageMetadata],
+    read_rows: Callable[[str, int, Tensor], None],
+    source: object,
+    bar: Progress,
+) -> None:
+    """Compares what was saved of values that lie in a file, in its dtype, with the checksum of the file.
+
+    Args:
+        read_rows: reads rows of a saved tensor from one on, `read_rows(name, first, into [rows, value_dim])`.
+
+    Raises:
+        PlanError: they are others.
+    """
+    for name, values in mapped_in(root).items():
+        if name not in saved:
+            continue
+        header, digest = read_header(values.path), hashlib.sha256()
+        bar.start("comparing", header.nbytes)
+        for first, end in header.chunks():
+            rows = torch.empty(end - first, header.shape[1], dtype=header.dtype)
+            read_rows(name, first, rows)
+            digest.update(numbers_of(rows))
+            bar.add(rows.nbytes)
+        bar.close()
+        if digest.hexdigest() != values.checksum:
+            raise PlanError(
+                f"{source} has other {name} than {values.path!r}, where the model's lie, and loading does not write "
+                f"them: plan with values_storage='device', load, and store_values() anew"
+            )
