@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 
 import pytest
 import torch
 
-from memcompile.passes.sandbox import note_caches
+from tests import heap
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other, and for xdist's other worker
-
-
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and all they start, ignore it
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _passed_by():
-    """What is there already, mostly of imports: each collection, and each plan, which looks for caches and optimizers
-    among all objects, would take most of its time to pass it by.
-    """
+def _frozen():
     torch.compiler.reset()
-    gc.collect()
-    note_caches()
-    gc.freeze()
+    heap.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -76,13 +76,11 @@ def export_safetensors(
     Raises:
         CheckpointError: on all ranks: the step is damaged, a dtype has no safetensors, the folder has some already.
     """
-    if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, int) or max_shard_size < 1:
-        raise CheckpointError(f"max_shard_size is a number of bytes, as 5 * 10**9, got {max_shard_size!r}")
     ranks = all_ranks()
     ranks.each("finish the save before", wait)
     bar = Progress(progress if ranks.rank == 0 else False)
-    if max_shard_size < 1:
-        raise CheckpointError(f"max_shard_size must be a number of bytes, got {max_shard_size}")
+    if not isinstance(max_shard_size, int) or max_shard_size < 1:
+        raise CheckpointError(f"max_shard_size must be a number of bytes, as 5 * 10**9, got {max_shard_size!r}")
     rows: _SavedRows | _ModelRows
     if isinstance(source, nn.Module):
         model = source

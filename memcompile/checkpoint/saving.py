@@ -110,9 +110,9 @@ def optimizers_in(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Opt
     Raises:
         CheckpointError: one is no optimizer.
     """
-    given: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if optimizer is None:
         return []
+    given: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     for each in given:
         if not hasattr(each, "param_groups"):
             raise CheckpointError(

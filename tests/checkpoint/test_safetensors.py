@@ -124,5 +124,6 @@ def test_what_cannot_be_exported(exported, tmp_path):
     model.register_buffer("spectrum", torch.ones(2, dtype=torch.complex64))
     with pytest.raises(CheckpointError, match=r"spectrum is torch\.complex64, which safetensors do not store"):
         export_safetensors(model, tmp_path / "other")
-    with pytest.raises(CheckpointError, match="max_shard_size must be a number of bytes, got 0"):
-        export_safetensors(model, tmp_path / "other", max_shard_size=0)
+    for size in (0, "5GB"):
+        with pytest.raises(CheckpointError, match=rf"max_shard_size must be a number of bytes, as .*, got {size!r}"):
+            export_safetensors(model, tmp_path / "other", max_shard_size=size)
