@@ -25,13 +25,12 @@ from memcompile.runtime.checkpoint import config_of, plan_in
 from memcompile.runtime.ddp import check_rebuildable, rebuild
 from memcompile.runtime.install import install
 from memcompile.runtime.interrupts import uninterrupted
-from memcompile.runtime.live_objects import is_in_ddp
 from memcompile.runtime.mapped_values import MappedValues
 from memcompile.runtime.optimizers import adopt_optimizers
 from memcompile.runtime.parallelisms import install_if_distributed
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.sharding import check_plans_agree, check_same, cut, draw_part, redraw_layer
-from memcompile.runtime.wrappers import is_sharded, unwrap
+from memcompile.runtime.wrappers import is_in_ddp, is_sharded, unwrap
 from memcompile.sites import FfnSite
 from memcompile.sizes import resolve
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from memcompile.errors import CaptureError
+from memcompile.lowering._torch import is_traced
 from memcompile.lowering.sharded_table import most_tokens
-from memcompile.passes._torch import FakeTensor
 from memcompile.passes.capacity import Agreement
 from memcompile.passes.verify import names_by_identity
 from memcompile.runtime.collective_errors import named_collectives
@@ -62,7 +62,7 @@ def run_sharded(lowered: Callable[..., Any], tables: list[Table], agreement: Agr
     """
 
     def run(*args: Any) -> Any:
-        if isinstance(args[tables[0].place], FakeTensor):
+        if is_traced(args[tables[0].place]):
             return lowered(*args)  # DDP, which asks for the strides of the outputs to compile the next bucket's graph
         given = list(args)
         for table in tables:

@@ -27,6 +27,7 @@ from memcompile.checkpoint.model_state import (
 )
 from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import all_ranks
+from memcompile.checkpoint.reading import Part
 from memcompile.checkpoint.safetensors_file import SafetensorsFile
 from memcompile.errors import CheckpointError
 from memcompile.runtime.checkpoint import plan_in
@@ -63,7 +64,7 @@ def import_safetensors(
         check_plans(_plans(files), root, f"memcompile.checkpoint.config({str(source)!r})")
         own = model_state(root)
         check_entries(saved, [], own, strict, source)
-        check_mapped(root, saved, lambda name, first, into: _read_rows(pieces[name], first, into), source, bar)
+        check_mapped(root, saved, lambda name, part: _read(part, pieces[name], Progress(False)), source, bar)
         return root, own, pieces, targets(saved, own, root)
 
     root, own, pieces, into = ranks.each("compare the files with the model", prepare)
@@ -71,8 +72,7 @@ def import_safetensors(
     def copy() -> None:
         bar.start("loading", sum(local_part(tensor)[1].nbytes for tensor in into.values()))
         for name, tensor in into.items():
-            for start, piece in pieces[name]:
-                _copy(tensor, start, piece, bar)
+            _read(Part(*local_part(tensor)), pieces[name], bar)
         bar.close()
         run_load_hooks(root, own, strict)
 
@@ -98,9 +98,15 @@ def _plans(files: list[SafetensorsFile]) -> Plans:
     return {} if found is None else {"": found}
 
 
-def _copy(tensor: Tensor, start: int, piece: Tensor, bar: Progress) -> None:
-    """Copies what this rank has of the rows from `start` on."""
-    offsets, local = local_part(tensor)
+def _read(part: Part, pieces: list[tuple[int, Tensor]], bar: Progress) -> None:
+    """Copies a part of a tensor that lies in these pieces, each with its first row."""
+    for start, piece in pieces:
+        _copy(part, start, piece, bar)
+
+
+def _copy(part: Part, start: int, piece: Tensor, bar: Progress) -> None:
+    """Copies what the part has of the rows from `start` on."""
+    offsets, local = part.offsets, part.tensor
     if not offsets:
         local.copy_(piece)
         bar.add(local.nbytes)
@@ -114,14 +120,6 @@ def _copy(tensor: Tensor, start: int, piece: Tensor, bar: Progress) -> None:
         rows = local[row - offsets[0] : end - offsets[0]]
         rows.copy_(piece[row - start : end - start])
         bar.add(rows.nbytes)
-
-
-def _read_rows(pieces: list[tuple[int, Tensor]], first: int, into: Tensor) -> None:
-    """Copies rows from `first` on, whichever pieces have them."""
-    for start, piece in pieces:
-        row, end = max(first, start), min(first + len(into), start + len(piece))
-        if row < end:
-            into[row - first : end - first] = piece[row - start : end - start]
 
 
 def _files(path: Path) -> list[Path]:

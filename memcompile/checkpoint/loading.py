@@ -79,9 +79,9 @@ def load(
     ranks = all_ranks()
     ranks.each("finish the save before", wait)
     path = Path(folder)
-    optimizers = ranks.each("take the optimizer", lambda: optimizers_in(optimizer))
-    asked = {"step": step, "folder": str(path), "strict": strict, "fall_back": fall_back, "optimizers": len(optimizers)}
-    ranks.agree("load", lambda: asked)
+    asked = {"step": step, "folder": str(path), "strict": strict, "fall_back": fall_back}
+    ranks.agree("load", lambda: {**asked, "optimizers": len(optimizers_in(optimizer))})
+    optimizers = optimizers_in(optimizer)
     bar = Progress(progress if ranks.rank == 0 else False)
     manifest = choose(ranks, path, step, fall_back, bar)
     source = folders.step_folder(path, manifest.step)
@@ -91,9 +91,7 @@ def load(
         check_plans(manifest.plans, root, _config_call(path, step))
         own, saved = model_state(root), reader.tensors(MODEL)
         check_entries(saved, reader.objects(MODEL), own, strict, source)
-        check_mapped(
-            root, saved, lambda name, first, into: reader.read({MODEL + name: Part((first, 0), into)}), source, bar
-        )
+        check_mapped(root, saved, lambda name, part: reader.read({MODEL + name: part}), source, bar)
         parts = {MODEL + name: Part(*local_part(tensor)) for name, tensor in targets(saved, own, root).items()}
         if not optimizers:
             return reader, root, own, None, parts

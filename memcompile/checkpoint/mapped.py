@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from memcompile.checkpoint.model_state import mapped_in
 from memcompile.checkpoint.progress import Progress
+from memcompile.checkpoint.reading import Part
 from memcompile.errors import PlanError
 from memcompile.runtime.values_file import numbers_of, read_header
 
@@ -18,14 +19,14 @@ from memcompile.runtime.values_file import numbers_of, read_header
 def check_mapped(
     root: nn.Module,
     saved: Mapping[str, TensorStorageMetadata],
-    read_rows: Callable[[str, int, Tensor], None],
+    read: Callable[[str, Part], None],
     source: object,
     bar: Progress,
 ) -> None:
     """Compares what was saved of values that lie in a file, in its dtype, with the checksum of the file.
 
     Args:
-        read_rows: reads rows of a saved tensor from one on, `read_rows(name, first, into [rows, value_dim])`.
+        read: reads a part of a saved tensor, by its name.
 
     Raises:
         PlanError: they are others.
@@ -37,7 +38,7 @@ def check_mapped(
         bar.start("comparing", header.nbytes)
         for first, end in header.chunks():
             rows = torch.empty(end - first, header.shape[1], dtype=header.dtype)
-            read_rows(name, first, rows)
+            read(name, Part((first, 0), rows))
             digest.update(numbers_of(rows))
             bar.add(rows.nbytes)
         bar.close()

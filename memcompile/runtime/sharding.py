@@ -16,13 +16,12 @@ from memcompile.errors import OptionError, PlanError
 from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, values_shape
 from memcompile.runtime._torch import local_part
 from memcompile.runtime.collective_errors import install_collective_errors
-from memcompile.runtime.live_objects import is_in_ddp
 from memcompile.runtime.optimizers import live_optimizers
 from memcompile.runtime.parallelisms import install_parallelisms
 from memcompile.runtime.pool import MemoryPool, pool_of
 from memcompile.runtime.sharded_values import ShardedValues
 from memcompile.runtime.values_gradient import watch_gradient
-from memcompile.runtime.wrappers import is_sharded, unwrap
+from memcompile.runtime.wrappers import is_in_ddp, is_sharded, unwrap
 from memcompile.sites import VALUES_NAME
 
 if TYPE_CHECKING:

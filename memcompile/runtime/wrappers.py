@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from memcompile.errors import PlanError
 from memcompile.runtime._torch import OptimizedModule
+from memcompile.runtime.live_objects import live_objects
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, list[DistributedDataParallel]]:
@@ -26,6 +29,18 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, list[DistributedDataParallel]]:
             model = model.module
         else:
             return model, ddp
+
+
+def is_in_ddp(root: nn.Module) -> bool:
+    """Whether some DistributedDataParallel of this process wraps the model, of which it knows nothing itself."""
+
+    def found() -> bool:
+        return any(getattr(ddp, "module", None) is root for ddp in live_objects(DistributedDataParallel))
+
+    if not found():
+        return False
+    gc.collect()  # one that was dropped, and is only reached by itself
+    return found()
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 import memcompile
+from memcompile.passes._torch import FakeTensorMode
 from memcompile.passes.normalize import operator_name
+from memcompile.passes.sandbox import forgotten
 from memcompile.passes.trace import trace
+from tests import heap
 from tests.models import BATCH, TIME, WIDTH, ZOO, Block, Transformer, plain_ffn, tiny_gpt
 from tests.planned import MEMORY
 
@@ -169,6 +172,17 @@ def test_caches_of_functions_keep_no_fake_tensor(bound):
     trace(model, (tokens,))
     assert torch.equal(model(tokens), before)
     assert untouched() is kept
+
+
+def test_caches_that_were_frozen_are_remembered():
+    @functools.lru_cache
+    def ones():
+        return torch.ones(2)
+
+    heap.freeze()
+    with forgotten(), FakeTensorMode():
+        ones()
+    assert not ones.cache_info().currsize
 
 
 def test_hooks_stay_silent():

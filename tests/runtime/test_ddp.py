@@ -10,6 +10,7 @@ import contextlib
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -74,12 +75,9 @@ def compile_then_ddp_in_buckets(rank: int) -> dict[str, Any]:
     model = dense(rank)
     optimizer = optimizer_of(model)
     GRAPHS.clear()
-    first_bucket, dist._DEFAULT_FIRST_BUCKET_BYTES = dist._DEFAULT_FIRST_BUCKET_BYTES, 1024
-    try:
+    with mock.patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1024):
         ddp = DistributedDataParallel(torch.compile(model, backend="memcompile", **PLAN), bucket_cap_mb=0.004)
         return train(ddp, model, optimizer, rank) | {"graphs": len(GRAPHS)}
-    finally:
-        dist._DEFAULT_FIRST_BUCKET_BYTES = first_bucket
 
 
 def ddp_then_compile(rank: int) -> dict[str, Any]:
