@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks.common.results import write_json
 from benchmarks.common.tables import milliseconds, table
 from memcompile.lowering import operator
-from memcompile.runtime.mapped_values import MappedValues, open_values
-from memcompile.runtime.values_file import write
+from memcompile.runtime.storage.mapped_values import MappedValues, open_values
+from memcompile.runtime.storage.values_file import write
 
 DIM, HITS, TOKENS = 512, 128, (1, 16, 512)
 READAHEAD, RANDOM, PREFETCH, MEMORY = "default read-ahead", "MADV_RANDOM", "prefetch_rows", "in memory"

@@ -9,6 +9,7 @@ Importing the package adds the backend to `torch.compile`; every other backend s
 import importlib
 from typing import Any
 
+from memcompile.common.sites import FfnSite
 from memcompile.compile import install_front_door
 from memcompile.config import MemoryConfig
 from memcompile.errors import (
@@ -20,19 +21,18 @@ from memcompile.errors import (
     PlanError,
 )
 from memcompile.explain import ExplainedSite, Explanation, explain
-from memcompile.lowering.sparse_table import set_stepper_of
-from memcompile.passes.detect import find_ffns
-from memcompile.planning import catch_up, config_from, plan, reset_parameters
-from memcompile.runtime.checkpoint import install_load_guard
-from memcompile.runtime.gradients_by_mesh import install_by_mesh
+from memcompile.lowering.gather.table_gather import set_stepper_of
+from memcompile.passes.detect.detect import find_ffns
+from memcompile.planning.plan import catch_up, config_from, plan, reset_parameters
+from memcompile.runtime.distributed.gradients_by_mesh import install_by_mesh
+from memcompile.runtime.distributed.replicas import install_replica_hook
+from memcompile.runtime.distributed.sharding import shard
 from memcompile.runtime.optimizer_checkpoints import install_exact_loading
-from memcompile.runtime.replicas import install_replica_hook
-from memcompile.runtime.sharding import shard
+from memcompile.runtime.state_dicts import install_load_guard
 from memcompile.runtime.steps import install_step_hooks
-from memcompile.runtime.store import store_values
-from memcompile.runtime.values_file import verify as verify_values
+from memcompile.runtime.storage.store import store_values
+from memcompile.runtime.storage.values_file import verify as verify_values
 from memcompile.runtime.values_stepper import stepper_of
-from memcompile.sites import FfnSite
 from memcompile.version import __version__
 
 __all__ = [

@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from memcompile._torch import OVERLAP, compile_fx
 from memcompile.errors import PlanError
 from memcompile.lowering import cpu, inductor_patches
-from memcompile.passes.capacity import agreement_of
-from memcompile.passes.dense_gradient import make_dense_where_read
-from memcompile.passes.verify import verify
+from memcompile.passes.checks.capacity import agreement_of
+from memcompile.passes.checks.captured_memory import verify
+from memcompile.passes.checks.dense_gradient import make_dense_where_read
 from memcompile.runtime.pool import MemoryPool, live_pools
 from memcompile.runtime.values_gradient import watch_gradient
 from memcompile.sharded_graphs import run_sharded, tables_among

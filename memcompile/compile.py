@@ -18,7 +18,7 @@ from memcompile.backend import Backend
 from memcompile.backend import memcompile as named_backend
 from memcompile.config import OPTION_NAMES, check_names
 from memcompile.errors import OptionError, PlanError
-from memcompile.planning import plan
+from memcompile.planning.plan import plan
 from memcompile.runtime.pool import live_pools, pool_of
 from memcompile.runtime.values_gradient import watch_gradient
 from memcompile.runtime.wrappers import unwrap

@@ -9,8 +9,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from memcompile.common.sites import FfnSite
 from memcompile.errors import OptionError
-from memcompile.sites import FfnSite
 
 LayerChoice = int | str | Sequence[int | str] | Callable[[FfnSite], bool]
 

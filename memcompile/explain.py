@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from memcompile.common.sites import FfnSite
 from memcompile.config import MemoryConfig
 from memcompile.lowering import memory_lookup
-from memcompile.passes.detect import find_ffns
+from memcompile.passes.detect.detect import find_ffns
 from memcompile.runtime.layer import LayerTensors, MemoryLayer
 from memcompile.runtime.pool import MemoryPool, pool_of
 from memcompile.runtime.wrappers import unwrap
-from memcompile.sites import FfnSite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

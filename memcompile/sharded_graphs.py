@@ -10,10 +10,10 @@ import torch
 
 from memcompile.errors import CaptureError
 from memcompile.lowering._torch import is_traced
-from memcompile.lowering.sharded_table import most_tokens
-from memcompile.passes.capacity import Agreement
-from memcompile.passes.verify import names_by_identity
-from memcompile.runtime.collective_errors import named_collectives
+from memcompile.lowering.distributed.sharded_table import most_tokens
+from memcompile.passes.checks.capacity import Agreement
+from memcompile.passes.checks.captured_memory import names_by_identity
+from memcompile.runtime.distributed.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import gc
 
-from memcompile.passes.sandbox import note_caches
+from memcompile.passes.capture.sandbox import note_caches
 
 
 def freeze() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import memcompile
-from memcompile.passes.verify import is_lookup
+from memcompile.passes.checks.captured_memory import is_lookup
 from tests.models import BATCH, TIME, VOCABULARY, tiny_gpt
 
 MEMORY: dict[str, Any] = {"n_keys": 8, "heads": 2, "top_k": 4, "key_dim": 8}

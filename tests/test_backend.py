@@ -10,7 +10,7 @@ from torch import nn
 import memcompile
 from memcompile import CaptureError, PlanError
 from memcompile.backend import memcompile as named_backend
-from memcompile.passes.verify import is_lookup
+from memcompile.passes.checks.captured_memory import is_lookup
 from tests.models import (
     DYNAMO_TRACES_MATMUL_OF_OBJECTS,
     GATED_HIDDEN,

@@ -13,7 +13,7 @@ from torch import nn
 import memcompile
 from memcompile import MemoryConfig, OptionError, PlanError
 from memcompile.compile import install_front_door
-from memcompile.passes.verify import is_lookup
+from memcompile.passes.checks.captured_memory import is_lookup
 from memcompile.runtime.pool import pool_of
 from tests.models import tiny_gpt
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from benchmarks.common.dense import gelu_ffn, swiglu_ffn
 from benchmarks.common.setting import Contestant, Setting, Work, draw
 from memcompile.lowering import inductor_patches
-from memcompile.lowering.cpu.gemm import mkl_is_held_back
+from memcompile.lowering.inductor.gemm import mkl_is_held_back
 
 OUR_GEMMS = "SwiGLU, our GEMMs"
 HIDDEN_MULTIPLE = 32

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering.cpu.build import build
-from memcompile.lowering.cpu.gemm import mkl_is_held_back
+from memcompile.lowering.inductor.gemm import mkl_is_held_back
 
 ROWS = 2**16  # rows read at once: as many as 512 tokens with 4 heads of 32 hits read
 REPETITIONS = 21

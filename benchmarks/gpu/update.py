@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from benchmarks.common.setting import Setting
 from benchmarks.gpu.case import OURS, STEP, UPDATE, Case, Entry
 from memcompile.lowering import operator
-from memcompile.lowering.row_adam import moments_of
+from memcompile.lowering.update.row_adam import moments_of
 
 SPARSE, FUSED = "torch.optim.SparseAdam", "torch.optim.AdamW, fused, all rows"
 MOST_SLOTS = 2**16

@@ -16,7 +16,7 @@ from benchmarks.common.setting import Layer, fill_table
 from benchmarks.training_step import cases
 from benchmarks.training_step.cases import Case
 from memcompile.lowering import cpu
-from memcompile.lowering.schema import operator
+from memcompile.lowering.register.schema import operator
 from memcompile.runtime.optim.row_optimizer import MOMENTS
 from memcompile.runtime.pool import MemoryPool, pool_of
 

@@ -5,8 +5,8 @@ step, extra, _ = memcompile.checkpoint.load("run", model, optimizer)
 """
 
 from memcompile.checkpoint.asynchronous import SaveHandle, wait
-from memcompile.checkpoint.exporting import export_safetensors
-from memcompile.checkpoint.importing import import_safetensors
+from memcompile.checkpoint.formats.exporting import export_safetensors
+from memcompile.checkpoint.formats.importing import import_safetensors
 from memcompile.checkpoint.listing import config, steps
 from memcompile.checkpoint.loading import Loaded, load
 from memcompile.checkpoint.saving import save

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from memcompile.checkpoint import folders
-from memcompile.checkpoint.importing import plans_in
-from memcompile.checkpoint.manifest import Manifest
-from memcompile.checkpoint.model_state import decoded
+from memcompile.checkpoint.formats.importing import plans_in
+from memcompile.checkpoint.state.model_state import decoded
+from memcompile.checkpoint.steps import folders
+from memcompile.checkpoint.steps.manifest import Manifest
 from memcompile.config import MemoryConfig
 from memcompile.errors import CheckpointError
-from memcompile.runtime.checkpoint import config_of
+from memcompile.runtime.state_dicts import config_of
 
 
 def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") -> MemoryConfig:

@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
-from memcompile.checkpoint import folders
 from memcompile.checkpoint._torch import local_part
 from memcompile.checkpoint.asynchronous import wait
-from memcompile.checkpoint.mapped import check_mapped
-from memcompile.checkpoint.model_state import (
+from memcompile.checkpoint.formats.reading import Part, StepReader
+from memcompile.checkpoint.progress import Progress
+from memcompile.checkpoint.ranks import all_ranks
+from memcompile.checkpoint.saving import EXTRA, MODEL, OPTIMIZER, OPTIMIZER_REST, optimizers_in
+from memcompile.checkpoint.state.mapped import check_mapped
+from memcompile.checkpoint.state.model_state import (
     check_entries,
     check_plans,
     model_state,
@@ -23,12 +26,9 @@ from memcompile.checkpoint.model_state import (
     run_load_hooks,
     targets,
 )
-from memcompile.checkpoint.optimizer_state import OptimizerState, unpacked
-from memcompile.checkpoint.progress import Progress
-from memcompile.checkpoint.ranks import all_ranks
-from memcompile.checkpoint.reading import Part, StepReader
-from memcompile.checkpoint.saving import EXTRA, MODEL, OPTIMIZER, OPTIMIZER_REST, optimizers_in
-from memcompile.checkpoint.verify import choose
+from memcompile.checkpoint.state.optimizer_state import OptimizerState, unpacked
+from memcompile.checkpoint.steps import folders
+from memcompile.checkpoint.steps.verify import choose
 from memcompile.errors import CheckpointError
 
 log = logging.getLogger(__name__)

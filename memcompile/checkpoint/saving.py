@@ -15,14 +15,14 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
-from memcompile.checkpoint import folders
 from memcompile.checkpoint.asynchronous import SaveHandle, wait
-from memcompile.checkpoint.files import write_files
-from memcompile.checkpoint.manifest import NAME, Manifest
-from memcompile.checkpoint.model_state import Plans, mapped_in, model_state, plans_of, root_of
-from memcompile.checkpoint.optimizer_state import OptimizerState, packed
+from memcompile.checkpoint.formats.dcp_files import write_files
 from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import all_ranks
+from memcompile.checkpoint.state.model_state import Plans, mapped_in, model_state, plans_of, root_of
+from memcompile.checkpoint.state.optimizer_state import OptimizerState, packed
+from memcompile.checkpoint.steps import folders
+from memcompile.checkpoint.steps.manifest import NAME, Manifest
 from memcompile.errors import CheckpointError
 
 log = logging.getLogger(__name__)

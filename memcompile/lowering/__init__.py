@@ -2,29 +2,20 @@
 
 from typing import TYPE_CHECKING, Any
 
-from memcompile.lowering import (
-    caches,
-    cpu,
-    flops,
-    lagging_rows,
-    prefetch_rows,
-    product_key_search,
-    product_key_topk,
-    row_adagrad,
-    row_adam,
-    row_sgd,
-    row_sums,
-    skipped_steps,
-    sparse_clipping,
-    sparse_table,
-    weighted_gather,
-)
+from memcompile.lowering import cpu, sparse_clipping
+from memcompile.lowering.gather import prefetch_rows, row_sums, weighted_gather
+from memcompile.lowering.gather import stale_rows as lagging_rows
+from memcompile.lowering.gather import table_gather as sparse_table
+from memcompile.lowering.inductor import caches
 from memcompile.lowering.memory_lookup import memory_lookup
 from memcompile.lowering.reference import memory_lookup_reference, product_key_topk_reference
-from memcompile.lowering.schema import LIBRARY, NAMESPACE, SCHEMAS, operator
+from memcompile.lowering.register import flops
+from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, SCHEMAS, operator
+from memcompile.lowering.search import product_key_search, product_key_topk
+from memcompile.lowering.update import row_adagrad, row_adam, row_sgd, skipped_steps
 
 if TYPE_CHECKING:
-    from memcompile.lowering.inductor import LoweringPass, inductor_patches
+    from memcompile.lowering.inductor.graph_pass import LoweringPass, inductor_patches
 
 __all__ = [
     "LIBRARY",
@@ -59,7 +50,7 @@ caches.tag_caches()
 def __getattr__(name: str) -> Any:
     # Inductor takes longer to import than everything else here, and only who compiles needs it.
     if name in ("LoweringPass", "inductor_patches"):
-        from memcompile.lowering import inductor
+        from memcompile.lowering.inductor import graph_pass as inductor
 
         return getattr(inductor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memcompile.lowering._torch import functorch_is_active
-from memcompile.lowering.collectives import sum_gradients, sum_over_ranks
-from memcompile.lowering.product_key_topk import check_top_k
-from memcompile.lowering.schema import LIBRARY, operator
-from memcompile.lowering.sharded_table import ASK, Shards, have_same_tokens, sharded_gather
+from memcompile.lowering.distributed.collectives import sum_gradients, sum_over_ranks
+from memcompile.lowering.distributed.sharded_table import ASK, Shards, have_same_tokens, sharded_gather
+from memcompile.lowering.register.schema import LIBRARY, operator
+from memcompile.lowering.search.product_key_topk import check_top_k
 
 VALUES_GRADS = ("dense", "sparse", "fused")
 VALUES_STORAGES = ("device", "host", "mmap")

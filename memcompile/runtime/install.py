@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite
 from memcompile.errors import PlanError
-from memcompile.runtime.added import CarryingWeight
-from memcompile.runtime.checkpoint import install_checkpoint_hook
-from memcompile.runtime.frozen_values import create_values, keep_in_place
+from memcompile.runtime.distributed.sharding import cut_layers, new_sharded_values
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool
-from memcompile.runtime.sharding import cut_layers, new_sharded_values
-from memcompile.runtime.stand_ins import ReplacedParameter, Role
+from memcompile.runtime.stand_ins.added import CarryingWeight
+from memcompile.runtime.stand_ins.replaced import ReplacedParameter, Role
+from memcompile.runtime.state_dicts import install_checkpoint_hook
+from memcompile.runtime.storage.frozen_values import create_values, keep_in_place
 from memcompile.runtime.values_gradient import watch_gradient
-from memcompile.sites import LAYER_NAME, VALUES_NAME, FfnSite
 
 
 def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:

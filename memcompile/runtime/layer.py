@@ -10,11 +10,11 @@ from torch.distributed.tensor import DTensor
 
 from memcompile.lowering import memory_lookup
 from memcompile.lowering._torch import functorch_is_active
+from memcompile.lowering.distributed.sharded_table import ASK
 from memcompile.lowering.parameters import draw_layer, new_layer
-from memcompile.lowering.sharded_table import ASK
-from memcompile.runtime.checkpoint import encode_plan
-from memcompile.runtime.collective_errors import named_collectives
+from memcompile.runtime.distributed.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
+from memcompile.runtime.state_dicts import encode_plan
 from memcompile.runtime.values_gradient import watch_gradient
 
 _Optional = Tensor | None

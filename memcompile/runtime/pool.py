@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memcompile.common.sites import VALUES_NAME, FfnSite
 from memcompile.config import MemoryConfig
 from memcompile.runtime._torch import local_part
-from memcompile.sites import VALUES_NAME, FfnSite
 
 if TYPE_CHECKING:
+    from memcompile.runtime.distributed.replicas import Replicas
+    from memcompile.runtime.distributed.sharded_values import ShardedValues
     from memcompile.runtime.layer import MemoryLayer
-    from memcompile.runtime.replicas import Replicas
-    from memcompile.runtime.sharded_values import ShardedValues
     from memcompile.runtime.values_stepper import ValuesReader
 
 _POOL_ATTRIBUTE = "_memcompile_pool"

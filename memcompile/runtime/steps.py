@@ -18,10 +18,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memcompile.errors import OptionError
 from memcompile.runtime._torch import innermost
+from memcompile.runtime.adoption import per_parameter
 from memcompile.runtime.counterparts import rate_like, row_optimizer_in, takes_sparse_gradients
-from memcompile.runtime.frozen_values import refuse_gradient
-from memcompile.runtime.optimizers import per_parameter
 from memcompile.runtime.pool import MemoryPool, live_pools
+from memcompile.runtime.storage.frozen_values import refuse_gradient
 from memcompile.runtime.values_stepper import (
     ValuesStepper,
     release,

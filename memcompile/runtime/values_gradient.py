@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from memcompile.lowering.sparse_table import coalesced
+from memcompile.lowering.gather.table_gather import coalesced
+from memcompile.runtime.distributed.replicas import average_after_backward
 from memcompile.runtime.optim.gradients import touched_rows
 from memcompile.runtime.pool import MemoryPool
-from memcompile.runtime.replicas import average_after_backward
 
 _watched: Any = WeakTensorKeyDictionary()  # not an attribute: a parameter is pickled with those
 

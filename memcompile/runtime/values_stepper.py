@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 
 from memcompile.errors import OptionError
 from memcompile.runtime._torch import at_once, local_part
+from memcompile.runtime.adoption import live_optimizers
 from memcompile.runtime.counterparts import are_alike, rate_like, row_optimizer_in
 from memcompile.runtime.fused_update import FusedUpdate
 from memcompile.runtime.optim import RowOptimizer
-from memcompile.runtime.optimizers import live_optimizers
 from memcompile.runtime.pool import MemoryPool, live_pools
 from memcompile.runtime.values_gradient import watch_gradient
 

@@ -19,7 +19,7 @@ from memcompile.cost.job import Job
 from memcompile.cost.memory import memory_of
 from memcompile.cost.plot import NUMBERS_OF_GPUS
 from memcompile.cost.time import Hardware
-from memcompile.lowering.schema import operator
+from memcompile.lowering.register.schema import operator
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux counts what a socket receives")
 SIZES = command.QUICK

@@ -30,7 +30,7 @@ from memcompile.checkpoint import load, save, saving, steps
 from memcompile.runtime._torch import local_part
 from tests.checkpoint.trainings import everything
 from tests.planned import batch, planned_gpt
-from tests.runtime.sharded import memory_mesh, sharded_gpt
+from tests.runtime.distributed.sharded import memory_mesh, sharded_gpt
 
 STEPS, EVERY = 12, 3  # steps, and from one save to the next
 IN_A_STEP, IN_A_SAVE = 8, 9

@@ -20,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from memcompile import CheckpointError, PlanError
-from memcompile.checkpoint import export_safetensors, exporting, files, import_safetensors, load, save, steps
+from memcompile.checkpoint import export_safetensors, import_safetensors, load, save, steps
+from memcompile.checkpoint.formats import dcp_files as files
+from memcompile.checkpoint.formats import exporting
 from tests.checkpoint.trainings import everything, sharded_gpt, step_by_noise, trained
 from tests.planned import assert_same, batch, planned_gpt
-from tests.runtime.distributed import TIMEOUT, run_on_ranks
+from tests.runtime.distributed.processes import TIMEOUT, run_on_ranks
 
 WORLDS = (1, 4, 3, 2, 1)  # jobs, one after another; each loads what it and those before it have saved
 SAVED = {1: ["plain"], 4: ["plain", "columns", "rows", "grid", "fsdp"], 3: ["rows"], 2: ["columns"]}

@@ -15,8 +15,8 @@ from torch import nn
 import memcompile
 import memcompile.checkpoint
 from tests.planned import planned_gpt
-from tests.runtime.distributed import run_on_ranks
-from tests.runtime.sharded import largest_difference, memory_mesh, sharded_gpt, train, whole
+from tests.runtime.distributed.processes import run_on_ranks
+from tests.runtime.distributed.sharded import largest_difference, memory_mesh, sharded_gpt, train, whole
 
 SIZES = (2, 1)
 KINDS = (None, "row_wise_adagrad", "lazy_adam")

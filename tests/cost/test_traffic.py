@@ -12,8 +12,8 @@ import torch.distributed as dist
 from benchmarks.sharding.cases import Case, Sizes
 from benchmarks.sharding.traffic import Alone, beside, formulas
 from benchmarks.sharding.trainee import Trainee
-from tests.runtime.distributed import run_on_ranks
-from tests.runtime.sharded import memory_mesh
+from tests.runtime.distributed.processes import run_on_ranks
+from tests.runtime.distributed.sharded import memory_mesh
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux counts what a socket receives")
 

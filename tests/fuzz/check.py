@@ -11,8 +11,8 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 import memcompile
+from memcompile.common.sites import FfnSite
 from memcompile.runtime.pool import pool_of
-from memcompile.sites import FfnSite
 from tests.fuzz.grammar import fitted
 from tests.fuzz.misses import MISSES
 from tests.fuzz.source import Source, write

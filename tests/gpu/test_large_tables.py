@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.gpu.exact import assert_zero_elsewhere, rows_of
 from tests.gpu.how import HOW, how
-from tests.lowering.test_weighted_gather import plain_dot, plain_gather, plain_scatter
+from tests.lowering.gather.test_weighted_gather import plain_dot, plain_gather, plain_scatter
 from tests.tolerance import assert_as_accurate
 
 gather = torch.ops.memcompile.weighted_gather.default

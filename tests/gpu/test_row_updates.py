@@ -7,7 +7,7 @@ from torch import nn
 from memcompile.lowering import operator
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
 from tests.gpu.how import no_synchronisation
-from tests.lowering.test_row_updates import FORMS, NAMES, ROWS_AT, arguments, assert_updates, tables_of
+from tests.lowering.update.test_row_updates import FORMS, NAMES, ROWS_AT, arguments, assert_updates, tables_of
 
 FORM = pytest.mark.parametrize("form", FORMS)
 NAME = pytest.mark.parametrize("name", NAMES)

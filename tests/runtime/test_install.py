@@ -12,7 +12,7 @@ from torch import nn
 import memcompile
 from memcompile import PlanError
 from memcompile.runtime import install
-from memcompile.runtime.stand_ins import ReplacedParameter, Role
+from memcompile.runtime.stand_ins.replaced import ReplacedParameter, Role
 from tests.models import VOCABULARY, WIDTH, tiny_gpt
 from tests.planned import MEMORY, batch
 

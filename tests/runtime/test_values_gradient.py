@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memcompile.config import SPARSE_FROM
-from memcompile.lowering import sparse_table
+from memcompile.lowering.gather import table_gather as sparse_table
 from memcompile.runtime.pool import pool_of
 from memcompile.runtime.values_gradient import sum_of_rows
 from tests.models import Block

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import memcompile
-from memcompile.sites import FfnSite
+from memcompile.common.sites import FfnSite
 from tests.zoo import MODELS, TRAPS
 from tests.zoo.entry import Entry
 

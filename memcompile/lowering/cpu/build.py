@@ -88,7 +88,7 @@ def build(source: Path, flags: Sequence[str], key: str = "") -> Path:
     # The predefined macros name the compiler's version and the instruction sets that "native" stands for.
     macros = _run([*command[:-2], "-dM", "-E", "-x", "c++", os.devnull], "is MEMCOMPILE_CPU_ARCH one that it knows?")
     digest = hashlib.sha256("\0".join([macros, key, source.name, *command, *flags]).encode())
-    for path in sorted({*SOURCES.iterdir(), *source.parent.glob("*.h"), source}):
+    for path in sorted({*SOURCES.rglob("*.*"), *source.parent.glob("*.h"), source}):
         digest.update(path.read_bytes())
     target = cache_directory() / f"{source.stem}-{digest.hexdigest()[:24]}.so"
     if target.exists():

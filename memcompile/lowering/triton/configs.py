@@ -6,7 +6,7 @@ Chosen by the registers that the compiled kernels take: docs/kernels.md has them
 
 from dataclasses import dataclass
 
-from memcompile.lowering.product_key_topk import candidate_pairs
+from memcompile.lowering.search.product_key_topk import candidate_pairs
 
 
 def next_power_of_2(number: int) -> int:

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memcompile.lowering._torch import size_hint
-from memcompile.lowering.hits import sum_dtype
-from memcompile.lowering.row_adam import moments_of
+from memcompile.lowering.gather.hits import sum_dtype
 from memcompile.lowering.triton import configs, cost, serve
 from memcompile.lowering.triton.kernels.candidates import rank_candidates
 from memcompile.lowering.triton.kernels.gather import gather_dot_rows, weighted_gather_rows
@@ -22,6 +21,7 @@ from memcompile.lowering.triton.kernels.row_updates import update_adagrad, updat
 from memcompile.lowering.triton.kernels.segments import add_atomically, join_chunks, sum_chunks
 from memcompile.lowering.triton.kernels.select import select_computed, select_stored
 from memcompile.lowering.triton.settings import is_interpreted, uses_atomics
+from memcompile.lowering.update.row_adam import moments_of
 
 Size = Any  # int or torch.SymInt
 
@@ -125,7 +125,7 @@ def _scores(halves: Tensor, half_keys: Tensor) -> Tensor:
 
 
 def product_key_search(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """See `memcompile.lowering.product_key_search`; query and half_keys of fp32, fp16 or bf16."""
+    """See `memcompile.lowering.search.product_key_search`; query and half_keys of fp32, fp16 or bf16."""
     tokens, heads, key_dim = query.shape
     n_keys = half_keys.shape[2]
     halves = query.reshape(tokens, heads, 2, key_dim // 2).permute(2, 0, 1, 3)
@@ -138,7 +138,7 @@ def product_key_search(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Te
 
 
 def product_key_topk(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """See `memcompile.lowering.product_key_topk`; scores of fp32."""
+    """See `memcompile.lowering.search.product_key_topk`; scores of fp32."""
     return _rank(_select_stored(scores, top_k), scores.shape[3], top_k, softmax=False)
 
 
@@ -146,7 +146,7 @@ def product_key_topk(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """See `memcompile.lowering.weighted_gather`; weights are read as they are, sums are in fp32."""
+    """See `memcompile.lowering.gather.weighted_gather`; weights are read as they are, sums are in fp32."""
     (tokens, hits), value_dim = slots.shape, values.shape[1]
     out = values.new_empty((tokens, value_dim))
     config = configs.gather_configs(size_hint(tokens), value_dim)[0]
@@ -159,7 +159,7 @@ def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 
 def gather_dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
-    """See `memcompile.lowering.weighted_gather`."""
+    """See `memcompile.lowering.gather.weighted_gather`."""
     (tokens, hits), value_dim = slots.shape, values.shape[1]
     dots = values.new_empty((tokens, hits), dtype=torch.float32)
     config = configs.dot_config(value_dim)
@@ -172,7 +172,7 @@ def gather_dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
 
 
 def weighted_scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: Size) -> Tensor:
-    """See `memcompile.lowering.weighted_gather`. Deterministic unless `MEMCOMPILE_ATOMICS` is set."""
+    """See `memcompile.lowering.gather.weighted_gather`. Deterministic unless `MEMCOMPILE_ATOMICS` is set."""
     if uses_atomics():
         return _scatter_atomically(slots, weights, grad, num_slots)
     (tokens, hits), value_dim = slots.shape, grad.shape[1]
@@ -219,7 +219,7 @@ def row_adam(
     numbers: Tensor,
     seed: int,
 ) -> None:
-    """See `memcompile.lowering.row_adam`."""
+    """See `memcompile.lowering.update.row_adam`."""
     decay, beta1, beta2, rate, scale, eps = numbers.tolist()  # on the CPU
     config = configs.update_config(values.shape[1], sum_dtype(values).itemsize)
     plans = (plan_of_row, decays, panels)
@@ -251,7 +251,7 @@ def row_adagrad(
     decoupled: bool,
     seed: int,
 ) -> None:
-    """See `memcompile.lowering.row_adagrad`."""
+    """See `memcompile.lowering.update.row_adagrad`."""
     config = configs.adagrad_config(values.shape[1], sum_dtype(values).itemsize)
     added, kept = (0.0, 1 - lr * weight_decay) if decoupled else (weight_decay, 1.0)
     _update(
@@ -269,7 +269,7 @@ def row_sgd(
     rate: float,
     seed: int,
 ) -> None:
-    """See `memcompile.lowering.row_sgd`."""
+    """See `memcompile.lowering.update.row_sgd`."""
     config = configs.update_config(values.shape[1], sum_dtype(values).itemsize)
     columns = (_blocks(values.shape[1], config.block_columns),)
     _update(update_sgd, config, columns, (values, rounded), rows, (grad, decays), (), seed, (rate,))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from memcompile.lowering._torch import is_keyed
-from memcompile.lowering.schema import operator
+from memcompile.lowering.register.schema import operator
 from memcompile.lowering.triton import serve
 from memcompile.lowering.triton.configs import gather_configs
 from memcompile.lowering.triton.settings import is_interpreted

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from memcompile.lowering.rate_history import RateHistory
-from memcompile.lowering.schema import operator
+from memcompile.lowering.register.schema import operator
+from memcompile.lowering.update.rate_history import RateHistory
 from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State
 
 _HITS_A_ROW = 4  # from which a copy of a table is cheaper than to correct each hit

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import OptionError
-from memcompile.lowering.hits import sum_dtype
-from memcompile.lowering.row_tables import Gradient
-from memcompile.lowering.schema import operator
+from memcompile.lowering.gather.hits import sum_dtype
+from memcompile.lowering.register.schema import operator
+from memcompile.lowering.update.row_tables import Gradient
 from memcompile.runtime.optim.catching_up import CatchingUpOptimizer
 from memcompile.runtime.optim.gradients import as_rows
 from memcompile.runtime.optim.row_optimizer import (

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 from memcompile.errors import OptionError
 from memcompile.lowering.cpu.pages import advise_huge_pages
-from memcompile.lowering.hits import sum_dtype
-from memcompile.lowering.row_tables import Gradient
-from memcompile.lowering.schema import operator
-from memcompile.lowering.sharded_table import Shards
-from memcompile.lowering.stochastic_rounding import seed_of_step
+from memcompile.lowering.distributed.sharded_table import Shards
+from memcompile.lowering.gather.hits import sum_dtype
+from memcompile.lowering.register.schema import operator
+from memcompile.lowering.update.row_tables import Gradient
+from memcompile.lowering.update.stochastic_rounding import seed_of_step
 from memcompile.runtime.optim.gradients import as_rows, touched_rows
 
 Group = dict[str, Any]

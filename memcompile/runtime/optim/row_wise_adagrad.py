@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from memcompile.errors import OptionError
-from memcompile.lowering import collectives
-from memcompile.lowering.hits import sum_dtype
-from memcompile.lowering.row_tables import Gradient, chunks, load_rows, store_values
-from memcompile.lowering.schema import operator
+from memcompile.lowering.distributed import collectives
+from memcompile.lowering.gather.hits import sum_dtype
+from memcompile.lowering.register.schema import operator
+from memcompile.lowering.update.row_tables import Gradient, chunks, load_rows, store_values
 from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State, require, step_seed, tables
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memcompile.lowering.rate_history import RateHistory
-from memcompile.lowering.row_adam import moments_of
-from memcompile.lowering.schema import operator
-from memcompile.lowering.skipped_steps import BETA1, BETA2
+from memcompile.lowering.register.schema import operator
+from memcompile.lowering.update.rate_history import RateHistory
+from memcompile.lowering.update.row_adam import moments_of
+from memcompile.lowering.update.skipped_steps import BETA1, BETA2
 
 _NONE = 1e-300  # stands for a beta1 of 0 where its logarithm is taken
 

@@ -5,12 +5,12 @@
 #include <cstring>
 #include <vector>
 
-#include "by_slot.h"
-#include "lagging_rows.h"
-#include "row_updates.h"
-#include "rows.h"
-#include "scores.h"
-#include "search.h"
+#include "kernels/by_slot.h"
+#include "kernels/lagging_rows.h"
+#include "kernels/row_updates.h"
+#include "kernels/rows.h"
+#include "kernels/scores.h"
+#include "kernels/search.h"
 
 using namespace memcompile;
 

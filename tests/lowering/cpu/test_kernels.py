@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memcompile.lowering import cpu, operator
-from memcompile.lowering.product_key_topk import _kernel as topk_in_pytorch
+from memcompile.lowering.search.product_key_topk import _kernel as topk_in_pytorch
 from tests.lowering.cases import assert_best, scores_of, weights_at
 from tests.tolerance import assert_as_accurate
 

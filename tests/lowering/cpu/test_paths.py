@@ -15,8 +15,9 @@ from memcompile.lowering.cpu import build
 
 ROOT = Path(__file__).parents[3]
 FILES = (
-    "test_weighted_gather test_product_key_topk test_product_key_search test_autocast test_row_updates test_row_sums "
-    "test_skipped_steps test_lagging_rows test_prefetch_rows cpu/test_kernels"
+    "gather/test_weighted_gather search/test_product_key_topk search/test_product_key_search test_autocast "
+    "update/test_row_updates gather/test_row_sums update/test_skipped_steps gather/test_stale_rows "
+    "gather/test_prefetch_rows cpu/test_kernels"
 ).split()
 WAYS = {"PyTorch operators": {"MEMCOMPILE_CPU_KERNELS": "0"}}
 if platform.machine() in ("x86_64", "AMD64") and cpu.load():

@@ -18,9 +18,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from memcompile.lowering.hits import sum_dtype
-from memcompile.lowering.row_adam import moments_of
+from memcompile.lowering.gather.hits import sum_dtype
 from memcompile.lowering.triton import configs, cost, launch
+from memcompile.lowering.update.row_adam import moments_of
 from tests.lowering.triton.offline import TARGETS, Compiled, compile_kernel
 
 _TYPES = {

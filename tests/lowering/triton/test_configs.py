@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memcompile.lowering.product_key_topk import candidate_pairs
+from memcompile.lowering.search.product_key_topk import candidate_pairs
 from memcompile.lowering.triton import configs
 from memcompile.lowering.triton.serve import MAX_TOP_K
 

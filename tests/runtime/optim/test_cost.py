@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from memcompile.lowering import row_adagrad, row_adam, row_sgd, row_sums, skipped_steps
+from memcompile.lowering.gather import row_sums
+from memcompile.lowering.update import row_adagrad, row_adam, row_sgd, skipped_steps
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
 
 aten = torch.ops.aten

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from memcompile.lowering import operator
-from memcompile.lowering.sparse_table import coalesced
+from memcompile.lowering.gather.table_gather import coalesced
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
 
 OPTIMIZERS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memcompile.lowering.stochastic_rounding import round_rows, seed_of_step
+from memcompile.lowering.update.stochastic_rounding import round_rows, seed_of_step
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
 from tests.runtime.optim.sequences import Sequence, train
 

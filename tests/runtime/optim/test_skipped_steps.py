@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memcompile.lowering.rate_history import RateHistory
-from memcompile.lowering.row_adam import moments_of, steps_a_moment
+from memcompile.lowering.update.rate_history import RateHistory
+from memcompile.lowering.update.row_adam import moments_of, steps_a_moment
 from memcompile.runtime.optim.skipped_steps import _terms, factors_of_step, plan
 
 
@@ -78,7 +78,7 @@ def test_many_plans_are_each_their_own(monkeypatch):
     history = history_of([(1e-3 * (1 + step % 5), 0.01) for step in range(400)])
     last = torch.arange(0, 400, 7, dtype=torch.int32)
     together = plan(history, last, 400, torch.float32)
-    monkeypatch.setattr("memcompile.lowering.skipped_steps._STARTS", 5)
+    monkeypatch.setattr("memcompile.lowering.update.skipped_steps._STARTS", 5)
     in_parts = plan(history, last, 400, torch.float32)
     roots = torch.rand(len(last), 6, dtype=torch.float64)
     moved = steps_a_moment(roots, together.panels, 1e-3)

@@ -3,13 +3,13 @@
 #include <tuple>
 #include <vector>
 
-#include "by_slot.h"
+#include "kernels/by_slot.h"
 #include "lagging_bindings.h"
-#include "prefetch.h"
+#include "kernels/prefetch.h"
 #include "row_bindings.h"
-#include "rows.h"
-#include "scores.h"
-#include "search.h"
+#include "kernels/rows.h"
+#include "kernels/scores.h"
+#include "kernels/search.h"
 #include "tensors.h"
 
 namespace memcompile {

@@ -5,9 +5,9 @@
 #include <tuple>
 #include <vector>
 
-#include "lagging_rows.h"
+#include "kernels/lagging_rows.h"
 #include "row_bindings.h"
-#include "skipped_steps.h"
+#include "kernels/skipped_steps.h"
 
 namespace memcompile {
 namespace {

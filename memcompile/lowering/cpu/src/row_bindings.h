@@ -6,8 +6,8 @@
 #include <optional>
 #include <vector>
 
-#include "by_slot.h"
-#include "row_updates.h"
+#include "kernels/by_slot.h"
+#include "kernels/row_updates.h"
 #include "tensors.h"
 
 namespace memcompile {

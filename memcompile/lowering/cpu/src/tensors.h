@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "simd.h"
+#include "kernels/simd.h"
 
 namespace memcompile {
 

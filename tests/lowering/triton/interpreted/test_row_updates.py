@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memcompile.lowering import operator
-from memcompile.lowering.stochastic_rounding import round_rows
 from memcompile.lowering.triton import launch
-from tests.lowering.test_row_updates import FORMS, NAMES, ROWS_AT, arguments, assert_updates, changed, tables_of
+from memcompile.lowering.update.stochastic_rounding import round_rows
+from tests.lowering.update.test_row_updates import FORMS, NAMES, ROWS_AT, arguments, assert_updates, changed, tables_of
 
 KERNEL_OF = {"row_adam": "update_adam", "row_adagrad": "update_adagrad", "row_sgd": "update_sgd"}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from memcompile.lowering import memory_lookup, memory_lookup_reference
 from memcompile.lowering.triton import configs
 from tests.lowering.cases import VARIANTS, Recorder, gradients, leaves
-from tests.lowering.test_weighted_gather import (
+from tests.lowering.gather.test_weighted_gather import (
     gather_dot,
     make,
     plain_dot,

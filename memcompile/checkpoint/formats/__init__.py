@@ -1,0 +1,1 @@
+"""The files: DCP's, read by rectangles, and safetensors."""

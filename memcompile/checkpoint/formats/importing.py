@@ -1,0 +1,159 @@
+"""import_safetensors(): what export_safetensors() wrote, into a model that is sharded in any way."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
+
+from memcompile.checkpoint._torch import local_part
+from memcompile.checkpoint.asynchronous import wait
+from memcompile.checkpoint.formats.exporting import INDEX, PLANS
+from memcompile.checkpoint.formats.reading import Part
+from memcompile.checkpoint.formats.safetensors_file import SafetensorsFile
+from memcompile.checkpoint.progress import Progress
+from memcompile.checkpoint.ranks import all_ranks
+from memcompile.checkpoint.state.mapped import check_mapped
+from memcompile.checkpoint.state.model_state import (
+    Plans,
+    check_entries,
+    check_plans,
+    model_state,
+    root_of,
+    run_load_hooks,
+    targets,
+)
+from memcompile.errors import CheckpointError
+from memcompile.runtime.state_dicts import plan_in
+
+_PIECE = re.compile(r"(.*)\[(\d+):(\d+)\]")
+_BUFFER = 2**26  # bytes that are copied at once
+
+
+def import_safetensors(
+    path: str | os.PathLike, model: nn.Module, *, strict: bool = True, progress: bool | None = None
+) -> None:
+    """Loads a model from safetensors, each rank its own shards. Every rank calls it.
+
+    Args:
+        path: a file, or a folder of what `export_safetensors` or Hugging Face wrote.
+        model: planned as it was saved, sharded or not.
+        strict: whether the names must be the model's.
+        progress: whether rank 0 shows a bar of its bytes; None shows one from a GiB on.
+
+    Raises:
+        CheckpointError: on all ranks: a file is missing or cut off, or names or sizes are not the model's.
+        PlanError: on all ranks: the model has another memory, or none.
+    """
+    ranks = all_ranks()
+    ranks.each("finish the save before", wait)
+    bar = Progress(progress if ranks.rank == 0 else False)
+    source = Path(path)
+
+    def prepare() -> tuple[nn.Module, dict[str, Any], dict[str, list[tuple[int, Tensor]]], dict[str, Tensor]]:
+        root = root_of(model)
+        files = [SafetensorsFile(file) for file in _files(source)]
+        pieces = _pieces(source, files)
+        saved = {name: _metadata(found) for name, found in pieces.items()}
+        check_plans(_plans(files), root, f"memcompile.checkpoint.config({str(source)!r})")
+        own = model_state(root)
+        check_entries(saved, [], own, strict, source)
+        check_mapped(root, saved, lambda name, part: _read(part, pieces[name], Progress(False)), source, bar)
+        return root, own, pieces, targets(saved, own, root)
+
+    root, own, pieces, into = ranks.each("compare the files with the model", prepare)
+
+    def copy() -> None:
+        bar.start("loading", sum(local_part(tensor)[1].nbytes for tensor in into.values()))
+        for name, tensor in into.items():
+            _read(Part(*local_part(tensor)), pieces[name], bar)
+        bar.close()
+        run_load_hooks(root, own, strict)
+
+    ranks.each("read the files", copy)
+
+
+def plans_in(path: Path) -> Plans:
+    """The plans that travel in safetensors, by the names of the planned modules.
+
+    Raises:
+        CheckpointError: a file is missing, or is damaged.
+    """
+    return _plans([SafetensorsFile(file) for file in _files(path)])
+
+
+def _plans(files: list[SafetensorsFile]) -> Plans:
+    for file in files:
+        if PLANS in file.metadata:
+            plans: Plans = json.loads(file.metadata[PLANS])
+            return plans
+    # Of a state dict of the model itself, as `safetensors.torch.save_file` stores it: the layers have the plan.
+    found = next(filter(None, (plan_in(file.tensors) for file in files)), None)
+    return {} if found is None else {"": found}
+
+
+def _read(part: Part, pieces: list[tuple[int, Tensor]], bar: Progress) -> None:
+    """Copies a part of a tensor that lies in these pieces, each with its first row."""
+    for start, piece in pieces:
+        _copy(part, start, piece, bar)
+
+
+def _copy(part: Part, start: int, piece: Tensor, bar: Progress) -> None:
+    """Copies what the part has of the rows from `start` on."""
+    offsets, local = part.offsets, part.tensor
+    if not offsets:
+        local.copy_(piece)
+        bar.add(local.nbytes)
+        return
+    for dim in range(1, piece.dim()):
+        piece = piece.narrow(dim, min(offsets[dim], piece.shape[dim]), local.shape[dim])
+    first, last = max(start, offsets[0]), min(start + len(piece), offsets[0] + len(local))
+    step = max(1, _BUFFER * len(local) // max(1, local.nbytes))
+    for row in range(first, last, step):
+        end = min(row + step, last)
+        rows = local[row - offsets[0] : end - offsets[0]]
+        rows.copy_(piece[row - start : end - start])
+        bar.add(rows.nbytes)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    index = path / INDEX
+    if not index.is_file():
+        return [path / "model.safetensors"]
+    try:
+        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{index} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _pieces(source: Path, files: list[SafetensorsFile]) -> dict[str, list[tuple[int, Tensor]]]:
+    """Of each tensor its pieces in order, each with its first row."""
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, tensor in ((name, tensor) for file in files for name, tensor in file.tensors.items()):
+        match = _PIECE.fullmatch(name)
+        found.setdefault(match[1] if match else name, []).append((int(match[2]) if match else 0, tensor))
+    for name, pieces in found.items():
+        pieces.sort(key=lambda piece: piece[0])
+        row = 0
+        for start, piece in pieces:
+            if start != row:
+                raise CheckpointError(
+                    f"{source} lacks {name}[{row}:{start}]: a file of it is missing, or of another export"
+                )
+            row += len(piece) if piece.dim() else 1
+    return found
+
+
+def _metadata(pieces: list[tuple[int, Tensor]]) -> TensorStorageMetadata:
+    """Of the whole, as in a checkpoint."""
+    first, (start, last) = pieces[0][1], pieces[-1]
+    size = torch.Size([start + len(last), *last.shape[1:]]) if last.dim() else last.shape
+    return TensorStorageMetadata(TensorProperties(first.dtype), size, [])

@@ -1,0 +1,121 @@
+"""Which saved steps are as they were written, and which one is loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from memcompile.checkpoint.formats.reading import save_id_of
+from memcompile.checkpoint.progress import Progress
+from memcompile.checkpoint.ranks import Ranks
+from memcompile.checkpoint.steps import folders
+from memcompile.checkpoint.steps.manifest import NAME, Manifest
+from memcompile.checkpoint.steps.sums import FileRecord, problems_of_files, record_of
+from memcompile.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+def choose(ranks: Ranks, folder: Path, step: int | None, fall_back: bool, progress: Progress) -> Manifest:
+    """The manifest of the step to load, every file of which is as it was written. All ranks call this.
+
+    Args:
+        step: None is the one that LATEST names.
+        fall_back: takes the newest before it that is as it was written, with a warning, where it is not.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged: what was expected and found, and which steps are not.
+    """
+    wanted, problem = ranks.first("find the step", lambda: _wanted(folder, step))
+    good: list[Manifest] = []
+    if wanted is not None:
+        try:
+            return verified(ranks, folder, wanted, progress)
+        except CheckpointError as error:
+            problem = str(error)
+    named = wanted if step is None else step
+    for earlier in ranks.first("list the steps", lambda: folders.saved_before(folder, named, step is None)):
+        try:
+            good.append(verified(ranks, folder, earlier, progress))
+        except CheckpointError as error:
+            if ranks.rank == 0:
+                log.warning("step %d is damaged too: %s", earlier, error)
+            continue
+        if fall_back:
+            if ranks.rank == 0:
+                log.warning("%s; step %d is loaded, the newest that is not damaged", problem, earlier)
+            return good[0]
+    raise CheckpointError(f"{problem}. {_fix(folder, [manifest.step for manifest in good])}")
+
+
+def verified(ranks: Ranks, folder: Path, step: int, progress: Progress) -> Manifest:
+    """The manifest of a step, every file of which is as it was written; the ranks share the files out among them.
+
+    Raises:
+        CheckpointError: naming each file that is not, what was expected and what found.
+    """
+    path = folders.step_folder(folder, step)
+    manifest = ranks.first("read the manifest", lambda: Manifest.read(path))
+    by_size = sorted(manifest.files, key=lambda name: manifest.files[name].size)
+    mine = {name: manifest.files[name] for name in by_size[ranks.rank :: ranks.size]}
+    progress.start("verifying", sum(record.size for record in mine.values()))
+    try:
+        found = ranks.gather("verify", lambda: problems_of_files(path, mine, progress.add))
+    finally:
+        progress.close()
+    problems = {name: problem for each in found for name, problem in each.items()}
+    if problems:
+        mixed = ranks.first("compare", lambda: _of_others(folder, manifest, list(problems)))
+        raise CheckpointError("; ".join({**problems, **mixed}.values()))
+    return manifest
+
+
+def _wanted(folder: Path, step: int | None) -> tuple[int | None, str]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing: no checkpoint was saved there")
+    folders.recover_to_read(folder)
+    if step is None:
+        try:
+            return folders.latest_step(folder), ""
+        except CheckpointError as error:
+            if not folders.saved_steps(folder):
+                of_step = (folder / NAME).is_file()
+                hint = f": it is a step of {folder.parent}, give that and step=" if of_step else ""
+                raise CheckpointError(f"{folder} has no checkpoint{hint}") from error
+            return None, str(error)
+    if not folders.step_folder(folder, step).is_dir():
+        there = ", ".join(map(str, sorted(folders.saved_steps(folder)))) or "none"
+        return None, f"{folder} has no step {step} (it has {there})"
+    return step, ""
+
+
+def _of_others(folder: Path, manifest: Manifest, names: list[str]) -> dict[str, str]:
+    """Of files that are not as they were written, those that another save wrote."""
+    found: dict[str, str] = {}
+    path = folders.step_folder(folder, manifest.step)
+    others: dict[FileRecord, int] = {}
+    for step in folders.saved_steps(folder):
+        try:
+            records = Manifest.read(folders.step_folder(folder, step)).files.values() if step != manifest.step else ()
+        except CheckpointError:
+            continue
+        others.update(dict.fromkeys(records, step))
+    for name in names:
+        file = path / name
+        step_of_it = others.get(record_of(file)) if file.is_file() else None
+        save_id = save_id_of(path) if name == ".metadata" and file.is_file() else None
+        if step_of_it is not None:
+            found[name] = f"{file} is of step {step_of_it}, not of step {manifest.step}: files of two steps are mixed"
+        elif save_id not in (None, manifest.save_id):
+            found[name] = (
+                f"{file} is of another save (id {save_id}), not of this (id {manifest.save_id}): files of two saves "
+                f"are mixed"
+            )
+    return found
+
+
+def _fix(folder: Path, good: list[int]) -> str:
+    if not good:
+        return f"No step before it in {folder} can be loaded"
+    steps = ", ".join(map(str, good))
+    return f"Not damaged before it: {steps}. Load with step={good[0]}, or with fall_back=True"

@@ -1,0 +1,52 @@
+"""`prefetch_rows`: asks the system for rows of a table that is mapped from a file, before they are read.
+
+It starts to read what is not in memory yet, all rows at once, and waits for none: a disk serves many requests in the
+time of one, and a gather asks for one page after the other. It returns a copy of the slots: a gather by these comes
+after it in every graph, and keeps it there. There is no derivative.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memcompile.lowering.cpu.pages import read_ahead
+from memcompile.lowering.gather.hits import check_slots
+from memcompile.lowering.register.dispatch import anywhere
+from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
+from memcompile.lowering.register.vmap import fold_into_tokens, unfold_tokens
+
+
+def _check(values: Tensor, slots: Tensor) -> None:
+    check_slots(slots)
+    if values.dim() != 2:
+        raise ValueError(f"values: expected [num_slots, value_dim], got {list(values.shape)}")
+
+
+def _prefetch(values: Tensor, slots: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        read_ahead(values, torch.unique(slots).tolist())  # type: ignore[no-untyped-call]
+    return slots.clone(memory_format=torch.contiguous_format)
+
+
+def _on_no_gpu(name: str, *args: Any) -> Callable[..., Any] | None:
+    return None
+
+
+def _fake(values: Tensor, slots: Tensor) -> Tensor:
+    _check(values, slots)
+    return slots.new_empty(slots.shape)
+
+
+def _vmap(info: Any, in_dims: Any, values: Tensor, slots: Tensor) -> tuple[Tensor, int]:
+    if in_dims[0] is not None:  # several tables are no file
+        return slots.clone(), in_dims[1]
+    folded = fold_into_tokens(slots, in_dims[1], info.batch_size)
+    return unfold_tokens(operator("prefetch_rows")(values, folded), info.batch_size), 0
+
+
+_run = anywhere("prefetch_rows", _check, _prefetch, _on_no_gpu)
+LIBRARY.impl("prefetch_rows", _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake(f"{NAMESPACE}::prefetch_rows", _fake, lib=LIBRARY)
+torch.library.register_vmap(f"{NAMESPACE}::prefetch_rows", _vmap, lib=LIBRARY)

@@ -1,0 +1,1 @@
+"""What Inductor must know: passes over its graphs, and the keys of its caches."""

@@ -1,0 +1,62 @@
+"""A pass over Inductor's graphs: collectives stay in the order in which they were traced, on every rank.
+
+Inductor orders what does not depend on each other by sizes, which differ where ranks have other numbers of tokens; and
+a rank that starts its collectives in another order waits for ever. Mostly each depends on the one before, through the
+tokens. Where it does not (layers that are recomputed, branches side by side) the pass makes it: `in_order` is a copy of
+what is sent that waits for what came before.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor, fx
+
+from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
+
+_FUNCTIONAL = "_c10d_functional"
+
+
+def order_collectives(graph: fx.Graph) -> None:
+    """Adds what the graph lacks for a total order of its collectives, in place."""
+    started = [node for node in graph.nodes if _is_functional(node) and node.target is not _wait()]
+    for before, after in itertools.pairwise(started):
+        if not _depends(after, before):
+            done = next((user for user in before.users if user.target is _wait()), before)
+            with graph.inserting_before(after):
+                sent = after.args[0]
+                copy = graph.call_function(operator("in_order"), (sent, done))
+                copy.meta.update(sent.meta if isinstance(sent, fx.Node) else {})
+            after.update_arg(0, copy)
+
+
+def _is_functional(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == _FUNCTIONAL
+
+
+def _wait() -> torch._ops.OpOverload:
+    wait: torch._ops.OpOverload = torch.ops._c10d_functional.wait_tensor.default
+    return wait
+
+
+def _depends(node: fx.Node, on: fx.Node) -> bool:
+    seen, ahead = {node}, [node]
+    while ahead:
+        for argument in ahead.pop().all_input_nodes:
+            if argument is on:
+                return True
+            if argument not in seen:
+                seen.add(argument)
+                ahead.append(argument)
+    return False
+
+
+def _in_order(tensor: Tensor, after: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+def _fake(tensor: Tensor, after: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
+
+
+LIBRARY.impl("in_order", _in_order, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake(f"{NAMESPACE}::in_order", _fake, lib=LIBRARY)

@@ -1,0 +1,1 @@
+"""How operators are defined: signatures, fakes, derivatives, vmap rules, FLOPs."""

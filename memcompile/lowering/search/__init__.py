@@ -1,0 +1,1 @@
+"""Product-key search: the operators that find the slots."""

@@ -1,0 +1,1 @@
+"""Runs the model on fake tensors, and keeps the graphs."""

@@ -1,0 +1,77 @@
+"""One forward pass of a module, on fake tensors or on copies of the real ones."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from memcompile.passes._torch import FakeTensorMode
+from memcompile.passes.capture.guess import Arguments
+from memcompile.passes.capture.sandbox import data_traced, functions_marked, untouched
+
+_SMALL = 2**29  # numbers in a model that may be copied to run it once
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """How a module is run.
+
+    Attributes:
+        arguments: of the call. Only shapes and dtypes of tensors are read, unless the call computes.
+        compute: run on copies of the real tensors: some paths depend on values (the tokens of an image, a router's
+            choice), and some operators have no fake kernel for every dtype.
+        evaluate: run in eval mode, whatever mode the module is in.
+        device: of the tensors in the arguments.
+    """
+
+    arguments: Arguments
+    compute: bool = False
+    evaluate: bool = False
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+
+    def run(self, module: nn.Module, through: Callable[[Callable], Callable] = lambda function: function) -> Any:
+        """``through(f)(parameters, buffers, args, kwargs)``, where ``f`` returns the tensors that ``module`` returns.
+        Leaves the module as it was.
+        """
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        as_input = _copy if self.compute else mode.from_tensor
+        parameters = {name: as_input(p) for name, p in module.named_parameters()}
+        buffers = {name: as_input(b) for name, b in module.named_buffers()}
+
+        def call(parameters: dict, buffers: dict, args: tuple, kwargs: dict) -> list[Tensor]:
+            output = functional_call(module, parameters | buffers, args, kwargs)
+            return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+        def argument(leaf: object) -> object:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if self.compute and not leaf.is_meta:
+                return _copy(leaf)
+            tensor = torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device=self.device)
+            return tensor.fill_(1) if self.compute else tensor
+
+        on_fakes = contextlib.nullcontext() if self.compute else mode
+        eager = torch.compiler.set_stance("force_eager")
+        with untouched(module), torch.enable_grad(), eager, data_traced(), functions_marked(), on_fakes:
+            if self.evaluate:
+                for inner in module.modules():  # not eval(), which may be the owner's own and change weights
+                    inner.training = False
+            args, kwargs = pytree.tree_map(argument, (self.arguments.args, self.arguments.kwargs))
+            return through(call)(parameters, buffers, args, kwargs)
+
+
+def can_compute(model: nn.Module) -> bool:
+    """Whether the model is real, and small enough to run a copy of it."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return not any(t.is_meta for t in tensors) and sum(t.numel() for t in tensors) <= _SMALL
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)

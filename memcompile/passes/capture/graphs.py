@@ -1,0 +1,239 @@
+"""Graphs that somebody else captured (torch.export, make_fx), in the form that the detector reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from memcompile.common.token_wise import CASTS, TRANSPOSES
+from memcompile.errors import OptionError, PlanError
+from memcompile.passes._torch import FakeTensor, FakeTensorMode, FakeTensorProp
+from memcompile.passes.capture.signature import Signature
+from memcompile.passes.capture.trace import Capture
+from memcompile.passes.detect.normalize import fake_value, operator_name
+
+Parameters = Mapping[str, str] | Sequence[str]
+
+# Where operators read weights. A vector is one wherever it is read.
+_WEIGHT_OPERANDS = {"linear": (1,), "addmm": (2,), "matmul": (1,), "mm": (1,), "embedding": (0,)}
+# Higher-order operators that call a body once, on the operands behind it.
+_WRAPPERS = frozenset({"wrap", "wrap_with_autocast", "wrap_with_set_grad_enabled", "tag_activation_checkpoint"})
+_UNBACKED = 11  # stands for a size that depends on data: small, and no model's width
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scope:
+    """One graph of a captured module: its own, or the body of a higher-order operator in it.
+
+    Attributes:
+        module: the module whose graph it is.
+        capture: a copy of the graph for the detector, every size in it a number.
+        original: the graph's own node for each node of the copy.
+        parameters: the nodes that stand for parameters, with the parameter's name.
+        caller: the node that calls the body, None for the module's own graph; and the graph that it stands in.
+        order: for each node of the copy, what sorts the nodes of all graphs in execution order.
+    """
+
+    module: fx.GraphModule
+    capture: Capture
+    original: dict[fx.Node, fx.Node]
+    parameters: dict[fx.Node, str]
+    order: dict[fx.Node, tuple[int, ...]]
+    caller: fx.Node | None = None
+    parent: Scope | None = None
+
+
+def is_captured(module: nn.Module) -> bool:
+    """Whether the module is a graph of operators and not of modules, which `torch.fx.symbolic_trace` leaves whole."""
+    if not isinstance(module, fx.GraphModule):
+        return False
+    return any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
+
+
+def read(graph_module: fx.GraphModule, parameters: Parameters | None = None) -> list[Scope]:
+    """The graphs of a captured module, each before the bodies that it calls. Changes nothing.
+
+    Args:
+        parameters: as for :func:`memcompile.passes.find_in_graph`.
+
+    Raises:
+        OptionError: ``parameters`` names an input that is not there.
+        PlanError: the graph is not of ATen operators, or does not say which shapes it has.
+    """
+    _check(graph_module)
+    return list(_scopes(graph_module, _parameters(graph_module, parameters), None, None))
+
+
+def _check(graph_module: fx.GraphModule) -> None:
+    captured = is_captured(graph_module)
+    for node in graph_module.graph.nodes:
+        guards = node.op == "call_module" and not node.users  # how torch.export checks its inputs
+        if node.op == "call_method" or (node.op == "call_module" and not guards) or not captured:
+            raise PlanError(
+                f"the graph is not of ATen operators ({node.op} {node.target}), as those of Dynamo and symbolic_trace: "
+                f"capture it with torch.export.export(model, args).module() or make_fx(graph_module)(*inputs)"
+            )
+
+
+def _scopes(
+    module: fx.GraphModule,
+    parameters: dict[fx.Node, str],
+    caller: fx.Node | None,
+    parent: Scope | None,
+    start: tuple[int, ...] = (),
+) -> Iterator[Scope]:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(module.graph, copies))
+    order = {copy: (*start, index) for index, copy in enumerate(copies.values())}
+    bodies = {node: body for node in module.graph.nodes if (body := called_body(node, module)) is not None}
+    for node in bodies:  # what it hands to the body, the body reads
+        copies[node].args = tuple(a for a in copies[node].args if a not in {copies[n] for n in parameters})
+    buffers = [n for n in module.graph.find_nodes(op="get_attr") if n not in parameters]
+    give_values(module, graph)
+    _give_sizes(graph)
+    for node in reversed(graph.nodes):  # left behind by autograd where the weights required gradients
+        if operator_name(node) == "detach" and not node.users:
+            graph.erase_node(node)
+    capture = Capture(
+        "", graph, {copies[n]: name for n, name in parameters.items()}, frozenset(copies[n] for n in buffers)
+    )
+    scope = Scope(module, capture, {copy: node for node, copy in copies.items()}, parameters, order, caller, parent)
+    yield scope
+    for node, body in bodies.items():
+        if len(body.users) == 1:
+            inner = module.get_submodule(str(body.target))
+            assert isinstance(inner, fx.GraphModule)
+            operands = node.args[node.args.index(body) + 1 :]
+            placeholders = inner.graph.find_nodes(op="placeholder")
+            passed = {p: parameters[o] for p, o in zip(placeholders, operands, strict=True) if o in parameters}
+            yield from _scopes(inner, passed, node, scope, order[copies[node]])
+
+
+def called_body(node: fx.Node, module: fx.GraphModule) -> fx.Node | None:
+    """The ``get_attr`` node of the body that a higher-order operator calls."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or str(node.target) not in _WRAPPERS:
+        return None
+    attributes = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+    bodies = [a for a in attributes if isinstance(attribute_of(module, str(a.target)), fx.GraphModule)]
+    return bodies[0] if bodies else None
+
+
+def attribute_of(module: nn.Module, target: str) -> Any:
+    """What a ``get_attr`` node reads."""
+    path, _, name = target.rpartition(".")
+    return getattr(module.get_submodule(path), name)
+
+
+def _parameters(graph_module: fx.GraphModule, given: Parameters | None) -> dict[fx.Node, str]:
+    """Which nodes stand for parameters. Tied names are represented by the module's first."""
+    found: dict[fx.Node, str] = {}
+    first = {id(parameter): name for name, parameter in graph_module.named_parameters()}
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        value = attribute_of(graph_module, str(node.target))
+        if isinstance(value, nn.Parameter):
+            found[node] = first[id(value)]
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    if given is None:
+        return found or _weights(graph_module, placeholders)
+    names = dict(given) if isinstance(given, Mapping) else {name: name for name in given}
+    by_target = {str(node.target): node for node in placeholders}
+    for target, name in names.items():
+        if target not in by_target:
+            raise OptionError(f"parameters names {target!r}, which is no input of the graph: {list(by_target)}")
+        found[by_target[target]] = name
+    return found
+
+
+def _weights(graph_module: fx.GraphModule, placeholders: list[fx.Node]) -> dict[fx.Node, str]:
+    """The inputs that are read as weights, and whatever else is passed in one dict with them, by its keys there."""
+    weights = [node for node in placeholders if _is_weight(node)]
+    keys = Signature(graph_module.graph).keys_beside(weights)
+    if keys is not None and len(set(keys.values())) == len(keys):
+        return {node: name for node, name in keys.items() if fake_value(node) is not None}
+    return {node: str(node.target) for node in weights}
+
+
+def _is_weight(placeholder: fx.Node) -> bool:
+    value = fake_value(placeholder)
+    if value is None or not value.is_floating_point():
+        return False
+    if value.dim() == 1:
+        return True
+    readers = [(user, placeholder) for user in placeholder.users]
+    while readers:
+        user, operand = readers.pop()
+        name = operator_name(user)
+        if any(len(user.args) > i and user.args[i] is operand for i in _WEIGHT_OPERANDS.get(name, ())):
+            return True
+        if name in CASTS or name in TRANSPOSES:
+            readers += [(reader, user) for reader in user.users]
+    return False
+
+
+def give_values(module: fx.GraphModule, graph: fx.Graph) -> None:
+    """Runs ``graph`` of ``module`` on fake tensors where a pass of somebody else's left nodes without a value.
+
+    Raises:
+        PlanError: the inputs have none either.
+    """
+    inputs = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    mode = fake_mode(inputs)
+    for node in graph.find_nodes(op="get_attr"):
+        value = attribute_of(module, str(node.target))
+        if isinstance(value, Tensor) and "val" not in node.meta:
+            node.meta["val"] = value if mode is None else mode.from_tensor(value, static_shapes=True)
+    if all("val" in node.meta for node in graph.nodes if node.op == "call_function"):
+        return
+    if mode is None:
+        raise PlanError(
+            "the graph does not say which shapes its inputs have (meta['val']): capture it with torch.export or "
+            "make_fx, or run FakeTensorProp(graph_module).propagate(*inputs) first"
+        )
+    inputs = [v if not isinstance(v, FakeTensor) or v.fake_mode is mode else _in_mode(v, mode) for v in inputs]
+    owner = module if module.graph is graph else fx.GraphModule(module, graph)
+    FakeTensorProp(owner, mode).propagate_dont_convert_inputs(*inputs)
+
+
+def fake_mode(values: Sequence[Any]) -> FakeTensorMode | None:
+    """The mode of the first fake tensor; ``make_fx`` on real inputs leaves each in one of its own."""
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+def _in_mode(value: FakeTensor, mode: FakeTensorMode) -> Tensor:
+    with mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _give_sizes(graph: fx.Graph) -> None:
+    """Replaces each symbolic size by the size that the graph was captured with: a comparison of symbolic sizes would
+    be recorded as a guard on the captured program.
+    """
+    numbers: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+            numbers[node] = _number(value)
+        elif isinstance(value, Tensor) and not all(type(size) is int for size in value.shape):
+            node.meta["val"] = value.new_empty([_number(s) for s in value.shape], device="meta")
+    for node in graph.nodes:
+        if node.op == "call_function" and node not in numbers:
+            arguments: Any = fx.map_arg((node.args, node.kwargs), lambda n: numbers.get(n, n))  # type: ignore[arg-type,return-value]
+            node.args, node.kwargs = arguments
+    for node in reversed(numbers):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+
+
+def _number(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    if hint is not None:
+        return int(hint)
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, _UNBACKED)))

@@ -1,0 +1,171 @@
+"""Pass 1, trace: run a model on fake tensors and keep the FX graphs of what ran. Computes nothing, allocates nothing,
+unless values decide the path: then a copy of the model runs once.
+
+The whole model is tried first, because only there does every FFN stand beside its residual stream. Where no guess
+at its inputs runs, its submodules are tried the same way, so that each part is seen in the largest context that runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from memcompile.passes._torch import make_fx
+from memcompile.passes.capture.alike import structure
+from memcompile.passes.capture.forward import Forward, can_compute
+from memcompile.passes.capture.guess import Arguments, guess_arguments
+from memcompile.passes.capture.sandbox import forgotten, quiet
+from memcompile.passes.detect.constants import find_constants
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """One traced module.
+
+    Attributes:
+        path: the module's path in the model; ``""`` for the whole model.
+        graph: aten operators before autograd (`make_fx(pre_dispatch=True)`), fake values in ``meta["val"]``.
+        parameters: the parameter's full name in the model for each placeholder that stands for one. Tied names
+            are represented by the model's first, in every capture.
+        buffers: the placeholders that stand for buffers.
+        forward: how the module was run; None for a graph that somebody else captured.
+        only: where set, the graph speaks for these parameters alone: another graph does for the rest.
+    """
+
+    path: str
+    graph: fx.Graph
+    parameters: dict[fx.Node, str]
+    buffers: frozenset[fx.Node]
+    forward: Forward | None = None
+    only: frozenset[str] | None = None
+
+    def speaks_for(self, parameter: str) -> bool:
+        """Whether a reader of the parameter in this graph counts."""
+        return self.only is None or parameter in self.only
+
+    @property
+    def unread(self) -> frozenset[str]:
+        """The parameters that nothing in the graph reads."""
+        return frozenset(name for node, name in self.parameters.items() if not node.users)
+
+    @functools.cached_property
+    def constants(self) -> frozenset[fx.Node]:
+        """The nodes that depend on no input of the module. To be read of a normalised graph."""
+        return find_constants(self.graph, self.parameters.keys() | self.buffers)
+
+
+def trace(model: nn.Module, example_inputs: Any = None) -> list[Capture]:
+    """The graphs of ``model`` in execution order: one if the whole model runs on a guess (or on
+    ``example_inputs``: a tuple of positional or a dict of keyword arguments), else those of the largest
+    submodules that do, in registration order. Submodules that are proved alike are traced once.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    with quiet(), forgotten():
+        captures = list(_trace_largest(model, "", names, _as_arguments(example_inputs), {}))
+        captures += _skipped_in_training(model, names, captures)
+    if any(c.path for c in captures):
+        log.debug("whole-model trace did not run; traced submodules: %s", [c.path for c in captures])
+    elif captures:
+        unread = frozenset.intersection(*(c.unread for c in captures))
+        log.debug("parameters that no forward reads, which were not looked at: %s", sorted(unread) or "none")
+    return captures
+
+
+def _trace_largest(
+    module: nn.Module,
+    path: str,
+    names: dict[int, str],
+    given: Arguments | None,
+    traced: dict[Hashable, Capture | None],
+) -> Iterator[Capture]:
+    if not any(p.dim() >= 2 for p in module.parameters()):
+        return
+    like = structure(module) if path else None
+    if like not in traced:
+        traced[like] = _trace_module(module, path, names, given)
+        capture = traced[like]
+    else:
+        known = traced[like]
+        capture = None if known is None else _renamed(known, module, path, names)
+    if capture is not None:
+        yield capture
+    elif given is not None:
+        yield from _trace_largest(module, path, names, None, {})
+    else:
+        for name, child in module.named_children():
+            yield from _trace_largest(child, f"{path}.{name}" if path else name, names, None, traced)
+
+
+def _skipped_in_training(model: nn.Module, names: dict[int, str], captures: Sequence[Capture]) -> Iterator[Capture]:
+    """The graph in eval mode of what one forward in train mode happened to leave out (layer drop)."""
+    if not captures or captures[0].path or not captures[0].unread or not any(m.training for m in model.modules()):
+        return
+    (whole,) = captures
+    assert whole.forward is not None
+    for compute in (False, True) if can_compute(model) else (False,):
+        try:
+            capture = _trace_once(model, "", names, dataclasses.replace(whole.forward, compute=compute, evaluate=True))
+        except Exception as error:  # as in train mode, the owner's code may fail in any way
+            log.debug("the model does not trace in eval mode: %s", error)
+            continue
+        found = whole.unread - capture.unread
+        if found:
+            yield dataclasses.replace(capture, only=found)
+        return
+
+
+def _trace_module(module: nn.Module, path: str, names: dict[int, str], given: Arguments | None) -> Capture | None:
+    """The module's graph on the arguments given, or on the first guess that runs; None where none does."""
+    device = next(module.parameters()).device
+    for compute in (False, True) if not path and can_compute(module) else (False,):
+        for arguments in [given] if given is not None else guess_arguments(module):
+            try:
+                return _trace_once(module, path, names, Forward(arguments, compute, device=device))
+            except Exception as error:  # a guess may fail in any way that the owner's code can
+                log.debug("%s does not trace on %s: %s", _label(path), arguments, error)
+                failure = error
+    if given is not None:
+        log.warning("memcompile: %s does not run on example_inputs (%s); guessing instead", _label(path), failure)
+    return None
+
+
+def _trace_once(module: nn.Module, path: str, names: dict[int, str], forward: Forward) -> Capture:
+    tracer = functools.partial(make_fx, pre_dispatch=True, _error_on_data_dependent_ops=False)
+    graph = forward.run(module, tracer).graph
+    placeholders = graph.find_nodes(op="placeholder")
+    full_names = [names[id(p)] for p in module.parameters()]
+    buffers = placeholders[len(full_names) :][: sum(1 for _ in module.buffers())]
+    return Capture(path, graph, dict(zip(placeholders, full_names, strict=False)), frozenset(buffers), forward)
+
+
+def _renamed(capture: Capture, module: nn.Module, path: str, names: dict[int, str]) -> Capture:
+    """The capture of a module that is alike another's."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(capture.graph, copies))
+    full_names = [names[id(p)] for p in module.parameters()]
+    parameters = {copies[n]: name for n, name in zip(capture.parameters, full_names, strict=True)}
+    return Capture(path, graph, parameters, frozenset(copies[n] for n in capture.buffers), capture.forward)
+
+
+def _as_arguments(example_inputs: Any) -> Arguments | None:
+    if example_inputs is None:
+        return None
+    if isinstance(example_inputs, dict):
+        return Arguments((), example_inputs)
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], dict):
+            return Arguments(*example_inputs)
+        return Arguments(tuple(example_inputs), {})
+    return Arguments((example_inputs,), {})
+
+
+def _label(path: str) -> str:
+    return f"module {path!r}" if path else "the model"

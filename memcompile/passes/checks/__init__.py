@@ -1,0 +1,1 @@
+"""Holds a captured graph against the plan, before it is compiled."""

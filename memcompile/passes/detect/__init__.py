@@ -1,0 +1,1 @@
+"""Finds FFNs in graphs, and proves that each may be replaced."""

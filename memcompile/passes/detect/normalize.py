@@ -1,0 +1,165 @@
+"""Pass 2, normalize: bring a captured graph into the form that the matcher reads. Decides nothing."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from memcompile.common.token_wise import canonical
+
+
+def normalize(graph: fx.Graph) -> None:
+    """Rewires, in place, every later use of a mutated tensor to the operator that mutated it; replaces operands
+    that give only a shape or dtype by that shape or dtype; drops dead views. Other dead code stays: its result may
+    have been kept on a module or by a hook.
+
+    Afterwards an in-place operator reads like its functional form: its node is the value, its first argument
+    the value before. Mutations stay in program order, so the graph still computes what it did.
+    """
+    for node in graph.nodes:
+        _drop_metadata_operand(node)
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not is_in_place(node):
+            continue
+        mutated = node.args[0]
+        if isinstance(mutated, fx.Node) and mutated.op != "placeholder":
+            later = [user for user in mutated.users if position[user] > position[node]]
+            for user in later:
+                user.replace_input_with(mutated, node)
+    graph.eliminate_dead_code(lambda node: not is_view(node) or operator_name(node) == "detach")
+
+
+def _drop_metadata_operand(node: fx.Node) -> None:
+    value = fake_value(node)
+    if value is None:
+        return
+    if node.target in _METADATA_FORMS:
+        node.target, attribute = _METADATA_FORMS[node.target]
+        node.args = (node.args[0], getattr(value, attribute))
+    elif operator_name(node) in _FACTORIES:
+        like: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+        fill = [a for a in (*node.args[1:], node.kwargs.get("fill_value")) if isinstance(a, (bool, int, float))]
+        target, needs_fill = _FACTORIES[operator_name(node)]
+        node.target = target
+        node.args, node.kwargs = (tuple(value.shape), *(fill[:1] if needs_fill else [])), like
+
+
+# Factories that read the shape and dtype of an operand, and what makes the same tensor without it.
+_FACTORIES: dict[str, tuple[Any, bool]] = {
+    "empty_like": (torch.ops.aten.empty.memory_format, False),
+    "new_empty": (torch.ops.aten.empty.memory_format, False),
+    "zeros_like": (torch.ops.aten.zeros.default, False),
+    "new_zeros": (torch.ops.aten.zeros.default, False),
+    "ones_like": (torch.ops.aten.ones.default, False),
+    "new_ones": (torch.ops.aten.ones.default, False),
+    "full_like": (torch.ops.aten.full.default, True),
+    "new_full": (torch.ops.aten.full.default, True),
+    "rand_like": (torch.ops.aten.rand.default, False),
+    "randn_like": (torch.ops.aten.randn.default, False),
+}
+
+
+_METADATA_FORMS = {
+    torch.ops.aten.type_as.default: (torch.ops.aten.to.dtype, "dtype"),
+    torch.ops.aten.view_as.default: (torch.ops.aten.view.default, "shape"),
+    torch.ops.aten.reshape_as.default: (torch.ops.aten.reshape.default, "shape"),
+    torch.ops.aten.expand_as.default: (torch.ops.aten.expand.default, "shape"),
+}
+
+
+def operator_name(node: fx.Node) -> str:
+    """``linear``, ``mul``, ``getitem`` ...: the operator without namespace, overload and in-place mark."""
+    if node.op != "call_function":
+        return node.op
+    if isinstance(node.target, torch._ops.OpOverload):
+        return canonical(node.target._schema.name.split("::")[1])
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether the operator writes into its first argument."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.args:
+        return False
+    first = node.target._schema.arguments[0]
+    return first.alias_info is not None and first.alias_info.is_write
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the operator only returns a view of its first argument, or one of several."""
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or is_in_place(node):
+        return False
+    returns = node.target._schema.returns
+    return len(returns) > 0 and returns[0].alias_info is not None
+
+
+def dimension_order(node: fx.Node, rank: int) -> list[int]:
+    """Which dimension of its operand each dimension of a transpose is: the transpose of a tensor whose sizes tell."""
+    numbered = torch.empty(tuple(range(1, rank + 1)), device="meta")
+    assert isinstance(node.target, torch._ops.OpOverload)
+    result = node.target(numbered, *node.args[1:], **node.kwargs)
+    return [size - 1 for size in result.shape]
+
+
+def memory_root(node: fx.Node) -> fx.Node:
+    """The node whose memory ``node`` shares, itself where it has its own."""
+    while _shares_memory(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def aliases(node: fx.Node) -> set[fx.Node]:
+    """Every node that shares memory with ``node``."""
+    found, pending = set[fx.Node](), [memory_root(node)]
+    while pending:
+        node = pending.pop()
+        found.add(node)
+        pending.extend(u for u in node.users if u not in found and _shares_memory(u) and u.all_input_nodes[0] is node)
+    return found
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    return (is_view(node) or is_in_place(node)) and bool(node.all_input_nodes)
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """The node and every node that it is computed from."""
+    found, pending = {node}, [node]
+    while pending:
+        new = [a for a in pending.pop().all_input_nodes if a not in found]
+        found.update(new)
+        pending.extend(new)
+    return found
+
+
+def fake_value(node: fx.Node) -> torch.Tensor | None:
+    """The fake tensor that the node produced, None where it produced something else."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def features(node: fx.Node) -> int:
+    """The last dimension, 1 for a scalar, 0 where the node is no tensor."""
+    value = fake_value(node)
+    if value is None:
+        return 0
+    return int(value.shape[-1]) if value.dim() else 1
+
+
+def ndim(node: fx.Node) -> int:
+    """How many dimensions the node has, 0 where it is no tensor."""
+    value = fake_value(node)
+    return 0 if value is None else value.dim()
+
+
+def tokens(node: fx.Node) -> int:
+    """How many feature vectors the node holds: the product of all dimensions but the last."""
+    value = fake_value(node)
+    if value is None:
+        return 0
+    return value.shape[:-1].numel() if value.dim() else 1

@@ -1,0 +1,114 @@
+"""Pass 4, place: which of the FFNs found become memory."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Sequence
+
+from memcompile.common.sites import FfnSite
+from memcompile.config import LayerChoice
+from memcompile.errors import PlanError
+
+
+def place(sites: Sequence[FfnSite], layers: LayerChoice) -> list[FfnSite]:
+    """The chosen sites, in execution order. A block that runs several times (shared weights) is one site.
+
+    A number k places k layers in the model. They are divided over its stacks (:attr:`FfnSite.stack`: an encoder and a
+    decoder are two) in proportion to their usable blocks, by largest remainder; a tie goes to the stack that runs
+    later. Within a stack they are centred and evenly strided, as "Memory Layers at Scale" does (section 3.1: layers
+    4, 12, 20 of 24): the j-th of k among n goes to ``floor((j + 1/2) * n / k)``, so a tie between two blocks goes to
+    the later one.
+
+    Indices count the sites that can be replaced; negative ones count from the end. Names are exact, of a block or of
+    its down-projection's weight; a name with ``*``, ``?`` or ``[`` is a glob on both, which passes over blocks that
+    cannot be replaced. ``"all"`` is every block that can.
+
+    Raises:
+        PlanError: fewer sites than asked, an index, a name or a glob that finds none, a filter that chose nothing.
+    """
+    usable = [site for site in sites if site.refusal is None]
+    if not usable:
+        raise PlanError(f"no feed-forward block to replace was found. {_refused(sites) or _NOTHING_SEEN}")
+    if isinstance(layers, int):
+        return _spread(usable, layers, sites)
+    if callable(layers):
+        chosen = [site for site in usable if layers(site)]
+        if not chosen:
+            raise PlanError(f"the memory_layers filter chose none of the feed-forward blocks: {_names(usable)}")
+        return chosen
+    if layers == "all":
+        return usable
+    items = [layers] if isinstance(layers, str) else layers
+    wanted = {site.down for item in items for site in _resolve(item, usable, sites)}
+    return [site for site in usable if site.down in wanted]
+
+
+def _spread(usable: list[FfnSite], count: int, sites: Sequence[FfnSite]) -> list[FfnSite]:
+    if count > len(usable):
+        raise PlanError(
+            f"memory_layers={count}, but only {len(usable)} feed-forward block(s) can be replaced: "
+            f"{_names(usable)}. Ask for at most {len(usable)}. {_refused(sites)}".rstrip()
+        )
+    stacks: dict[str, list[FfnSite]] = {}
+    for site in usable:
+        stacks.setdefault(site.stack, []).append(site)
+    shares = _divide(count, [len(stack) for stack in stacks.values()])
+    wanted = {
+        stack[(2 * j + 1) * len(stack) // (2 * share)].down
+        for stack, share in zip(stacks.values(), shares, strict=True)
+        for j in range(share)
+    }
+    return [site for site in usable if site.down in wanted]
+
+
+def _divide(count: int, sizes: Sequence[int]) -> list[int]:
+    """``count`` in proportion to ``sizes``, whole numbers by largest remainder; of equals the later gets one more."""
+    total = sum(sizes)
+    shares = [count * size // total for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (count * sizes[i] % total, i), reverse=True)
+    for i in itertools.islice(by_remainder, count - sum(shares)):
+        shares[i] += 1
+    return shares
+
+
+def _resolve(item: int | str, usable: list[FfnSite], sites: Sequence[FfnSite]) -> list[FfnSite]:
+    if isinstance(item, int):
+        if not -len(usable) <= item < len(usable):
+            raise PlanError(f"memory_layers names block {item}, but there are {len(usable)}: {_names(usable)}")
+        return [usable[item]]
+    named = [site for site in sites if item in (site.name, site.down)]
+    if not named and any(character in item for character in "*?["):
+        return _matching(item, usable, sites)
+    if not named:
+        raise PlanError(f"memory_layers names {item!r}, which is no feed-forward block: choose from {_names(usable)}")
+    if len(named) > 1:
+        raise PlanError(f"memory_layers names {item!r}, which owns several blocks: choose by {[s.down for s in named]}")
+    if named[0].refusal:
+        raise PlanError(f"{item!r} cannot become a memory: {named[0].refusal}")
+    return named
+
+
+def _matching(glob: str, usable: list[FfnSite], sites: Sequence[FfnSite]) -> list[FfnSite]:
+    matched = [site for site in sites if any(fnmatch.fnmatchcase(name, glob) for name in (site.name, site.down))]
+    if not matched:
+        raise PlanError(f"memory_layers={glob!r} matches no feed-forward block: choose from {_names(usable)}")
+    chosen = [site for site in matched if site.refusal is None]
+    if not chosen:
+        raise PlanError(f"memory_layers={glob!r} matches no block that can become a memory. {_refused(matched)}")
+    return chosen
+
+
+_NOTHING_SEEN = (
+    "memcompile looks for linear > activation > linear (or gated) on a residual stream; "
+    "if the model has such blocks, pass example_inputs to memcompile.plan() so that it can be traced"
+)
+
+
+def _names(sites: Sequence[FfnSite]) -> str:
+    return ", ".join(repr(site.name or site.down) for site in sites)
+
+
+def _refused(sites: Sequence[FfnSite]) -> str:
+    reasons = [f"{site.name or site.down!r} was left alone: {site.refusal}" for site in sites if site.refusal]
+    return "; ".join(reasons)

@@ -1,0 +1,208 @@
+"""The proof that an FFN's output joins the residual stream of its source: what tells an FFN from a head or a router."""
+
+from __future__ import annotations
+
+import enum
+
+from torch import fx
+
+from memcompile.common.token_wise import (
+    CASTS,
+    DROPOUTS,
+    FEATURE_JOINS,
+    FEATURE_REDUCTIONS,
+    FEATURE_SPLITS,
+    LINEAR,
+    NORMS,
+    POINTWISE,
+    PROJECTIONS,
+    RESHAPES,
+    TRANSPOSES,
+)
+from memcompile.passes.capture.trace import Capture
+from memcompile.passes.detect.layout import stream_read
+from memcompile.passes.detect.normalize import fake_value, features, operator_name, tokens
+from memcompile.passes.detect.projection import Projection
+from memcompile.passes.detect.region import Refusal, Region
+
+# What may stand between an FFN's output and the stream that it joins ...
+_TO_STREAM = LINEAR | CASTS | DROPOUTS | NORMS | RESHAPES | {"getitem", "cat", "stack"}
+# ... and between the stream and what an FFN reads, which only has to be made of it.
+_FROM_STREAM = POINTWISE | CASTS | DROPOUTS | NORMS | RESHAPES | FEATURE_REDUCTIONS | FEATURE_SPLITS | FEATURE_JOINS
+_FROM_STREAM |= TRANSPOSES | {"getitem", "batch_norm", "pad", "constant_pad_nd", "roll"}
+_SELECTIONS = frozenset({"topk", "argmax", "sort", "argsort", "one_hot", "max"})
+_GATHERS = frozenset({"index", "index_select", "gather", "take", "masked_select"})
+_SCATTERS = frozenset("scatter scatter_ scatter_add scatter_add_ index_put index_put_ index_copy index_copy_".split())
+_SCATTERS |= {"index_add", "index_add_", "masked_scatter", "masked_scatter_", "scatter_reduce"}
+_GOES_ON = NORMS | PROJECTIONS | {"add", "sub", "batch_norm"}
+_PENALTIES = frozenset({"pow", "square", "abs", "norm", "linalg_vector_norm", "mse_loss"})
+_BROADCAST = "its output is broadcast over the stream: it conditions tokens, it is not their FFN"
+_ROUTER_REACH = 12  # nodes from a router's projection to its selection
+
+
+class Sink(enum.Enum):
+    """Where the output of an FFN goes."""
+
+    RESIDUAL = "joins the residual stream"
+    BOUNDARY = "leaves the captured graph"
+
+
+def prove_residual(region: Region, capture: Capture) -> Sink:
+    """Raises Refusal unless the output is added to the stream that the source was taken from. BOUNDARY where
+    the graph ends first, which proves nothing: the caller has to look for other evidence.
+    """
+    stream = _stream_of(region.source, capture)
+    current = region.down.node
+    while True:
+        users = list(current.users)
+        if not users:
+            raise Refusal("its output is not used")
+        if any(user.op == "output" for user in users):
+            return Sink.BOUNDARY
+        after_norm = _norm_spelt_out(current, users)
+        if after_norm is not None:
+            current = after_norm
+            continue
+        if len(users) > 1:
+            names = ", ".join(sorted({operator_name(user) for user in users}))
+            raise Refusal(f"its output has several consumers ({names})")
+        (user,) = users
+        name = operator_name(user)
+        others = [a for a in user.all_input_nodes if a is not current]
+        meets_stream = any(not stream.isdisjoint(_stream_of(other, capture)) for other in others)
+        if name == "sub" and user.args[0] is current:  # towards x + a * (f - x), a step of a normalized Transformer
+            current = user
+            continue
+        if meets_stream and _joins(user, current):
+            if not _same_shape(user, current):
+                raise Refusal(_BROADCAST)
+            if features(user) != region.down.width_out:
+                raise Refusal(
+                    f"it works on parts of a stream that is {features(user)} wide: heads or groups, not tokens"
+                )
+            if _only_feeds_a_penalty(user, name):
+                raise Refusal("its sum with the stream only feeds a penalty: an autoencoder, not an FFN")
+            if any(operator_name(node) in _GATHERS for node in stream) and _is_scattered(user):
+                raise Refusal("its tokens are picked out of the stream and scattered back: a mixture of depths")
+            return Sink.RESIDUAL
+        if meets_stream and name in ("mul", "div") and any(_same_shape(other, current) for other in others):
+            raise Refusal("its output scales the stream that it read: a gate, not an FFN")
+        if _repeats(user, current):
+            raise Refusal(_BROADCAST)
+        if name not in _TO_STREAM:
+            raise Refusal(f"its output goes to {name}, not to the residual stream that it read")
+        current = user
+
+
+def prove_unrouted(region: Region, capture: Capture, projections: dict[fx.Node, Projection]) -> None:
+    """Raises Refusal for experts and their like: tokens picked by index, or a router on the same stream."""
+    name = operator_name(region.source)
+    if name in _GATHERS:
+        raise Refusal(f"its tokens are picked by {name}: an expert of a mixture, not a dense FFN")
+    stream, inside = stream_read(region.source, capture), region.all_nodes
+    for reader, projection in projections.items():
+        if reader in inside or stream_read(projection.input, capture) is not stream:
+            continue
+        if _selects(reader, stream, capture):
+            raise Refusal("a router reads the same stream: an expert of a mixture, not a dense FFN")
+
+
+def _stream_of(node: fx.Node, capture: Capture) -> set[fx.Node]:
+    """The node and its ancestors through additions, scales, norms, views: not through projections or attention."""
+    seen: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current in seen or current in capture.constants:
+            continue
+        if fake_value(current) is not None and features(current) > 1:
+            seen.add(current)
+        if operator_name(current) in _FROM_STREAM:
+            pending.extend(current.all_input_nodes)
+    return seen
+
+
+def _norm_spelt_out(node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
+    """``y * rsqrt(mean(y ** 2) + eps)``: the product, where the users of ``y`` are just that."""
+    products = [user for user in users if operator_name(user) in ("mul", "div") and _same_shape(user, node)]
+    if len(users) != 2 or len(products) != 1:
+        return None
+    (statistic,) = [user for user in users if user is not products[0]]
+    for _ in range(8):
+        if statistic is products[0]:
+            return products[0]
+        if (
+            operator_name(statistic) not in _FROM_STREAM
+            or tokens(statistic) != tokens(node)
+            or len(statistic.users) != 1
+        ):
+            return None
+        (statistic,) = statistic.users
+    return None
+
+
+def _selects(router: fx.Node, stream: fx.Node, capture: Capture) -> bool:
+    """Whether the projection's output is what tokens or experts are chosen by, before it joins the stream: behind
+    that the next block's router may follow, which says nothing about this block.
+    """
+    pending, seen = [(router, 0)], {router}
+    while pending:
+        node, distance = pending.pop()
+        for user in node.users:
+            if operator_name(user) in _SELECTIONS:
+                return True
+            others = (a for a in user.all_input_nodes if a is not node)
+            ends = operator_name(user) in NORMS or (
+                _joins(user, node) and any(stream in _stream_of(other, capture) for other in others)
+            )
+            if user not in seen and distance < _ROUTER_REACH and not ends:
+                seen.add(user)
+                pending.append((user, distance + 1))
+    return False
+
+
+def _joins(user: fx.Node, output: fx.Node) -> bool:
+    """Whether the node adds the output to its other operand, and does not use it as a weight or a gate."""
+    name = operator_name(user)
+    if name == "lerp":
+        return any(operand is output for operand in user.args[:2])
+    return name in ("add", "sub") or (name == "addcmul" and user.args[0] is not output)
+
+
+def _repeats(user: fx.Node, output: fx.Node) -> bool:
+    """Whether the node makes several tokens of each."""
+    name = operator_name(user)
+    if name in FEATURE_JOINS:
+        operands = user.args[0]
+        return isinstance(operands, (list, tuple)) and sum(operand is output for operand in operands) > 1
+    return name in ("expand", "expand_as") and tokens(user) != tokens(output)
+
+
+def _only_feeds_a_penalty(total: fx.Node, join: str) -> bool:
+    """Whether the sum of output and stream is a reconstruction error. No Transformer subtracts its FFN, so what does
+    has to go on as a stream does.
+    """
+    readers = list(total.users)
+    if join == "sub":
+        return not any(operator_name(reader) in _GOES_ON for reader in readers)
+    squared = [reader for reader in readers if operator_name(reader) == "mul" and reader.args == (total, total)]
+    penalties = [reader for reader in readers if operator_name(reader) in _PENALTIES]
+    return bool(readers) and len(penalties) + len(squared) == len(readers)
+
+
+def _is_scattered(total: fx.Node) -> bool:
+    """Whether a stream, followed through the blocks behind, is written back by index."""
+    pending, seen = [total], {total}
+    while pending:
+        for user in pending.pop().users:
+            if operator_name(user) in _SCATTERS:
+                return True
+            if user not in seen and operator_name(user) in _TO_STREAM:
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    value_a, value_b = fake_value(a), fake_value(b)
+    return value_a is not None and value_b is not None and value_a.shape == value_b.shape

@@ -1,0 +1,178 @@
+"""The proof that an FFN works token by token: where the tokens lie in each tensor between its projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from memcompile.common.token_wise import (
+    CASTS,
+    DROPOUTS,
+    FEATURE_JOINS,
+    FEATURE_REDUCTIONS,
+    FEATURE_SPLITS,
+    LINEAR,
+    NORMS,
+    POINTWISE,
+    RESHAPES,
+    TRANSPOSES,
+)
+from memcompile.passes.capture.trace import Capture
+from memcompile.passes.detect.constants import is_random, is_uniform
+from memcompile.passes.detect.normalize import dimension_order, fake_value, features, operator_name, tokens
+from memcompile.passes.detect.region import Refusal, Region
+
+# How many trailing dimensions of a tensor hold features; those before them hold the tokens of the source in its order.
+# Several numbers where dimensions of size one leave it open.
+_Layout = frozenset[int]
+_SAME_LAYOUT = CASTS | DROPOUTS | {"glu"}
+
+
+def prove_token_wise(region: Region, capture: Capture) -> None:
+    """Raises Refusal unless each token of the output depends on that token of the source alone, nonlinearly."""
+    hidden, count = region.down.width_in, tokens(region.up[0].node)
+    if hidden == region.down.width_out:
+        raise Refusal(f"its hidden width equals the model's ({hidden}): more likely a head or a projector than an FFN")
+    if hidden < region.down.width_out:
+        raise Refusal(f"its hidden width {hidden} is below the model's {region.down.width_out}: an adapter, not an FFN")
+    if tokens(region.source) != count or tokens(region.down.node) != count:
+        raise Refusal("its source and its output do not hold the same tokens")
+    for parameter in region.parameters:
+        value = fake_value(parameter)
+        if value is None or value.numel() not in (1, hidden, 2 * hidden) or value.numel() != features(parameter):
+            raise Refusal(f"a parameter {_shape(parameter)} that is no vector of hidden features enters between them")
+    layouts: dict[fx.Node, _Layout] = {p.node: frozenset({1}) for p in region.up}
+    for node in region.nodes:
+        layouts[node] = _layout(node, layouts, count, capture)
+    if 1 not in layouts[region.down.input]:
+        raise Refusal("its hidden activation is no longer one vector a token before the down-projection")
+    if not any(_is_nonlinear(node, layouts, count) for node in _hidden_path(region, count)):
+        raise Refusal("there is no nonlinearity between its projections: a low-rank factorisation, not an FFN")
+
+
+def _layout(node: fx.Node, layouts: Mapping[fx.Node, _Layout], count: int, capture: Capture) -> _Layout:
+    name, (shape, operand) = operator_name(node), _shapes(node)
+    known = next((layouts[a] for a in node.all_input_nodes if a in layouts), frozenset[int]())
+    if name == "getitem" or (shape is not None and shape == operand and name in FEATURE_SPLITS | RESHAPES):
+        return known
+    if name in POINTWISE or (name in ("min", "max") and len(node.all_input_nodes) == 2):
+        return _broadcast(node, layouts, count, capture)
+    if name in RESHAPES and shape is not None:
+        found = (rank for rank in range(len(shape) + 1) if shape[: len(shape) - rank].numel() == count)
+        return _or_refuse(frozenset(found), f"{name} reshapes the hidden activation to {list(shape)}")
+    if name in _SAME_LAYOUT and (name != "glu" or _only_features(node, known)):
+        return known
+    if name in NORMS and all(len(_argument(node, "normalized_shape")) <= rank for rank in known):
+        return known
+    if name in FEATURE_SPLITS and _only_features(node, known):
+        return frozenset(rank - (name in ("unbind", "select")) for rank in known)
+    if name in FEATURE_JOINS and _only_features(node, known, extra=name == "stack"):
+        same = frozenset.intersection(*(layouts.get(a, frozenset()) for a in node.all_input_nodes))
+        return _or_refuse(frozenset(rank + (name == "stack") for rank in same), f"{name} joins different layouts")
+    if name in FEATURE_REDUCTIONS and _only_features(node, known):
+        kept = bool(_argument(node, "keepdim"))
+        return frozenset(rank - (0 if kept else len(_dims(node))) for rank in known)
+    if name in TRANSPOSES and _keeps_tokens(node, known):
+        return known
+    raise Refusal(f"{name} over tokens stands between its projections")
+
+
+def _broadcast(node: fx.Node, layouts: Mapping[fx.Node, _Layout], count: int, capture: Capture) -> _Layout:
+    """Of operands whose features are aligned and whose tokens are the same."""
+    name, shape = operator_name(node), _shapes(node)[0]
+    operands = [a for a in node.all_input_nodes if a in layouts]
+    common = frozenset.intersection(*(layouts[a] for a in operands))
+    if shape is not None:
+        common = frozenset(rank for rank in common if shape[: len(shape) - rank].numel() == count)
+    _or_refuse(common, f"{name} aligns tokens with features")
+    for constant in (a for a in node.all_input_nodes if a in capture.constants):
+        value = fake_value(constant)
+        # A channel-wise prelu counts channels from the front.
+        leading = value.numel() if value is not None and name == "prelu" and value.numel() > 1 else 1
+        if value is not None and name != "prelu":
+            leading = max(value.shape[: max(0, value.dim() - rank)].numel() for rank in common)
+        if leading != 1 and not is_uniform(constant) and not is_random(constant):
+            raise Refusal(f"a constant {_shape(constant)} that differs from token to token enters between them")
+    return common
+
+
+def _or_refuse(layout: _Layout, sentence: str) -> _Layout:
+    if not layout:
+        raise Refusal(sentence)
+    return layout
+
+
+def _only_features(node: fx.Node, layout: _Layout, extra: bool = False) -> bool:
+    """Whether the dimensions that an operator works along hold features, however the layout is read."""
+    operand = _shapes(node)[1]
+    dims = _dims(node)
+    if operand is None or not dims:
+        return False
+    rank = len(operand) + extra
+    return all(d % rank >= rank - extra - features for d in dims for features in layout)
+
+
+def _dims(node: fx.Node) -> list[int]:
+    dim = _argument(node, "dim")
+    return list(dim) if isinstance(dim, (list, tuple)) else [] if dim is None else [dim]
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """An operator's argument by its name in the schema, or its default there."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            given = node.args[position] if position < len(node.args) else argument.default_value
+            return node.kwargs.get(name, given)
+    return None
+
+
+def _keeps_tokens(node: fx.Node, layout: _Layout) -> bool:
+    """Whether a transpose moves features alone."""
+    operand = _shapes(node)[1]
+    if operand is None or not layout:
+        return False
+    leading = len(operand) - min(layout)
+    return dimension_order(node, len(operand))[:leading] == list(range(leading))
+
+
+def _hidden_path(region: Region, count: int) -> set[fx.Node]:
+    """The nodes between the projections that carry the hidden activation; what only feeds a norm's statistics
+    (one number a token) is not among them.
+    """
+    between, path, pending = set(region.nodes), set[fx.Node](), [region.down.input]
+    while pending:
+        node = pending.pop()
+        if node in between and node not in path and not _is_statistic(node, count):
+            path.add(node)
+            pending.extend(node.all_input_nodes)
+    return path
+
+
+def _is_statistic(node: fx.Node, count: int) -> bool:
+    value = fake_value(node)
+    return value is not None and value.numel() == count
+
+
+def _is_nonlinear(node: fx.Node, layouts: Mapping[fx.Node, _Layout], count: int) -> bool:
+    name = operator_name(node)
+    if name in ("mul", "div", "addcmul", "addcdiv"):
+        factors = [a for a in node.args if isinstance(a, fx.Node) and a in layouts and not _is_statistic(a, count)]
+        return len(factors) >= 2  # a gate
+    return name in POINTWISE - LINEAR | {"glu", "min", "max", "amin", "amax"}
+
+
+def _shapes(node: fx.Node) -> tuple[Any, Any]:
+    """Shapes of the result and of the first operand, None for what is no tensor."""
+    value = fake_value(node)
+    first = next(iter(node.all_input_nodes), None)
+    operand = fake_value(first) if first is not None else None
+    return (None if value is None else value.shape), (None if operand is None else operand.shape)
+
+
+def _shape(node: fx.Node) -> str:
+    value = fake_value(node)
+    return str(list(value.shape)) if value is not None else operator_name(node)

@@ -1,0 +1,1 @@
+"""Rewrites a captured graph: a new graph, where plan() changes the model."""

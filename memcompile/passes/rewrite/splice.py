@@ -1,0 +1,135 @@
+"""One lookup put into a graph at one call of an FFN, and the FFN's own nodes taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from memcompile.common.sites import FfnSite
+from memcompile.errors import PlanError
+from memcompile.passes.capture.graphs import Scope
+from memcompile.passes.detect.region import Region
+
+# What says where in the user's program a node stands; the lookup stands where the down-projection did.
+_PROVENANCE = ("nn_module_stack", "stack_trace", "custom", "partitioner_tag")
+
+
+class Splice:
+    """The place of one call of an FFN in its graph.
+
+    Attributes:
+        down: the node whose value is the FFN's output, in the shape [..., width].
+        inner: the FFN's nodes.
+        sources: what the memory may read: the up-projection's operand, and the same activation before views.
+    """
+
+    def __init__(self, region: Region, scope: Scope, site: FfnSite) -> None:
+        self.graph, self.site = scope.module.graph, site
+        original = scope.original
+        self.down = original[region.down.node]
+        self.inner = {original[node] for node in region.all_nodes if node in original}
+        sources = [original[n] for n in (region.up[0].input, region.source)]
+        self.sources = [n for n in sources if n.meta["val"].shape[-1] == site.width]
+
+    def insert(self, lookup: torch._ops.OpOverload, tensors: Sequence[fx.Node | None], sizes: tuple) -> fx.Node:
+        """``lookup(source, *tensors, *sizes)`` before the FFN's output, in the shape and dtype of that output."""
+        output = self.down.meta["val"]
+        same = [s for s in self.sources if _sizes(s)[:-1] == _sizes(self.down)[:-1]]
+        source = (same or self.sources)[0]
+        value = source.meta["val"]
+        with self.graph.inserting_before(self.down):
+            tensors = self._in_dtype(tensors, value.dtype)
+            shape = (*value.shape[:-1], self.site.width)
+            node = self._call(lookup, (source, *tensors, *sizes), output if same else output.new_empty(shape))
+            if not same:
+                node = self._call(torch.ops.aten.view.default, (node, self._output_sizes()), output)
+        return node
+
+    def add(self, output: fx.Node) -> None:
+        """Adds ``output`` to the FFN's."""
+        with self.graph.inserting_after(self.down):
+            total = self._call(torch.ops.aten.add.Tensor, (self.down, output), self.down.meta["val"])
+        self.down.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+    def replace(self, output: fx.Node) -> None:
+        """Puts ``output`` in the place of the FFN's and erases the FFN, and what only it read."""
+        self.down.replace_all_uses_with(output)
+        self._read_sizes_elsewhere()
+        operands: dict[fx.Node, None] = {}
+        for node in reversed(self.graph.nodes):
+            dead_reader = not node.is_impure() and not self.inner.isdisjoint(node.all_input_nodes)
+            if not node.users and (node in self.inner or dead_reader):
+                operands |= dict.fromkeys(node.all_input_nodes)
+                operands.pop(node, None)
+                self.graph.erase_node(node)
+                self.inner.discard(node)
+        if self.inner:
+            node = next(iter(self.inner))
+            readers = ", ".join(sorted(str(user) for user in node.users))
+            raise PlanError(f"{self.site.name or self.site.down!r}: {node} is also read by {readers}, outside of it")
+        self._erase_unread(operands)
+
+    def _call(self, target: Any, args: tuple, value: Tensor) -> fx.Node:
+        node = self.graph.call_function(target, args)
+        node.meta = {key: self.down.meta[key] for key in _PROVENANCE if key in self.down.meta} | {"val": value}
+        return node
+
+    def _in_dtype(self, tensors: Sequence[fx.Node | None], dtype: torch.dtype) -> list[fx.Node | None]:
+        """The projections' tensors in the dtype of the tokens, as a graph captured under autocast has the FFN's. The
+        operator itself casts keys and temperature; the values may be of any dtype.
+        """
+        query, query_bias, keys, values, *projections, temperature = tensors
+        cast = [self._cast(tensor, dtype) for tensor in (query, query_bias, *projections)]
+        return [*cast[:2], keys, values, *cast[2:], temperature]
+
+    def _cast(self, tensor: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
+        if tensor is None or tensor.meta["val"].dtype == dtype:
+            return tensor
+        node = self._call(torch.ops.aten._to_copy.default, (tensor,), tensor.meta["val"].to(dtype))
+        node.kwargs = {"dtype": dtype}
+        return node
+
+    def _output_sizes(self) -> list[Any]:
+        """The FFN's output shape as operands: numbers, sizes of what the memory reads, one -1 for a size of neither."""
+        sizes = [self._size(size) for size in self.down.meta["val"].shape]
+        if sizes.count(None) > 1:
+            raise PlanError(
+                f"{self.site.name or self.site.down!r} reshapes its tokens to sizes that its input does not have: "
+                f"export with fewer dynamic dimensions"
+            )
+        return [-1 if size is None else size for size in sizes]
+
+    def _size(self, size: int | torch.SymInt) -> Any:
+        if isinstance(size, int):
+            return size
+        for source in self.sources:
+            for dim, expression in enumerate(_sizes(source)):
+                if expression == size.node.expr:
+                    return self._call(torch.ops.aten.sym_size.int, (source, dim), source.meta["val"].shape[dim])
+        return None
+
+    def _read_sizes_elsewhere(self) -> None:
+        """Sizes of hidden activations that others read, which make_fx leaves behind, are also sizes of the source."""
+        for node in list(self.graph.nodes):
+            size = node.meta.get("val")
+            if isinstance(size, torch.SymInt) and node.users and not self.inner.isdisjoint(node.all_input_nodes):
+                with self.graph.inserting_before(node):
+                    same = self._size(size)
+                if same is not None:
+                    node.replace_all_uses_with(same)
+
+    def _erase_unread(self, nodes: Iterable[fx.Node]) -> None:
+        pending = dict.fromkeys(nodes)
+        while pending:
+            node, _ = pending.popitem()
+            if node.op == "call_function" and not node.users and not node.is_impure():
+                pending |= dict.fromkeys(node.all_input_nodes)
+                self.graph.erase_node(node)
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    """The shape of the node's value; symbolic sizes as expressions, whose comparison records no guard."""
+    return [size if isinstance(size, int) else size.node.expr for size in node.meta["val"].shape]

@@ -1,0 +1,1 @@
+"""plan(): detect, place, rehearse, install."""

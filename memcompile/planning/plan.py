@@ -1,0 +1,224 @@
+"""plan(): detect, place, install. The one way in which a model becomes memory-augmented."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from memcompile.common.sites import FfnSite
+from memcompile.config import MemoryConfig, check_names
+from memcompile.errors import OptionError, PlanError
+from memcompile.explain import Explanation, explain
+from memcompile.lowering.parameters import draw_values, values_shape
+from memcompile.passes.capture.graphs import is_captured
+from memcompile.passes.capture.trace import trace
+from memcompile.passes.detect.detect import find_blocks
+from memcompile.passes.detect.place import place
+from memcompile.planning.rehearsal import rehearse
+from memcompile.planning.sizes import resolve
+from memcompile.runtime.adoption import adopt_optimizers
+from memcompile.runtime.distributed.ddp import check_rebuildable, rebuild
+from memcompile.runtime.distributed.parallelisms import install_if_distributed
+from memcompile.runtime.distributed.sharding import check_plans_agree, check_same, cut, draw_part, redraw_layer
+from memcompile.runtime.install import install
+from memcompile.runtime.interrupts import uninterrupted
+from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
+from memcompile.runtime.state_dicts import config_of, plan_in
+from memcompile.runtime.storage.mapped_values import MappedValues
+from memcompile.runtime.wrappers import is_in_ddp, is_sharded, unwrap
+
+log = logging.getLogger(__name__)
+
+
+def plan(
+    model: nn.Module,
+    *,
+    memory: MemoryConfig | None = None,
+    example_inputs: Any = None,
+    memory_mesh: DeviceMesh | None = None,
+    shard_by: str = "columns",
+    shard_tokens: str = "uneven",
+    **options: Any,
+) -> Explanation:
+    """Replaces feed-forward blocks of ``model`` by memory layers, or adds memory to them, in place.
+
+    The model's new parameters exist when the call returns, trainable, in a frozen model too; everything that runs the
+    model afterwards (compiled, eager, exported, checkpointed) runs the memory. Optimizers that hold the replaced
+    parameters are adopted. A second call with the same options, or with none, changes nothing.
+
+    Args:
+        model: any module; may be wrapped by DDP or ``torch.compile``. Plan before ``fully_shard``.
+        memory: every option at once; or give them as keywords, see :class:`memcompile.MemoryConfig`.
+        example_inputs: a tuple of positional or a dict of keyword arguments of one forward, for models whose
+            inputs cannot be guessed. Of its tensors only shapes and dtypes are read, unless
+            values decide the path: then a copy of the model runs on them once.
+        memory_mesh, shard_by, shard_tokens: shards the values over a mesh as they are made, so that no rank ever has
+            all of them: `mesh`, `by` and `tokens` of :func:`memcompile.shard`. A collective then.
+        options: fields of :class:`memcompile.MemoryConfig`.
+
+    Returns:
+        What was found and chosen; its ``repr`` is a table.
+
+    Raises:
+        OptionError: an unknown option, a wrong type or value, or a model that is no module.
+        PlanError: no or too few feed-forward blocks, already planned with other options, already sharded, or a
+            ``values_path`` that is not the file of this memory.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"plan() takes an nn.Module, got {model!r}")
+    start = time.perf_counter()
+    install_if_distributed()
+    requested = _config(memory, options)
+    if memory_mesh is None and (shard_by, shard_tokens) != ("columns", "uneven"):
+        raise OptionError("shard_by and shard_tokens say how values lie on a memory_mesh: give it, too")
+    root, parallel = unwrap(model)
+    if is_captured(root):
+        raise PlanError(
+            "a captured graph is not changed in place: memcompile.passes.rewrite(graph_module, sites) returns one with "
+            "memory, for sites of memcompile.find_ffns(graph_module); compile that with any other backend"
+        )
+    given = requested.as_options()
+    if memory is None:
+        given = {name: given[name] for name in options}
+    if _is_planned(root, given):
+        if memory_mesh is not None:
+            planned = _pool(root)
+            check_same(planned, cut(planned.config, memory_mesh, shard_by, shard_tokens))
+        return explain(model)
+    if is_sharded(root):
+        raise PlanError(
+            f"{type(root).__name__} is already sharded: plan before fully_shard() and distribute_tensor(), "
+            f"so that the memory's parameters are sharded with the rest"
+        )
+    if not parallel and dist.is_available() and dist.is_initialized() and is_in_ddp(root):
+        raise PlanError(
+            f"{type(root).__name__} is in DDP already, whose reducer waits for the gradients of what is replaced: pass "
+            f"the DDP itself, or plan first, then wrap the model"
+        )
+    for wrapper in parallel:
+        check_rebuildable(wrapper, requested, memory_mesh is not None)
+    sites, chosen = _choose(root, requested, example_inputs)
+    config = resolve(requested, chosen, sum(p.numel() for p in root.parameters()))
+    pool = MemoryPool(root=root, config=config, requested=requested, sites=tuple(sites))
+    if memory_mesh is not None:
+        pool.sharded = cut(config, memory_mesh, shard_by, shard_tokens)
+        check_plans_agree(pool, pool.sharded)
+    with uninterrupted():
+        adopt_optimizers(install(pool, chosen), pool)
+        for wrapper in parallel:
+            rebuild(wrapper)
+    explanation = explain(model)
+    log.info("planned in %.2f s\n%r", time.perf_counter() - start, explanation)
+    return explanation
+
+
+def reset_parameters(model: nn.Module) -> None:
+    """Draws the memory of a planned model anew, values and layers: after ``to_empty()``, or to start over.
+
+    Raises:
+        PlanError: the model has no memory, or its values lie in a file.
+    """
+    pool = _pool(model)
+    if isinstance(pool.values, MappedValues):
+        raise PlanError(f"the values lie in {pool.values.path!r}, for inference: plan with values_storage='device'")
+    pool.catch_up()  # what rows have missed is of the values as they are now
+    if pool.sharded is None:
+        draw_values(pool.values)
+    else:
+        draw_part(pool.table, pool.sharded, values_shape(pool.config))
+    for layer in pool.layers.values():
+        if pool.sharded is not None and pool.sharded.tokens == "shared":
+            redraw_layer(layer, pool)
+        else:
+            layer.reset_parameters()
+
+
+def catch_up(model: nn.Module) -> None:
+    """Brings the values of a planned model up to date with its optimizer's last step, in place: for code that reads
+    `model.memory_values` itself. The model's layers and `state_dict()` need no such call.
+
+    Raises:
+        PlanError: the model has no memory.
+    """
+    _pool(model).catch_up()
+
+
+def config_from(state_dict: Mapping[str, Any]) -> MemoryConfig:
+    """The options of the memory that a checkpoint was saved with, for ``plan(model, memory=...)``.
+
+    Raises:
+        PlanError: the checkpoint holds no memory, or its plan is damaged.
+    """
+    saved = plan_in(state_dict)
+    if saved is None:
+        raise PlanError("the state dict holds no memory: it was saved from a model that was not planned")
+    return config_of(saved)
+
+
+def _pool(model: nn.Module) -> MemoryPool:
+    pool = pool_of(unwrap(model)[0])
+    if pool is None:
+        raise PlanError(f"{type(model).__name__} has no memory: plan it first")
+    return pool
+
+
+def _choose(root: nn.Module, requested: MemoryConfig, example_inputs: Any) -> tuple[list[FfnSite], list[FfnSite]]:
+    """Every site of the model, and the chosen ones. A choice that fails in rehearsal is refused, and others stand in
+    for it where ``memory_layers`` leaves a choice.
+    """
+    captures = trace(root, example_inputs)
+    sites = [block.site for block in find_blocks(captures, root)]
+    while True:
+        chosen = place(sites, requested.memory_layers)
+        failures = rehearse(root, captures, chosen, requested.placement == "add")
+        if not failures:
+            return sites, chosen
+        sites = [dataclasses.replace(s, refusal=failures.get(s.down, s.refusal)) for s in sites]
+
+
+def _config(memory: MemoryConfig | None, options: Mapping[str, Any]) -> MemoryConfig:
+    if memory is None:
+        return MemoryConfig.from_dict(options)
+    if not isinstance(memory, MemoryConfig):
+        raise OptionError(f"memory must be a memcompile.MemoryConfig, got {memory!r}")
+    if options:
+        check_names(options)
+        raise OptionError(f"give memory=MemoryConfig(...) or the options {sorted(options)}, not both")
+    return memory
+
+
+def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether the model, or one that it is part of, has the memory asked for; other options are an error."""
+    pool = pool_of(root)
+    if pool is None:
+        inner = pools_inside(root)
+        if inner:
+            names = [next(n for n, m in root.named_modules() if m is pool.root) for pool in inner]
+            raise PlanError(
+                f"parts of {type(root).__name__} already have a memory ({', '.join(map(repr, names))}): plan the "
+                f"whole model once, or compile the parts alone"
+            )
+        return False
+    differing = {name: value for name, value in given.items() if not _is_as_planned(pool, name, value)}
+    if differing:
+        now = {k: getattr(pool.requested, k) for k in differing}
+        raise PlanError(
+            f"{type(pool.root).__name__} already has a memory planned with {now}, now asked for {differing}: "
+            f"build the model anew to plan it otherwise, or leave the options out"
+        )
+    return True
+
+
+def _is_as_planned(pool: MemoryPool, name: str, value: Any) -> bool:
+    """Whether an option asks for what is there: in the words of the plan, or for the same blocks and sizes."""
+    value = tuple(value) if isinstance(value, list) else value
+    if value in (getattr(pool.requested, name), getattr(pool.config, name)):
+        return True
+    return name == "memory_layers" and place(pool.sites, value) == pool.chosen

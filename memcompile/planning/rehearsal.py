@@ -1,0 +1,71 @@
+"""Rehearses a plan: runs the model once with stand-ins, as it was traced, before anything of it is changed."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+from torch import nn
+
+from memcompile.common.sites import FfnSite
+from memcompile.errors import MemcompileError
+from memcompile.passes.capture.sandbox import forgotten, quiet
+from memcompile.passes.capture.trace import Capture
+from memcompile.runtime.stand_ins.understudy import lent
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    """Why stand-ins do not do. What only ran another number of times may have drawn a random number."""
+
+    sentence: str
+    by_count: bool = False
+
+
+def rehearse(root: nn.Module, captures: Sequence[Capture], chosen: Sequence[FfnSite], adds: bool) -> dict[str, str]:
+    """Why chosen sites cannot have a memory after all, by the name of their down-projection: what stands between their
+    projections is token-wise in the graph, but written in a way that takes nothing but tensors.
+    """
+    with quiet(), forgotten():
+        together = _failure(root, captures, chosen, adds)
+        if together is None:
+            return {}
+        alone = {site.down: _failure(root, captures, [site], adds) for site in chosen}
+    failures = {down: failure.sentence for down, failure in alone.items() if failure is not None}
+    if not failures and not together.by_count:
+        failures = dict.fromkeys(alone, together.sentence)
+    for down, sentence in failures.items():
+        log.debug("rehearsal of %s: %s", down, sentence)
+    return failures
+
+
+def _failure(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], adds: bool) -> _Failure | None:
+    calls: collections.Counter[str] = collections.Counter()
+    for capture in captures:
+        inside = [site for site in sites if _speaks(capture, site)]
+        if capture.forward is None or not inside:
+            continue
+        with lent(root, inside, adds) as understudies:
+            try:
+                capture.forward.run(root.get_submodule(capture.path))
+            except MemcompileError as error:
+                return _Failure(str(error).removeprefix("memcompile: "))
+            except Exception as error:  # the owner's code met an object where it expects a tensor
+                described = f"{type(error).__name__}: {error}"
+                return _Failure(f"its code does not run with a stand-in for its hidden activation ({described})")
+        calls.update({s.down: understudy.calls for s, understudy in zip(inside, understudies, strict=True)})
+    for site in sites:
+        if calls[site.down] != site.calls:
+            ran = f"it ran {calls[site.down]} times with a stand-in, and {site.calls} times without"
+            return _Failure(ran, by_count=True)
+    return None
+
+
+def _speaks(capture: Capture, site: FfnSite) -> bool:
+    """Whether the site was found in this graph."""
+    inside = not capture.path or site.down.startswith(f"{capture.path}.")
+    return inside and capture.speaks_for(site.down) and site.down not in capture.unread

@@ -1,0 +1,81 @@
+"""Errors of collectives that say which one it was: a rank that hangs is seen at the timeout, in whatever waits then."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from memcompile.errors import CollectiveError
+from memcompile.lowering.distributed import collectives
+from memcompile.runtime._torch import autograd
+
+_OPERATION = r"_c10d_functional\.(\w+)\.default"
+_WAIT = re.compile(r"_c10d_functional\.wait_tensor\.default\((\w+)")
+_FAILED = re.compile(r"timed? ?out|connection (closed|reset)|aborted|gloo|nccl", re.IGNORECASE)
+
+
+def install_collective_errors() -> None:
+    """Names the collective that fails in a backward. Idempotent."""
+    module: Any = autograd
+    original = module._engine_run_backward
+    if hasattr(original, "_memcompile_named"):
+        return
+
+    @functools.wraps(original)
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        with named_collectives("backward"):
+            return original(*args, **kwargs)
+
+    run_backward._memcompile_named = True  # type: ignore[attr-defined]
+    module._engine_run_backward = run_backward
+
+
+@contextmanager
+def named_collectives(where: str) -> Iterator[None]:
+    """Turns the error of a collective of a sharded table, eager or in Inductor's code, into one that names it.
+
+    Raises:
+        CollectiveError: in the place of the RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        name = collective_in(error.__traceback__)
+        if name is None or isinstance(error, CollectiveError) or not _FAILED.search(str(error)):
+            raise
+        raise CollectiveError(
+            f"the collective {name} failed in the {where}: {error}. Another rank hangs, has died, or runs another "
+            f"program; how long ranks wait is the timeout of init_process_group()"
+        ) from error
+
+
+def collective_in(traceback: TracebackType | None) -> str | None:
+    """The collective in which an error was raised, by the names of its frames, or by the lines of generated code."""
+    found = None
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if code.co_filename == collectives.__file__ and code.co_name in collectives.OPERATIONS:
+            found = code.co_name
+        else:
+            found = _generated(code.co_filename, traceback.tb_lineno) or found
+        traceback = traceback.tb_next
+    return found
+
+
+def _generated(filename: str, line_number: int) -> str | None:
+    line = linecache.getline(filename, line_number)
+    wait = _WAIT.search(line)
+    if wait is None:
+        started = re.search(_OPERATION, line)
+        return started[1] if started else None
+    start = re.compile(rf"\b{wait[1]} = .*{_OPERATION}")
+    for number in range(line_number - 1, 0, -1):
+        found = start.search(linecache.getline(filename, number))
+        if found:
+            return found[1]
+    return None

@@ -1,0 +1,234 @@
+"""`shard`: the values of a planned model become a DTensor, of which each rank of a memory group holds a part."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from memcompile.common.sites import VALUES_NAME
+from memcompile.config import MemoryConfig
+from memcompile.errors import OptionError, PlanError
+from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, values_shape
+from memcompile.runtime._torch import local_part
+from memcompile.runtime.adoption import live_optimizers
+from memcompile.runtime.distributed.collective_errors import install_collective_errors
+from memcompile.runtime.distributed.parallelisms import install_parallelisms
+from memcompile.runtime.distributed.sharded_values import ShardedValues
+from memcompile.runtime.pool import MemoryPool, pool_of
+from memcompile.runtime.values_gradient import watch_gradient
+from memcompile.runtime.wrappers import is_in_ddp, is_sharded, unwrap
+
+if TYPE_CHECKING:
+    from memcompile.runtime.layer import MemoryLayer
+
+DIMS = {"columns": 1, "rows": 0}
+TOKENS = ("uneven", "even", "shared")
+_ORDER = "The order is: plan, shard, then DDP or fully_shard, then the optimizer"
+_CUT = {"gate_weight": 0, "gate_bias": 0, "out_weight": 1}  # under tensor parallelism: the dim of value_dim
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: str = "uneven") -> None:
+    """Shards the values of a planned model over a mesh, in place: `model.memory_values` becomes a DTensor.
+
+    A collective: every rank of the mesh calls it.
+
+    Every rank of the memory group has tokens of its own, as ranks of DDP have, and reads the slots of all of the group
+    for its part of the table ("Memory Layers at Scale", arXiv 2412.09764, section 3). The values' gradient is the
+    mean over the ranks, replicas included, as DDP's is.
+
+    Args:
+        model: planned, in no DDP or FSDP yet, and in no optimizer. Its values are those of the mesh's first rank; to
+            never have all of them in one place, plan with ``memory_mesh=``, or on the meta device.
+        mesh: of one dimension, the ranks that share one table (``mesh["memory"]``); or of two, replicas of such groups
+            before it, as for ``fully_shard``: ``mesh["replicate", "memory"]``.
+        by: "columns" (balanced whatever slots are hot), or "rows" for tables with fewer than 32 bytes a rank and row.
+        tokens: "uneven": ranks may have any number of tokens, and tell each other how many in each forward (a host
+            synchronisation on a GPU). "even": they promise to have equally many. "shared": tensor parallelism, all
+            ranks of the group have the same tokens; gate and output projection are cut too, and no slots travel.
+
+    Raises:
+        PlanError: not planned, sharded otherwise, in DDP, FSDP or an optimizer; the plans of the ranks differ.
+        OptionError: a mesh of other dimensions, an unknown option, or a gradient that sharding does not serve.
+    """
+    root, ddp = unwrap(model)
+    pool = pool_of(root)
+    if pool is None:
+        raise PlanError(
+            f"{type(root).__name__} has no memory to shard: call memcompile.plan(model, ...) first. {_ORDER}"
+        )
+    sharded = cut(pool.config, mesh, by, tokens)
+    if pool.sharded is not None:
+        check_same(pool, sharded)
+        return
+    if ddp or is_in_ddp(root):
+        raise PlanError(f"{type(root).__name__} is in DistributedDataParallel already. {_ORDER}")
+    if is_sharded(root):
+        raise PlanError(f"parameters of {type(root).__name__} are sharded already. {_ORDER}")
+    replaced = {id(pool.values)} | {id(p) for p in (_to_cut(pool) if tokens == "shared" else {}).values()}
+    for optimizer in live_optimizers():
+        if any(id(p) in replaced for group in optimizer.param_groups for p in group["params"]):
+            raise PlanError(f"{type(optimizer).__name__} holds the memory's parameters already. {_ORDER}")
+    check_plans_agree(pool, sharded)
+    put_sharded(pool, sharded, distribute_tensor(pool.values.detach(), mesh, sharded.placements))
+    cut_layers(pool)
+
+
+def cut(config: MemoryConfig, mesh: DeviceMesh, by: str, tokens: str) -> ShardedValues:
+    """How values of these options lie on a mesh.
+
+    Raises:
+        OptionError: a mesh of other dimensions, an unknown option, or a gradient that sharding does not serve.
+    """
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim > 2:
+        raise OptionError(
+            f"mesh: expected a DeviceMesh of one dimension, the memory group, or of two, replicas and memory group; "
+            f"got {mesh!r}"
+        )
+    if mesh.ndim == 2 and not mesh.mesh_dim_names:
+        raise OptionError("mesh: its two dimensions need names, mesh_dim_names=('replicate', 'memory')")
+    if mesh.get_coordinate() is None:
+        raise OptionError(f"mesh: this rank is not in {mesh}: each rank shards over the mesh that it is in")
+    if by not in DIMS:
+        raise OptionError(f"by must be 'columns' or 'rows', got {by!r}")
+    if tokens not in TOKENS:
+        raise OptionError(f"tokens must be 'uneven', 'even' or 'shared', got {tokens!r}")
+    if tokens == "shared" and by == "rows":
+        raise OptionError("tokens='shared' is tensor parallelism, which needs by='columns'")
+    if config.values_storage != "device":
+        raise OptionError(
+            f"values_storage={config.values_storage!r} keeps all values in one place, and for inference: shard values "
+            f"on the devices, or serve them from one process"
+        )
+    if config.gradient == "fused":
+        raise OptionError("values_grad='fused' updates values in the backward of one rank: shard with 'sparse'")
+    return ShardedValues.over(mesh, values_shape(config), DIMS[by], tokens)
+
+
+def check_same(pool: MemoryPool, sharded: ShardedValues) -> None:
+    """Raises PlanError where a pool lies otherwise than asked for now."""
+    now = pool.sharded
+    if now is None or (now.mesh, now.shards, now.tokens) != (sharded.mesh, sharded.shards, sharded.tokens):
+        how = "not sharded" if now is None else f"sharded over {now.mesh} with tokens={now.tokens!r}"
+        raise PlanError(f"the memory of {type(pool.root).__name__} is {how} already: build the model anew. {_ORDER}")
+
+
+def check_plans_agree(pool: MemoryPool, sharded: ShardedValues) -> None:
+    """Raises PlanError, on every rank, where another has another plan. A collective."""
+    parameters = {name: p for name, p in pool.root.named_parameters() if name != VALUES_NAME}
+    mine: dict[str, Any] = {
+        **pool.config.to_dict(),
+        "parameters": {name: [list(p.shape), str(p.dtype)] for name, p in parameters.items()},
+        "by": "columns" if sharded.shards.by_columns else "rows",
+        "tokens": sharded.tokens,
+    }
+    plans = [(dist.get_rank(), json.dumps(mine))]
+    for dim in reversed(range(sharded.mesh.ndim)):  # all ranks of the mesh have all plans before any raises
+        group = sharded.mesh.get_group(dim)
+        everyones: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyones, plans, group=group)
+        plans = [plan for of_rank in everyones for plan in of_rank]
+    (first, expected), *others = ((rank, json.loads(plan)) for rank, plan in plans)
+    for rank, plan in others:
+        differing = [name for name in expected if plan.get(name) != expected.get(name)]
+        if differing:
+            told = ", ".join(_difference(name, expected.get(name), plan.get(name)) for name in differing)
+            raise PlanError(
+                f"ranks {first} and {rank} share one memory, but have planned otherwise: {told}. Build the same model "
+                f"with the same options on every rank"
+            )
+
+
+def _difference(name: str, one: Any, other: Any) -> str:
+    if isinstance(one, dict) and isinstance(other, dict):
+        key = next(k for k in [*one, *other] if one.get(k) != other.get(k))
+        return f"{name}[{key!r}] {one.get(key)} and {other.get(key)}"
+    return f"{name} {one!r} and {other!r}"
+
+
+def new_sharded_values(pool: MemoryPool, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A drawn table of which each rank makes its own part alone; it is the same for any number of ranks. A collective
+    unless on the meta device.
+    """
+    assert pool.sharded is not None
+    sharded, shape = pool.sharded, values_shape(pool.config)
+    part = torch.empty(sharded.own_shape(shape), dtype=dtype, device=device)
+    draw_part(part, sharded, shape)
+    whole = DTensor.from_local(
+        part, sharded.mesh, sharded.placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
+    )
+    return nn.Parameter(whole)
+
+
+def draw_part(part: Tensor, sharded: ShardedValues, shape: tuple[int, int]) -> None:
+    """Draws a part of a table [slots, value_dim] in place, with the seed of the mesh's first rank. A collective unless
+    on the meta device.
+    """
+    seed = draw_seed()
+    if part.is_meta:
+        return
+    common = torch.tensor([seed], device=part.device)
+    _broadcast(common, sharded)
+    offset = sharded.shards.offset
+    draw_values(part, int(common), shape, (0, offset) if sharded.shards.by_columns else (offset, 0))
+
+
+def put_sharded(pool: MemoryPool, sharded: ShardedValues, values: DTensor) -> None:
+    """Makes a DTensor the values of a pool."""
+    pool.root._parameters[VALUES_NAME] = nn.Parameter(values, requires_grad=pool.values.requires_grad)
+    pool.sharded = sharded
+    watch_gradient(pool)
+
+
+def cut_layers(pool: MemoryPool) -> None:
+    """Where all ranks of the group have the same tokens, cuts gates and output projections as the values are, and makes
+    the rest of the layers that of the group's first rank. A collective then, unless on the meta device.
+    """
+    install_collective_errors()
+    install_parallelisms()
+    sharded = pool.sharded
+    assert sharded is not None
+    if sharded.tokens != "shared":
+        return
+    to_cut = _to_cut(pool)
+    for (layer, name), parameter in to_cut.items():
+        part = distribute_tensor(parameter.detach(), sharded.memory_mesh, [Shard(_CUT[name])])
+        layer._parameters[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
+    for layer in pool.layers.values():
+        for parameter in layer.parameters():
+            if not isinstance(parameter, DTensor) and not parameter.is_meta:
+                _broadcast(parameter.detach(), sharded)
+
+
+def redraw_layer(layer: MemoryLayer, pool: MemoryPool) -> None:
+    """Draws the parameters of a layer anew that tensor parallelism has cut, as one process would. A collective."""
+    sharded = pool.sharded
+    assert sharded is not None
+    weight = layer.query_weight
+    for name, drawn in new_layer(pool.config, layer.width, weight.dtype, weight.device).items():
+        parameter = layer._parameters[name]
+        if parameter is None or drawn is None:
+            continue
+        whole = drawn.detach()
+        _broadcast(whole, sharded)
+        cut = isinstance(parameter, DTensor)
+        part = whole.narrow(_CUT[name], sharded.shards.offset, sharded.shards.own) if cut else whole
+        local_part(parameter).detach().copy_(part)
+
+
+def _to_cut(pool: MemoryPool) -> dict[tuple[MemoryLayer, str], nn.Parameter]:
+    layers = pool.layers.values()
+    found = {(layer, name): layer._parameters[name] for layer in layers for name in _CUT}
+    return {place: parameter for place, parameter in found.items() if parameter is not None}
+
+
+def _broadcast(tensor: Tensor, sharded: ShardedValues) -> None:
+    """What the first rank of the mesh has."""
+    for dim in range(sharded.mesh.ndim):
+        group = sharded.mesh.get_group(dim)
+        dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)

@@ -1,0 +1,1 @@
+"""What runs where an FFN's parameters were."""

@@ -1,0 +1,294 @@
+"""HiddenActivation: what runs in the owner's own forward between the projections of a replaced FFN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memcompile.common.token_wise import CASTS, DROPOUTS, FEATURE_JOINS, FEATURE_REDUCTIONS, NORMS, POINTWISE
+from memcompile.errors import CaptureError
+from memcompile.runtime.stand_ins.feature_shapes import Features, broadcast, indexed, parts, unflattened, viewed
+
+if TYPE_CHECKING:
+    from memcompile.runtime.layer import MemoryLayer
+
+_SAME_SHAPE = CASTS | DROPOUTS
+_TAKES_NORM_ORDER = frozenset({"norm", "vector_norm", "linalg_vector_norm"})
+
+
+class HiddenActivation:
+    """Stands for the hidden activation of a replaced FFN; carries the FFN's input ``x [..., d]`` to its end.
+
+    It has the shape that the hidden activation would have, ``[..., *features]``, and follows operators that treat
+    each token alone. Anything else raises CaptureError.
+    """
+
+    def __init__(self, x: Tensor, features: Features, layer: MemoryLayer) -> None:
+        self.x, self.features, self.layer = x, features, layer
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.x.shape[:-1], *self.features))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.x.is_cuda
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.x.requires_grad
+
+    @property
+    def ndim(self) -> int:
+        return self._leading + len(self.features)
+
+    @property
+    def _leading(self) -> int:
+        return self.x.ndim - 1
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> Any:
+        return self.x.shape[:-1].numel() * math.prod(self.features)
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    # --- views ---------------------------------------------------------------------------------------------------
+
+    def view(self, *shape: Any) -> HiddenActivation:
+        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], (int, torch.SymInt)) else shape
+        if isinstance(sizes, torch.dtype):
+            raise self.mixes("view(dtype)")
+        split = viewed(sizes, self.x.shape[:-1].numel(), self.features)
+        if split is None:
+            raise self.mixes(f"view{tuple(sizes)}")
+        leading, features = split
+        return HiddenActivation(self.x.reshape(*leading, self.x.shape[-1]), features, self.layer)
+
+    reshape = _unsafe_view = view
+
+    def view_as(self, other: Any) -> HiddenActivation:
+        return self.view(other.shape)
+
+    reshape_as = view_as
+
+    def expand(self, *shape: Any) -> HiddenActivation:
+        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], (int, torch.SymInt)) else shape
+        if len(sizes) != self.ndim or any(
+            new not in (-1, old) for new, old in zip(sizes, self.x.shape[:-1], strict=False)
+        ):
+            raise self.mixes(f"expand{tuple(sizes)}")
+        wanted = sizes[self._leading :]
+        return self._with(tuple(f if new == -1 else new for new, f in zip(wanted, self.features, strict=True)))
+
+    def expand_as(self, other: Any) -> HiddenActivation:
+        return self.expand(other.shape)
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> HiddenActivation:
+        start, end = start_dim % self.ndim, end_dim % self.ndim
+        if end < self._leading:
+            return HiddenActivation(self.x.flatten(start, end), self.features, self.layer)
+        first, last = self._feature(start_dim, "flatten"), self._feature(end_dim, "flatten")
+        merged = math.prod(self.features[first : last + 1])
+        return self._with((*self.features[:first], merged, *self.features[last + 1 :]))
+
+    def unflatten(self, dim: int, sizes: Sequence[int]) -> HiddenActivation:
+        if dim % self.ndim < self._leading:
+            return HiddenActivation(torch.unflatten(self.x, dim % self.ndim, sizes), self.features, self.layer)
+        at = self._feature(dim, "unflatten")
+        return self._with((*self.features[:at], *unflattened(self.features[at], sizes), *self.features[at + 1 :]))
+
+    def unsqueeze(self, dim: int) -> HiddenActivation:
+        position = dim % (self.ndim + 1)
+        if position < self._leading:
+            return HiddenActivation(self.x.unsqueeze(position), self.features, self.layer)
+        at = position - self._leading
+        return self._with((*self.features[:at], 1, *self.features[at:]))
+
+    def squeeze(self, dim: int | None = None) -> HiddenActivation:
+        if dim is None:
+            raise self.mixes("squeeze of every dimension")
+        if dim % self.ndim < self._leading:
+            return HiddenActivation(self.x.squeeze(dim % self.ndim), self.features, self.layer)
+        at = self._feature(dim, "squeeze")
+        return self._with(self.features[:at] + self.features[at + 1 :]) if self.features[at] == 1 else self
+
+    def transpose(self, dim0: int, dim1: int) -> HiddenActivation:
+        a, b = self._feature(dim0, "transpose"), self._feature(dim1, "transpose")
+        features = list(self.features)
+        features[a], features[b] = features[b], features[a]
+        return self._with(tuple(features))
+
+    swapaxes = transpose
+
+    def permute(self, *dims: Any) -> HiddenActivation:
+        order = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
+        order = [d % self.ndim for d in order]
+        if order[: self._leading] != list(range(self._leading)):
+            raise self.mixes(f"permute{tuple(order)}")
+        return self._with(tuple(self.features[d - self._leading] for d in order[self._leading :]))
+
+    @property
+    def mT(self) -> HiddenActivation:  # noqa: N802
+        return self.transpose(-1, -2)
+
+    # --- parts of the features -----------------------------------------------------------------------------------
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[HiddenActivation, ...]:
+        return self.split(-(-self.features[self._feature(dim, "chunk")] // chunks), dim)
+
+    def tensor_split(self, sections: int, dim: int = 0) -> tuple[HiddenActivation, ...]:
+        size = self.features[self._feature(dim, "tensor_split")]
+        if not isinstance(sections, int) or size % sections:
+            raise self.mixes(f"tensor_split({sections})")
+        return self.split(size // sections, dim)
+
+    def split(self, split_size: int | Sequence[int], dim: int = 0) -> tuple[HiddenActivation, ...]:
+        at = self._feature(dim, "split")
+        sizes = parts(self.features[at], split_size)
+        return tuple(self._with((*self.features[:at], size, *self.features[at + 1 :])) for size in sizes)
+
+    split_with_sizes = split
+
+    def narrow(self, dim: int, start: int, length: int) -> HiddenActivation:
+        at = self._feature(dim, "narrow")
+        return self._with((*self.features[:at], length, *self.features[at + 1 :]))
+
+    def select(self, dim: int, index: int) -> HiddenActivation:
+        at = self._feature(dim, "select")
+        return self._with(self.features[:at] + self.features[at + 1 :])
+
+    def unbind(self, dim: int = 0) -> tuple[HiddenActivation, ...]:
+        at = self._feature(dim, "unbind")
+        return tuple(self.select(dim, index) for index in range(self.features[at]))
+
+    def __getitem__(self, index: Any) -> HiddenActivation:
+        features = indexed(index, self._leading, self.features)
+        if features is None:
+            raise self.mixes(f"indexing by {index!r}")
+        return self._with(features)
+
+    def glu(self, dim: int = -1) -> HiddenActivation:
+        return self.chunk(2, dim)[0]
+
+    # --- tensors of its dtype and device: a dropout that the model spells out -----------------------------------------
+
+    def new_empty(self, *size: Any, **options: Any) -> Tensor:
+        return self.x.new_empty(*size, **options)
+
+    def new_zeros(self, *size: Any, **options: Any) -> Tensor:
+        return self.x.new_zeros(*size, **options)
+
+    def new_ones(self, *size: Any, **options: Any) -> Tensor:
+        return self.x.new_ones(*size, **options)
+
+    def new_full(self, *size: Any, **options: Any) -> Tensor:
+        return self.x.new_full(*size, **options)
+
+    # --- operators -----------------------------------------------------------------------------------------------
+
+    def project(self) -> Tensor:
+        """The end of the FFN: one lookup with the input, in the shape that the down-projection sees."""
+        if len(self.features) > 1:
+            if any(size != 1 for size in self.features[:-1]):
+                raise self.mixes(f"a down-projection of features {self.features}")
+            x = self.x.reshape(*self.x.shape[:-1], *self.features[:-1], self.x.shape[-1])
+            return self.layer(x)
+        return self.layer(self.x)
+
+    def run(self, name: str, others: Sequence[HiddenActivation], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The result of operator ``name``, whose first hidden operand this is."""
+        for other in others:
+            if other.layer is not self.layer:
+                raise self.mixes(f"{name} with the hidden activation of another FFN")
+        if name in _SAME_SHAPE:
+            return self
+        if name in POINTWISE or (name in ("min", "max") and _is_elementwise(args, kwargs)):
+            features = broadcast([other.features for other in others])
+        elif name in SHAPE_METHODS:
+            return getattr(self, name)(*args[1:], **kwargs)
+        elif name in NORMS:
+            shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
+            features = self.features if len(shape) <= len(self.features) else None
+        elif name in FEATURE_REDUCTIONS:
+            features = self._reduced(name, args, kwargs)
+        elif name in FEATURE_JOINS:
+            features = self._joined(name, others, kwargs.get("dim", args[1] if len(args) > 1 else 0))
+        else:
+            features = None
+        if features is None:
+            raise self.mixes(name)
+        return self._with(features)
+
+    def _reduced(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Features | None:
+        at = 2 if name in _TAKES_NORM_ORDER else 1
+        dims = kwargs.get("dim", args[at] if len(args) > at else None)
+        at += 2 if name in ("var", "std") else 1  # behind `unbiased`
+        kept = kwargs.get("keepdim", args[at] if len(args) > at else False)
+        if dims is None:
+            return None
+        reduced = [self._feature(dim, name) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
+        sizes = [1 if i in reduced else size for i, size in enumerate(self.features) if kept or i not in reduced]
+        return tuple(sizes)
+
+    def _joined(self, name: str, others: Sequence[HiddenActivation], dim: int) -> Features | None:
+        if name == "stack":
+            others = [other.unsqueeze(dim) for other in others]
+        at = others[0]._feature(dim, name)
+        features = list(others[0].features)
+        features[at] = sum(other.features[at] for other in others)
+        return tuple(features)
+
+    def _with(self, features: Features) -> HiddenActivation:
+        return HiddenActivation(self.x, features, self.layer)
+
+    def _feature(self, dim: int, name: str) -> int:
+        """Which of the feature dimensions ``dim`` is."""
+        at = dim % self.ndim - self._leading
+        if at < 0:
+            raise self.mixes(f"{name} over tokens")
+        return at
+
+    def mixes(self, what: str) -> CaptureError:
+        """The error for what is not token-wise."""
+        return CaptureError(
+            f"memcompile: {what} reached the hidden activation of an FFN that a memory replaced "
+            f"({self.layer.name}), and only token-wise operators may stand there; exclude the block from memory_layers"
+        )
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):  # copy and pickle ask a bare instance for these
+            raise AttributeError(attribute)
+        raise self.mixes(f"`.{attribute}`")
+
+    def __repr__(self) -> str:
+        return f"HiddenActivation({tuple(self.shape)} of {self.layer.name})"
+
+
+def _is_elementwise(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a minimum or maximum is of two operands, and not along a dimension."""
+    other = args[1] if len(args) > 1 else kwargs.get("other")
+    return isinstance(other, (Tensor, HiddenActivation))
+
+
+SHAPE_METHODS = frozenset(
+    """view reshape _unsafe_view view_as reshape_as expand expand_as flatten unflatten unsqueeze squeeze transpose
+    swapaxes permute chunk tensor_split split split_with_sizes narrow select unbind glu""".split()
+)

@@ -1,0 +1,236 @@
+"""State dicts of planned models: the plan travels with the weights, and dense checkpoints still load."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from memcompile.common.sites import LAYER_NAME, VALUES_NAME
+from memcompile.config import OPTION_NAMES, STORAGE_OPTIONS, TRAINING_OPTIONS, MemoryConfig
+from memcompile.errors import OptionError, PlanError
+from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
+from memcompile.runtime.storage.mapped_values import MappedValues, keep_mapped
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+# Options that saved plans do not have, and what they stand for there: plans were saved before there were these, or the
+# option is of the machine.
+_LATER_OPTIONS = {
+    "placement": "replace",
+    "values_grad": "dense",
+    "values_optimizer": None,
+    "values_state_dtype": "float32",
+    "values_storage": "device",
+    "values_path": None,
+}
+PLAN_KEY = f"{LAYER_NAME}._extra_state"
+_CHECKSUM = "values_sha256"  # in the plan of a model whose values lie in a file
+_MAGIC = b'{"memcompile"'  # how every encoded plan starts
+
+
+def install_checkpoint_hook(root: nn.Module) -> None:
+    """Checks what ``root.load_state_dict()`` is given, before anything is copied; brings the values up to date before
+    they are saved or overwritten.
+    """
+    root.register_state_dict_pre_hook(_catch_up)  # type: ignore[no-untyped-call]
+    root.register_load_state_dict_pre_hook(_check_state_dict)  # type: ignore[no-untyped-call]
+
+
+def install_load_guard() -> None:
+    """Makes every module refuse a checkpoint with memory if it has none itself, before anything is copied.
+
+    `load_state_dict(strict=False)` would otherwise leave random dense FFNs where the memory was, and the strict error
+    lists keys without saying that planning first is the fix. Idempotent.
+    """
+    original = nn.Module.load_state_dict
+    if getattr(original, "_memcompile_guard", None) is not original:
+
+        @functools.wraps(original)
+        def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+            planned = pool_of(self) is not None or bool(pools_inside(self))
+            if not planned and VALUES_NAME in self._parameters:  # a captured graph has parameters and no extra state
+                state_dict = {k: v for k, v in state_dict.items() if not (k.endswith(PLAN_KEY) and _is_plan(v))}
+            elif not planned and any(map(_is_plan, _entries(state_dict))):
+                raise PlanError(
+                    f"the checkpoint holds a memory, but {type(self).__name__} has none: plan it first, "
+                    f"memcompile.plan(model, memory=memcompile.config_from(state_dict)), then load"
+                )
+            return original(self, state_dict, *args, **kwargs)
+
+        load_state_dict._memcompile_guard = load_state_dict  # type: ignore[attr-defined]
+        nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
+
+
+def encode_plan(pool: MemoryPool) -> Tensor:
+    """The plan as a uint8 tensor of JSON: the extra state of each memory layer.
+
+    A tensor, because every checkpoint format stores one (safetensors holds nothing else); extra state and not a
+    buffer, because nothing averages, casts, broadcasts or moves extra state.
+    """
+    return torch.tensor(list(json.dumps(plan_of(pool)).encode()), dtype=torch.uint8)
+
+
+def plan_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The plan that a checkpoint was saved with: its ``config`` and the ``layers`` chosen. None if it is dense.
+
+    Raises:
+        PlanError: the plan is there, but damaged or of a later version.
+    """
+    entry = next(_entries(state_dict), None)
+    return None if entry is None else _decode(entry)
+
+
+def _entries(state_dict: Mapping[str, Any]) -> Iterator[Any]:
+    return (value for name, value in state_dict.items() if f".{name}".endswith(f".{PLAN_KEY}"))
+
+
+def _is_plan(entry: Any) -> bool:
+    """Whether an entry is ours for certain: a stranger's module named ``memory`` may have extra state too."""
+    if not isinstance(entry, Tensor) or entry.dtype != torch.uint8 or entry.is_meta:
+        return False
+    return bytes(entry.flatten()[: len(_MAGIC)].tolist()) == _MAGIC
+
+
+def _catch_up(root: nn.Module, prefix: str, keep_vars: bool) -> None:
+    pool = pool_of(root)
+    if pool is not None:
+        pool.catch_up()
+
+
+def _check_state_dict(
+    root: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    pool = pool_of(root)
+    assert pool is not None, "the hook is installed on planned models alone"
+    pool.catch_up()  # what rows have missed is of the values as they are now
+    own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+    saved = plan_in(own)
+    if saved is not None:
+        check_same_plan(saved, plan_of(pool))
+    elif not any(_is_memory(name[len(prefix) :], pool) for name in own):
+        _fill_from_dense(pool, state_dict, prefix)
+    else:  # of a captured graph, which has parameters and no extra state
+        plans = [name for name in pool.root.state_dict() if f".{name}".endswith(f".{PLAN_KEY}")]
+        state_dict.update({prefix + name: encode_plan(pool) for name in plans})
+    given = state_dict.get(prefix + VALUES_NAME)
+    if pool.sharded is not None and isinstance(given, Tensor) and not isinstance(given, DTensor):
+        raise PlanError(
+            f"the state dict has all values, and those of {type(root).__name__} are sharded: load it before "
+            f"memcompile.shard(), or read its file by memcompile.checkpoint.import_safetensors()"
+        )
+    if isinstance(pool.values, MappedValues):
+        keep_mapped(pool.values, state_dict, prefix + VALUES_NAME)
+
+
+def _fill_from_dense(pool: MemoryPool, state_dict: dict[str, Any], prefix: str) -> None:
+    """A dense checkpoint has no memory to load: the memory stays as it is, and replaced FFNs are not used."""
+    ffns = [name for site in pool.chosen for name in site.replaced if prefix + name in state_dict]
+    if not ffns:  # neither memory nor FFNs: a part of a model, loaded with strict=False
+        return
+    for name in () if pool.adds else ffns:
+        del state_dict[prefix + name]
+    for name, value in pool.root.state_dict().items():
+        if _is_memory(name, pool):
+            state_dict[prefix + name] = value
+    log.warning(
+        "memcompile: loading a dense checkpoint into a model with memory: %d weights of %s FFNs (%s) are %s, "
+        "and the memory keeps its present values",
+        len(ffns),
+        "memory-augmented" if pool.adds else "replaced",
+        ", ".join(site.name or site.down for site in pool.chosen),
+        "loaded" if pool.adds else "not used",
+    )
+
+
+def _is_memory(name: str, pool: MemoryPool) -> bool:
+    layers = tuple(f"{down.rpartition('.')[0]}.{LAYER_NAME}.".lstrip(".") for down in pool.layers)
+    return name == VALUES_NAME or name.startswith(layers)
+
+
+def check_same_plan(
+    saved: dict[str, Any], own: dict[str, Any], config: str = "memcompile.config_from(state_dict)"
+) -> None:
+    """Raises PlanError, which lists what differs, unless a plan that was saved is that of this model, but for options
+    of training.
+
+    Args:
+        config: the expression that reads the saved options, for the message.
+    """
+    sizes = {k: v for k, v in own["config"].items() if k not in ("memory_layers", *TRAINING_OPTIONS)}
+    differing = [
+        f"{k}={saved['config'].get(k)!r} (here {v!r})" for k, v in sizes.items() if saved["config"].get(k) != v
+    ]
+    if saved["layers"] != own["layers"]:
+        differing.append(f"layers {saved['layers']} (here {own['layers']})")
+    checksums = saved.get(_CHECKSUM), own.get(_CHECKSUM)
+    if None not in checksums and checksums[0] != checksums[1]:
+        raise PlanError(
+            f"the checkpoint was saved beside another file of values (SHA-256 of its rows {checksums[0]}, here "
+            f"{checksums[1]}): plan the model with the values_path of its own"
+        )
+    if differing:
+        raise PlanError(
+            f"the checkpoint was saved with another memory: {', '.join(differing)}. Plan the model as the "
+            f"checkpoint was: memcompile.plan(model, memory={config})"
+        )
+
+
+def plan_of(pool: MemoryPool) -> dict[str, Any]:
+    """The plan in plain JSON types."""
+    config = pool.config.to_dict()
+    plan = {
+        "memcompile": FORMAT,
+        "config": {name: option for name, option in config.items() if name not in STORAGE_OPTIONS},
+        "layers": [site.down for site in pool.chosen],
+    }
+    values = pool.values
+    return plan | ({_CHECKSUM: values.checksum} if isinstance(values, MappedValues) else {})
+
+
+def config_of(plan: Mapping[str, Any]) -> MemoryConfig:
+    """The options of a plan that was read, for ``memcompile.plan(model, memory=...)``.
+
+    Raises:
+        PlanError: the plan is damaged.
+    """
+    try:
+        return MemoryConfig(**{name: plan["config"][name] for name in OPTION_NAMES} | {"memory_layers": plan["layers"]})
+    except (KeyError, OptionError) as error:
+        raise PlanError(f"the plan in the checkpoint is damaged: {error}") from error
+
+
+def checked_plan(plan: Any) -> dict[str, Any]:
+    """A plan that was decoded, with the options that later versions have added.
+
+    Raises:
+        PlanError: it is of a later version.
+        KeyError, TypeError: it is no plan.
+    """
+    saved_format, config, layers = plan["memcompile"], plan["config"], plan["layers"]
+    if not (isinstance(saved_format, int) and isinstance(config, dict) and isinstance(layers, list)):
+        raise TypeError(f"unexpected types in {plan}")
+    if saved_format > FORMAT:
+        raise PlanError(f"the checkpoint's plan has format {saved_format}, this memcompile reads {FORMAT}: upgrade it")
+    return {**plan, "config": {**_LATER_OPTIONS, **config}}
+
+
+def _decode(entry: Any) -> dict[str, Any]:
+    try:
+        return checked_plan(json.loads(bytes(entry.tolist())))
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        raise PlanError(f"the plan in the checkpoint ({PLAN_KEY}) is damaged: {error}") from error

@@ -1,0 +1,1 @@
+"""Values for inference, in a file or in the CPU's memory."""

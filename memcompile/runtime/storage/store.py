@@ -1,0 +1,67 @@
+"""store_values(): from a table in memory to one in a file, when training is over."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import Any
+
+from torch import nn
+
+from memcompile.common.sites import VALUES_NAME
+from memcompile.config import LEARNING_DEFAULTS
+from memcompile.errors import PlanError
+from memcompile.runtime.adoption import leave_optimizers
+from memcompile.runtime.interrupts import uninterrupted
+from memcompile.runtime.pool import pool_of
+from memcompile.runtime.storage.frozen_values import keep_in_place
+from memcompile.runtime.storage.mapped_values import open_values
+from memcompile.runtime.storage.values_file import check_writable, write
+from memcompile.runtime.values_stepper import release
+from memcompile.runtime.wrappers import is_sharded, unwrap
+
+log = logging.getLogger(__name__)
+
+
+def store_values(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes the values of a planned model to a file, and has the model read them from there: as one does that is
+    planned with ``values_storage="mmap", values_path=path``. The memory that they took is free when nobody else holds
+    them; they do not learn any more, and leave the optimizers.
+
+    The file is written a chunk at a time, with a progress bar where tqdm is installed, and appears when it is whole.
+
+    Args:
+        model: on any device; compiled ones compile anew. Under DDP give the module inside, on one rank.
+        path: of a file in a directory that exists. It may be there; who has it mapped keeps the old one.
+
+    Raises:
+        PlanError: the model has no memory, is wrapped by DDP, sharded or on the meta device.
+        OSError: the file cannot be written; the model stays as it is.
+    """
+    root, parallel = unwrap(model)
+    pool = pool_of(root)
+    if pool is None:
+        raise PlanError(f"{type(model).__name__} has no memory: plan it first")
+    if parallel:
+        raise PlanError("store_values() takes the model inside DDP, whose reducer waits for the values' gradient")
+    if is_sharded(root) or pool.values.is_meta:
+        raise PlanError(
+            f"{type(root).__name__} has not all of its values here: load the checkpoint of its training into "
+            f"one process, unsharded, and store them there"
+        )
+    path = os.fspath(path)
+    check_writable(path)
+    pool.catch_up()
+    write(path, pool.values.detach())
+    values = open_values(path)
+    frozen: dict[str, Any] = {**LEARNING_DEFAULTS, "values_storage": "mmap", "values_path": path}
+    with uninterrupted():
+        release(pool)
+        leave_optimizers(pool.values)
+        pool.root._parameters[VALUES_NAME] = values
+        if not pool.config.frozen:
+            keep_in_place(pool.root)
+        pool.config = dataclasses.replace(pool.config, **frozen)
+        pool.requested = dataclasses.replace(pool.requested, **frozen)
+    log.info("values %s %s now lie in %s", list(values.shape), values.dtype, values.path)

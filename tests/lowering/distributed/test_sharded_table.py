@@ -1,0 +1,196 @@
+"""A sharded table against the whole one: sums, and all gradients, on four ranks and on one.
+
+Every rank computes what the whole table gives for the tokens of all ranks, and compares its own part.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memcompile.lowering import memory_lookup
+from memcompile.lowering.distributed.sharded_table import SAME_TOKENS, Shards, chunk_sizes, most_tokens
+from tests.lowering.cases import TENSOR_NAMES, Case
+from tests.runtime.distributed.processes import run_on_ranks
+from tests.tolerance import largest_error
+
+RANKS = 4
+TOKENS = {"even": (6, 6, 6, 6), "uneven": (3, 9, 5, 7), "none on some": (0, 5, 0, 4)}
+VALUE_DIMS = {"even": 8, "uneven": 10, "empty": 2}
+VALUES = TENSOR_NAMES.index("values")
+SETTINGS = [*itertools.product((1, 0), ("dense", "sparse"), TOKENS, VALUE_DIMS)]
+
+
+def layer(value_dim: int, dtype: torch.dtype, n_keys: int = 7) -> list[Tensor]:
+    tensors = Case(leading=(4,), value_dim=value_dim, n_keys=n_keys, dtype=dtype).tensors()
+    return [t.detach().clone() if t is not None else None for t in tensors]
+
+
+def results(
+    tensors: list[Tensor | None], weight: Tensor, gradient: str, shards: Shards | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """The output and the gradients of the sum of output * weight; sparse ones as dense."""
+    leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+    out = memory_lookup(*leaves, heads=2, top_k=4, values_grad=gradient, shards=shards, **options)
+    (out * weight).sum().backward()
+    found = {"out": out.detach()}
+    for name, leaf in zip(TENSOR_NAMES, leaves, strict=True):
+        if leaf is not None:
+            found[name] = leaf.grad.to_dense()
+    if leaves[VALUES].grad.is_sparse:
+        found["touched"] = leaves[VALUES].grad.coalesce().indices()[0]
+    return found
+
+
+def part_of(table: Tensor, shards: Shards) -> Tensor:
+    return table.narrow(shards.dim, shards.offset, shards.own)
+
+
+def against_whole(rank: int, ranks: int, dim: int, gradient: str, tokens: tuple[int, ...], value_dim: int) -> dict:
+    """The largest errors of this rank's results, in fp64 and in fp32, and those of the whole table in fp32."""
+    errors: dict[str, dict[str, float]] = {}
+    start, own = sum(tokens[:rank]), tokens[rank]
+    for dtype in (torch.float64, torch.float32):
+        whole = layer(value_dim, dtype)
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(sum(tokens), 12, generator=generator, dtype=torch.float64).to(dtype)
+        weight = torch.randn(sum(tokens), 9, generator=generator, dtype=torch.float64).to(dtype)
+        expected = results([x, *whole[1:]], weight, gradient)
+        if dtype is torch.float64:
+            exact = expected
+        shards = Shards(dist.group.WORLD.group_name, chunk_sizes(whole[VALUES].shape[dim], ranks), rank, dim)
+        mine = [x[start : start + own], *whole[1:]]
+        mine[VALUES] = part_of(whole[VALUES], shards)
+        found = results(mine, weight[start : start + own], gradient, shards)
+        for name in found:
+            if name == "values":
+                found[name] = found[name] * ranks  # the mean over ranks
+                exact_part, whole_part = part_of(exact[name], shards), part_of(expected[name], shards)
+            elif name in ("out", "x"):
+                exact_part, whole_part = exact[name][start : start + own], expected[name][start : start + own]
+            elif name == "touched":
+                continue
+            else:
+                dist.all_reduce(found[name])
+                exact_part, whole_part = exact[name], expected[name]
+            scale = largest_error(exact[name], torch.zeros_like(exact[name]))
+            eps = torch.finfo(dtype).eps
+            allowed = 2 * largest_error(whole_part, exact_part) + (64 if dtype is torch.float64 else 4) * eps * scale
+            errors.setdefault(str(dtype), {})[name] = largest_error(found[name], exact_part) / max(allowed, 1e-300)
+        if gradient == "sparse" and part_of(whole[VALUES], shards).numel():
+            rows = expected["touched"]
+            if dim == 0:
+                rows = rows[(rows >= shards.offset) & (rows < shards.offset + shards.own)] - shards.offset
+            assert torch.equal(found["touched"], rows), "a row is touched by padding, or by hits of other ranks' rows"
+    return errors
+
+
+def tensor_parallel(rank: int) -> dict[str, bool]:
+    """All ranks have the same tokens: gate and output projection by columns, no all-gather of slots."""
+    close = {}
+    for gate, out in itertools.product((True, False), (True, False)):
+        whole = layer(10, torch.float64)
+        for name, kept in (("gate_weight", gate), ("gate_bias", gate), ("out_weight", out), ("out_bias", out)):
+            whole[TENSOR_NAMES.index(name)] = whole[TENSOR_NAMES.index(name)] if kept else None
+        weight = torch.randn(4, 9 if out else 10, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        expected = results(whole, weight, "sparse")
+        shards = Shards(dist.group.WORLD.group_name, chunk_sizes(10, RANKS), rank, 1)
+        cut = {"values": 1, "gate_weight": 0, "gate_bias": 0, "out_weight": 1}
+        own = [
+            t if t is None or n not in cut else t.narrow(cut[n], shards.offset, shards.own)
+            for n, t in zip(TENSOR_NAMES, whole, strict=True)
+        ]
+        found = results(own, weight, "sparse", shards, capacity=SAME_TOKENS)
+        for name, tensor in found.items():
+            full = expected[name].narrow(cut[name], shards.offset, shards.own) if name in cut else expected[name]
+            close[f"{name}, gate={gate}, out={out}"] = torch.allclose(tensor.double(), full.double(), atol=1e-12)
+    return close
+
+
+def agreed(rank: int) -> list[int]:
+    name = dist.group.WORLD.group_name
+    return [most_tokens(3 * rank, name, torch.device("cpu")), most_tokens(7 - rank, name, torch.device("cpu"))]
+
+
+def too_many(rank: int) -> str:
+    tensors = layer(8, torch.float32)
+    shards = Shards(dist.group.WORLD.group_name, chunk_sizes(8, RANKS), rank, 1)
+    tensors[VALUES] = part_of(tensors[VALUES], shards)
+    try:
+        memory_lookup(*tensors, heads=2, top_k=4, shards=shards, capacity=3)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def on_four(rank: int) -> dict[Any, Any]:
+    found: dict[Any, Any] = {
+        setting: against_whole(rank, RANKS, *setting[:2], TOKENS[setting[2]], VALUE_DIMS[setting[3]])
+        for setting in SETTINGS
+    }
+    return {**found, "parallel": tensor_parallel(rank), "agreed": agreed(rank), "too many": too_many(rank)}
+
+
+def on_one(rank: int) -> list[dict]:
+    return [against_whole(0, 1, dim, gradient, (5,), 10) for dim in (1, 0) for gradient in ("dense", "sparse")]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[Any, Any]]:
+    return run_on_ranks(on_four, RANKS)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_a_sharded_table_is_the_whole_one_to_rounding(ranks, setting):
+    for rank, errors in enumerate(ranks):
+        for dtype, ratios in errors[setting].items():
+            worst = max(ratios, key=ratios.__getitem__)
+            assert ratios[worst] <= 1, f"rank {rank}, {dtype}: {worst} errs {ratios[worst]:.1f} times what is allowed"
+
+
+def test_one_rank_alone():
+    for errors in run_on_ranks(on_one, 1)[0]:
+        assert all(ratio <= 1 for ratios in errors.values() for ratio in ratios.values())
+
+
+def test_tensor_parallelism_is_the_whole_layer(ranks):
+    for rank in ranks:
+        assert all(rank["parallel"].values()), [name for name, close in rank["parallel"].items() if not close]
+
+
+def test_ranks_agree_on_the_most_tokens(ranks):
+    assert all(rank["agreed"] == [9, 7] for rank in ranks)
+
+
+def test_more_tokens_than_agreed_upon_raise_on_every_rank(ranks):
+    assert all("4 tokens" in rank["too many"] and "at most 3" in rank["too many"] for rank in ranks)
+
+
+@pytest.mark.parametrize(("total", "number"), [(10, 4), (8, 4), (2, 4), (0, 3), (7, 7), (9, 1)])
+def test_parts_are_those_of_chunk(total, number):
+    chunks = [len(chunk) for chunk in torch.arange(total).chunk(number)] if total else []
+    assert chunk_sizes(total, number) == (*chunks, *([0] * (number - len(chunks))))
+
+
+def test_torch_func_is_refused():
+    tensors = layer(8, torch.float32)
+    shards = Shards("nobody", (8,), 0, 1)
+
+    def loss(values: Tensor) -> Tensor:
+        others = [*tensors[:VALUES], values, *tensors[VALUES + 1 :]]
+        return memory_lookup(*others, heads=2, top_k=4, shards=shards).sum()
+
+    with pytest.raises(NotImplementedError, match="unsharded model"):
+        torch.func.grad(loss)(tensors[VALUES])
+
+
+def test_second_derivatives_are_refused():
+    tensors = [None if t is None else t.requires_grad_() for t in layer(8, torch.float64)]
+    out = memory_lookup(*tensors, heads=2, top_k=4, shards=Shards("", (8,), 0, 1), capacity=4)
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        torch.autograd.grad(out.sum(), tensors[VALUES], create_graph=True)

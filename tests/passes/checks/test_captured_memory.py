@@ -1,0 +1,169 @@
+"""Pass 6, verify: a captured graph that does not run the planned memory, and nothing else with it, is an error."""
+
+import pytest
+import torch
+from torch import fx, nn
+
+import memcompile
+from memcompile import CaptureError
+from memcompile.passes.checks.captured_memory import is_lookup, operators_in, placeholders_of, verify
+from memcompile.runtime.pool import pool_of
+from tests.models import ZOO, tiny_gpt
+
+MEMORY = {"n_keys": 8, "top_k": 4, "heads": 2}
+
+
+class Captured:
+    """The graph of a planned model of four blocks, two of them memory, with what verify needs to know of it."""
+
+    def __init__(self, model=None, function=None):
+        self.model = model if model is not None else tiny_gpt()
+        memcompile.plan(self.model, memory_layers=2, **MEMORY)
+        pool = pool_of(self.model)
+        self.parameters = {name: dict(layer.named_parameters()) for name, layer in pool.layers.items()}
+        self.layers = {name: list(layer.values()) for name, layer in self.parameters.items()}
+        self.calls = {s.down: s.calls for s in pool.chosen}
+        self.graphs = []
+        torch.compile(function or self.model, backend=self.keep, fullgraph=True)(torch.randint(50, (3, 5)))
+        ((self.module, self.inputs),) = self.graphs
+
+    def keep(self, module, inputs):
+        self.graphs.append((module, list(inputs)))
+        return module.forward
+
+    def lookups(self):
+        return [node for node in self.module.graph.nodes if is_lookup(node)]
+
+    def placeholder(self, value):
+        placeholders = self.module.graph.find_nodes(op="placeholder")
+        return next(p for p, v in zip(placeholders, self.inputs, strict=True) if v is value)
+
+    def verify(self):
+        return verify(self.module, self.inputs, self.layers, self.calls)
+
+
+@pytest.fixture
+def captured():
+    return Captured()
+
+
+def test_the_planned_graph_passes(captured):
+    assert captured.verify() == {"blocks.1.ffn.2.weight": 1, "blocks.3.ffn.2.weight": 1}
+    assert len(captured.lookups()) == 2
+
+
+def test_a_part_of_the_graph_passes_without_calls(captured):
+    _, second = captured.lookups()
+    second.replace_all_uses_with(second.args[0])
+    captured.module.graph.erase_node(second)
+    assert verify(captured.module, captured.inputs, captured.layers, None) == {"blocks.1.ffn.2.weight": 1}
+
+
+def test_a_missing_lookup(captured):
+    lookup = captured.lookups()[0]
+    lookup.replace_all_uses_with(lookup.args[0])
+    captured.module.graph.erase_node(lookup)
+    with pytest.raises(CaptureError, match=r"planned \{'blocks.1.ffn.2.weight': 1.*plan it with example_inputs"):
+        captured.verify()
+
+
+def test_a_lookup_too_many(captured):
+    lookup = captured.lookups()[0]
+    with captured.module.graph.inserting_after(lookup):
+        again = captured.module.graph.node_copy(lookup)
+    lookup.replace_all_uses_with(again)
+    with pytest.raises(CaptureError, match=r"captured \{'blocks.1.ffn.2.weight': 2"):
+        captured.verify()
+
+
+def test_layers_exchanged(captured):
+    """The first block reads the half-keys of the second."""
+    first, second = captured.parameters.values()
+    lookup = captured.lookups()[0]
+    lookup.replace_input_with(captured.placeholder(first["half_keys"]), captured.placeholder(second["half_keys"]))
+    with pytest.raises(CaptureError, match="reads the parameters of 2 memory layers, not of one"):
+        captured.verify()
+
+
+def test_a_lookup_of_no_layer(captured):
+    lookup = captured.lookups()[0]
+    (x,) = [n for n in lookup.all_input_nodes if n.op != "placeholder"]
+    for node in lookup.all_input_nodes:
+        if node.op == "placeholder":
+            lookup.replace_input_with(node, x)
+    with pytest.raises(CaptureError, match="reads the parameters of 0 memory layers"):
+        captured.verify()
+
+
+@pytest.mark.parametrize("name", ["query_weight", "half_keys", "gate_weight", "out_bias"])
+def test_another_reader_of_a_layer(captured, name):
+    layer = captured.parameters["blocks.1.ffn.2.weight"]
+    placeholder = captured.placeholder(layer[name])
+    with captured.module.graph.inserting_before(captured.lookups()[0]):
+        captured.module.graph.call_function(torch.sum, (placeholder,))
+    with pytest.raises(CaptureError, match=r"reads parameters of a memory layer, which only memcompile.memory_lookup"):
+        captured.verify()
+
+
+def test_a_function_that_reads_the_layers_itself():
+    model = tiny_gpt()
+
+    def penalised(tokens):
+        return model(tokens).sum() + sum(p.square().sum() for p in model.parameters())
+
+    captured = Captured(model, penalised)
+    with pytest.raises(CaptureError, match="compile the model itself, not a function that reads its parameters"):
+        captured.verify()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gpt = tiny_gpt()
+
+    def forward(self, tokens):
+        x = self.gpt.tokens(tokens)
+        for block in self.gpt.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return self.gpt.head(x)
+
+
+def test_bodies_of_higher_order_operators_are_looked_into():
+    captured = Captured(Checkpointed())
+    assert not captured.lookups()
+    assert captured.verify() == {"gpt.blocks.1.ffn.2.weight": 1, "gpt.blocks.3.ffn.2.weight": 1}
+    bodies = [m for m in captured.module.modules() if isinstance(m, torch.fx.GraphModule) and m is not captured.module]
+    for body in bodies:
+        for node in [n for n in body.graph.nodes if is_lookup(n)]:
+            node.replace_all_uses_with(node.args[0])
+            body.graph.erase_node(node)
+    with pytest.raises(CaptureError, match=r"captured \{\}"):
+        captured.verify()
+
+
+def test_calls_of_a_shared_layer_are_counted():
+    model, _ = ZOO["shared"]()
+    memcompile.plan(model, memory_layers=1, **MEMORY)
+    pool = pool_of(model)
+    graphs = []
+    torch.compile(model, backend=lambda m, i: graphs.append((m, i)) or m.forward)(torch.randint(50, (3, 5)))
+    ((module, inputs),) = graphs
+    layers = {name: list(layer.parameters()) for name, layer in pool.layers.items()}
+    assert verify(module, inputs, layers, {"blocks.0.ffn.2.weight": 4}) == {"blocks.0.ffn.2.weight": 4}
+    with pytest.raises(CaptureError, match="planned"):
+        verify(module, inputs, layers, {"blocks.0.ffn.2.weight": 3})
+
+
+@pytest.mark.parametrize("before", [(), ("predicate",)], ids=["all are its own", "a predicate stands before them"])
+def test_operands_of_a_body_stand_for_its_placeholders(before):
+    """In order, one twice, for an operator that calls its body."""
+    body = fx.symbolic_trace(lambda first, second, third: torch.add(first, second) * third)
+    graph = fx.Graph()
+    given = {name: graph.placeholder(name) for name in ("predicate", "a", "b")}
+    operands = [given[name] for name in ("a", "b", "a")]
+    graph.output(graph.call_function(torch.cond, (*map(given.get, before), graph.get_attr("body"), operands)))
+    outer = fx.GraphModule({"body": body}, graph)
+
+    _, (add, binding), _ = operators_in(outer, {node: name for name, node in given.items()})
+    assert [binding[a] for a in placeholders_of(body)] == ["a", "b", "a"]
+    assert add.target is torch.add

@@ -1,0 +1,342 @@
+"""`memcompile.shard`: training on ranks that share one table is training on one process, and wrong orders are told."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+import memcompile
+from memcompile import MemcompileError
+from memcompile.runtime._torch import local_part
+from tests.models import tiny_gpt
+from tests.planned import MEMORY, plain_attention, planned_gpt
+from tests.runtime.distributed.processes import run_on_ranks
+from tests.runtime.distributed.sharded import largest_difference, memory_mesh, sharded_gpt, train, whole
+
+PLAN = {"layers": 4, "memory_layers": 3}
+ONE_LAYER = {"layers": 2, "memory_layers": 1}
+
+# name -> ranks, how the values lie, sequences of each rank, plan, whether compiled
+TRAININGS: dict[str, tuple[int, dict[str, Any], tuple[int, ...], dict[str, Any], bool]] = {
+    "columns, sparse": (2, {"by": "columns"}, (2, 2), {**PLAN, "values_grad": "sparse"}, False),
+    "columns, dense": (2, {"by": "columns"}, (3, 1), {**PLAN, "values_grad": "dense"}, False),
+    "rows, sparse": (2, {"by": "rows"}, (1, 3), {**PLAN, "values_grad": "sparse"}, False),
+    "rows, dense": (2, {"by": "rows"}, (2, 2), {**ONE_LAYER, "values_grad": "dense"}, False),
+    "even": (2, {"tokens": "even"}, (2, 2), {**PLAN, "values_grad": "sparse"}, False),
+    "no tokens on a rank": (2, {}, (0, 3), {**PLAN, "values_grad": "sparse"}, False),
+    "a plain Memory": (2, {}, (2, 1), {**ONE_LAYER, "values_grad": "sparse", "gate": False}, False),
+    "compiled columns": (2, {"by": "columns"}, (3, 1), {**PLAN, "values_grad": "sparse"}, True),
+    "compiled rows": (2, {"by": "rows"}, (1, 2), {**ONE_LAYER, "values_grad": "dense"}, True),
+    "compiled, even": (2, {"tokens": "even"}, (2, 2), {**ONE_LAYER, "values_grad": "sparse"}, True),
+    "one rank": (1, {}, (3,), {**PLAN, "values_grad": "sparse"}, False),
+    "four ranks, uneven columns": (4, {}, (1, 0, 3, 2), {**PLAN, "values_grad": "sparse", "value_dim": 10}, False),
+    "four ranks, empty columns": (4, {}, (1, 2, 3, 2), {**PLAN, "values_grad": "dense", "value_dim": 2}, False),
+    "four ranks, rows": (4, {"by": "rows"}, (1, 0, 3, 2), {**PLAN, "values_grad": "sparse"}, False),
+    "four ranks, compiled": (4, {}, (1, 0, 3, 2), {**ONE_LAYER, "values_grad": "sparse", "value_dim": 10}, True),
+}
+
+
+def run_training(rank: int, name: str) -> dict[str, Any]:
+    ranks, how, sizes, plan, compiled = TRAININGS[name]
+    model = sharded_gpt(memory_mesh(ranks), **how, **plan)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="memcompile", fullgraph=True, dynamic=True) if compiled else model
+    with plain_attention():
+        found = train(model, run, sizes, rank)
+    table = model.memory_values
+    assert isinstance(table, DTensor) and local_part(table.grad).is_sparse == (plan["values_grad"] == "sparse")
+    return found
+
+
+def expected_training(name: str) -> dict[str, Any]:
+    _, _, sizes, plan, _ = TRAININGS[name]
+    model = planned_gpt(**plan).double()
+    return train(model, model, sizes)
+
+
+def raised(call: Any, *args: Any, **kwargs: Any) -> str:
+    try:
+        call(*args, **kwargs)
+    except MemcompileError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def in_fp32(rank: int) -> dict[str, Any]:
+    """SGD, and compiled AdamW."""
+    found = {}
+    for optimizer, compiled in ((torch.optim.SGD, False), (torch.optim.AdamW, True)):
+        model = sharded_gpt(memory_mesh(2), tokens="even", **PLAN).float()
+        torch._dynamo.reset()
+        run = torch.compile(model, backend="memcompile", fullgraph=True) if compiled else model
+        found[optimizer.__name__] = train(model, run, (2, 2), rank, optimizer=optimizer)["parameters"]
+    return found
+
+
+def wrong_orders(rank: int) -> dict[str, str]:
+    mesh = memory_mesh(2)
+    told = {"unplanned": raised(memcompile.shard, tiny_gpt(), mesh)}
+    held = planned_gpt()
+    optimizer = torch.optim.SGD(held.parameters(), lr=0.1)
+    told["optimizer"] = raised(memcompile.shard, held, mesh)
+    del optimizer
+    inside = planned_gpt()
+    ddp = DistributedDataParallel(inside)
+    told["inside ddp"] = raised(memcompile.shard, inside, mesh)
+    del ddp
+    told["inside no ddp"] = raised(memcompile.shard, inside, mesh)
+    told["ddp"] = raised(memcompile.shard, DistributedDataParallel(planned_gpt()), mesh)
+    fsdp = planned_gpt()
+    fully_shard(fsdp)
+    told["fsdp"] = raised(memcompile.shard, fsdp, mesh)
+    sharded = sharded_gpt(mesh)
+    told["whole"] = raised(sharded.load_state_dict, planned_gpt().state_dict())
+    told["again"] = raised(memcompile.shard, sharded, mesh)
+    told["otherwise"] = raised(memcompile.shard, sharded, mesh, by="rows")
+    told["by"] = raised(memcompile.shard, planned_gpt(), mesh, by="depth")
+    told["tokens"] = raised(memcompile.shard, planned_gpt(), mesh, tokens="odd")
+    told["mesh"] = raised(memcompile.shard, planned_gpt(), "cuda")
+    told["fused"] = raised(memcompile.shard, planned_gpt(values_grad="fused"), mesh)
+    told["parallel rows"] = raised(memcompile.shard, planned_gpt(), mesh, by="rows", tokens="shared")
+    told["no mesh"] = raised(memcompile.plan, tiny_gpt(), shard_by="rows")
+    told["planned, unsharded"] = raised(memcompile.plan, planned_gpt(), memory_mesh=mesh)
+    told["row optimizer"] = raised(memcompile.runtime.optim.RowAdamW, [sharded.memory_values])
+    return told
+
+
+def other_plans(rank: int) -> list[str]:
+    """Ranks with another option, with another model, and with other sizes."""
+    models = [
+        lambda: planned_gpt(top_k=4 + rank),
+        lambda: planned_gpt(layers=2 + rank, memory_layers=[0]),
+        lambda: planned_gpt(values_lr=1e-3 if rank else None),
+    ]
+    return [raised(memcompile.shard, build(), memory_mesh(2)) for build in models]
+
+
+def other_plans_of_replicas(rank: int) -> str:
+    """One of four ranks differs: all of the mesh are told, those too that share no group with it."""
+    return raised(memcompile.shard, planned_gpt(top_k=4 + (rank == 1)), memory_mesh(4, 2))
+
+
+def without_common_seeds(rank: int) -> dict[str, Any]:
+    """Tensor parallelism of layers that each rank drew for itself; then they are drawn anew."""
+    torch.manual_seed(rank)
+    model = tiny_gpt(layers=2)
+    memcompile.plan(model, memory_layers=1, **MEMORY, memory_mesh=memory_mesh(2), shard_tokens="shared")
+    layer = {name: whole(p) for name, p in model.named_parameters() if "memory" in name}
+    memcompile.reset_parameters(model)
+    again = {name: whole(p) for name, p in model.named_parameters() if "memory" in name}
+    return {"drawn": layer, "again": again}
+
+
+def hooks(rank: int) -> list[str]:
+    """Hooks of the user's on the gradients of all parameters."""
+    model, seen = sharded_gpt(memory_mesh(2), **ONE_LAYER), []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.append(name))
+    model(torch.zeros(1, 5, dtype=torch.long)).sum().backward()
+    return sorted(set(dict(model.named_parameters())) - set(seen))
+
+
+def drawn(rank: int, ranks: int, by: str, seed_of_rank: bool = False) -> dict[str, Any]:
+    """Values that were never whole, and what `shard` makes of those of a model that has them all."""
+    torch.manual_seed(rank if seed_of_rank else 0)
+    model, sizes = tiny_gpt(), []
+    original = torch.empty
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = original(*args, **kwargs)
+        sizes.append(0 if tensor.is_meta else tensor.numel())
+        return tensor
+
+    torch.empty = watched
+    try:
+        memcompile.plan(model, **MEMORY | {"n_keys": 128}, memory_mesh=memory_mesh(ranks), shard_by=by)
+    finally:
+        torch.empty = original
+    return {
+        "values": whole(model.memory_values),
+        "largest": max(sizes),
+        "local": model.memory_values.to_local().numel(),
+    }
+
+
+def copies(rank: int) -> dict[str, Any]:
+    """A deep copy is a sharded model of its own; the meta device and `reset_parameters` work as ever."""
+    mesh = memory_mesh(2)
+    model = sharded_gpt(mesh, **ONE_LAYER)
+    other = copy.deepcopy(model)
+    before = whole(model.memory_values)
+    moved = train(other, other, (2, 2), rank, steps=1)["parameters"]["memory_values"]
+    with torch.device("meta"):
+        late = tiny_gpt(layers=2)
+        memcompile.plan(late, memory_layers=1, **MEMORY, memory_mesh=mesh)
+    was_meta = late.memory_values.is_meta
+    late.to_empty(device="cpu")
+    torch.manual_seed(5)
+    memcompile.reset_parameters(late)
+    torch.manual_seed(5)
+    single = planned_gpt(**ONE_LAYER)
+    torch.manual_seed(5)
+    memcompile.reset_parameters(single)
+    frozen = sharded_gpt(mesh, **ONE_LAYER)
+    frozen.memory_values.requires_grad_(False)
+    frozen(torch.zeros(1, 5, dtype=torch.long)).sum().backward()
+    return {
+        "original untouched": torch.equal(before, whole(model.memory_values)),
+        "copy trained": not torch.equal(before, moved),
+        "own storage": model.memory_values.to_local().data_ptr() != other.memory_values.to_local().data_ptr(),
+        "meta": was_meta,
+        "reset as on one process": torch.equal(whole(late.memory_values), single.memory_values),
+        "frozen": frozen.memory_values.grad is None and frozen.head.weight.grad is not None,
+        "by columns": model.memory_values.placements == (Shard(1),),
+    }
+
+
+def on_two(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {name: run_training(rank, name) for name, (ranks, *_) in TRAININGS.items() if ranks == 2}
+    found["fp32"] = in_fp32(rank)
+    found["wrong orders"] = wrong_orders(rank)
+    found["other plans"] = other_plans(rank)
+    found["copies"] = copies(rank)
+    found["hooks"] = hooks(rank)
+    found["without common seeds"] = without_common_seeds(rank)
+    found["drawn"] = {by: drawn(rank, 2, by) for by in ("columns", "rows")}
+    found["drawn apart"] = drawn(rank, 2, "columns", seed_of_rank=True)
+    return found
+
+
+def on_four(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {name: run_training(rank, name) for name, (ranks, *_) in TRAININGS.items() if ranks == 4}
+    found["drawn"] = {by: drawn(rank, 4, by) for by in ("columns", "rows")}
+    found["other plans"] = other_plans_of_replicas(rank)
+    return found
+
+
+def on_one(rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {name: run_training(rank, name) for name, (ranks, *_) in TRAININGS.items() if ranks == 1}
+    found["drawn"] = {by: drawn(rank, 1, by) for by in ("columns", "rows")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[int, list[dict[str, Any]]]:
+    return {1: run_on_ranks(on_one, 1), 2: run_on_ranks(on_two, 2), 4: run_on_ranks(on_four, 4)}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training_is_that_of_one_process(ranks, name):
+    """Outputs, all gradients, three steps of AdamW, in fp64: to rounding."""
+    expected = expected_training(name)
+    everyone = [found[name] for found in ranks[TRAININGS[name][0]]]
+    losses = torch.tensor([found["losses"] for found in everyone], dtype=torch.float64).mean(0)
+    torch.testing.assert_close(losses, torch.tensor(expected["losses"], dtype=torch.float64), rtol=1e-12, atol=1e-13)
+    for rank, found in enumerate(everyone):
+        for what, allowed in (("gradients", 1e-13), ("parameters", 1e-9), ("state", 1e-12)):
+            difference, where = largest_difference(found[what], expected[what])
+            assert difference <= allowed, f"rank {rank}: {what} of {where} differ by {difference}"
+
+
+def test_the_drift_in_fp32_is_of_gradients_that_are_zero(ranks):
+    """Sums over ranks are rounded otherwise. AdamW divides gradients by their own size: where one is zero but for
+    rounding (the bias of attention's keys, half-keys that are hardly hit) it makes steps of rounding errors, in one
+    process as on ranks, as large as the learning rate. SGD does not.
+    """
+    drifts = {}
+    for optimizer in (torch.optim.SGD, torch.optim.AdamW):
+        model = planned_gpt(**PLAN)
+        expected = train(model, model, (2, 2), optimizer=optimizer)["parameters"]
+        found = ranks[2][0]["fp32"][optimizer.__name__]
+        drifts[optimizer.__name__] = {name: (found[name] - expected[name]).abs() for name in expected}
+    assert max(float(drift.max()) for drift in drifts["SGD"].values()) < 1e-6
+    exact = planned_gpt(**PLAN).double()
+    gradients = train(exact, exact, (2, 2), steps=1)["gradients"]
+    adamw = drifts["AdamW"]
+    assert max(float(drift.max()) for drift in adamw.values()) > 1e-4  # or there would be nothing to explain
+    for name, drift in adamw.items():
+        worst = drift[gradients[name].abs() > 1e-5]
+        assert not len(worst) or float(worst.max()) < 2e-5, name
+
+
+@pytest.mark.parametrize("by", ["columns", "rows"])
+def test_the_table_is_the_same_for_any_number_of_ranks(ranks, by):
+    one = ranks[1][0]["drawn"][by]["values"]
+    torch.manual_seed(0)
+    model = tiny_gpt()
+    memcompile.plan(model, **MEMORY | {"n_keys": 128})
+    assert torch.equal(model.memory_values, one)
+    for found in (*ranks[2], *ranks[4]):
+        assert torch.equal(found["drawn"][by]["values"], one)
+
+
+def test_no_rank_ever_has_the_whole_table(ranks):
+    for number in (2, 4):
+        for found in ranks[number]:
+            for drawn_by in found["drawn"].values():
+                assert drawn_by["largest"] == drawn_by["local"] == drawn_by["values"].numel() // number
+
+
+def test_ranks_with_other_seeds_have_one_table(ranks):
+    first, second = (found["drawn apart"]["values"] for found in ranks[2])
+    assert torch.equal(first, second)
+
+
+def test_wrong_orders_name_the_right_one(ranks):
+    told = ranks[2][0]["wrong orders"]
+    for name in ("unplanned", "optimizer", "ddp", "inside ddp", "fsdp"):
+        assert told[name].startswith("PlanError") and "plan, shard, then DDP or fully_shard" in told[name], name
+    assert "AdamW" not in told["optimizer"] and "SGD holds the memory's parameters" in told["optimizer"]
+    assert told["again"] == "" and told["inside no ddp"] == ""
+    assert "has all values, and those of Transformer are sharded" in told["whole"]
+    assert "sharded over" in told["otherwise"]
+    assert "memory_mesh" not in told["planned, unsharded"] and "not sharded" in told["planned, unsharded"]
+
+
+def test_wrong_options_are_told(ranks):
+    told = ranks[2][0]["wrong orders"]
+    for name, says in {
+        "by": "'columns' or 'rows'",
+        "tokens": "'uneven', 'even' or 'shared'",
+        "mesh": "DeviceMesh",
+        "fused": "values_grad='fused'",
+        "parallel rows": "by='columns'",
+        "row optimizer": "values_optimizer",
+        "no mesh": "memory_mesh",
+    }.items():
+        assert told[name].startswith("OptionError") and says in told[name], name
+
+
+def test_other_plans_are_told_on_every_rank_before_any_lookup(ranks):
+    for found in ranks[2]:
+        options, model, rate = found["other plans"]
+        assert options.startswith("PlanError: ranks 0 and 1") and "top_k 4 and 5" in options
+        assert "parameters['blocks.2" in model and "layers" not in model.split("parameters[")[0]
+        assert "values_lr None and 0.001" in rate
+    assert all("ranks 0 and 1" in found["other plans"] for found in ranks[4])
+
+
+def test_hooks_on_gradients_see_the_values(ranks):
+    assert all(found["hooks"] == [] for found in ranks[2])
+
+
+def test_tensor_parallel_layers_are_one_layer_whatever_the_seeds(ranks):
+    first, second = (found["without common seeds"] for found in ranks[2])
+    for when in ("drawn", "again"):
+        assert all(torch.equal(first[when][name], second[when][name]) for name in first[when])
+    assert not torch.equal(first["drawn"]["memory_values"], first["again"]["memory_values"])
+    gate = next(tensor for name, tensor in first["again"].items() if name.endswith("gate_weight"))
+    halves = gate.chunk(2)
+    assert not torch.equal(*halves), "ranks drew the same columns"
+
+
+def test_copies_meta_and_frozen_values(ranks):
+    for found in ranks[2]:
+        wrong = [name for name, holds in found["copies"].items() if not holds]
+        assert not wrong
