@@ -14,7 +14,7 @@ from memcompile.lowering.cpu import build
 from memcompile.lowering.cpu.build import BuildError
 
 ROOT = Path(__file__).parents[3]
-SOURCE = '#include "simd.h"\nextern "C" int answer() { return memcompile::kVectorBytes; }\n'
+SOURCE = '#include "kernels/simd.h"\nextern "C" int answer() { return memcompile::kVectorBytes; }\n'
 
 
 @pytest.fixture
