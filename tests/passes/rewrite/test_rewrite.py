@@ -17,9 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import memcompile
 from memcompile import FfnSite, MemoryConfig, OptionError, PlanError
-from memcompile.passes import find_in_graph
+from memcompile.passes import find_in_graph, rewrite
 from memcompile.passes.checks.captured_memory import is_lookup
-from memcompile.passes.rewrite import rewrite
 from tests.models import HIDDEN, VOCABULARY, WIDTH, ZOO, around, plain_ffn, tiny_gpt
 from tests.planned import MEMORY, assert_same, gradients, lookups
 
