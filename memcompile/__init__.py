@@ -21,18 +21,14 @@ from memcompile.errors import (
     PlanError,
 )
 from memcompile.explain import ExplainedSite, Explanation, explain
-from memcompile.lowering.gather.table_gather import set_stepper_of
 from memcompile.passes.detect.detect import find_ffns
-from memcompile.planning.plan import catch_up, config_from, plan, reset_parameters
+from memcompile.planning.plan import catch_up, config_from, flush, plan, reset_parameters
 from memcompile.runtime.distributed.gradients_by_mesh import install_by_mesh
 from memcompile.runtime.distributed.replicas import install_replica_hook
 from memcompile.runtime.distributed.sharding import shard
-from memcompile.runtime.optimizer_checkpoints import install_exact_loading
 from memcompile.runtime.state_dicts import install_load_guard
-from memcompile.runtime.steps import install_step_hooks
 from memcompile.runtime.storage.store import store_values
 from memcompile.runtime.storage.values_file import verify as verify_values
-from memcompile.runtime.values_stepper import stepper_of
 from memcompile.version import __version__
 
 __all__ = [
@@ -51,6 +47,7 @@ __all__ = [
     "config_from",
     "explain",
     "find_ffns",
+    "flush",
     "plan",
     "reset_parameters",
     "shard",
@@ -68,8 +65,5 @@ def __getattr__(name: str) -> Any:
 
 install_front_door()
 install_load_guard()
-install_step_hooks()
-install_exact_loading()
 install_replica_hook()
 install_by_mesh()
-set_stepper_of(stepper_of)

@@ -16,7 +16,6 @@ from memcompile.passes.checks.capacity import agreement_of
 from memcompile.passes.checks.captured_memory import verify
 from memcompile.passes.checks.dense_gradient import make_dense_where_read
 from memcompile.runtime.pool import MemoryPool, live_pools
-from memcompile.runtime.values_gradient import watch_gradient
 from memcompile.sharded_graphs import run_sharded, tables_among
 
 log = logging.getLogger(__name__)
@@ -47,18 +46,20 @@ class Backend:
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable:
         pools = list(live_pools()) if self.pool is None else [self.pool]
         layers = {
-            down if self.pool is not None else f"{type(pool.root).__name__} {index}: {down}": list(layer.parameters())
+            down if self.pool is not None else f"{type(pool.owner).__name__} {index}: {down}": list(layer.parameters())
             for index, pool in enumerate(pools)
             for down, layer in pool.layers.items()
         }
-        calls = {site.down: site.calls for pool in pools for site in pool.chosen} if self.whole else None
+        calls = None
+        if self.whole:
+            calls = {site.down.removeprefix(pool.prefix): site.calls for pool in pools for site in pool.chosen}
         verify(graph_module, example_inputs, layers, calls)
-        sharded = [pool for pool in pools if pool.sharded is not None]
+        sharded = [pool for pool in pools if pool.table.sharded is not None]
         tables = tables_among(example_inputs, sharded)
-        if make_dense_where_read(graph_module, example_inputs, [pool.table for pool in pools]):
+        if make_dense_where_read(graph_module, example_inputs, [pool.table.part for pool in pools]):
             log.info("the compiled graph reads the memory's values beside its layers: their gradient is dense there")
         for pool in pools:
-            watch_gradient(pool)
+            pool.table.watch_gradient()
         agreement = agreement_of(graph_module, example_inputs)
         if agreement is not None and agreement.is_of_nothing:
             # Zeros of no tokens are constants to a compiler, which would send them before the other ranks send theirs.

@@ -20,7 +20,6 @@ from memcompile.config import OPTION_NAMES, check_names
 from memcompile.errors import OptionError, PlanError
 from memcompile.planning.plan import plan
 from memcompile.runtime.pool import live_pools, pool_of
-from memcompile.runtime.values_gradient import watch_gradient
 from memcompile.runtime.wrappers import unwrap
 
 NAME = "memcompile"
@@ -90,9 +89,9 @@ def _plan(model: Any, ours: dict[str, Any], fullgraph: bool) -> Backend:
     root, wrappers = unwrap(module)
     pool = pool_of(root)
     assert pool is not None
-    watch_gradient(pool)  # of values that were cast or moved since
+    pool.table.watch_gradient()  # of values that were cast or moved since
     is_forward = model is module or getattr(model, "__name__", "") in ("forward", "_call_impl")
-    return Backend(pool, whole=fullgraph and is_forward and root is pool.root and not wrappers)
+    return Backend(pool, whole=fullgraph and is_forward and pool.owner in root.modules() and not wrappers)
 
 
 def _function_backend(function: Any, ours: dict[str, Any]) -> Backend:
@@ -108,5 +107,5 @@ def _function_backend(function: Any, ours: dict[str, Any]) -> Backend:
             f"on the model that it calls, then compile it"
         )
     for pool in live_pools():
-        watch_gradient(pool)  # of values that were cast or moved since
+        pool.table.watch_gradient()  # of values that were cast or moved since
     return Backend(None, whole=False)

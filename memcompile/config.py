@@ -16,7 +16,7 @@ LayerChoice = int | str | Sequence[int | str] | Callable[[FfnSite], bool]
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "placement": ("replace", "add"),
-    "values_grad": ("auto", "dense", "sparse", "fused"),
+    "values_grad": ("auto", "dense", "sparse"),
     "values_optimizer": (None, "row_adamw", "lazy_adam", "row_wise_adagrad", "row_sgd"),
     "values_state_dtype": ("float32", "bfloat16"),
     "values_storage": ("device", "host", "mmap"),
@@ -67,14 +67,13 @@ class MemoryConfig:
             rest; None follows the rest.
 
         values_grad: "dense" for a gradient of all slots. "sparse" for one of the rows that were hit, as a coalesced
-            sparse COO tensor: a step then costs what it touches, however many slots there are. "fused" keeps no
-            gradient at all: the rows are updated inside the backward; it refuses gradient accumulation, clipping,
-            scaling, recomputation and DDP. "auto" is "sparse" from 65,536 slots on, else "dense".
-        values_optimizer: what steps the rows of a sparse or fused gradient, in the user's optimizer's own ``step()``:
-            "row_adamw", "lazy_adam", "row_wise_adagrad" or "row_sgd" (:mod:`memcompile.runtime.optim`), with the
-            options of the values' parameter group. None is the one that does what the user's optimizer does: RowAdamW
-            in AdamW (and in Adam without weight decay), RowSGD in SGD without momentum; SparseAdam and Adagrad
-            take sparse gradients themselves. Others are given a dense gradient, which the log says once.
+            sparse COO tensor: a step then costs what it touches, however many slots there are. "auto" is "sparse" from
+            65,536 slots on, else "dense".
+        values_optimizer: the rule by which the table is stepped when the optimizer that holds it steps: "row_adamw",
+            "lazy_adam", "row_wise_adagrad" or "row_sgd" (:mod:`memcompile.optim`). None is that of the optimizer where
+            there is one by rows: row_adamw in AdamW (and in Adam without weight decay), row_sgd in SGD without
+            momentum, lazy_adam in SparseAdam, row_wise_adagrad in Adagrad. With any other optimizer it is row_adamw,
+            which the log says once.
         values_state_dtype: "float32", or "bfloat16" for moments in half the memory, rounded stochastically.
 
         values_storage: where the values lie. "device": with the model. The others are for inference: the values do not
@@ -157,7 +156,7 @@ class MemoryConfig:
 
     @property
     def gradient(self) -> str:
-        """What ``values_grad`` means for ``n_keys`` half-keys a side: "dense", "sparse" or "fused"."""
+        """What ``values_grad`` means for ``n_keys`` half-keys a side: "dense" or "sparse"."""
         if self.values_grad != "auto":
             return self.values_grad
         large = self.n_keys is not None and self.n_keys**2 >= SPARSE_FROM

@@ -105,7 +105,7 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
     root, _ = unwrap(model)
     pool = pool_of(root)
     sites = pool.sites if pool is not None else find_ffns(root, example_inputs)
-    owner = pool.root if pool is not None else root
+    owner = pool.owner if pool is not None and pool.owner not in root.modules() else root
     after = sum(p.numel() for p in owner.parameters())
     before = after
     if pool is not None:
@@ -125,10 +125,10 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
 def _rows(sites: Sequence[FfnSite], pool: MemoryPool | None) -> list[ExplainedSite]:
     rows, index = [], 0
     for site in sites:
-        chosen = pool is not None and site.down in pool.layers
-        after = site.flops
-        if chosen and pool is not None:
-            after = _layer_flops(pool.layers[site.down]) + (site.flops if pool.adds else 0)
+        layer = pool.layers.get(site.down.removeprefix(pool.prefix)) if pool is not None else None
+        chosen, after = layer is not None, site.flops
+        if layer is not None and pool is not None:
+            after = _layer_flops(layer) + (site.flops if pool.adds else 0)
         rows.append(
             ExplainedSite(
                 index=None if site.refusal else index,
@@ -171,9 +171,9 @@ def _learning(config: MemoryConfig) -> str:
     if config.frozen:
         where = f"the file {config.values_path}" if config.values_path is not None else "the CPU's memory"
         return f"for inference, in {where}"
-    if config.values_lr is None:
-        return "with the optimizer's learning rate"
-    return f"with constant learning rate {config.values_lr:g}"
+    rule = config.values_optimizer or "the optimizer's rule where there is one by rows, otherwise row_adamw"
+    rate = "its learning rate" if config.values_lr is None else f"the constant learning rate {config.values_lr:g}"
+    return f"stepped when the optimizer that holds them steps, by {rule}, at {rate}"
 
 
 def _cells(row: ExplainedSite) -> list[str]:

@@ -31,7 +31,7 @@ class Table:
         Raises:
             CaptureError: it was cast or moved since.
         """
-        table = self.pool.table
+        table = self.pool.table.part
         _check_kind(table, self.kind)
         return table
 
@@ -44,11 +44,11 @@ def tables_among(inputs: Sequence[object], pools: Sequence[MemoryPool]) -> list[
     """
     found: list[Table] = []
     for pool in pools:
-        captured = pool.table_in_graphs
+        captured = pool.table.part_in_graphs
         kind = _kind(captured)
         owner = names_by_identity({"": [captured]}, inputs)
         found += [Table(pool, at, kind) for at, value in enumerate(inputs) if id(value) in owner]
-        _check_kind(pool.table, kind)
+        _check_kind(pool.table.part, kind)
     return found
 
 

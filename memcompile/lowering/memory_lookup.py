@@ -17,7 +17,7 @@ from memcompile.lowering.distributed.sharded_table import ASK, Shards, have_same
 from memcompile.lowering.register.schema import LIBRARY, operator
 from memcompile.lowering.search.product_key_topk import check_top_k
 
-VALUES_GRADS = ("dense", "sparse", "fused")
+VALUES_GRADS = ("dense", "sparse")
 VALUES_STORAGES = ("device", "host", "mmap")
 
 
@@ -39,6 +39,7 @@ def memory_lookup(
     values_storage: str = "device",
     shards: Shards | None = None,
     capacity: int = ASK,
+    row_state: Sequence[Tensor] = (),
 ) -> Tensor:
     """A product-key memory layer (Lample et al. 2019; Memory Layers at Scale, arXiv 2412.09764, section 3).
 
@@ -63,8 +64,7 @@ def memory_lookup(
         heads: number of heads.
         top_k: slots read by a head, at most n.
         values_grad: "dense", or "sparse" for a gradient of `values` that is a coalesced sparse COO tensor of the rows
-            that were hit, or "fused" for none at all: `sparse_table` tells who then updates them. Under torch.func
-            transforms it is always dense.
+            that were hit. Under torch.func transforms it is always dense.
         values_storage: "device", or "host" for values in the CPU's memory, whatever the rest is on: rows are summed
             there, and the sums moved. "mmap" is "host" for a mapped file: its rows are asked for before the gate is
             computed. Both are for values that do not learn.
@@ -73,6 +73,8 @@ def memory_lookup(
         capacity: of a sharded table, the most tokens that a rank of the group has in this call. By default the ranks
             tell each other. With `SAME_TOKENS` all have the same tokens, and `gate_weight`, `gate_bias` and
             `out_weight` are of the own columns too (tensor parallelism).
+        row_state: what rows of `values` have missed of their optimizer's steps, as `table_gather` takes it; empty where
+            the rows are as they stand.
 
     Returns:
         [..., d_out], or [..., value_dim] with no projection, in the dtype of `F.linear(x, query_weight)`.
@@ -85,6 +87,7 @@ def memory_lookup(
         x, query_weight, query_bias, half_keys, values,
         gate_weight, gate_bias, out_weight, out_bias, temperature, heads, top_k, values_grad, values_storage,
         *(("", (), 0, 1) if shards is None else (shards.group, shards.sizes, shards.rank, shards.dim)), capacity,
+        [*row_state] or None,
     )  # fmt: skip
 
 
@@ -108,6 +111,7 @@ def _composite(
     part: int = 0,
     shard_dim: int = 1,
     capacity: int = ASK,
+    row_state: Sequence[Tensor] | None = None,
 ) -> Tensor:
     shards = Shards(group, tuple(parts), part, shard_dim) if parts else None
     _check_search(x, query_weight, query_bias, half_keys, temperature, heads, top_k)
@@ -142,11 +146,11 @@ def _composite(
         slots = operator("prefetch_rows")(values, slots)
     gate = None if gate_weight is None else F.silu(F.linear(tokens, gate_weight, gate_bias))
     if shards is not None:
-        y = sharded_gather(values, slots, weights, shards, capacity, values_grad)
-    elif values_grad == "dense" or functorch_is_active():
+        y = sharded_gather(values, slots, weights, shards, capacity, values_grad, row_state or ())
+    elif functorch_is_active() or (values_grad == "dense" and not row_state):
         y = operator("weighted_gather")(values, slots, weights)  # [tokens, value_dim]
     else:
-        y = operator("table_gather")(values, slots, weights, values_grad)
+        y = operator("table_gather")(values, slots, weights, row_state or (), values_grad)
     y = y.to(layer_dtype)
     if values_storage != "device":
         y = y.to(tokens.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +31,7 @@ from memcompile.runtime.distributed.parallelisms import install_if_distributed
 from memcompile.runtime.distributed.sharding import check_plans_agree, check_same, cut, draw_part, redraw_layer
 from memcompile.runtime.install import install
 from memcompile.runtime.interrupts import uninterrupted
+from memcompile.runtime.owner import owner_of
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.state_dicts import config_of, plan_in
 from memcompile.runtime.storage.mapped_values import MappedValues
@@ -103,15 +106,18 @@ def plan(
             f"the DDP itself, or plan first, then wrap the model"
         )
     for wrapper in parallel:
-        check_rebuildable(wrapper, requested, memory_mesh is not None)
+        check_rebuildable(wrapper, memory_mesh is not None)
     sites, chosen = _choose(root, requested, example_inputs)
     config = resolve(requested, chosen, sum(p.numel() for p in root.parameters()))
-    pool = MemoryPool(root=root, config=config, requested=requested, sites=tuple(sites))
+    owner, prefix = owner_of(root, chosen)
+    config = dataclasses.replace(config, memory_layers=[site.down.removeprefix(prefix) for site in chosen])
+    pool = MemoryPool(owner=owner, prefix=prefix, config=config, requested=requested, sites=tuple(sites))
+    pool.table.model = weakref.ref(root)
     if memory_mesh is not None:
-        pool.sharded = cut(config, memory_mesh, shard_by, shard_tokens)
-        check_plans_agree(pool, pool.sharded)
+        pool.table.sharded = cut(config, memory_mesh, shard_by, shard_tokens)
+        check_plans_agree(pool, pool.table.sharded)
     with uninterrupted():
-        adopt_optimizers(install(pool, chosen), pool)
+        adopt_optimizers(install(pool, root, chosen), pool, root)
         for wrapper in parallel:
             rebuild(wrapper)
     explanation = explain(model)
@@ -128,26 +134,33 @@ def reset_parameters(model: nn.Module) -> None:
     pool = _pool(model)
     if isinstance(pool.values, MappedValues):
         raise PlanError(f"the values lie in {pool.values.path!r}, for inference: plan with values_storage='device'")
-    pool.catch_up()  # what rows have missed is of the values as they are now
-    if pool.sharded is None:
+    pool.table.flush()  # what rows have missed is of the values as they are now
+    sharded = pool.table.sharded
+    if sharded is None:
         draw_values(pool.values)
     else:
-        draw_part(pool.table, pool.sharded, values_shape(pool.config))
+        draw_part(pool.table.part, sharded, values_shape(pool.config))
     for layer in pool.layers.values():
-        if pool.sharded is not None and pool.sharded.tokens == "shared":
+        if sharded is not None and sharded.tokens == "shared":
             redraw_layer(layer, pool)
         else:
             layer.reset_parameters()
 
 
-def catch_up(model: nn.Module) -> None:
-    """Brings the values of a planned model up to date with its optimizer's last step, in place: for code that reads
-    `model.memory_values` itself. The model's layers and `state_dict()` need no such call.
+def flush(model: nn.Module) -> None:
+    """Makes all rows of a planned model's table do, in place, the steps that they have missed: for code that reads
+    `memory_values` itself. The model's layers and `state_dict()` need no such call.
 
     Raises:
         PlanError: the model has no memory.
     """
-    _pool(model).catch_up()
+    _pool(model).table.flush()
+
+
+def catch_up(model: nn.Module) -> None:
+    """The former name of :func:`flush`."""
+    warnings.warn("memcompile.catch_up is memcompile.flush now", FutureWarning, stacklevel=2)
+    flush(model)
 
 
 def config_from(state_dict: Mapping[str, Any]) -> MemoryConfig:
@@ -200,17 +213,17 @@ def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
     if pool is None:
         inner = pools_inside(root)
         if inner:
-            names = [next(n for n, m in root.named_modules() if m is pool.root) for pool in inner]
+            names = [next(n for n, m in root.named_modules() if m is pool.owner) for pool in inner]
             raise PlanError(
-                f"parts of {type(root).__name__} already have a memory ({', '.join(map(repr, names))}): plan the "
-                f"whole model once, or compile the parts alone"
+                f"several parts of {type(root).__name__} have a memory each ({', '.join(map(repr, names))}): compile "
+                f"the parts alone, or plan the whole model once"
             )
         return False
     differing = {name: value for name, value in given.items() if not _is_as_planned(pool, name, value)}
     if differing:
         now = {k: getattr(pool.requested, k) for k in differing}
         raise PlanError(
-            f"{type(pool.root).__name__} already has a memory planned with {now}, now asked for {differing}: "
+            f"{type(pool.owner).__name__} already has a memory planned with {now}, now asked for {differing}: "
             f"build the model anew to plan it otherwise, or leave the options out"
         )
     return True

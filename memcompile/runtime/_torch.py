@@ -21,17 +21,13 @@ __all__ = [
     "after_backward",
     "at_once",
     "autograd",
-    "backward_number",
     "clip_grad",
     "fsdp_init",
-    "innermost",
     "local_part",
     "sized_at_run_time",
     "sparse_parts",
     "whole_like",
 ]
-
-_NO_SIZE = 1_000_003  # what a size that is known at run time alone looks like until then
 
 
 @contextmanager
@@ -39,12 +35,6 @@ def at_once() -> Iterator[None]:
     """Run operators on the tensors themselves, whatever traces or transforms what the program does."""
     with torch._C._DisableFuncTorch(), _disable_current_modes(), torch.inference_mode(False):
         yield
-
-
-def innermost(optimizer: Any, pre_hook: int, post_hook: int) -> None:
-    """Has these hooks of an optimizer's step, by their ids, run last before the step and first after it."""
-    optimizer._optimizer_step_pre_hooks.move_to_end(pre_hook)
-    optimizer._optimizer_step_post_hooks.move_to_end(post_hook, last=False)
 
 
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,11 +45,6 @@ def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
 def after_backward(call: Callable[[], None]) -> None:
     """Has `call()` run when the backward that is running ends, after what others asked for before."""
     Variable._execution_engine.queue_callback(call)  # type: ignore[no-untyped-call]
-
-
-def backward_number() -> int:
-    """A number of the backward that is running in this thread; -1 outside of one."""
-    return int(torch._C._current_graph_task_id())
 
 
 @torch.no_grad()
@@ -92,9 +77,8 @@ def whole_like(values: DTensor, part: Tensor) -> DTensor:
     return whole
 
 
-def sized_at_run_time() -> Tensor:
-    """A tensor of no numbers, of whose first size graphs assume nothing."""
-    tensor = torch.empty(1).expand(_NO_SIZE)
+def sized_at_run_time(tensor: Tensor) -> Tensor:
+    """The tensor, of whose first size graphs assume nothing."""
     mark_unbacked(tensor, 0)
     return tensor
 

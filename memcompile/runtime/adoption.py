@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 
 from memcompile.runtime.live_objects import live_objects
 from memcompile.runtime.pool import MemoryPool
+from memcompile.runtime.table.hooks import meet
+from memcompile.runtime.table.live_tables import tables_in
 
 log = logging.getLogger(__name__)
 
 
-def adopt_optimizers(ffns: Iterable[nn.Parameter], pool: MemoryPool) -> int:
+def adopt_optimizers(ffns: Iterable[nn.Parameter], pool: MemoryPool, root: nn.Module) -> int:
     """Puts the memory's parameters into every live optimizer that holds parameters of the chosen FFNs, and takes those
     out where the memory replaces them.
 
@@ -45,7 +47,7 @@ def adopt_optimizers(ffns: Iterable[nn.Parameter], pool: MemoryPool) -> int:
             left = "" if pool.adds else "the replaced FFNs left it, "
             log.info("adopted %s: %sthe memory joined it", type(optimizer).__name__, left)
     known = [p for p in ffns if held_in[id(p)]]
-    position = {id(parameter): index for index, parameter in enumerate(pool.root.parameters())}
+    position = {id(parameter): index for index, parameter in enumerate(root.parameters())}
     for name, parameter in pool.memory_parameters() if known else ():
         if not parameter.requires_grad:  # values that are for inference
             continue
@@ -55,7 +57,9 @@ def adopt_optimizers(ffns: Iterable[nn.Parameter], pool: MemoryPool) -> int:
             _insert_in_model_order(group, parameter, name, position)
     for optimizer in adopted:
         if isinstance(optimizer, torch.optim.Adagrad):
-            _start_adagrad(optimizer)
+            _start_adagrad(optimizer, pool.values)
+        if tables_in(optimizer):
+            meet(optimizer)
     return len(adopted)
 
 
@@ -74,11 +78,13 @@ def _start_lbfgs(optimizer: torch.optim.LBFGS) -> None:
     optimizer._numel_cache = None
 
 
-def _start_adagrad(optimizer: torch.optim.Adagrad) -> None:
-    """Gives new parameters their state: Adagrad makes it when it is built (torch 2.11), not in the first step."""
+def _start_adagrad(optimizer: torch.optim.Adagrad, values: nn.Parameter) -> None:
+    """Gives new parameters their state: Adagrad makes it when it is built (torch 2.11), not in the first step. Values
+    have none there before their first step.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if not optimizer.state[parameter]:
+            if parameter is not values and not optimizer.state[parameter]:
                 device = parameter.device if group["fused"] else None
                 step = torch.zeros((), dtype=torch.get_default_dtype(), device=device)
                 total = torch.full_like(parameter, group["initial_accumulator_value"])

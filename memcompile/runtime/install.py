@@ -14,17 +14,16 @@ from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.stand_ins.added import CarryingWeight
 from memcompile.runtime.stand_ins.replaced import ReplacedParameter, Role
-from memcompile.runtime.state_dicts import install_checkpoint_hook
+from memcompile.runtime.state_dicts import watch_part, watch_state_dicts
 from memcompile.runtime.storage.frozen_values import create_values, keep_in_place
-from memcompile.runtime.values_gradient import watch_gradient
 
 
-def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
+def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn.Parameter]:
     """Creates the values and one `MemoryLayer` a site. Replaces the FFNs' parameters by stand-ins, or puts stand-ins
     before their weights where the memory is added.
 
     A layer is registered as ``memory`` on the module that held the down-projection's weight, so that its
-    parameters read ``...mlp.down_proj.memory.half_keys``.
+    parameters read ``...mlp.down_proj.memory.half_keys``. The sites are named from ``root``.
 
     Returns:
         The parameters of the chosen FFNs; those of replaced ones are no longer in the model.
@@ -36,28 +35,27 @@ def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
     The model changes only after everything new exists: an error, or a table too large for the memory, leaves it
     as it was.
     """
-    root = pool.root
-    _check(root, chosen)
+    _check(pool, root, chosen)
     down = root.get_parameter(chosen[0].down)
-    if pool.sharded is None:
+    if pool.table.sharded is None:
         values = create_values(pool.config, down.dtype, down.device)
     else:
         values = new_sharded_values(pool, down.dtype, down.device)
-    layers = [_create_layer(pool, site) for site in chosen]
+    layers = [_create_layer(pool, root, site) for site in chosen]
 
     parameters = [root.get_parameter(name) for site in chosen for name in site.replaced]
     pool.attach(values)
     if pool.config.frozen:
-        keep_in_place(root)
-    watch_gradient(pool)
-    install_checkpoint_hook(root)
+        keep_in_place(pool.owner)
+    watch_state_dicts(pool, root)
     for site, layer in zip(chosen, layers, strict=True):
         put_stand_ins(root, site, layer, pool.adds)
         _holder(root, site).add_module(LAYER_NAME, layer)
-        pool.layers[site.down] = layer
+        pool.layers[site.down.removeprefix(pool.prefix)] = layer
+        watch_part(layer)
     if not pool.adds:
         pool.removed_parameters = sum(parameter.numel() for parameter in parameters)
-    if pool.sharded is not None:
+    if pool.table.sharded is not None:
         cut_layers(pool)
     _keep_padded(root, layers)
     return parameters
@@ -72,10 +70,10 @@ def _keep_padded(root: nn.Module, layers: list[MemoryLayer]) -> None:
             module.use_nested_tensor = False
 
 
-def _create_layer(pool: MemoryPool, site: FfnSite) -> MemoryLayer:
-    down = pool.root.get_parameter(site.down)
+def _create_layer(pool: MemoryPool, root: nn.Module, site: FfnSite) -> MemoryLayer:
+    down = root.get_parameter(site.down)
     layer = MemoryLayer(pool, site.name or site.down, site.width, down.dtype, down.device)
-    return layer.train(_holder(pool.root, site).training)
+    return layer.train(_holder(root, site).training)
 
 
 def _holder(root: nn.Module, site: FfnSite) -> nn.Module:
@@ -109,9 +107,9 @@ def _add(root: nn.Module, site: FfnSite, layer: Any) -> None:
         CarryingWeight(name, role, layer, root.get_submodule(path), attribute).install()
 
 
-def _check(root: nn.Module, chosen: list[FfnSite]) -> None:
-    if hasattr(root, VALUES_NAME):
-        raise PlanError(f"{type(root).__name__} already has an attribute {VALUES_NAME!r}: rename it")
+def _check(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> None:
+    if hasattr(pool.owner, VALUES_NAME):
+        raise PlanError(f"{type(pool.owner).__name__} already has an attribute {VALUES_NAME!r}: rename it")
     devices: dict[torch.device, str] = {}
     for site in chosen:
         if hasattr(_holder(root, site), LAYER_NAME):

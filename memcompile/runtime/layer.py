@@ -15,7 +15,6 @@ from memcompile.lowering.parameters import draw_layer, new_layer
 from memcompile.runtime.distributed.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.state_dicts import encode_plan
-from memcompile.runtime.values_gradient import watch_gradient
 
 _Optional = Tensor | None
 LayerTensors = tuple[Tensor, Tensor, Tensor, Tensor, _Optional, _Optional, _Optional, _Optional, _Optional]
@@ -76,36 +75,39 @@ class MemoryLayer(nn.Module):
             self.temperature,
         )
 
-    def tensors(self) -> LayerTensors:
+    def tensors(self, values: Tensor) -> LayerTensors:
         """What this rank has of them."""
-        table = self.pool.table_in_graphs if torch.compiler.is_compiling() else self.pool.table
-        *tensors, gate_weight, gate_bias, out_weight, out_bias, temperature = self.parameters_of_lookup(table)
+        *tensors, gate_weight, gate_bias, out_weight, out_bias, temperature = self.parameters_of_lookup(values)
         cut = _own_part(gate_weight), _own_part(gate_bias), _own_part(out_weight)
         return (*tensors, *cut, out_bias, temperature)  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-            self.pool.catch_up()  # the program is saved with the values
-        elif not torch.compiler.is_compiling():
-            watch_gradient(self.pool)  # values of a copy, or that were loaded with assign=True
-            if self.pool.values_grad == "dense" or functorch_is_active():
-                self.pool.catch_up()  # what is stored is read
-        if self.pool.sharded is not None and not torch.compiler.is_compiling():
-            with named_collectives("forward"):
-                return self._look_up(x)
-        return self._look_up(x)
+        table = self.pool.table
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+                table.flush()  # the program is saved with the values
+            return self._look_up(x, table.part_in_graphs)
+        table.watch_gradient()  # of values of a copy, or that were loaded with assign=True
+        if functorch_is_active():
+            table.flush()  # transforms read the values alone
+        if table.sharded is None:
+            return self._look_up(x, table.part)
+        with named_collectives("forward"):
+            return self._look_up(x, table.part)
 
-    def _look_up(self, x: Tensor) -> Tensor:
-        sharded = self.pool.sharded
+    def _look_up(self, x: Tensor, values: Tensor) -> Tensor:
+        table = self.pool.table
+        sharded = table.sharded
         return memory_lookup(
             x,
-            *self.tensors(),
+            *self.tensors(values),
             heads=self.heads,
             top_k=self.top_k,
-            values_grad=self.pool.values_grad,
+            values_grad=table.gradient,
             values_storage=self.pool.config.values_storage,
             shards=None if sharded is None else sharded.shards,
             capacity=ASK if sharded is None else sharded.capacity(x),
+            row_state=table.row_state(values),
         )
 
     def get_extra_state(self) -> Tensor:

@@ -1,72 +1,78 @@
-"""The pool: one table of values that every memory layer of a model reads, registered once, on the model itself."""
+"""MemoryPool: what a planned model knows of its memory, and how it is found."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import logging
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from memcompile.common.sites import VALUES_NAME, FfnSite
 from memcompile.config import MemoryConfig
-from memcompile.runtime._torch import local_part
+from memcompile.runtime.table.hooks import watch_optimizers
+from memcompile.runtime.table.table import ValueTable
 
 if TYPE_CHECKING:
-    from memcompile.runtime.distributed.replicas import Replicas
-    from memcompile.runtime.distributed.sharded_values import ShardedValues
     from memcompile.runtime.layer import MemoryLayer
-    from memcompile.runtime.values_stepper import ValuesReader
+
+log = logging.getLogger(__name__)
 
 _POOL_ATTRIBUTE = "_memcompile_pool"
 
 
 @dataclasses.dataclass(eq=False)
 class MemoryPool:
-    """What a planned model knows of its memory.
-
-    The values are a parameter of the root, so that ``root.parameters()`` and ``state_dict()`` hold them once
-    under a stable name, wherever the layers that read them sit. The pool reads them through the root at each
-    use: ``load_state_dict(assign=True)``, ``to_empty`` and sharding replace parameters.
+    """The plan of one memory, its layers, and the table that they read.
 
     Attributes:
-        root: the planned model.
-        config: the options, with every size resolved (None only for ``values_lr``).
+        owner: the lowest module with a forward of its own that contains all of the layers. The values are a parameter
+            of it, so that whoever saves, optimises, copies or loads it has the table.
+        prefix: what names of the planned model start with, to which those of the owner are relative: "" or "model.".
+        config: the options, with every size resolved (None only for ``values_lr``); layers are named from the owner.
         requested: the options as the user gave them.
-        sites: every FFN that was found, in execution order, refused ones included.
-        layers: the memory layer of each chosen FFN, by the name of its down-projection's weight.
+        sites: every FFN that was found in the planned model, in execution order, refused ones included; named from it.
+        table: the values, and the state of their rows.
+        layers: the memory layer of each chosen FFN, by the name that its down-projection's weight has from the owner.
         removed_parameters: how many numbers the replaced FFNs held; none left where the memory is added.
-        stepper: who steps the values by rows, and reads them; None until an optimizer does.
-        replicas: the DDP that the model is in, where it is in one and the gradient of the values is sparse.
-        sharded: how the values lie on a mesh; None where each process has all of them.
     """
 
-    root: nn.Module
+    owner: nn.Module
+    prefix: str
     config: MemoryConfig
     requested: MemoryConfig
     sites: tuple[FfnSite, ...]
     layers: dict[str, MemoryLayer] = dataclasses.field(default_factory=dict)
     removed_parameters: int = 0
-    stepper: ValuesReader | None = None
-    replicas: Replicas | None = None
-    sharded: ShardedValues | None = None
+    table: ValueTable = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.table = ValueTable(self.owner, self.config)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A filter may be a lambda, which cannot be pickled; the config names the blocks that it chose. A copy is in
-        no optimizer and no DDP yet, so its rows are up to date; `attach` has the pool copied before the values.
-        """
-        self.catch_up()
+        """A filter may be a lambda, which cannot be pickled; the config names the blocks that it chose."""
         requested = self.requested
         if callable(requested.memory_layers):
             requested = dataclasses.replace(requested, memory_layers=self.config.memory_layers)
-        return {**self.__dict__, "requested": requested, "stepper": None, "replicas": None}
+        return {**self.__dict__, "requested": requested}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A deep copy or an unpickled model is a planned model of its own."""
         self.__dict__.update(state)
         _LIVE.add(self)
+        watch_optimizers(self.table)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryPool:
+        """Of a part of the model alone, which goes on reading this table."""
+        if id(self.owner) not in memo:
+            told(self, "copied")
+            return self
+        copied = memo[id(self)] = object.__new__(MemoryPool)
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     @property
     def adds(self) -> bool:
@@ -76,79 +82,73 @@ class MemoryPool:
     @property
     def values(self) -> nn.Parameter:
         """The table [n_keys**2, value_dim]; a DTensor where it is sharded."""
-        return getattr(self.root, VALUES_NAME)
-
-    @property
-    def table(self) -> nn.Parameter:
-        """What this process holds of the values: what layers read, and what optimizers for rows step."""
-        return self.values if self.sharded is None else self.sharded.part(self.values)
-
-    @property
-    def table_in_graphs(self) -> nn.Parameter:
-        """The same for Dynamo, which can neither trace how it is kept up to date (that is done before a graph runs) nor
-        take a DTensor that has a sparse gradient.
-        """
-        return self.values if self.sharded is None or self.sharded.own is None else self.sharded.own
-
-    @property
-    def table_grad(self) -> Tensor | None:
-        """The gradient of `table`, which is what this process holds of `values.grad`."""
-        return None if self.values.grad is None else local_part(self.values.grad)
-
-    @table_grad.setter
-    def table_grad(self, grad: Tensor | None) -> None:
-        self.values.grad = grad if self.sharded is None or grad is None else self.sharded.whole(grad, self.values)
+        return self.table.values
 
     def attach(self, values: nn.Parameter) -> None:
-        """Registers the values on the root; from here on the model is planned."""
-        self.root.register_parameter(VALUES_NAME, values)
-        others = dict(vars(self.root))
-        vars(self.root).clear()
-        vars(self.root).update({_POOL_ATTRIBUTE: self, **others})  # copy and pickle go through them in this order
+        """Registers the values on the owner; from here on the model is planned."""
+        self.owner.register_parameter(VALUES_NAME, values)
+        others = dict(vars(self.owner))
+        vars(self.owner).clear()
+        # Copy and pickle go through them in this order: the table flushes its rows before the values are copied.
+        vars(self.owner).update({_POOL_ATTRIBUTE: self, **others})
+        self.table.watch_gradient()
+        watch_optimizers(self.table)
         _LIVE.add(self)
 
-    @property
-    def values_grad(self) -> str:
-        """What gradient the values get: as planned where they are a parameter of the root's own, not a parametrization
-        or FSDP's view of a shard, and of a dtype that optimizers for rows step; else dense.
-        """
-        fsdp = self.sharded is None and hasattr(type(self.root), "set_requires_gradient_sync")
-        values = self.table_in_graphs if torch.compiler.is_compiling() else self.values
-        alone = isinstance(values, nn.Parameter) and not fsdp
-        return self.config.gradient if alone and values.dtype is not torch.float16 else "dense"
-
-    def catch_up(self) -> None:
-        """Brings all rows of the values up to date with the optimizer's last step."""
-        if self.stepper is not None:
-            self.stepper.catch_up()
-
     def memory_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The values and the parameters of every memory layer, by their full names in the model."""
+        """The values and the parameters of every memory layer, by their full names from the owner."""
         own = {id(self.values)} | {id(p) for layer in self.layers.values() for p in layer.parameters()}
-        return ((name, p) for name, p in self.root.named_parameters() if id(p) in own)
+        return ((name, p) for name, p in self.owner.named_parameters() if id(p) in own)
 
     @property
     def chosen(self) -> list[FfnSite]:
-        """The FFNs with memory in their place or beside them, in execution order."""
-        return [site for site in self.sites if site.down in self.layers]
+        """The FFNs with memory in their place or added to them, in execution order, named from the planned model."""
+        return [site for site in self.sites if site.down.removeprefix(self.prefix) in self.layers]
+
+    def from_owner(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Names of the planned model as names of the owner."""
+        return tuple(name.removeprefix(self.prefix) for name in names)
 
 
 _LIVE: weakref.WeakSet[MemoryPool] = weakref.WeakSet()
 
 
 def live_pools() -> Iterator[MemoryPool]:
-    """Every planned model that is alive; what a deep copy that failed half way left behind is none."""
-    return (pool for pool in tuple(_LIVE) if pool.root.__dict__.get(_POOL_ATTRIBUTE) is pool)
+    """Every planned model that is alive; what a deep copy that failed half way left is none."""
+    return (pool for pool in tuple(_LIVE) if pool.owner.__dict__.get(_POOL_ATTRIBUTE) is pool)
 
 
 def pool_of(module: nn.Module) -> MemoryPool | None:
-    """The pool of a planned model or of any part of one; None for a model that is not planned."""
+    """The pool of a planned model, of any part of one, or of what wraps one; None for a model that is not planned, or
+    of which several parts are.
+    """
     own = module.__dict__.get(_POOL_ATTRIBUTE)
     if own is not None:
         return own
-    return next((pool for pool in live_pools() if any(m is module for m in pool.root.modules())), None)
+    inside = pools_inside(module)
+    if inside:
+        return inside[0] if len(inside) == 1 else None
+    return next((pool for pool in live_pools() if any(m is module for m in pool.owner.modules())), None)
 
 
 def pools_inside(module: nn.Module) -> list[MemoryPool]:
     """The pools of planned submodules, the module itself excluded."""
     return [m.__dict__[_POOL_ATTRIBUTE] for m in module.modules() if m is not module and _POOL_ATTRIBUTE in m.__dict__]
+
+
+def told(pool: MemoryPool, what: str) -> None:
+    """Warns, once for each table, that a part of a model is saved or copied without it."""
+    if what not in _TOLD.setdefault(pool, set()):
+        _TOLD[pool].add(what)
+        log.warning(
+            "memcompile: a part of a model is %s that has memory layers, but not their table, %s.%s, which is not %s "
+            "with it. Take the whole %s",
+            what,
+            type(pool.owner).__name__,
+            VALUES_NAME,
+            what,
+            type(pool.owner).__name__,
+        )
+
+
+_TOLD: weakref.WeakKeyDictionary[MemoryPool, set[str]] = weakref.WeakKeyDictionary()

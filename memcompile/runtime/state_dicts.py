@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from memcompile.common.sites import LAYER_NAME, VALUES_NAME
 from memcompile.config import OPTION_NAMES, STORAGE_OPTIONS, TRAINING_OPTIONS, MemoryConfig
 from memcompile.errors import OptionError, PlanError
-from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
+from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside, told
 from memcompile.runtime.storage.mapped_values import MappedValues, keep_mapped
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,20 @@ _CHECKSUM = "values_sha256"  # in the plan of a model whose values lie in a file
 _MAGIC = b'{"memcompile"'  # how every encoded plan starts
 
 
-def install_checkpoint_hook(root: nn.Module) -> None:
-    """Checks what ``root.load_state_dict()`` is given, before anything is copied; brings the values up to date before
-    they are saved or overwritten.
+def watch_state_dicts(pool: MemoryPool, root: nn.Module) -> None:
+    """Flushes the table before the owner is saved or overwritten, and checks what it is given before it is copied. The
+    model that was planned takes checkpoints that have the table where earlier versions put it, on that model.
     """
-    root.register_state_dict_pre_hook(_catch_up)  # type: ignore[no-untyped-call]
-    root.register_load_state_dict_pre_hook(_check_state_dict)  # type: ignore[no-untyped-call]
+    pool.owner.register_state_dict_pre_hook(_before_saving)  # type: ignore[no-untyped-call]
+    pool.owner.register_state_dict_post_hook(_after_saving)  # type: ignore[no-untyped-call]
+    pool.owner.register_load_state_dict_pre_hook(_check_state_dict)  # type: ignore[no-untyped-call]
+    if root is not pool.owner:
+        root.register_load_state_dict_pre_hook(_move_table)  # type: ignore[no-untyped-call]
+
+
+def watch_part(layer: nn.Module) -> None:
+    """Tells when a part of the model that has this layer is saved without its table."""
+    layer.register_state_dict_pre_hook(_tell_part)  # type: ignore[no-untyped-call]
 
 
 def install_load_guard() -> None:
@@ -99,14 +108,36 @@ def _is_plan(entry: Any) -> bool:
     return bytes(entry.flatten()[: len(_MAGIC)].tolist()) == _MAGIC
 
 
-def _catch_up(root: nn.Module, prefix: str, keep_vars: bool) -> None:
-    pool = pool_of(root)
+_saved_whole: Any = weakref.WeakSet()  # the pools whose owner is being saved
+
+
+def _before_saving(owner: nn.Module, prefix: str, keep_vars: bool) -> None:
+    pool = pool_of(owner)
     if pool is not None:
-        pool.catch_up()
+        pool.table.flush()
+        _saved_whole.add(pool)
+
+
+def _after_saving(owner: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    _saved_whole.discard(pool_of(owner))
+
+
+def _tell_part(layer: Any, prefix: str, keep_vars: bool) -> None:
+    if layer.pool not in _saved_whole:
+        told(layer.pool, "saved")
+
+
+def _move_table(root: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Names the values of an older checkpoint as they are named now."""
+    pool = pool_of(root)
+    if pool is None or prefix + VALUES_NAME not in state_dict or VALUES_NAME in root._parameters:
+        return
+    inside = next(name for name, module in root.named_modules() if module is pool.owner)
+    state_dict.setdefault(f"{prefix}{inside}.{VALUES_NAME}", state_dict.pop(prefix + VALUES_NAME))
 
 
 def _check_state_dict(
-    root: nn.Module,
+    owner: nn.Module,
     state_dict: dict[str, Any],
     prefix: str,
     metadata: dict[str, Any],
@@ -115,9 +146,9 @@ def _check_state_dict(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    pool = pool_of(root)
+    pool = pool_of(owner)
     assert pool is not None, "the hook is installed on planned models alone"
-    pool.catch_up()  # what rows have missed is of the values as they are now
+    pool.table.flush()  # what rows have missed is of the values as they are now
     own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
     saved = plan_in(own)
     if saved is not None:
@@ -125,12 +156,12 @@ def _check_state_dict(
     elif not any(_is_memory(name[len(prefix) :], pool) for name in own):
         _fill_from_dense(pool, state_dict, prefix)
     else:  # of a captured graph, which has parameters and no extra state
-        plans = [name for name in pool.root.state_dict() if f".{name}".endswith(f".{PLAN_KEY}")]
+        plans = [name for name in owner.state_dict() if f".{name}".endswith(f".{PLAN_KEY}")]
         state_dict.update({prefix + name: encode_plan(pool) for name in plans})
     given = state_dict.get(prefix + VALUES_NAME)
-    if pool.sharded is not None and isinstance(given, Tensor) and not isinstance(given, DTensor):
+    if pool.table.sharded is not None and isinstance(given, Tensor) and not isinstance(given, DTensor):
         raise PlanError(
-            f"the state dict has all values, and those of {type(root).__name__} are sharded: load it before "
+            f"the state dict has all values, and those of {type(owner).__name__} are sharded: load it before "
             f"memcompile.shard(), or read its file by memcompile.checkpoint.import_safetensors()"
         )
     if isinstance(pool.values, MappedValues):
@@ -139,12 +170,13 @@ def _check_state_dict(
 
 def _fill_from_dense(pool: MemoryPool, state_dict: dict[str, Any], prefix: str) -> None:
     """A dense checkpoint has no memory to load: the memory stays as it is, and replaced FFNs are not used."""
-    ffns = [name for site in pool.chosen for name in site.replaced if prefix + name in state_dict]
+    names = [name for site in pool.chosen for name in pool.from_owner(site.replaced)]
+    ffns = [name for name in names if prefix + name in state_dict]
     if not ffns:  # neither memory nor FFNs: a part of a model, loaded with strict=False
         return
     for name in () if pool.adds else ffns:
         del state_dict[prefix + name]
-    for name, value in pool.root.state_dict().items():
+    for name, value in pool.owner.state_dict().items():
         if _is_memory(name, pool):
             state_dict[prefix + name] = value
     log.warning(
@@ -175,7 +207,7 @@ def check_same_plan(
     differing = [
         f"{k}={saved['config'].get(k)!r} (here {v!r})" for k, v in sizes.items() if saved["config"].get(k) != v
     ]
-    if saved["layers"] != own["layers"]:
+    if not _same_layers(saved["layers"], own["layers"]):
         differing.append(f"layers {saved['layers']} (here {own['layers']})")
     checksums = saved.get(_CHECKSUM), own.get(_CHECKSUM)
     if None not in checksums and checksums[0] != checksums[1]:
@@ -190,13 +222,24 @@ def check_same_plan(
         )
 
 
+def _same_layers(saved: list[str], own: list[str]) -> bool:
+    """Whether names are the same, from whatever module: earlier versions named layers from the model that was planned,
+    and not from the module that holds the table.
+    """
+    longer, shorter = sorted((saved, own), key=lambda names: len("".join(names)), reverse=True)
+    if len(longer) != len(shorter) or not shorter:
+        return longer == shorter
+    prefix = longer[0].removesuffix(shorter[0])
+    return longer == [prefix + name for name in shorter] and (not prefix or prefix.endswith("."))
+
+
 def plan_of(pool: MemoryPool) -> dict[str, Any]:
     """The plan in plain JSON types."""
     config = pool.config.to_dict()
     plan = {
         "memcompile": FORMAT,
         "config": {name: option for name, option in config.items() if name not in STORAGE_OPTIONS},
-        "layers": [site.down for site in pool.chosen],
+        "layers": list(pool.layers),
     }
     values = pool.values
     return plan | ({_CHECKSUM: values.checksum} if isinstance(values, MappedValues) else {})

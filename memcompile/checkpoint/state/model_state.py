@@ -46,7 +46,7 @@ def is_plan(name: str) -> bool:
 
 def plans_of(root: nn.Module) -> Plans:
     """The plans of the model and of planned parts of it, by the names of these."""
-    pools = {id(pool.root): pool for pool in live_pools()}
+    pools = {id(pool.owner): pool for pool in live_pools()}
     return {name: plan_of(pools[id(m)]) for name, m in root.named_modules() if id(m) in pools}
 
 

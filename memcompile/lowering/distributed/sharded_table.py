@@ -21,6 +21,7 @@ The collectives are functional, so graphs hold them, and compute may stand betwe
 parts of the table are read: no rank ever holds more of it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from memcompile.lowering._torch import autograd_kernel, below_autograd, functorch_is_active, is_keyed, is_traced
 from memcompile.lowering.distributed import collectives
 from memcompile.lowering.gather.hits import sum_dtype
+from memcompile.lowering.gather.table_gather import check_unchanged
 from memcompile.lowering.register.schema import operator
 
 ASK = -2  # a capacity: the ranks tell each other, in each call, how many tokens they have
@@ -91,7 +93,13 @@ def chunk_sizes(total: int, ranks: int) -> tuple[int, ...]:
 
 
 def sharded_gather(
-    table: Tensor, slots: Tensor, weights: Tensor, shards: Shards, capacity: int, gradient: str
+    table: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    shards: Shards,
+    capacity: int,
+    gradient: str,
+    row_state: Sequence[Tensor] = (),
 ) -> Tensor:
     """`weighted_gather` of this rank's tokens over a whole table, or `table_gather` where the gradient is sparse.
 
@@ -100,6 +108,7 @@ def sharded_gather(
         slots: int32 or int64 [tokens, hits], and weights: float32 or float64 [tokens, hits], of this rank.
         capacity: the most tokens that a rank of the group has in this call; `ASK`, or `SAME_TOKENS`.
         gradient: "dense" or "sparse".
+        row_state: of the part, as `table_gather` takes it.
 
     Returns:
         [tokens, value_dim] in the values' dtype; the own columns of it with `SAME_TOKENS`.
@@ -122,7 +131,7 @@ def sharded_gather(
             slots.shape[0] <= capacity,
             lambda: f"capacity: this rank has {slots.shape[0]} tokens, but the ranks agreed on at most {capacity}",
         )
-    return _sharded_gather(table, slots, weights, shards, capacity, gradient)  # type: ignore[no-any-return]
+    return _sharded_gather(table, slots, weights, shards, capacity, gradient, row_state)  # type: ignore[no-any-return]
 
 
 def have_same_tokens(capacity: int | torch.SymInt) -> bool:
@@ -144,7 +153,14 @@ def most_tokens(tokens: int, group: str, device: torch.device) -> int:
 
 
 def _forward(
-    ctx: Any, table: Tensor, slots: Tensor, weights: Tensor, shards: Shards, capacity: int, gradient: str
+    ctx: Any,
+    table: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    shards: Shards,
+    capacity: int,
+    gradient: str,
+    row_state: Sequence[Tensor],
 ) -> Tensor:
     tokens = slots.shape[0]
     with below_autograd():
@@ -154,21 +170,22 @@ def _forward(
             capacity = tokens
         hits, shares = _own_hits(slots, weights, shards)
         if table.numel():
-            sums = _gather(table, hits, shares, gradient)
+            sums = _gather(table, hits, shares, row_state, gradient)
         else:
             sums = table.new_zeros(slots.shape[0], table.shape[1])
         if not have_same_tokens(capacity) and shards.ranks > 1:
             return_sums = _columns_to_tokens if shards.by_columns else _partial_sums_to_tokens
             sums = return_sums(sums, capacity, shards)[:tokens]
-    ctx.save_for_backward(table, slots, weights)  # of all tokens
+    ctx.save_for_backward(slots, weights)  # of all tokens
+    ctx.table, ctx.row_state, ctx.version = table, row_state, table._version  # as `table_gather` keeps them
     ctx.shards, ctx.capacity, ctx.gradient = shards, capacity, gradient
     return sums
 
 
-def _gather(table: Tensor, slots: Tensor, weights: Tensor, gradient: str) -> Tensor:
-    if gradient == "dense":
+def _gather(table: Tensor, slots: Tensor, weights: Tensor, row_state: Sequence[Tensor], gradient: str) -> Tensor:
+    if gradient == "dense" and not row_state:
         return operator("weighted_gather")(table, slots, weights)  # type: ignore[no-any-return]
-    return operator("table_gather")(table, slots, weights, gradient)  # type: ignore[no-any-return]
+    return operator("table_gather")(table, slots, weights, row_state, gradient)  # type: ignore[no-any-return]
 
 
 def _gather_hits(slots: Tensor, weights: Tensor, capacity: int, shards: Shards) -> tuple[Tensor, Tensor]:
@@ -218,12 +235,13 @@ def _partial_sums_to_tokens(sums: Tensor, capacity: int, shards: Shards) -> Tens
 # --- backward -------------------------------------------------------------------------------------
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None, None]:
     if torch.is_grad_enabled():
         raise NotImplementedError("the gradient of sharded memory values has no derivative of its own (create_graph)")
     if is_traced(grad) and not is_keyed():
         raise NotImplementedError("sharded memory values are compiled by backend='memcompile' alone")
-    table, slots, weights = ctx.saved_tensors
+    table, (slots, weights) = ctx.table, ctx.saved_tensors
+    check_unchanged(table, ctx.version)
     shards = ctx.shards
     tokens, capacity = grad.shape[0], ctx.capacity
     apart = not have_same_tokens(capacity) and shards.ranks > 1  # each rank has tokens of its own
@@ -232,14 +250,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | Non
         grad = (_tokens_to_columns if shards.by_columns else _tokens_to_all)(grad, capacity, shards)
     grad_table = grad_weights = None
     if ctx.needs_input_grad[2]:
-        grad_weights = _dots(table, slots, grad, ctx.gradient, shards)
+        grad_weights = _dots(table, slots, grad, ctx.row_state, shards)
         if apart:
             grad_weights = collectives.reduce_scatter(grad_weights, shards.ranks, shards.group)[:tokens]
         grad_weights = grad_weights.to(weights.dtype)
     if ctx.needs_input_grad[0]:
         mean = weights / shards.ranks if apart else weights
         grad_table = _scatter(table, slots, mean, grad, ctx.gradient, shards)
-    return grad_table, None, grad_weights, None, None, None
+    return grad_table, None, grad_weights, None, None, None, None
 
 
 def _tokens_to_columns(grad: Tensor, capacity: int, shards: Shards) -> Tensor:
@@ -260,12 +278,15 @@ def _tokens_to_all(grad: Tensor, capacity: int, shards: Shards) -> Tensor:
     return collectives.all_gather(grad, shards.ranks, shards.group)
 
 
-def _dots(table: Tensor, slots: Tensor, grad: Tensor, gradient: str, shards: Shards) -> Tensor:
+def _dots(table: Tensor, slots: Tensor, grad: Tensor, row_state: Sequence[Tensor], shards: Shards) -> Tensor:
     """The gradient of all tokens' weights, as far as the own part makes it."""
     if not table.numel():
         return torch.zeros_like(slots, dtype=sum_dtype(table))
     hits, _ = _own_hits(slots, slots, shards)
-    dots: Tensor = operator("gather_dot" if gradient == "dense" else "table_dot")(table, hits, grad)
+    if row_state:
+        dots: Tensor = operator("table_dot")(table, hits, grad, row_state)
+    else:
+        dots = operator("gather_dot")(table, hits, grad)
     return dots if shards.by_columns else torch.where(_is_own(slots, shards), dots, 0)
 
 

@@ -1,82 +1,120 @@
-"""A table that learns by the rows that were hit: `table_gather`, whose gradient is sparse, and the operators behind it.
+"""A table that learns by the rows that were hit: `table_gather`, whose gradient may be sparse, and its parts.
 
     table_gather  (V, s, w)[t]    = sum_h w[t, h] * V[s[t, h]]              [tokens, value_dim]
     table_dot     (V, s, u)[t, h] = V[s[t, h]] . u[t]                       [tokens, hits]
     sparse_scatter(V, [s], [w], [u]) = the sum of weighted_scatter(s, w, u) over the layers, in the rows that they hit:
                                        coalesced sparse COO [num_slots, value_dim]; a slot of -1 is no hit
 
-They are `weighted_gather`, `gather_dot` and `weighted_scatter` for values that an optimizer for rows steps. It leaves
-rows behind until they are touched; so what is read is what the rows are by now, and whoever steps them is asked:
-`Stepper`, which `set_stepper_of` finds by the table. What a call returns changes with a step alone, as with any
-optimizer: graphs may reorder, merge or repeat calls. `fused_scatter` makes no gradient: it gives its factors to the
-stepper, and returns one that holds no row.
+They are `weighted_gather`, `gather_dot` and `weighted_scatter` for values whose optimizer leaves a row as it is until a
+step touches it, and then makes up for the steps that the row has missed. What is read are the rows V as they are after
+all steps, whether they have made up for them or not: `row_state` tells what they have missed. It is empty where rows
+miss nothing, or
 
-How many rows are hit is known at run time only, so graphs hold these operators whole, and `merge_scatters` sums those
-of the layers that share a table. They have no second derivative.
+    history     float64 [1 + capacity, 8]   a `RateHistory`, on the CPU
+    last_step   int32 [num_slots]           the step that each row is as of; empty before the first step
+    exp_avg     [num_slots, value_dim]      the moments of AdamW; empty for SGD, where rows miss their decay alone
+    exp_avg_sq  [num_slots, value_dim]
+
+No row is written, so a read changes nothing that comes later. How many rows are hit is known at run time only: graphs
+hold these operators whole, and `merge_scatters` sums those of the layers that share a table. There is no second
+derivative.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memcompile.lowering._torch import autograd_kernel, below_autograd, in_backward, is_keyed, is_traced
+from memcompile.lowering._torch import autograd_kernel, below_autograd, is_keyed, is_traced
 from memcompile.lowering.gather.hits import check_hits, sum_dtype
 from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
+from memcompile.lowering.update.missed_steps import missed_decays, missed_steps
+from memcompile.lowering.update.rate_history import RateHistory
+
+RowState = Sequence[Tensor]
+
+_HITS_A_ROW = 4  # from which a copy of a table is cheaper than to correct each hit
 
 
-class Stepper(Protocol):
-    """Who steps the rows of a table; gather and dot are of the rows as they are now."""
-
-    def gather(self, slots: Tensor, weights: Tensor) -> Tensor:
-        """As `weighted_gather`."""
-
-    def dot(self, slots: Tensor, grad: Tensor) -> Tensor:
-        """As `gather_dot`."""
-
-    def take_factors(self, slots: Tensor, weights: Tensor, grad: Tensor) -> None:
-        """Takes the factors of one layer's gradient, to update the rows by those of all layers."""
+def _gather(values: Tensor, slots: Tensor, weights: Tensor, row_state: RowState, gradient: str) -> Tensor:
+    values, stale = _stale(values, slots, row_state)
+    if stale is None:
+        return operator("weighted_gather")(values, slots, weights)  # type: ignore[no-any-return]
+    if stale.moments is None:
+        return operator("weighted_gather")(values, slots, weights * stale.decays().to(weights.dtype))  # type: ignore[no-any-return]
+    out: Tensor = operator("lagging_gather")(values, *stale.moments, slots, weights, *stale.missed(values))
+    return out.to(values.dtype)
 
 
-def _nobody(values: Tensor, needed: bool = False) -> Stepper | None:
-    return None
-
-
-_stepper_of = _nobody
-
-
-def set_stepper_of(find: Callable[..., Stepper | None]) -> None:
-    """Says how the stepper of a table is found, by `find(values, needed)`; None is one whose rows are as they stand.
-    Where a table cannot do without, it is `needed`, and worth a search.
-    """
-    global _stepper_of
-    _stepper_of = find
-
-
-def _gather(values: Tensor, slots: Tensor, weights: Tensor, gradient: str) -> Tensor:
-    if gradient == "fused" and in_backward():
-        raise RuntimeError(
-            "values_grad='fused' cannot serve activation checkpointing: a layer would be run again when its values may "
-            "be updated already. Use values_grad='sparse'"
-        )
-    stepper = _stepper_of(values)
-    if stepper is not None:
-        return stepper.gather(slots, weights)
-    return operator("weighted_gather")(values, slots, weights)
-
-
-def _gather_fake(values: Tensor, slots: Tensor, weights: Tensor, gradient: str) -> Tensor:
+def _gather_fake(values: Tensor, slots: Tensor, weights: Tensor, row_state: RowState, gradient: str) -> Tensor:
     return values.new_empty(slots.shape[0], values.shape[1])
 
 
-def _dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
-    stepper = _stepper_of(values)
-    return operator("gather_dot")(values, slots, grad) if stepper is None else stepper.dot(slots, grad)
+def _dot(values: Tensor, slots: Tensor, grad: Tensor, row_state: RowState) -> Tensor:
+    values, stale = _stale(values, slots, row_state)
+    if stale is not None and stale.moments is not None:
+        return operator("lagging_dot")(values, *stale.moments, slots, grad, *stale.missed(values))  # type: ignore[no-any-return]
+    dots: Tensor = operator("gather_dot")(values, slots, grad)
+    return dots if stale is None else dots * stale.decays().to(dots.dtype)
 
 
-def _dot_fake(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
+def _dot_fake(values: Tensor, slots: Tensor, grad: Tensor, row_state: RowState) -> Tensor:
     return values.new_empty(slots.shape, dtype=sum_dtype(values))
+
+
+@dataclass(frozen=True)
+class _Stale:
+    """Rows that have missed steps."""
+
+    history: RateHistory
+    last: Tensor  # int32, the steps that the rows are as of
+    moments: tuple[Tensor, Tensor] | None
+
+    def decays(self) -> Tensor:
+        """What the rows are multiplied by, where they miss nothing else."""
+        return missed_decays(self.history, self.last, self.history.step)
+
+    def missed(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+        """What the operators take that read stale rows."""
+        missed = missed_steps(self.history, self.last, self.history.step, sum_dtype(values))
+        assert missed is not None, "asked where rows have missed steps"
+        return missed.plan_of_row, missed.decays, missed.panels, self.history.eps
+
+
+def _stale(values: Tensor, slots: Tensor, row_state: RowState) -> tuple[Tensor, _Stale | None]:
+    """The table to read, and what the rows of these slots [tokens, hits] have missed; None where that is nothing."""
+    if not row_state or row_state[1].numel() == 0:
+        return values, None
+    history, last_step = RateHistory(row_state[0]), row_state[1]
+    if values.dtype is torch.float16 or (
+        slots.numel() >= _HITS_A_ROW * values.shape[0] and values.dtype is not torch.bfloat16  # it would be rounded
+    ):
+        return current_table(values, row_state), None
+    last = last_step.index_select(0, slots.reshape(-1)).view(slots.shape)
+    if not bool((last != history.step).any()):
+        return values, None
+    moments = (row_state[2], row_state[3]) if row_state[2].numel() else None
+    return values, _Stale(history, last, moments)
+
+
+def current_table(values: Tensor, row_state: RowState) -> Tensor:
+    """The table [num_slots, dim] as it is after all steps: itself where no row has missed any, else a copy."""
+    history, last_step, *moments = row_state
+    rows = (last_step != RateHistory(history).step).nonzero()[:, 0]
+    if len(rows) == 0:
+        return values
+    some = values[rows].to(sum_dtype(values))
+    stale = _Stale(RateHistory(history), last_step[rows].unsqueeze(1), None)
+    if moments[0].numel() == 0:
+        current = some * stale.decays().to(some.dtype)
+    else:
+        own = torch.arange(len(rows), device=rows.device).unsqueeze(1)  # a hit a row, of weight 1
+        of_rows = [moment[rows] for moment in moments]
+        ones = torch.ones_like(own, dtype=some.dtype)
+        current = operator("lagging_gather")(some, *of_rows, own, ones, *stale.missed(some))
+    return values.index_copy(0, rows, current.to(values.dtype))
 
 
 Factors = Sequence[Tensor]  # slots, weights or gradients, of one layer each
@@ -92,20 +130,9 @@ def _sparse_scatter(values: Tensor, slots: Factors, weights: Factors, grads: Fac
     return coalesced(rows[first:] - 1, sums[first:], values.shape[0])
 
 
-def _fused_scatter(values: Tensor, slots: Factors, weights: Factors, grads: Factors, opaque: bool = False) -> Tensor:
-    stepper = _stepper_of(values, needed=True)
-    if stepper is None:
-        raise RuntimeError(
-            "values_grad='fused' updates the memory's values in the backward, but no optimizer steps them by rows: "
-            "build one from model.parameters() before the first backward, or use values_grad='sparse'"
-        )
-    stepper.take_factors(*_joined(slots, weights, grads))
-    return _without_rows(values)
-
-
 def _scatter_fake(values: Tensor, slots: Factors, weights: Factors, grads: Factors, opaque: bool = False) -> Tensor:
-    # How many rows there are is nobody's question in a graph. For opaque ones see `merge_scatters`: their sizes and
-    # strides are what a sparse tensor reports.
+    # Graphs do not ask how many rows there are. For opaque ones see `merge_scatters`: their sizes and strides are what
+    # a sparse tensor reports.
     return values.new_empty_strided(values.shape, (0, 0)) if opaque else _without_rows(values)
 
 
@@ -128,26 +155,39 @@ def coalesced(rows: Tensor, sums: Tensor, num_slots: int) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, ctx.gradient = inputs
-    ctx.save_for_backward(*tensors)
+    # The table and its state are no activations: hooks on saved tensors, which offload or compress those, would copy
+    # them. So they are kept as they are, with a check of its own that no step came between.
+    ctx.values, slots, weights, ctx.row_state, ctx.gradient = inputs
+    ctx.version = ctx.values._version
+    ctx.save_for_backward(slots, weights)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+def check_unchanged(values: Tensor, version: int) -> None:
+    """Raises RuntimeError where a table is not the one that the forward read, as autograd does for saved tensors."""
+    if values._version != version:
+        raise RuntimeError(
+            "the memory's values were modified in place, by an optimizer's step for example, between the forward and "
+            "this backward: call backward() before step()"
+        )
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
     if torch.is_grad_enabled():
         raise NotImplementedError(
             "the gradient of memory values is sparse and has no derivative of its own: for create_graph=True plan the "
             "model with values_grad='dense'"
         )
-    values, slots, weights = ctx.saved_tensors
+    values, (slots, weights) = ctx.values, ctx.saved_tensors
+    check_unchanged(values, ctx.version)
     grad_values = grad_weights = None
     if ctx.needs_input_grad[2]:
-        grad_weights = operator("table_dot")(values, slots, grad).to(weights.dtype)
-    if ctx.needs_input_grad[0] and is_traced(grad) and not is_keyed():
+        grad_weights = operator("table_dot")(values, slots, grad, ctx.row_state).to(weights.dtype)
+    if ctx.needs_input_grad[0] and (ctx.gradient == "dense" or (is_traced(grad) and not is_keyed())):
         # A graph of a backend that has not `merge_scatters`: Inductor's own cannot add sparse tensors.
         grad_values = operator("weighted_scatter")(slots, weights, grad, values.shape[0])
     elif ctx.needs_input_grad[0]:
-        grad_values = operator(f"{ctx.gradient}_scatter")(values, [slots], [weights], [grad])
-    return grad_values, None, grad_weights, None
+        grad_values = operator("sparse_scatter")(values, [slots], [weights], [grad])
+    return grad_values, None, grad_weights, None, None
 
 
 def _forward(*args: Any) -> Any:
@@ -163,7 +203,6 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "table_gather": (_gather, _gather_fake),
     "table_dot": (_dot, _dot_fake),
     "sparse_scatter": (_sparse_scatter, _scatter_fake),
-    "fused_scatter": (_fused_scatter, _scatter_fake),
 }
 for _name, (_kernel, _fake) in _KERNELS.items():
     LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

@@ -14,11 +14,11 @@ from memcompile.lowering.register.schema import operator
 
 
 def merge_scatters(graph: fx.Graph) -> None:
-    """Merges sums of `sparse_scatter`, and of `fused_scatter`, in place."""
-    scatters = {operator("sparse_scatter"), operator("fused_scatter")}
+    """Merges sums of `sparse_scatter`, in place."""
+    scatter = operator("sparse_scatter")
     parts: dict[fx.Node, list[fx.Node]] = {}  # the scatters that a sparse node sums
     for node in graph.nodes:
-        if node.target in scatters:
+        if node.target is scatter:
             parts[node] = [node]
         elif node.target is torch.ops.aten.add.Tensor and not node.kwargs and parts.keys() >= {*node.args}:
             parts[node] = [part for summand in node.args for part in parts[summand]]

@@ -31,7 +31,7 @@ def _rows_written(slots: Shape, weights: Shape, grad: Shape, *args: Any, **kwarg
     return 2 * slots[0] * slots[1] * grad[1]
 
 
-@register_flop_formula([operator(name).overloadpacket for name in ("sparse_scatter", "fused_scatter")])
+@register_flop_formula(operator("sparse_scatter").overloadpacket)
 def _rows_summed(
     values: Shape, slots: Sequence[Shape], weights: Sequence[Shape], grads: Sequence[Shape], *args: Any, **kwargs: Any
 ) -> int:

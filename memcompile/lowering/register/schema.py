@@ -11,7 +11,8 @@ SCHEMAS = {
         "(Tensor x, Tensor query_weight, Tensor? query_bias, Tensor half_keys, Tensor values, "
         "Tensor? gate_weight, Tensor? gate_bias, Tensor? out_weight, Tensor? out_bias, "
         'Tensor? temperature, int heads, int top_k, str values_grad="dense", str values_storage="device", '
-        'str group="", int[] parts=[], int part=0, int shard_dim=1, SymInt capacity=-2) -> Tensor'
+        'str group="", int[] parts=[], int part=0, int shard_dim=1, SymInt capacity=-2, '
+        "Tensor[]? row_state=None) -> Tensor"
     ),
     "prefetch_rows": "(Tensor values, Tensor slots) -> Tensor",
     "product_key_search": "(Tensor query, Tensor half_keys, int top_k) -> (Tensor weights, Tensor slots)",
@@ -21,11 +22,10 @@ SCHEMAS = {
     "weighted_scatter": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> Tensor",
     "hits_by_row": "(Tensor slots, SymInt num_slots) -> (Tensor rows, Tensor ends, Tensor hits)",
     "row_sums": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> (Tensor rows, Tensor sums)",
-    # A table whose gradient is of the rows that were hit: sparse_table.py.
-    "table_gather": "(Tensor values, Tensor slots, Tensor weights, str gradient) -> Tensor",
-    "table_dot": "(Tensor values, Tensor slots, Tensor grad) -> Tensor",
+    # A table whose gradient is of the rows that were hit: table_gather.py.
+    "table_gather": "(Tensor values, Tensor slots, Tensor weights, Tensor[] row_state, str gradient) -> Tensor",
+    "table_dot": "(Tensor values, Tensor slots, Tensor grad, Tensor[] row_state) -> Tensor",
     "sparse_scatter": "(Tensor values, Tensor[] slots, Tensor[] weights, Tensor[] grads, bool opaque=False) -> Tensor",
-    "fused_scatter": "(Tensor values, Tensor[] slots, Tensor[] weights, Tensor[] grads, bool opaque=False) -> Tensor",
     "skipped_steps": (
         "(Tensor rates, Tensor starts, int until, int terms, int moments) -> (Tensor decays, Tensor panels)"
     ),
@@ -61,7 +61,7 @@ SCHEMAS = {
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 # They ask how many rows were hit, and return as many.
-_NOT_CAPTURED = {"table_gather", "table_dot", "sparse_scatter", "fused_scatter"}
+_NOT_CAPTURED = {"table_gather", "table_dot", "sparse_scatter"}
 
 for _name, _signature in SCHEMAS.items():
     _unsafe = (torch.Tag.cudagraph_unsafe,) if _name in _NOT_CAPTURED else ()

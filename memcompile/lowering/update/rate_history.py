@@ -1,62 +1,86 @@
-"""What every past step multiplied a row by, in a table with one entry for each change of the rates."""
+"""What every past step multiplied a row by, in one tensor, with one entry for each change of the rates."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-_START, _LR, _LOGS = 0, 1, 2  # columns; then for each factor its logarithm and the sum of those of earlier entries
+_HEADER = ("step", "changes", "eps")  # the first row of the tensor
+_START, _LR, _LOGS = 0, 1, 2  # columns of an entry; then for each factor its logarithm, and the sum of earlier ones
+_FACTORS = 3
+DECAY, BETA1, BETA2 = range(_FACTORS)
+COLUMNS = _LOGS + 2 * _FACTORS
+_ROOM = 8  # entries that a new history has room for
 
 
 class RateHistory:
     """The learning rate and factors of every step since the oldest that a row may ask for.
 
-    It is a view: all of it is in the state of a parameter, `rates` float64 [capacity, 2 + 2 * factors] on the CPU and
-    `changes`, its entries in use, so that it is saved, copied and loaded with the rest.
+    It is a view of `tensor`, float64 [1 + capacity, 8] on the CPU, which operators take as an argument, and which is
+    saved and copied with the rest of the state. Its first row holds the number of the last step, the number of entries
+    in use, and eps. An entry is the first step of a run with the same rates: a constant rate takes one entry, a warm-up
+    of w steps takes w, and a schedule that changes in every step takes one a step (64 bytes) until `forget`.
 
-    An entry is the first step of a run with the same rates, so a constant rate takes one entry, a warm-up of w steps
-    w of them, and a schedule that changes in every step one a step (8 * (2 + 2 * factors) bytes each) until `forget`,
-    which an optimizer calls once all rows are caught up. The capacity is at most twice the entries, and at least 8.
+    Attributes:
+        tensor: replaced by a larger one when it is full.
     """
 
-    def __init__(self, state: dict[str, Any], factors: int) -> None:
-        self._state = state
-        self._factors = factors
-        if "rates" not in state:
-            self.forget()
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @classmethod
+    def new(cls, step: int, eps: float = 0.0) -> "RateHistory":
+        """A history without entries, of rows that are all as of `step`."""
+        tensor = torch.zeros(1 + _ROOM, COLUMNS, dtype=torch.float64, device="cpu")
+        tensor[0, : len(_HEADER)] = torch.tensor([step, 0, eps], dtype=torch.float64, device="cpu")
+        return cls(tensor)
+
+    @classmethod
+    def of(cls, entries: Tensor, step: int) -> "RateHistory":
+        """The history with these entries [n, 8] of the steps up to `step`."""
+        header = entries.new_zeros(1, COLUMNS)
+        header[0, :2] = entries.new_tensor([step, len(entries)])
+        return cls(torch.cat([header, entries]))
 
     def __len__(self) -> int:
         """How many entries there are."""
-        return int(self._state["changes"])
+        return int(self.tensor[0, 1])
+
+    @property
+    def step(self) -> int:
+        """The number of the last step."""
+        return int(self.tensor[0, 0])
+
+    @property
+    def eps(self) -> float:
+        return float(self.tensor[0, 2])
 
     @property
     def entries(self) -> Tensor:
-        """[len(self), 2 + 2 * factors]"""
-        rates: Tensor = self._state["rates"]
-        return rates[: len(self)]
+        """[len(self), 8]"""
+        return self.tensor[1 : 1 + len(self)]
 
-    def record(self, step: int, lr: float, logs: list[float]) -> None:
-        """Adds a step: its learning rate and the logarithms of its factors. Steps come in order, each once."""
-        rates, count = self._state["rates"], len(self)
+    def record(self, lr: float, logs: list[float]) -> None:
+        """Adds a step: its learning rate, and the logarithms of its factors DECAY, BETA1 and BETA2."""
+        count, step = len(self), self.step + 1
+        self.tensor[0, 0] = step
         new = [float(step), lr]
-        last = rates[count - 1].tolist() if count else None
-        for i in range(self._factors):
+        last = self.tensor[count].tolist() if count else None
+        for i in range(_FACTORS):
             at = _LOGS + 2 * i
             new += [logs[i], last[at + 1] + (step - last[_START]) * last[at] if last else 0.0]
         if last and new[_LR] == last[_LR] and new[_LOGS::2] == last[_LOGS::2]:
             return
-        if count == len(rates):
-            rates = self._state["rates"] = torch.cat([rates, torch.zeros_like(rates)])
-        rates[count] = torch.tensor(new, dtype=torch.float64)
-        self._state["changes"] = count + 1
+        if count + 1 == len(self.tensor):
+            self.tensor = torch.cat([self.tensor, torch.zeros_like(self.tensor)])
+        self.tensor[1 + count] = torch.tensor(new, dtype=torch.float64, device="cpu")
+        self.tensor[0, 1] = count + 1
 
     def forget(self) -> None:
-        """Every row is up to date: the history starts again, as that of a state which was loaded does. A training that
+        """All rows are up to date: the history starts again, as that of a state which was loaded does. A training that
         resumes there then rounds as the one that goes on.
         """
-        self._state["rates"] = torch.zeros(8, _LOGS + 2 * self._factors, dtype=torch.float64)
-        self._state["changes"] = 0
+        self.tensor = RateHistory.new(self.step, self.eps).tensor
 
     def lr(self, steps: Tensor) -> Tensor:
         """The learning rates, float64, of these steps."""
@@ -95,4 +119,4 @@ class RateHistory:
         if len(self) == 1:
             return torch.zeros_like(steps)
         found = torch.searchsorted(self.entries[:, _START].contiguous(), steps.double(), right=True) - 1
-        return found.clamp(min=0)  # step 0, before all
+        return found.clamp(min=0)  # step 0 is before all entries

@@ -39,19 +39,17 @@ import math
 import torch
 from torch import Tensor
 
-from memcompile.lowering.update.rate_history import RateHistory
+from memcompile.lowering.update.rate_history import BETA1, BETA2, COLUMNS, DECAY, RateHistory
 from memcompile.lowering.update.row_tables import register_row_operator
 
-DECAY, BETA1, BETA2 = range(3)  # the factors of the history
-_COLUMNS = 8  # of its table
 _HALF_WIDTH = 1 / 16  # of a panel, relative to its centre
 _RATIO = math.log((1 + _HALF_WIDTH) / (1 - _HALF_WIDTH))
 _STARTS = 2**10  # whose terms the PyTorch operators hold at once
 
 
 def _check(rates: Tensor, starts: Tensor, until: int, terms: int, moments: int) -> None:
-    if rates.dtype is not torch.float64 or rates.dim() != 2 or rates.shape[1] != _COLUMNS or not len(rates):
-        raise ValueError(f"rates: expected float64 [changes, {_COLUMNS}], got {rates.dtype} {list(rates.shape)}")
+    if rates.dtype is not torch.float64 or rates.dim() != 2 or rates.shape[1] != COLUMNS or not len(rates):
+        raise ValueError(f"rates: expected float64 [changes, {COLUMNS}], got {rates.dtype} {list(rates.shape)}")
     if starts.dtype is not torch.int64 or starts.dim() != 1:
         raise ValueError(f"starts: expected int64 [n], got {starts.dtype} {list(starts.shape)}")
     if terms < 1 or moments not in (7, 14):
@@ -62,7 +60,7 @@ def _kernel(rates: Tensor, starts: Tensor, until: int, terms: int, moments: int)
     """The plans of rows that were last touched in the steps `starts`.
 
     Args:
-        rates: the entries of a `RateHistory` of DECAY, BETA1 and BETA2, on the CPU, as the rest.
+        rates: the entries of a `RateHistory`, on the CPU, as the rest.
         starts: int64 [n], ascending, each once; -1 is of rows whose moments are zeros. None is after `until`.
         terms: J.
         moments: K.
@@ -73,7 +71,7 @@ def _kernel(rates: Tensor, starts: Tensor, until: int, terms: int, moments: int)
     """
     if len(starts) and (starts[0] < -1 or starts[-1] > until or not bool((starts.diff() > 0).all())):
         raise ValueError(f"starts: expected steps from -1 to {until}, ascending and each once")
-    history = RateHistory({"rates": rates, "changes": len(rates)}, 3)
+    history = RateHistory.of(rates, until)
     end = torch.full_like(starts, until)
     decays = torch.stack([history.log_product(f, starts.clamp(min=0), end) for f in (DECAY, BETA1, BETA2)], 1).exp()
     decays[starts < 0, BETA1:] = 1.0  # moments of zero stay as they are: `row_adam` need not read them

@@ -39,9 +39,25 @@ def place(sites: Sequence[FfnSite], layers: LayerChoice) -> list[FfnSite]:
         return chosen
     if layers == "all":
         return usable
-    items = [layers] if isinstance(layers, str) else layers
+    items = _named_here([layers] if isinstance(layers, str) else list(layers), sites)
     wanted = {site.down for item in items for site in _resolve(item, usable, sites)}
     return [site for site in usable if site.down in wanted]
+
+
+def _named_here(items: list[int | str], sites: Sequence[FfnSite]) -> list[int | str]:
+    """Names of weights that were given from another module, as the model has them: a plan names its layers from the
+    module that holds the table, and earlier versions named them from the model that was planned.
+    """
+    downs = {site.down for site in sites}
+    names = [item for item in items if isinstance(item, str)]
+    if len(names) < len(items) or not names or any(name in downs for name in names):
+        return items
+    longer = {down.removesuffix(names[0]) for down in downs if down.endswith(f".{names[0]}")}
+    shorter = {names[0].removesuffix(down) for down in downs if names[0].endswith(f".{down}")}
+    found = [[prefix + name for name in names] for prefix in longer]
+    found += [[name.removeprefix(prefix) for name in names] for prefix in shorter]
+    here = [given for given in found if downs.issuperset(given)]
+    return [*here[0]] if len(here) == 1 else items
 
 
 def _spread(usable: list[FfnSite], count: int, sites: Sequence[FfnSite]) -> list[FfnSite]:

@@ -7,19 +7,15 @@ import gc
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from memcompile.config import MemoryConfig
 from memcompile.errors import PlanError
-from memcompile.runtime.distributed.replicas import FUSED_IN_DDP
 
 
-def check_rebuildable(ddp: DistributedDataParallel, memory: MemoryConfig, sharded: bool) -> None:
+def check_rebuildable(ddp: DistributedDataParallel, sharded: bool) -> None:
     """Raises PlanError for options that a DDP object cannot be initialised with a second time, or a memory that it
     cannot hold.
     """
     if sharded:
         raise PlanError(f"{type(ddp.module).__name__} is in DDP already: plan with memory_mesh= first, then wrap it")
-    if memory.values_grad == "fused":
-        raise PlanError(FUSED_IN_DDP)
     lost = [name for name in ("mixed_precision", "_delay_all_reduce_params") if getattr(ddp, name, None)]
     if lost:
         raise PlanError(

@@ -26,7 +26,7 @@ def install_parallelisms() -> None:
         @functools.wraps(original)
         def managed(*args: Any, **kwargs: Any) -> Any:
             parameters, buffers = original(*args, **kwargs)
-            sharded = {id(pool.values) for pool in live_pools() if pool.sharded is not None}
+            sharded = {id(pool.values) for pool in live_pools() if pool.table.sharded is not None}
             return [p for p in parameters if id(p) not in sharded], buffers
 
         setattr(managed, _MARK, True)

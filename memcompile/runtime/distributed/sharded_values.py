@@ -16,7 +16,8 @@ from memcompile.runtime._torch import local_part, sized_at_run_time, whole_like
 
 # Its size is what graphs have for the most tokens of a rank, until that is agreed upon. Not an attribute of what a
 # module holds: Dynamo takes the sizes of those for constants.
-_ROOM = sized_at_run_time()
+_NO_SIZE = 1_000_003  # what it looks like until then
+_ROOM = sized_at_run_time(torch.empty(1).expand(_NO_SIZE))
 
 
 @dataclasses.dataclass(eq=False)

@@ -21,7 +21,6 @@ from memcompile.runtime.distributed.collective_errors import install_collective_
 from memcompile.runtime.distributed.parallelisms import install_parallelisms
 from memcompile.runtime.distributed.sharded_values import ShardedValues
 from memcompile.runtime.pool import MemoryPool, pool_of
-from memcompile.runtime.values_gradient import watch_gradient
 from memcompile.runtime.wrappers import is_in_ddp, is_sharded, unwrap
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: st
             f"{type(root).__name__} has no memory to shard: call memcompile.plan(model, ...) first. {_ORDER}"
         )
     sharded = cut(pool.config, mesh, by, tokens)
-    if pool.sharded is not None:
+    if pool.table.sharded is not None:
         check_same(pool, sharded)
         return
     if ddp or is_in_ddp(root):
@@ -105,22 +104,20 @@ def cut(config: MemoryConfig, mesh: DeviceMesh, by: str, tokens: str) -> Sharded
             f"values_storage={config.values_storage!r} keeps all values in one place, and for inference: shard values "
             f"on the devices, or serve them from one process"
         )
-    if config.gradient == "fused":
-        raise OptionError("values_grad='fused' updates values in the backward of one rank: shard with 'sparse'")
     return ShardedValues.over(mesh, values_shape(config), DIMS[by], tokens)
 
 
 def check_same(pool: MemoryPool, sharded: ShardedValues) -> None:
     """Raises PlanError where a pool lies otherwise than asked for now."""
-    now = pool.sharded
+    now = pool.table.sharded
     if now is None or (now.mesh, now.shards, now.tokens) != (sharded.mesh, sharded.shards, sharded.tokens):
         how = "not sharded" if now is None else f"sharded over {now.mesh} with tokens={now.tokens!r}"
-        raise PlanError(f"the memory of {type(pool.root).__name__} is {how} already: build the model anew. {_ORDER}")
+        raise PlanError(f"the memory of {type(pool.owner).__name__} is {how} already: build the model anew. {_ORDER}")
 
 
 def check_plans_agree(pool: MemoryPool, sharded: ShardedValues) -> None:
     """Raises PlanError, on every rank, where another has another plan. A collective."""
-    parameters = {name: p for name, p in pool.root.named_parameters() if name != VALUES_NAME}
+    parameters = {name: p for name, p in pool.owner.named_parameters() if name != VALUES_NAME}
     mine: dict[str, Any] = {
         **pool.config.to_dict(),
         "parameters": {name: [list(p.shape), str(p.dtype)] for name, p in parameters.items()},
@@ -155,8 +152,8 @@ def new_sharded_values(pool: MemoryPool, dtype: torch.dtype, device: torch.devic
     """A drawn table of which each rank makes its own part alone; it is the same for any number of ranks. A collective
     unless on the meta device.
     """
-    assert pool.sharded is not None
-    sharded, shape = pool.sharded, values_shape(pool.config)
+    assert pool.table.sharded is not None
+    sharded, shape = pool.table.sharded, values_shape(pool.config)
     part = torch.empty(sharded.own_shape(shape), dtype=dtype, device=device)
     draw_part(part, sharded, shape)
     whole = DTensor.from_local(
@@ -180,9 +177,9 @@ def draw_part(part: Tensor, sharded: ShardedValues, shape: tuple[int, int]) -> N
 
 def put_sharded(pool: MemoryPool, sharded: ShardedValues, values: DTensor) -> None:
     """Makes a DTensor the values of a pool."""
-    pool.root._parameters[VALUES_NAME] = nn.Parameter(values, requires_grad=pool.values.requires_grad)
-    pool.sharded = sharded
-    watch_gradient(pool)
+    pool.owner._parameters[VALUES_NAME] = nn.Parameter(values, requires_grad=pool.values.requires_grad)
+    pool.table.sharded = sharded
+    pool.table.watch_gradient()
 
 
 def cut_layers(pool: MemoryPool) -> None:
@@ -191,7 +188,7 @@ def cut_layers(pool: MemoryPool) -> None:
     """
     install_collective_errors()
     install_parallelisms()
-    sharded = pool.sharded
+    sharded = pool.table.sharded
     assert sharded is not None
     if sharded.tokens != "shared":
         return
@@ -207,7 +204,7 @@ def cut_layers(pool: MemoryPool) -> None:
 
 def redraw_layer(layer: MemoryLayer, pool: MemoryPool) -> None:
     """Draws the parameters of a layer anew that tensor parallelism has cut, as one process would. A collective."""
-    sharded = pool.sharded
+    sharded = pool.table.sharded
     assert sharded is not None
     weight = layer.query_weight
     for name, drawn in new_layer(pool.config, layer.width, weight.dtype, weight.device).items():

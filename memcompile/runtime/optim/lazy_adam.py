@@ -6,21 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memcompile.errors import OptionError
-from memcompile.lowering.register.schema import operator
-from memcompile.lowering.update.row_tables import Gradient
-from memcompile.runtime.optim.gradients import as_rows
-from memcompile.runtime.optim.row_optimizer import (
-    MOMENTS,
-    Group,
-    RowOptimizer,
-    State,
-    check_betas,
-    check_state_dtype,
-    start_moments,
-    step_seed,
-    tables,
-)
+from memcompile.runtime.optim.row_optimizer import RowOptimizer
+from memcompile.runtime.table.rules import LAZY_ADAM
 
 
 class LazyAdam(RowOptimizer):
@@ -28,7 +15,7 @@ class LazyAdam(RowOptimizer):
 
     A row's moments decay, and it moves, in the steps that touch it; the bias correction counts all steps. Weight
     decay is decoupled (x = (1 - lr * weight_decay) * x, as in AdamW) and of touched rows alone, so a row that is
-    touched in one step out of a hundred decays a hundred times as slowly. Nothing is ever behind.
+    touched in one step out of a hundred decays a hundred times as slowly. No row misses anything.
 
     State of a parameter: `exp_avg` and `exp_avg_sq` of its shape, `step`, and `master` fp32 if asked for.
 
@@ -46,7 +33,7 @@ class LazyAdam(RowOptimizer):
         OptionError: an option's value is not served.
     """
 
-    saved = frozenset(MOMENTS)
+    rule = LAZY_ADAM
 
     def __init__(
         self,
@@ -65,24 +52,3 @@ class LazyAdam(RowOptimizer):
         super().__init__(
             params, {**options, "state_dtype": state_dtype, "master_weights": master_weights, "seed": seed}
         )
-
-    def _check_group(self, group: Group) -> None:
-        check_betas(group)
-        check_state_dtype(group)
-        if group.get("amsgrad"):
-            raise OptionError("amsgrad: LazyAdam has none, as torch.optim.SparseAdam; use amsgrad=False")
-
-    def _start(self, parameter: Tensor, state: State, group: Group) -> None:
-        start_moments(parameter, state, group)
-
-    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, gradient: Gradient) -> None:
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        step = state["step"] = state["step"] + 1
-        rate = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-        decay = 1 - lr * float(group["weight_decay"])
-        numbers = torch.tensor([decay, beta1, beta2, rate, 1.0, group["eps"]], dtype=torch.float64)
-        moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
-        seed = step_seed(state, group, self.shards)
-        values, rounded = tables(parameter, state)
-        rest = (None, None, None, numbers, seed, *gradient.factors)
-        operator("row_adam")(values, rounded, *moments, rows, gradient.grad, *rest)

@@ -3,15 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from memcompile.errors import OptionError
-from memcompile.lowering.distributed import collectives
-from memcompile.lowering.gather.hits import sum_dtype
-from memcompile.lowering.register.schema import operator
-from memcompile.lowering.update.row_tables import Gradient, chunks, load_rows, store_values
-from memcompile.runtime.optim.row_optimizer import Group, RowOptimizer, State, require, step_seed, tables
+from memcompile.runtime.optim.row_optimizer import RowOptimizer
+from memcompile.runtime.table.rules import ROW_WISE_ADAGRAD
 
 
 class RowwiseAdagrad(RowOptimizer):
@@ -40,6 +35,8 @@ class RowwiseAdagrad(RowOptimizer):
         OptionError: an option's value is not served.
     """
 
+    rule = ROW_WISE_ADAGRAD
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -56,67 +53,3 @@ class RowwiseAdagrad(RowOptimizer):
         options = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled, "maximize": maximize}
         options["initial_accumulator_value"] = initial_accumulator_value
         super().__init__(params, {**options, "master_weights": master_weights, "seed": seed})
-
-    def _check_group(self, group: Group) -> None:
-        first = group["initial_accumulator_value"]
-        require("initial_accumulator_value", first, first >= 0, "0 or more")
-        require("eps", group["eps"], group["eps"] > 0, "positive: a row whose gradient is 0 may have sum = 0")
-
-    def _start(self, parameter: Tensor, state: State, group: Group) -> None:
-        dtype = sum_dtype(parameter)
-        first = group["initial_accumulator_value"]
-        state["sum"] = torch.full(parameter.shape[:1], first, dtype=dtype, device=parameter.device)
-
-    def knows(self, parameter: Tensor, state: State) -> bool:
-        return "sum" in state and state["sum"].numel() == parameter.shape[0]
-
-    def _complete(self, parameter: Tensor, state: State, group: Group) -> None:
-        if "sum" not in state:
-            raise OptionError(f"the state is of another optimizer: it has no `sum`, but {', '.join(sorted(state))}")
-        shape = state["sum"].shape
-        if shape == (parameter.shape[0], 1):  # of torch.optim.Adagrad, where the two are the same
-            state["sum"] = state["sum"][:, 0].contiguous()
-        elif shape != parameter.shape[:1]:
-            raise OptionError(f"sum: expected one number a row, {list(parameter.shape[:1])}; got {list(shape)}")
-
-    def _update(self, parameter: Tensor, state: State, group: Group, rows: Tensor, gradient: Gradient) -> None:
-        state["step"] += 1
-        decay = float(group["weight_decay"]), bool(group["decoupled"])
-        seed = step_seed(state, group, self.shards)
-        values, rounded = tables(parameter, state)
-        lr, eps = float(group["lr"]), float(group["eps"])
-        if self.shards is not None and self.shards.by_columns and self.shards.ranks > 1:
-            self._update_columns(values, rounded, state["sum"], rows, gradient, lr, eps, decay, seed)
-            return
-        rest = (lr, eps, *decay, seed, *gradient.factors)
-        operator("row_adagrad")(values, rounded, state["sum"], rows, gradient.grad, *rest)
-
-    def _update_columns(
-        self,
-        values: Tensor,
-        rounded: Tensor | None,
-        total: Tensor,
-        rows: Tensor,
-        gradient: Gradient,
-        lr: float,
-        eps: float,
-        decay: tuple[float, bool],
-        seed: int,
-    ) -> None:
-        """The same where each rank has some columns: a row's mean is over all of them. Every rank of the group has the
-        same rows, since each has the hits of all. One all-reduce of a number a row.
-        """
-        assert self.shards is not None
-        weight_decay, decoupled = decay
-        grad = gradient.of(slice(0, len(rows)), total.dtype)  # [n, own columns]
-        if weight_decay and not decoupled:
-            grad = grad + weight_decay * load_rows(values, rows)
-        squares = collectives.all_reduce(grad.square().sum(1), self.shards.group) / sum(self.shards.sizes)
-        sums = total.index_select(0, rows).add_(squares)  # [n]
-        total.index_copy_(0, rows, sums)
-        for part in chunks(rows, values.shape[1]):
-            x = load_rows(values, rows[part])
-            if weight_decay and decoupled:
-                x.mul_(1 - lr * weight_decay)
-            x.sub_((lr / (sums[part].sqrt() + eps)).unsqueeze(1) * grad[part])
-            store_values(values, rounded, rows[part], x, seed)

@@ -18,7 +18,6 @@ from memcompile.runtime.pool import pool_of
 from memcompile.runtime.storage.frozen_values import keep_in_place
 from memcompile.runtime.storage.mapped_values import open_values
 from memcompile.runtime.storage.values_file import check_writable, write
-from memcompile.runtime.values_stepper import release
 from memcompile.runtime.wrappers import is_sharded, unwrap
 
 log = logging.getLogger(__name__)
@@ -52,16 +51,16 @@ def store_values(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     path = os.fspath(path)
     check_writable(path)
-    pool.catch_up()
+    pool.table.flush()
     write(path, pool.values.detach())
     values = open_values(path)
     frozen: dict[str, Any] = {**LEARNING_DEFAULTS, "values_storage": "mmap", "values_path": path}
     with uninterrupted():
-        release(pool)
+        pool.table.end()
         leave_optimizers(pool.values)
-        pool.root._parameters[VALUES_NAME] = values
+        pool.owner._parameters[VALUES_NAME] = values
         if not pool.config.frozen:
-            keep_in_place(pool.root)
-        pool.config = dataclasses.replace(pool.config, **frozen)
+            keep_in_place(pool.owner)
+        pool.config = pool.table.config = dataclasses.replace(pool.config, **frozen)
         pool.requested = dataclasses.replace(pool.requested, **frozen)
     log.info("values %s %s now lie in %s", list(values.shape), values.dtype, values.path)

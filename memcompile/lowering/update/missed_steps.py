@@ -1,4 +1,4 @@
-"""What rows have missed of AdamW's steps: plans of `lowering.skipped_steps`, by the steps that rows were last in."""
+"""What rows have missed of AdamW's or SGD's steps, by the steps that they were last touched in."""
 
 import math
 from dataclasses import dataclass
@@ -7,16 +7,15 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering.register.schema import operator
-from memcompile.lowering.update.rate_history import RateHistory
+from memcompile.lowering.update.rate_history import BETA1, BETA2, DECAY, RateHistory
 from memcompile.lowering.update.row_adam import moments_of
-from memcompile.lowering.update.skipped_steps import BETA1, BETA2
 
 _NONE = 1e-300  # stands for a beta1 of 0 where its logarithm is taken
 
 
 @dataclass(frozen=True)
-class SkippedSteps:
-    """What n rows have missed, as `row_adam` reads it."""
+class MissedSteps:
+    """What n rows have missed, as `row_adam` and `stale_gather` read it."""
 
     plan_of_row: Tensor  # int64, of the shape of the rows
     decays: Tensor  # float64 [plans, 3], of the value and both moments
@@ -29,32 +28,22 @@ def factors_of_step(lr: float, weight_decay: float, betas: tuple[float, float]) 
     Raises:
         ValueError: lr * weight_decay is 1 or more.
     """
-    return [log_decay(lr, weight_decay), math.log(max(betas[0], _NONE)), math.log(betas[1])]
-
-
-def log_decay(lr: float, weight_decay: float) -> float:
-    """log(1 - lr * weight_decay).
-
-    Raises:
-        ValueError: lr * weight_decay is 1 or more.
-    """
     if lr * weight_decay >= 1:
         raise ValueError(f"weight_decay: lr * weight_decay must be below 1, got {lr} * {weight_decay}")
-    return math.log1p(-lr * weight_decay)
+    return [math.log1p(-lr * weight_decay), math.log(max(betas[0], _NONE)), math.log(max(betas[1], _NONE))]
 
 
-def plan(history: RateHistory, last: Tensor, until: int, dtype: torch.dtype) -> SkippedSteps | None:
+def missed_steps(history: RateHistory, last: Tensor, until: int, dtype: torch.dtype) -> MissedSteps | None:
     """What rows missed up to step `until`; None where that is nothing.
 
     Args:
-        history: of the factors DECAY, BETA1 and BETA2.
-        last: int32 of any shape, the steps that rows were last touched in; -1 where no step has, and the moments are
-            zeros.
+        last: int32 of any shape, the steps that rows were last touched in. No step has touched a row of 0: its moments
+            are zeros.
         dtype: of the values' sums, float32 or float64.
     """
     if last.numel() == 0:
         return None
-    starts, plan_of_row = _distinct(last)
+    starts, plan_of_row = _distinct(last.masked_fill(last == 0, -1))
     if max(int(starts[0]), 0) >= until:
         return None
     decays, panels = operator("skipped_steps")(
@@ -62,7 +51,14 @@ def plan(history: RateHistory, last: Tensor, until: int, dtype: torch.dtype) -> 
     )
     # Without waiting for a GPU to have them.
     decays, panels = (tensor.to(last.device, non_blocking=True) for tensor in (decays, panels))
-    return SkippedSteps(plan_of_row, decays, panels)
+    return MissedSteps(plan_of_row, decays, panels)
+
+
+def missed_decays(history: RateHistory, last: Tensor, until: int) -> Tensor:
+    """What values are multiplied by for the steps after `last`, float64 of its shape."""
+    after = last.long() if len(history) == 1 else last.long().cpu()
+    product = history.log_product(DECAY, after, torch.full_like(after, until)).exp()
+    return product.to(last.device, non_blocking=True)
 
 
 def _distinct(last: Tensor) -> tuple[Tensor, Tensor]:

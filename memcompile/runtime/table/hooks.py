@@ -1,0 +1,179 @@
+"""Around the step of an optimizer that holds a table: the table steps its rows, and the optimizer does not see them.
+
+PyTorch's optimizers, and those that follow them, skip a parameter without a gradient. So the last hook before a step
+steps the rows, and takes the gradient of the values aside; a hook after the step puts it back. The groups and the state
+of the optimizer stay as they are. Where a closure makes the gradients inside of the step, it runs with all gradients in
+place, and the rows are stepped after the step.
+
+One hook of every optimizer of the process finds those that hold a table. It is there while there are tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from memcompile.errors import OptionError
+from memcompile.runtime.storage.frozen_values import refuse_gradient
+from memcompile.runtime.table.live_tables import live_tables, tables_in
+from memcompile.runtime.table.named_states import add_names
+from memcompile.runtime.table.orphans import tell_orphans
+from memcompile.runtime.table.table import ValueTable
+from memcompile.runtime.table.which_rule import rule_in
+
+_everywhere: list[RemovableHandle] = []  # the hook of every optimizer, while there are tables
+
+
+@dataclasses.dataclass
+class _Hooked:
+    """An optimizer that holds tables.
+
+    Attributes:
+        before: the hook before its step.
+        aside: the tables whose gradients are aside, with these.
+        witness: a parameter that kept its gradient, and that gradient: whether a step that raised is tried again.
+        after_closure: whether rows are stepped after the step.
+    """
+
+    before: RemovableHandle
+    aside: list[tuple[ValueTable, Tensor]] = dataclasses.field(default_factory=list)
+    witness: tuple[Tensor, Tensor] | None = None
+    after_closure: bool = False
+
+
+_hooked: weakref.WeakKeyDictionary[Optimizer, _Hooked] = weakref.WeakKeyDictionary()
+
+
+def watch_optimizers(table: ValueTable) -> None:
+    """From here on the table is stepped with whatever optimizer holds its values."""
+    live_tables.add(table)
+    if not _everywhere:
+        _everywhere.append(register_optimizer_step_pre_hook(_before_any_step))
+    weakref.finalize(table, _stop_without_tables).atexit = False
+
+
+def _stop_without_tables() -> None:
+    if not any(True for _ in live_tables):
+        while _everywhere:
+            _everywhere.pop().remove()
+
+
+def meet(optimizer: Optimizer) -> _Hooked:
+    """Gives an optimizer that holds tables its hooks. Those that the user registered before a step run before ours."""
+    hooked = _hooked.get(optimizer)
+    if hooked is None:
+        hooked = _hooked[optimizer] = _Hooked(optimizer.register_step_pre_hook(_before_step))
+        optimizer.register_step_post_hook(_after_step)
+        optimizer.register_state_dict_pre_hook(flush_tables_of)
+        optimizer.register_state_dict_post_hook(add_names)
+    else:
+        hooked.before.remove()
+        hooked.before = optimizer.register_step_pre_hook(_before_step)
+    return hooked
+
+
+def flush_tables_of(optimizer: Optimizer) -> None:
+    """The optimizer is about to be saved, which does not save what rows have missed."""
+    for table, _ in tables_in(optimizer):
+        table.flush()
+
+
+@torch.compiler.disable  # where a step is compiled: what hooks do is not for graphs
+def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not tables_in(optimizer):
+        tell_orphans(optimizer, live_tables)
+    elif not _steps_others(optimizer):
+        meet(optimizer)
+
+
+def _steps_others(optimizer: Optimizer) -> bool:
+    """Whether an optimizer steps others inside its own step, which then step the tables that they hold."""
+    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer) and value is not optimizer]
+    on_one_rank = bool(inner) and type(optimizer).__name__ == "ZeroRedundancyOptimizer"
+    if on_one_rank and any(table.gradient != "dense" for table, _ in tables_in(optimizer)):
+        raise OptionError(
+            "ZeroRedundancyOptimizer keeps the state of each parameter on one rank, and the values' rows are stepped "
+            "on all: plan with values_grad='dense'"
+        )
+    return bool(inner)
+
+
+@torch.compiler.disable
+def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    hooked = _hooked[optimizer]
+    _put_back_after_error(hooked)
+    for table, _ in tables_in(optimizer):
+        if table.config.frozen:
+            refuse_gradient(table.values)
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    hooked.after_closure = callable(closure)
+    if not callable(closure):
+        _step_tables(optimizer)
+        _take_aside(optimizer, hooked)
+        return None
+    _take_aside(optimizer, hooked)
+    with_gradients = _with_gradients(closure, optimizer, hooked)
+    if len(args) > 1:
+        return (args[0], with_gradients, *args[2:]), kwargs
+    return args, {**kwargs, "closure": with_gradients}
+
+
+def _with_gradients(closure: Callable[[], Any], optimizer: Optimizer, hooked: _Hooked) -> Callable[[], Any]:
+    @functools.wraps(closure)
+    def run() -> Any:
+        _put_back(hooked)
+        try:
+            return closure()
+        finally:
+            _take_aside(optimizer, hooked)
+
+    return run
+
+
+@torch.compiler.disable
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    hooked = _hooked[optimizer]
+    _put_back(hooked)
+    if hooked.after_closure:
+        _step_tables(optimizer)
+
+
+def _step_tables(optimizer: Optimizer) -> None:
+    found = [(table, group) for table, group in tables_in(optimizer) if table.grad is not None]
+    steps = [(table, *rule_in(optimizer, group, table.config)) for table, group in found]  # raises before rows move
+    for table, rule, options in steps:
+        table.step(optimizer, rule, options)
+
+
+def _take_aside(optimizer: Optimizer, hooked: _Hooked) -> None:
+    for table, _ in tables_in(optimizer):
+        if table.values.grad is not None:
+            hooked.aside.append((table, table.values.grad))
+            table.values.grad = None
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    hooked.witness = next(((p, p.grad) for p in parameters if p.grad is not None), None)
+
+
+def _put_back(hooked: _Hooked) -> None:
+    for table, grad in hooked.aside:
+        table.values.grad = grad
+    hooked.aside, hooked.witness = [], None
+
+
+def _put_back_after_error(hooked: _Hooked) -> None:
+    """After a step that raised, gradients are aside still. They are put back where the step is tried again: the other
+    parameters have the gradients that they had. Otherwise they were dropped, by `zero_grad()` for one.
+    """
+    if hooked.aside and hooked.witness is not None and hooked.witness[0].grad is hooked.witness[1]:
+        hooked.aside = [(table, grad) for table, grad in hooked.aside if table.values.grad is None]
+        _put_back(hooked)
+    hooked.aside, hooked.witness = [], None

@@ -1,0 +1,24 @@
+"""Every table of the process, and which optimizers hold them."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch.optim import Optimizer
+
+from memcompile.common.sites import VALUES_NAME
+from memcompile.runtime.table.table import ValueTable
+
+live_tables: weakref.WeakSet[ValueTable] = weakref.WeakSet()
+
+
+def tables_in(optimizer: Optimizer) -> list[tuple[ValueTable, dict[str, Any]]]:
+    """The tables whose values an optimizer holds, each with its group."""
+    mine = {}
+    for table in live_tables:
+        values = table.owner._parameters.get(VALUES_NAME)  # a deep copy that failed half way has none
+        if values is not None:
+            mine[id(values)] = table
+    groups = getattr(optimizer, "param_groups", ())
+    return [(mine[id(p)], group) for group in groups for p in group["params"] if id(p) in mine]

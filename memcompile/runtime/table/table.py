@@ -1,0 +1,227 @@
+"""ValueTable: the values that all layers of a memory read, and the state of their rows, in one object."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from memcompile.common.sites import VALUES_NAME
+from memcompile.config import MemoryConfig
+from memcompile.lowering.distributed.sharded_table import Shards
+from memcompile.runtime._torch import at_once, local_part
+from memcompile.runtime.table.gradient import watch_gradient
+from memcompile.runtime.table.row_state import row_state_arguments
+from memcompile.runtime.table.rules import ADAMW, RULES, Options, Rule, State, step_rows
+from memcompile.runtime.table.rules.adamw import forget
+from memcompile.runtime.table.rules.rule import flush_rows, new_state
+from memcompile.runtime.table.shown_state import ShownState
+
+if TYPE_CHECKING:
+    from memcompile.runtime.distributed.averaging import Replicas
+    from memcompile.runtime.distributed.sharded_values import ShardedValues
+
+
+class ValueTable:
+    """The values [slots, value_dim] of a memory, as far as this process holds them, and the state of their rows.
+
+    The values are a parameter of the owner, read through it at each use: ``load_state_dict(assign=True)``, ``to_empty``
+    and sharding replace parameters. The state of the rows is the table's. `optimizer.state[values]` shows its tensors,
+    and what is loaded or put there is taken over in the next step.
+
+    A row that a step does not touch may miss something, which it makes up for when it is touched next. **Who reads the
+    table passes `row_state` along with the values**, and reads every row as it is after all steps; who reads the
+    values alone calls `flush` first.
+
+    Attributes:
+        owner: the module that the values are a parameter of.
+        sharded: how the values lie on a mesh; None where each process has all of them.
+        replicas: the DDP that the model is in, where the gradient of the values is sparse.
+        model: gives the model that was planned, whose names optimizers' states are saved with; None once it is gone.
+        flushed: whether all rows were flushed since replicas of the model last agreed on it.
+    """
+
+    def __init__(self, owner: nn.Module, config: MemoryConfig) -> None:
+        self.owner, self.config = owner, config
+        self.model: Callable[[], nn.Module | None] = lambda: None
+        self.sharded: ShardedValues | None = None
+        self.replicas: Replicas | None = None
+        self.flushed = False
+        self._state: State | None = None
+        self._rule, self._options = ADAMW, ADAMW.defaults
+        self._stepped: nn.Parameter | None = None  # what the state is of
+        self._shown = ShownState()
+        self._optimizer: weakref.finalize | None = None
+        self._row_state = self._no_row_state()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in no optimizer and no DDP yet: its rows miss nothing, and have no state."""
+        self.flush()
+        return {"owner": self.owner, "config": self.config, "sharded": self.sharded}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["owner"], state["config"])  # type: ignore[misc]
+        self.sharded = state["sharded"]
+
+    # --- the values ----------------------------------------------------------------------------------------
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The parameter [slots, value_dim]; a DTensor where it is sharded."""
+        return getattr(self.owner, VALUES_NAME)  # type: ignore[no-any-return]
+
+    @property
+    def part(self) -> nn.Parameter:
+        """What this process holds of the values: what layers read, and steps move."""
+        return self.values if self.sharded is None else self.sharded.part(self.values)
+
+    @property
+    def part_in_graphs(self) -> nn.Parameter:
+        """The same for Dynamo, which can neither trace how it is kept the same (that is done before a graph runs) nor
+        take a DTensor that has a sparse gradient.
+        """
+        return self.values if self.sharded is None or self.sharded.own is None else self.sharded.own
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient of `part`, which is what this process holds of `values.grad`."""
+        return None if self.values.grad is None else local_part(self.values.grad)
+
+    @grad.setter
+    def grad(self, grad: Tensor | None) -> None:
+        self.values.grad = grad if self.sharded is None or grad is None else self.sharded.whole(grad, self.values)
+
+    @property
+    def gradient(self) -> str:
+        """What gradient the values get: as planned where they are a parameter of the owner's own, not a parametrization
+        or FSDP's view of a shard, and of a dtype that rows are stepped in; else dense.
+        """
+        fsdp = self.sharded is None and hasattr(type(self.owner), "set_requires_gradient_sync")
+        values = self.part_in_graphs if torch.compiler.is_compiling() else self.values
+        alone = isinstance(values, nn.Parameter) and not fsdp
+        return self.config.gradient if alone and values.dtype is not torch.float16 else "dense"
+
+    def watch_gradient(self) -> None:
+        """Sees every gradient that the values get from here on. Idempotent: values that were replaced are watched."""
+        if self._state is None:
+            self._stepped = self.part
+        watch_gradient(self)
+
+    def layers(self) -> Iterator[nn.Module]:
+        """The memory layers that read the table."""
+        return (m for m in self.owner.modules() if getattr(m.__dict__.get("pool"), "table", None) is self)
+
+    # --- reading -------------------------------------------------------------------------------------------
+
+    def row_state(self, values: Tensor) -> Sequence[Tensor]:
+        """What rows of these values have missed, as `memory_lookup` takes it. Rows of other values than those that are
+        stepped have missed nothing: inside `functional_call`, or of a parameter that was replaced.
+        """
+        return self._row_state if self._stepped is None or values is self._stepped else ()
+
+    @at_once()  # whatever traces or transforms what the program does
+    def flush(self) -> None:
+        """Makes all rows do, in place, what they have missed. Who reads the table with its state reads the same numbers
+        before and after: autograd need not know, and a backward whose forward came before goes on.
+        """
+        if self._stepped is None or self._state is None or "last_step" not in self._state:
+            return
+        table = _local(self._stepped)
+        if table.dtype is torch.float16:
+            table = table.float()
+        flush_rows(table, self._state, self._rule, self._options, shards=self.shards)
+        if table.data_ptr() != _local(self._stepped).data_ptr():
+            _local(self._stepped).data.copy_(table)
+        forget(self._state)
+        self._put_row_state()
+        self.flushed = True
+
+    # --- stepping ------------------------------------------------------------------------------------------
+
+    @at_once()
+    def step(self, optimizer: Optimizer, rule: Rule, options: Options) -> None:
+        """Steps the rows that the values' gradient touches, by a rule with these options, as a part of the step of the
+        optimizer that holds them.
+        """
+        grad = self.grad
+        if grad is None or not _unscaled(optimizer, grad):
+            return
+        self._go_on(optimizer, rule, options)
+        assert self._state is not None
+        table = _local(self.part)
+        if table.dtype is torch.float16:  # rows are stepped in fp32, and rounded
+            wide = table.float()
+            step_rows(wide, self._state, rule, grad.float(), options, self.shards)
+            table.copy_(wide)
+        else:
+            step_rows(table, self._state, rule, grad, options, self.shards)
+        self._put_row_state()
+        self._shown.show(optimizer, self, self._state)
+
+    def _go_on(self, optimizer: Optimizer, rule: Rule, options: Options) -> None:
+        """Goes on from the state that the optimizer has for the values: the one that this table showed there last, one
+        that was loaded or put there, or none.
+        """
+        if not self._shown.is_in(optimizer, self.values, self._state) or rule is not self._rule:
+            self.flush()
+            self._state = self._shown.taken_over(optimizer, self, rule) or new_state(_local(self.part), rule, options)
+            self._follow(optimizer)
+        assert self._state is not None
+        self._stepped, self._rule, self._options = self.part, rule, options
+        rule.start(_local(self.part), self._state, options)  # moves the state with values that were moved or cast
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        """When the optimizer is gone, the values stay as its last step has them, and the state goes."""
+        if self._optimizer is not None:
+            self._optimizer.detach()
+        self._optimizer = weakref.finalize(optimizer, _end, weakref.ref(self))
+        self._optimizer.atexit = False
+
+    def end(self) -> None:
+        """The rows are stepped no longer, or by other state: they are flushed, and their state goes."""
+        self.flush()
+        if self._optimizer is not None:
+            self._optimizer.detach()
+        self._state, self._stepped, self._shown, self._optimizer = None, None, ShownState(), None
+        self._row_state = self._no_row_state()
+
+    def _no_row_state(self) -> Sequence[Tensor]:
+        """Of a table that no step has touched: as many tensors as of one that is stepped, for the graphs that are
+        compiled before.
+        """
+        may_miss = self.config.values_optimizer is None or RULES[self.config.values_optimizer].misses
+        sparse = self.config.gradient == "sparse" and may_miss
+        return row_state_arguments(None, self.config.value_dim or 0) if sparse else ()
+
+    def _put_row_state(self) -> None:
+        if self._row_state or "last_step" in (self._state or ()):
+            self._row_state = row_state_arguments(self._state, self.part.shape[1], self._row_state)
+
+    @property
+    def shards(self) -> Shards | None:
+        """How the table lies of which `part` is a part."""
+        return None if self.sharded is None else self.sharded.shards
+
+
+def _local(values: Tensor) -> Tensor:
+    return local_part(values).detach()
+
+
+def _end(table: weakref.ref[ValueTable]) -> None:
+    alive = table()
+    if alive is not None:
+        alive.end()
+
+
+def _unscaled(optimizer: Optimizer, grad: Tensor) -> bool:
+    """What a fused optimizer does with the numbers that GradScaler leaves to it; False where the step is skipped."""
+    scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+    if found_inf is not None and bool(found_inf):
+        return False
+    if scale is not None:
+        (grad._values() if grad.is_sparse else grad).div_(scale)
+    return True
