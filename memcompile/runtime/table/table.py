@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from memcompile.common.sites import VALUES_NAME
 from memcompile.config import MemoryConfig
 from memcompile.lowering.distributed.sharded_table import Shards
+from memcompile.lowering.gather.hits import sum_dtype
 from memcompile.runtime._torch import at_once, local_part
 from memcompile.runtime.table.gradient import watch_gradient
-from memcompile.runtime.table.row_state import row_state_arguments
+from memcompile.runtime.table.row_state import HeldRowState, row_state_arguments
 from memcompile.runtime.table.rules import ADAMW, RULES, Options, Rule, State, step_rows
 from memcompile.runtime.table.rules.adamw import forget
 from memcompile.runtime.table.rules.rule import flush_rows, new_state
@@ -56,7 +57,7 @@ class ValueTable:
         self._stepped: nn.Parameter | None = None  # what the state is of
         self._shown = ShownState()
         self._optimizer: weakref.finalize | None = None
-        self._row_state = self._no_row_state()
+        self._row_state = HeldRowState(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no optimizer and no DDP yet: its rows miss nothing, and have no state."""
@@ -107,8 +108,9 @@ class ValueTable:
 
     def watch_gradient(self) -> None:
         """Sees every gradient that the values get from here on. Idempotent: values that were replaced are watched."""
-        if self._state is None:
+        if self._state is None and self._stepped is not self.part:
             self._stepped = self.part
+            self._row_state.put(self._no_row_state())
         watch_gradient(self)
 
     def layers(self) -> Iterator[nn.Module]:
@@ -121,7 +123,7 @@ class ValueTable:
         """What rows of these values have missed, as `memory_lookup` takes it. Rows of other values than those that are
         stepped have missed nothing: inside `functional_call`, or of a parameter that was replaced.
         """
-        return self._row_state if self._stepped is None or values is self._stepped else ()
+        return self._row_state.get() if self._stepped is None or values is self._stepped else ()
 
     @at_once()  # whatever traces or transforms what the program does
     def flush(self) -> None:
@@ -187,19 +189,22 @@ class ValueTable:
         if self._optimizer is not None:
             self._optimizer.detach()
         self._state, self._stepped, self._shown, self._optimizer = None, None, ShownState(), None
-        self._row_state = self._no_row_state()
+        self._row_state.put(self._no_row_state())
 
     def _no_row_state(self) -> Sequence[Tensor]:
-        """Of a table that no step has touched: as many tensors as of one that is stepped, for the graphs that are
-        compiled before.
+        """Of a table that no step has touched: as many tensors as of one that is stepped, and of the same kind, for the
+        graphs that are compiled before.
         """
         may_miss = self.config.values_optimizer is None or RULES[self.config.values_optimizer].misses
-        sparse = self.config.gradient == "sparse" and may_miss
-        return row_state_arguments(None, self.config.value_dim or 0) if sparse else ()
+        if self.config.gradient != "sparse" or not may_miss or self._stepped is None:
+            return ()
+        dtype = torch.bfloat16 if self.config.values_state_dtype == "bfloat16" else sum_dtype(self._stepped)
+        return row_state_arguments({}, self._stepped.shape[1], self._stepped.device, dtype)
 
     def _put_row_state(self) -> None:
-        if self._row_state or "last_step" in (self._state or ()):
-            self._row_state = row_state_arguments(self._state, self.part.shape[1], self._row_state)
+        before = self._row_state.get()
+        if before or "last_step" in (self._state or ()):
+            self._row_state.put(row_state_arguments(self._state or {}, self.part.shape[1], before=before))
 
     @property
     def shards(self) -> Shards | None:
