@@ -70,7 +70,7 @@ def run_sharded(lowered: Callable[..., Any], tables: list[Table], agreement: Agr
         with named_collectives("forward"):
             if agreement is not None:
                 device = given[tables[0].place].device
-                agreement.fill_in(given, most_tokens(agreement.most(args), agreement.group, device))
+                agreement.fill_in(given, most_tokens(agreement.most_tokens(args), agreement.group, device))
             return lowered(*given)
 
     return run

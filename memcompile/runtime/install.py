@@ -45,7 +45,7 @@ def install(pool: MemoryPool, chosen: list[FfnSite]) -> list[nn.Parameter]:
         values = new_sharded_values(pool, down.dtype, down.device)
     layers = [_create_layer(pool, site) for site in chosen]
 
-    parameters = [root.get_parameter(name) for site in chosen for name in site.replaced]
+    parameters = [root.get_parameter(name) for site in chosen for name in site.parameters]
     pool.attach(values)
     if pool.config.frozen:
         keep_in_place(root)
@@ -92,7 +92,7 @@ def put_stand_ins(root: nn.Module, site: FfnSite, layer: Any, adds: bool) -> Non
 
 
 def _replace(root: nn.Module, site: FfnSite, layer: Any) -> None:
-    for name in site.replaced:
+    for name in site.parameters:
         path, _, attribute = name.rpartition(".")
         holder = root.get_submodule(path)
         parameter = root.get_parameter(name)

@@ -83,7 +83,7 @@ def test_the_rest_of_the_model_stays():
     model = tiny_gpt()
     before = dict(model.named_parameters())
     explanation = memcompile.plan(model, memory_layers=[1], **SIZES)
-    replaced = set(explanation.rows[1].site.replaced)
+    replaced = set(explanation.rows[1].site.parameters)
     after = dict(model.named_parameters())
     assert before.keys() - after.keys() == replaced
     assert all(after[name] is p for name, p in before.items() if name not in replaced)

@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 
 from memcompile.common.token_wise import CASTS, TRANSPOSES
 from memcompile.errors import OptionError, PlanError
-from memcompile.passes._torch import FakeTensor, FakeTensorMode, FakeTensorProp
+from memcompile.passes._torch import FakeTensor, FakeTensorMode, FakeTensorProp, HigherOrderOperator, OpOverload
 from memcompile.passes.capture.signature import Signature
 from memcompile.passes.capture.trace import Capture
-from memcompile.passes.detect.normalize import fake_value, operator_name
+from memcompile.passes.fx import fake_value, operator_name
 
 Parameters = Mapping[str, str] | Sequence[str]
 
@@ -51,7 +51,7 @@ def is_captured(module: nn.Module) -> bool:
     """Whether the module is a graph of operators and not of modules, which `torch.fx.symbolic_trace` leaves whole."""
     if not isinstance(module, fx.GraphModule):
         return False
-    return any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
+    return any(isinstance(node.target, OpOverload) for node in module.graph.nodes)
 
 
 def read(graph_module: fx.GraphModule, parameters: Parameters | None = None) -> list[Scope]:
@@ -116,7 +116,7 @@ def _scopes(
 
 def called_body(node: fx.Node, module: fx.GraphModule) -> fx.Node | None:
     """The ``get_attr`` node of the body that a higher-order operator calls."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) or str(node.target) not in _WRAPPERS:
+    if not isinstance(node.target, HigherOrderOperator) or str(node.target) not in _WRAPPERS:
         return None
     attributes = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
     bodies = [a for a in attributes if isinstance(attribute_of(module, str(a.target)), fx.GraphModule)]
@@ -152,7 +152,7 @@ def _parameters(graph_module: fx.GraphModule, given: Parameters | None) -> dict[
 def _weights(graph_module: fx.GraphModule, placeholders: list[fx.Node]) -> dict[fx.Node, str]:
     """The inputs that are read as weights, and whatever else is passed in one dict with them, by its keys there."""
     weights = [node for node in placeholders if _is_weight(node)]
-    keys = Signature(graph_module.graph).keys_beside(weights)
+    keys = Signature(graph_module.graph).keys_with(weights)
     if keys is not None and len(set(keys.values())) == len(keys):
         return {node: name for node, name in keys.items() if fake_value(node) is not None}
     return {node: str(node.target) for node in weights}

@@ -8,9 +8,9 @@ from torch import fx
 
 from memcompile.common.token_wise import CASTS, DROPOUTS, FEATURE_SPLITS, NORMS, POINTWISE, RESHAPES, TRANSPOSES
 from memcompile.passes.capture.trace import Capture
-from memcompile.passes.detect.normalize import dimension_order, fake_value, features, ndim, operator_name, tokens
 from memcompile.passes.detect.projection import Projection
 from memcompile.passes.detect.region import Refusal, Region
+from memcompile.passes.fx import dimension_order, fake_value, features, ndim, operator_name, tokens
 
 _ELEMENTWISE = POINTWISE | CASTS | DROPOUTS | NORMS | {"cat", "pad", "constant_pad_nd", "roll"}
 _STEMS = {"embedding": -1, "conv1d": -2, "conv2d": -3, "conv3d": -4}  # and where their features are

@@ -9,7 +9,7 @@ from torch import fx
 
 from memcompile.common.token_wise import CASTS, TRANSPOSES
 from memcompile.passes.capture.trace import Capture
-from memcompile.passes.detect.normalize import ancestors, fake_value, ndim, operator_name
+from memcompile.passes.fx import ancestors, fake_value, ndim, operator_name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ from memcompile.common.token_wise import (
 )
 from memcompile.passes.capture.sandbox import AUTOGRAD_FUNCTION
 from memcompile.passes.capture.trace import Capture
-from memcompile.passes.detect.normalize import aliases, ancestors, features, is_in_place, operator_name
 from memcompile.passes.detect.projection import Projection
+from memcompile.passes.fx import aliases, ancestors, features, is_in_place, operator_name
 
 _TOKEN_WISE = POINTWISE | CASTS | DROPOUTS | NORMS | FEATURE_REDUCTIONS | RESHAPES | FEATURE_SPLITS | FEATURE_JOINS
 _TOKEN_WISE |= TRANSPOSES | {"glu", "getitem", "min", "max"}

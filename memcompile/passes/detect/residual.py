@@ -21,9 +21,9 @@ from memcompile.common.token_wise import (
 )
 from memcompile.passes.capture.trace import Capture
 from memcompile.passes.detect.layout import stream_read
-from memcompile.passes.detect.normalize import fake_value, features, operator_name, tokens
 from memcompile.passes.detect.projection import Projection
 from memcompile.passes.detect.region import Refusal, Region
+from memcompile.passes.fx import fake_value, features, operator_name, tokens
 
 # What may stand between an FFN's output and the stream that it joins ...
 _TO_STREAM = LINEAR | CASTS | DROPOUTS | NORMS | RESHAPES | {"getitem", "cat", "stack"}

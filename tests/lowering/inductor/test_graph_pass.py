@@ -19,9 +19,10 @@ import sys
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config
-from memcompile.lowering import inductor, memory_lookup
+from memcompile.lowering import memory_lookup
+from memcompile.lowering.inductor import graph_pass
 
-digest = inductor.source_digest()
+digest = graph_pass.source_digest()
 tensors = [torch.randn(s) for s in ((5, 12), (12, 12), (12,), (2, 2, 7, 3), (49, 10))]
 
 def lookup(*tensors):
@@ -31,8 +32,8 @@ for argument in sys.argv[1:]:
     options, change = argument.split(",")
     torch._dynamo.reset()
     counters.clear()
-    inductor.source_digest = lambda: digest + change
-    with config.patch(inductor.inductor_patches(options)):
+    graph_pass.source_digest = lambda: digest + change
+    with config.patch(graph_pass.inductor_patches(options)):
         torch.testing.assert_close(torch.compile(lookup, fullgraph=True)(*tensors), lookup(*tensors))
     hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
     bypassed = counters["inductor"]["fxgraph_cache_bypass"] + counters["aot_autograd"]["autograd_cache_bypass"]

@@ -1,4 +1,4 @@
-"""Pass 4, place: which FFNs are chosen, and what is said where that is impossible."""
+"""Which FFNs are chosen, and what is said where that is impossible."""
 
 import dataclasses
 import itertools
