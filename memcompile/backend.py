@@ -81,7 +81,7 @@ def memcompile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kw
 
 @dataclasses.dataclass
 class _Compilation:
-    """One captured graph on its way to Inductor: what the passes read, and what each leaves for the next.
+    """One captured graph: what the passes read, and what each leaves for the next.
 
     Attributes:
         graph_module, inputs: what Dynamo captured.

@@ -20,7 +20,7 @@ class FfnSite:
         down: name of the down-projection's weight.
         width: features of the residual stream that the block reads and writes.
         hidden: features between the projections.
-        pattern: the operators met from source to sink, e.g. ``linear > gelu > linear``.
+        pattern: the operators from source to sink, e.g. ``linear > gelu > linear``.
         flops: FLOPs a token of its projections (a multiply-add is two).
         calls: how often one forward of the model runs the block.
         parameters: every parameter that the block alone reads: weights, biases, inner norms. They leave the model

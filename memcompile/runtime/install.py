@@ -12,7 +12,7 @@ from memcompile.errors import PlanError
 from memcompile.runtime.distributed.sharding import cut_layers, new_sharded_values
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool
-from memcompile.runtime.stand_ins.added import CarryingWeight
+from memcompile.runtime.stand_ins.added import WeightProxy
 from memcompile.runtime.stand_ins.replaced import ReplacedParameter, Role
 from memcompile.runtime.state_dicts import install_checkpoint_hook
 from memcompile.runtime.storage.frozen_values import create_values, keep_in_place
@@ -106,7 +106,7 @@ def _add(root: nn.Module, site: FfnSite, layer: Any) -> None:
     for name in (*site.up, site.down):
         path, _, attribute = name.rpartition(".")
         role = Role.DOWN if name == site.down else Role.UP
-        CarryingWeight(name, role, layer, root.get_submodule(path), attribute).install()
+        WeightProxy(name, role, layer, root.get_submodule(path), attribute).install()
 
 
 def _check(root: nn.Module, chosen: list[FfnSite]) -> None:

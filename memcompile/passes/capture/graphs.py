@@ -1,4 +1,4 @@
-"""Graphs that somebody else captured (torch.export, make_fx), in the form that the detector reads."""
+"""Graphs that the user captured (torch.export, make_fx), in the form that the detector reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Parameters = Mapping[str, str] | Sequence[str]
 
 # Where operators read weights. A vector is one wherever it is read.
 _WEIGHT_OPERANDS = {"linear": (1,), "addmm": (2,), "matmul": (1,), "mm": (1,), "embedding": (0,)}
-# Higher-order operators that call a body once, on the operands behind it.
+# Higher-order operators that call a body once, on the operands after it.
 _WRAPPERS = frozenset({"wrap", "wrap_with_autocast", "wrap_with_set_grad_enabled", "tag_activation_checkpoint"})
 _UNBACKED = 11  # stands for a size that depends on data: small, and no model's width
 
@@ -96,7 +96,7 @@ def _scopes(
     buffers = [n for n in module.graph.find_nodes(op="get_attr") if n not in parameters]
     give_values(module, graph)
     _give_sizes(graph)
-    for node in reversed(graph.nodes):  # left behind by autograd where the weights required gradients
+    for node in reversed(graph.nodes):  # autograd's, where the weights required gradients
         if operator_name(node) == "detach" and not node.users:
             graph.erase_node(node)
     capture = Capture(
@@ -176,7 +176,7 @@ def _is_weight(placeholder: fx.Node) -> bool:
 
 
 def give_values(module: fx.GraphModule, graph: fx.Graph) -> None:
-    """Runs ``graph`` of ``module`` on fake tensors where a pass of somebody else's left nodes without a value.
+    """Runs ``graph`` of ``module`` on fake tensors where another pass left nodes without a value.
 
     Raises:
         PlanError: the inputs have none either.

@@ -26,7 +26,7 @@ _caches: weakref.WeakSet[functools._lru_cache_wrapper[Any]] = weakref.WeakSet()
 
 @contextlib.contextmanager
 def restored_afterwards(model: nn.Module) -> Iterator[None]:
-    """Undoes what a forward pass may leave behind: caches stored on modules, lazily made buffers, random state, and
+    """Undoes what a forward pass may do: caches stored on modules, lazily made buffers, random state, and
     the fake parameters that `functional_call` leaves in a module that is reached by two paths.
 
     Hooks do not run: they are the user's own code with effects of its own, and it expects no fake tensors. The hooks by

@@ -35,7 +35,7 @@ class Capture:
         parameters: the parameter's full name in the model for each placeholder that stands for one. Tied names
             are represented by the model's first, in every capture.
         buffers: the placeholders that stand for buffers.
-        forward: how the module was run; None for a graph that somebody else captured.
+        forward: how the module was run; None for a graph that the user captured.
         only: where set, the graph counts for the blocks of these parameters alone: another graph does for the rest.
     """
 
@@ -74,7 +74,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> list[Capture]:
         log.debug("whole-model trace did not run; traced submodules: %s", [c.path for c in captures])
     elif captures:
         unread = frozenset.intersection(*(c.unread for c in captures))
-        log.debug("parameters that no forward reads, which were not looked at: %s", sorted(unread) or "none")
+        log.debug("parameters that no forward reads, so no block of them is found: %s", sorted(unread) or "none")
     return captures
 
 

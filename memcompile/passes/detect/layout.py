@@ -1,4 +1,4 @@
-"""The proof that a source's last dimension counts features: behind a transpose, an MLP over tokens looks alike."""
+"""The proof that a source's last dimension counts features: after a transpose, an MLP over tokens looks the same."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _mixes(name: str) -> Refusal:
 
 
 def stream_read(node: fx.Node, capture: Capture) -> fx.Node:
-    """The node of the residual stream behind norms, casts, views and scales."""
+    """The node of the residual stream that norms, casts, views and scales were made of."""
     while operator_name(node) in _ELEMENTWISE | RESHAPES | _SAME_DIMENSIONS:
         wide = [a for a in node.all_input_nodes if a not in capture.parameters and _as_wide(a, node)]
         if len(wide) != 1:

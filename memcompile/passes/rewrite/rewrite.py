@@ -34,7 +34,7 @@ def rewrite(
 
     Where the weights are the module's own (torch.export), the new parameters are registered under the names that they
     have in a planned model, and those of replaced FFNs are gone. Where the weights are inputs (make_fx), so are the
-    new ones: behind the others in the dict that holds the FFNs' weights, or, without such a dict, behind all other
+    new ones: last in the dict that holds the FFNs' weights, or, without such a dict, after all other
     inputs of a graph that then takes them one by one. ``meta["memcompile"]`` of the result holds drawn values for the
     new inputs, by name and in their order.
 

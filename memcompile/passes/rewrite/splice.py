@@ -113,7 +113,7 @@ class Splice:
         return None
 
     def _read_sizes_elsewhere(self) -> None:
-        """Sizes of hidden activations that others read, which make_fx leaves behind, are also sizes of the source."""
+        """Sizes of hidden activations that others read, as in make_fx's graphs, are also sizes of the source."""
         for node in list(self.graph.nodes):
             size = node.meta.get("val")
             if isinstance(size, torch.SymInt) and node.users and not self.inner.isdisjoint(node.all_input_nodes):

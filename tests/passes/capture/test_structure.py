@@ -5,11 +5,11 @@ from unittest import mock
 
 import pytest
 import torch
-from memcompile.passes.capture.structure import structure
 from torch import nn
 
 from memcompile import find_ffns
 from memcompile.passes.capture import trace as trace_module
+from memcompile.passes.capture.structure import structure
 from tests.models import HIDDEN, WIDTH, Block, plain_ffn
 
 

@@ -56,7 +56,9 @@ def test_a_part_of_the_graph_passes_without_calls(captured):
     _, second = captured.lookups()
     second.replace_all_uses_with(second.args[0])
     captured.module.graph.erase_node(second)
-    assert verify_captured_memory(captured.module, captured.inputs, captured.layers, None) == {"blocks.1.ffn.2.weight": 1}
+    assert verify_captured_memory(captured.module, captured.inputs, captured.layers, None) == {
+        "blocks.1.ffn.2.weight": 1
+    }
 
 
 def test_a_missing_lookup(captured):
