@@ -87,6 +87,16 @@ def test_the_users_pass_still_runs_and_stays_in_the_key():
     assert "the user's" in uuid
 
 
+def test_the_key_covers_what_changes_code(monkeypatch):
+    keys = set()
+    for held_back in (False, True):
+        monkeypatch.setattr("memcompile.lowering.inductor.graph_pass.mkl_is_held_back", lambda held=held_back: held)
+        for atomics in ("0", "1"):
+            monkeypatch.setenv("MEMCOMPILE_ATOMICS", atomics)
+            keys |= {LoweringPass("").uuid(), LoweringPass("options").uuid()}
+    assert len(keys) == 8
+
+
 def test_wrapped_passes_run_in_order():
     order = []
     LoweringPass("", [lambda graph: order.append("first"), lambda graph: order.append("second")])(torch.fx.Graph())

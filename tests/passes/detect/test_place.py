@@ -82,26 +82,6 @@ def test_indices_and_names(layers, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "stack"),
-    [
-        ("t5.encoder.block.3.mlp", "t5.encoder.block"),
-        ("t5.block3.mlp", "t5.block"),
-        ("encoder.block.3.layer.1.DenseReluDense", "encoder.block"),
-        ("layers.11.mlp", "layers"),
-        ("3.mlp", ""),
-        ("block3.mlp", "block"),
-        ("body.block_3.mlp", "body.block"),
-        ("t5_encoder.layers.0.mlp", "t5_encoder.layers"),
-        ("encoder.mlp", "encoder"),
-        ("mlp", ""),
-        ("", ""),
-    ],
-)
-def test_the_stack_of_a_block(name, stack):
-    assert site(0, name=name).stack == stack
-
-
-@pytest.mark.parametrize(
     ("names", "count", "expected"),
     [
         (ENCODER + DECODER, 2, [3, 9]),
