@@ -22,14 +22,14 @@ class Table:
     """Where a graph has the part of a pool's values, and what that was when it was captured."""
 
     pool: MemoryPool
-    place: int  # among the inputs
+    position: int  # among the inputs
     kind: tuple[torch.dtype, torch.Size, torch.device]
 
     def now(self) -> torch.Tensor:
-        """The part as it is by now.
+        """The part as it is now.
 
         Raises:
-            CaptureError: it was cast or moved since.
+            CaptureError: it was cast or moved since the graph was captured.
         """
         table = self.pool.table.part
         _check_kind(table, self.kind)
@@ -53,7 +53,7 @@ def tables_among(inputs: Sequence[object], pools: Sequence[MemoryPool]) -> list[
 
 
 def run_sharded(lowered: Callable[..., Any], tables: list[Table], agreement: Agreement | None) -> Callable[..., Any]:
-    """A graph that is run with the values as they are by then, and with the capacity on which the ranks agree.
+    """Has a graph run with the values as they are then, and with the capacity on which the ranks agree.
 
     Args:
         lowered: the compiled graph.
@@ -62,15 +62,15 @@ def run_sharded(lowered: Callable[..., Any], tables: list[Table], agreement: Agr
     """
 
     def run(*args: Any) -> Any:
-        if is_traced(args[tables[0].place]):
+        if is_traced(args[tables[0].position]):
             return lowered(*args)  # DDP, which asks for the strides of the outputs to compile the next bucket's graph
         given = list(args)
         for table in tables:
-            given[table.place] = table.now()
+            given[table.position] = table.now()
         with named_collectives("forward"):
             if agreement is not None:
-                device = given[tables[0].place].device
-                agreement.fill_in(given, most_tokens(agreement.most(args), agreement.group, device))
+                device = given[tables[0].position].device
+                agreement.fill_in(given, most_tokens(agreement.most_tokens(args), agreement.group, device))
             return lowered(*given)
 
     return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 
 VALUES_NAME = "memory_values"  # the parameter of the root that all layers read
 LAYER_NAME = "memory"  # on each module that holds, or held, a chosen FFN's down-projection
@@ -19,10 +20,10 @@ class FfnSite:
         down: name of the down-projection's weight.
         width: features of the residual stream that the block reads and writes.
         hidden: features between the projections.
-        pattern: the operators met from source to sink, e.g. ``linear > gelu > linear``.
+        pattern: the operators from source to sink, e.g. ``linear > gelu > linear``.
         flops: FLOPs a token of its projections (a multiply-add is two).
         calls: how often one forward of the model runs the block.
-        replaced: every parameter that the block alone reads: weights, biases, inner norms. They leave the model
+        parameters: every parameter that the block alone reads: weights, biases, inner norms. They leave the model
             where the memory replaces the block, and stay where it is added.
         refusal: None, or the sentence that says why the block is left alone.
     """
@@ -35,8 +36,14 @@ class FfnSite:
     pattern: str
     flops: int
     calls: int = 1
-    replaced: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
     refusal: str | None = None
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The old name of ``parameters``."""
+        warnings.warn("FfnSite.replaced is now FfnSite.parameters", DeprecationWarning, stacklevel=2)
+        return self.parameters
 
     @property
     def stack(self) -> str:

@@ -1,8 +1,7 @@
-"""The vocabulary of token-wise operators: what may stand between an FFN's projections.
+"""Names of token-wise operators: what may stand between an FFN's projections.
 
-Both readers of it speak of the same programs, one ahead of time and one as it runs: the detector reads aten
-names in FX graphs, the hidden stand-in reads the names of torch functions. Overload suffixes and the trailing
-underscore of in-place forms are stripped before either looks here.
+The detector reads them in FX graphs, as names of ATen operators, and the stand-ins as a model runs, as names of torch
+functions. Neither has overload suffixes or the trailing underscore of in-place forms.
 """
 
 from __future__ import annotations
@@ -46,6 +45,10 @@ FEATURE_JOINS = frozenset({"cat", "stack"})
 
 TRANSPOSES = frozenset("t transpose permute movedim swapaxes numpy_T mT".split())
 
+# Token-wise, if their dimensions are the right ones.
+TOKEN_WISE = POINTWISE | CASTS | DROPOUTS | NORMS | FEATURE_REDUCTIONS | RESHAPES | FEATURE_SPLITS | FEATURE_JOINS
+TOKEN_WISE |= TRANSPOSES
+
 PROJECTIONS = frozenset("linear addmm matmul mm einsum tensordot".split())
 
 # Which argument a projection projects, by position and by name; einsum has no fixed place.
@@ -54,15 +57,14 @@ PROJECTED |= {"tensordot": (0, "a")}
 
 
 def canonical(name: str) -> str:
-    """The operator behind a spelling: ``__rmul__``, ``mul_``, ``multiply`` -> ``mul``. A table and no string
+    """The operator of a spelling: ``__rmul__``, ``mul_``, ``multiply`` -> ``mul``. A table and no string
     handling, because Dynamo traces this call and folds look-ups of a function's name, but not its methods.
     """
     return _SPELLINGS.get(name, name)
 
 
 def _spellings() -> dict[str, str]:
-    known = POINTWISE | CASTS | DROPOUTS | NORMS | FEATURE_REDUCTIONS | RESHAPES | FEATURE_SPLITS | FEATURE_JOINS
-    known |= TRANSPOSES | {"glu"}
+    known = TOKEN_WISE | {"glu"}
     spellings = {name: name for name in known | PROJECTIONS}
     spellings |= {f"{name}_": name for name in known}
     for operator, name in {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "pow": "pow"}.items():

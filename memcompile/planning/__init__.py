@@ -1,1 +1,1 @@
-"""plan(): detect, place, rehearse, install."""
+"""Plans a model: finds its FFNs, chooses some, rehearses, and puts the memory in."""

@@ -1,12 +1,11 @@
-"""plan(): detect, place, install. The one way in which a model becomes memory-augmented."""
+"""plan(): the one way in which a model gets a memory. Its steps stand in `steps.py`."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
 import time
 import warnings
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,24 +13,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from memcompile.common.sites import FfnSite
+from memcompile.common.pipeline import run
 from memcompile.config import MemoryConfig, check_names
 from memcompile.errors import OptionError, PlanError
 from memcompile.explain import Explanation, explain
 from memcompile.lowering.parameters import draw_values, values_shape
 from memcompile.passes.capture.graphs import is_captured
-from memcompile.passes.capture.trace import trace
-from memcompile.passes.detect.detect import find_blocks
 from memcompile.passes.detect.place import place
-from memcompile.planning.rehearsal import rehearse
-from memcompile.planning.sizes import resolve
-from memcompile.runtime.adoption import adopt_optimizers
-from memcompile.runtime.distributed.ddp import check_rebuildable, rebuild
+from memcompile.planning.steps import STEPS, Planning
+from memcompile.runtime.distributed.ddp import check_rebuildable
 from memcompile.runtime.distributed.parallelisms import install_if_distributed
-from memcompile.runtime.distributed.sharding import check_plans_agree, check_same, cut, draw_part, redraw_layer
-from memcompile.runtime.install import install
-from memcompile.runtime.interrupts import uninterrupted
-from memcompile.runtime.owner import owner_of
+from memcompile.runtime.distributed.sharding import check_same, cut, draw_part, redraw_layer
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.state_dicts import config_of, plan_in
 from memcompile.runtime.storage.mapped_values import MappedValues
@@ -107,19 +99,16 @@ def plan(
         )
     for wrapper in parallel:
         check_rebuildable(wrapper, memory_mesh is not None)
-    sites, chosen = _choose(root, requested, example_inputs)
-    config = resolve(requested, chosen, sum(p.numel() for p in root.parameters()))
-    owner, prefix = owner_of(root, chosen)
-    config = dataclasses.replace(config, memory_layers=[site.down.removeprefix(prefix) for site in chosen])
-    pool = MemoryPool(owner=owner, prefix=prefix, config=config, requested=requested, sites=tuple(sites))
-    pool.table.model = weakref.ref(root)
-    if memory_mesh is not None:
-        pool.table.sharded = cut(config, memory_mesh, shard_by, shard_tokens)
-        check_plans_agree(pool, pool.table.sharded)
-    with uninterrupted():
-        adopt_optimizers(install(pool, root, chosen), pool, root)
-        for wrapper in parallel:
-            rebuild(wrapper)
+    with contextlib.ExitStack() as until_planned:
+        planning = Planning(
+            model=root,
+            example_inputs=example_inputs,
+            requested=requested,
+            mesh=None if memory_mesh is None else (memory_mesh, shard_by, shard_tokens),
+            wrappers=parallel,
+            until_planned=until_planned,
+        )
+        run("plan", STEPS, planning)
     explanation = explain(model)
     log.info("planned in %.2f s\n%r", time.perf_counter() - start, explanation)
     return explanation
@@ -180,20 +169,6 @@ def _pool(model: nn.Module) -> MemoryPool:
     if pool is None:
         raise PlanError(f"{type(model).__name__} has no memory: plan it first")
     return pool
-
-
-def _choose(root: nn.Module, requested: MemoryConfig, example_inputs: Any) -> tuple[list[FfnSite], list[FfnSite]]:
-    """Every site of the model, and the chosen ones. A choice that fails in rehearsal is refused, and others stand in
-    for it where ``memory_layers`` leaves a choice.
-    """
-    captures = trace(root, example_inputs)
-    sites = [block.site for block in find_blocks(captures, root)]
-    while True:
-        chosen = place(sites, requested.memory_layers)
-        failures = rehearse(root, captures, chosen, requested.placement == "add")
-        if not failures:
-            return sites, chosen
-        sites = [dataclasses.replace(s, refusal=failures.get(s.down, s.refusal)) for s in sites]
 
 
 def _config(memory: MemoryConfig | None, options: Mapping[str, Any]) -> MemoryConfig:

@@ -11,26 +11,26 @@ from torch import nn
 
 from memcompile.common.sites import FfnSite
 from memcompile.errors import MemcompileError
-from memcompile.passes.capture.sandbox import forgotten, quiet
+from memcompile.passes.capture.sandbox import caches_without_fakes, muted_loggers
 from memcompile.passes.capture.trace import Capture
-from memcompile.runtime.stand_ins.understudy import lent
+from memcompile.runtime.stand_ins.counting import counting_stand_ins
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Failure:
-    """Why stand-ins do not do. What only ran another number of times may have drawn a random number."""
+    """Why stand-ins do not work. ``by_count``: they ran, but not as often, which a random number may explain."""
 
     sentence: str
     by_count: bool = False
 
 
 def rehearse(root: nn.Module, captures: Sequence[Capture], chosen: Sequence[FfnSite], adds: bool) -> dict[str, str]:
-    """Why chosen sites cannot have a memory after all, by the name of their down-projection: what stands between their
-    projections is token-wise in the graph, but written in a way that takes nothing but tensors.
+    """Why chosen sites cannot have a memory, by the name of their down-projection: what stands between their
+    projections is token-wise in the graph, but the model's code accepts nothing but tensors there.
     """
-    with quiet(), forgotten():
+    with muted_loggers(), caches_without_fakes():
         together = _failure(root, captures, chosen, adds)
         if together is None:
             return {}
@@ -46,10 +46,10 @@ def rehearse(root: nn.Module, captures: Sequence[Capture], chosen: Sequence[FfnS
 def _failure(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], adds: bool) -> _Failure | None:
     calls: collections.Counter[str] = collections.Counter()
     for capture in captures:
-        inside = [site for site in sites if _speaks(capture, site)]
+        inside = [site for site in sites if _is_in(capture, site)]
         if capture.forward is None or not inside:
             continue
-        with lent(root, inside, adds) as understudies:
+        with counting_stand_ins(root, inside, adds) as layers:
             try:
                 capture.forward.run(root.get_submodule(capture.path))
             except MemcompileError as error:
@@ -57,7 +57,7 @@ def _failure(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSi
             except Exception as error:  # the owner's code met an object where it expects a tensor
                 described = f"{type(error).__name__}: {error}"
                 return _Failure(f"its code does not run with a stand-in for its hidden activation ({described})")
-        calls.update({s.down: understudy.calls for s, understudy in zip(inside, understudies, strict=True)})
+        calls.update({site.down: layer.calls for site, layer in zip(inside, layers, strict=True)})
     for site in sites:
         if calls[site.down] != site.calls:
             ran = f"it ran {calls[site.down]} times with a stand-in, and {site.calls} times without"
@@ -65,7 +65,7 @@ def _failure(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSi
     return None
 
 
-def _speaks(capture: Capture, site: FfnSite) -> bool:
+def _is_in(capture: Capture, site: FfnSite) -> bool:
     """Whether the site was found in this graph."""
     inside = not capture.path or site.down.startswith(f"{capture.path}.")
-    return inside and capture.speaks_for(site.down) and site.down not in capture.unread
+    return inside and capture.covers(site.down) and site.down not in capture.unread

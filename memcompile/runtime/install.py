@@ -12,7 +12,7 @@ from memcompile.errors import PlanError
 from memcompile.runtime.distributed.sharding import cut_layers, new_sharded_values
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool
-from memcompile.runtime.stand_ins.added import CarryingWeight
+from memcompile.runtime.stand_ins.added import WeightProxy
 from memcompile.runtime.stand_ins.replaced import ReplacedParameter, Role
 from memcompile.runtime.state_dicts import watch_part, watch_state_dicts
 from memcompile.runtime.storage.frozen_values import create_values, keep_in_place
@@ -43,7 +43,7 @@ def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn
         values = new_sharded_values(pool, down.dtype, down.device)
     layers = [_create_layer(pool, root, site) for site in chosen]
 
-    parameters = [root.get_parameter(name) for site in chosen for name in site.replaced]
+    parameters = [root.get_parameter(name) for site in chosen for name in site.parameters]
     pool.attach(values)
     if pool.config.frozen:
         keep_in_place(pool.owner)
@@ -90,7 +90,7 @@ def put_stand_ins(root: nn.Module, site: FfnSite, layer: Any, adds: bool) -> Non
 
 
 def _replace(root: nn.Module, site: FfnSite, layer: Any) -> None:
-    for name in site.replaced:
+    for name in site.parameters:
         path, _, attribute = name.rpartition(".")
         holder = root.get_submodule(path)
         parameter = root.get_parameter(name)
@@ -104,7 +104,7 @@ def _add(root: nn.Module, site: FfnSite, layer: Any) -> None:
     for name in (*site.up, site.down):
         path, _, attribute = name.rpartition(".")
         role = Role.DOWN if name == site.down else Role.UP
-        CarryingWeight(name, role, layer, root.get_submodule(path), attribute).install()
+        WeightProxy(name, role, layer, root.get_submodule(path), attribute).install()
 
 
 def _check(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> None:

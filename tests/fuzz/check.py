@@ -83,7 +83,7 @@ def check(model: Model) -> list[Finding]:
         _assert_alike(_step(module, inputs, model.trainable), before)
         without = [n for n, p in module.named_parameters() if ".memory." in n and p.grad is None and model.trainable]
         assert not without, f"{without} have no gradient"
-        left = {name for site in accepted for name in site.replaced} & dict(module.named_parameters()).keys()
+        left = {name for site in accepted for name in site.parameters} & dict(module.named_parameters()).keys()
         assert not left, f"{sorted(left)} are still parameters"
         if all(site.down in source.whole for site in accepted):
             _assert_same_function(module, source, inputs)

@@ -83,7 +83,7 @@ def test_the_rest_of_the_model_stays():
     model = tiny_gpt()
     before = dict(model.named_parameters())
     explanation = memcompile.plan(model, memory_layers=[1], **SIZES)
-    replaced = set(explanation.rows[1].site.replaced)
+    replaced = set(explanation.rows[1].site.parameters)
     after = dict(model.named_parameters())
     assert before.keys() - after.keys() == replaced
     assert all(after[name] is p for name, p in before.items() if name not in replaced)
@@ -109,39 +109,6 @@ def test_train_and_eval_flags_stay():
     memcompile.plan(model, memory_layers=[1], **SIZES)
     assert [m.training for m in model.modules() if type(m).__name__ != "MemoryLayer"] == before
     assert not model.blocks[1].ffn[2].memory.training
-
-
-def on_meta(width):
-    with torch.device("meta"):
-        return tiny_gpt(width=width)
-
-
-@pytest.mark.parametrize("width", [32, 64, 256, 1024, 4096])
-def test_default_keys_fit_the_model(width):
-    """The largest power of two in [64, 1024] that keeps the values within four times the dense model."""
-    model = on_meta(width)
-    budget = 4 * sum(p.numel() for p in model.parameters())
-    memcompile.plan(model, memory_layers=1)
-    n = pool_of(model).config.n_keys
-    assert n in (64, 128, 256, 512, 1024)
-    assert n == 64 or n**2 * width <= budget
-    assert n == 1024 or (2 * n) ** 2 * width > budget
-
-
-def test_default_sizes_follow_the_width():
-    model = on_meta(256)
-    memcompile.plan(model, memory_layers=1)
-    config = pool_of(model).config
-    assert (config.n_keys, config.key_dim, config.value_dim, config.heads, config.top_k) == (64, 128, 256, 4, 32) or (
-        config.n_keys == 128
-    )
-    assert model.memory_values.device.type == "meta"
-    assert model.memory_values.shape == (config.n_keys**2, 256)
-
-
-def test_top_k_larger_than_the_default_keys():
-    with pytest.raises(OptionError, match=r"top_k=65 exceeds n_keys=64.*chosen for a model of this size"):
-        memcompile.plan(tiny_gpt(), memory_layers=1, top_k=65)
 
 
 def test_planning_twice_changes_nothing():
@@ -317,13 +284,13 @@ def test_an_interrupt_waits_until_the_model_is_whole(monkeypatch):
     """Ctrl-C between the layers and the optimizer: the plan is finished first, then the interrupt is raised."""
     model = tiny_gpt(layers=2)
     optimizer = torch.optim.AdamW(model.parameters())
-    adopt = memcompile.planning.plan.adopt_optimizers
+    adopt = memcompile.planning.steps.adopt_optimizers
 
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
         return adopt(*arguments)
 
-    monkeypatch.setattr("memcompile.planning.plan.adopt_optimizers", interrupted)
+    monkeypatch.setattr("memcompile.planning.steps.adopt_optimizers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         memcompile.plan(model, memory_layers=1, **MEMORY)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import memcompile
+from memcompile.common.pipeline import run
 from memcompile.errors import PlanError
-from memcompile.passes.capture.trace import trace
-from memcompile.passes.detect.detect import find_blocks
+from memcompile.passes.detect.detect import IN_A_MODEL, Detection
 from memcompile.planning.rehearsal import rehearse
-from memcompile.runtime.stand_ins.understudy import lent
+from memcompile.runtime.stand_ins.counting import counting_stand_ins
 from tests.models import ZOO, around, plain_ffn
 from tests.planned import MEMORY
 
@@ -42,10 +42,11 @@ def mixed(strict: type[nn.Module] = StrictFfn) -> nn.Module:
 
 
 def rehearsed(model: nn.Module, adds: bool = False, example_inputs=None) -> dict[str, str]:
-    captures = trace(model, example_inputs)
-    sites = [block.site for block in find_blocks(captures, model) if block.site.refusal is None]
+    detection = Detection(model=model, example_inputs=example_inputs)
+    run("find", IN_A_MODEL, detection)
+    sites = [block.site for block in detection.blocks if block.site.refusal is None]
     assert sites
-    return rehearse(model, captures, sites, adds)
+    return rehearse(model, detection.captures, sites, adds)
 
 
 @pytest.mark.parametrize("adds", [False, True], ids=["replace", "add"])
@@ -82,10 +83,10 @@ def test_its_name_is_an_error_and_the_model_stays():
 
 
 @pytest.mark.parametrize("adds", [False, True], ids=["replace", "add"])
-def test_lent_stand_ins_leave_no_trace(adds):
+def test_counting_stand_ins_leave_no_trace(adds):
     model, inputs = ZOO["inner_norm"]()
     sites = memcompile.find_ffns(model, inputs)
     state = [(type(m), list(m.__dict__), list(m._parameters.items())) for m in model.modules()]
-    with pytest.raises(ZeroDivisionError), lent(model, sites, adds):
+    with pytest.raises(ZeroDivisionError), counting_stand_ins(model, sites, adds):
         1 / 0  # noqa: B018
     assert [(type(m), list(m.__dict__), list(m._parameters.items())) for m in model.modules()] == state

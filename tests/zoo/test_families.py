@@ -83,7 +83,7 @@ def test_ffn_is_gone_and_memory_learns(entry):
     model, inputs = planned(entry)
     pool = pool_of(model)
     assert pool.chosen
-    gone = {name for site in pool.chosen for name in site.replaced}
+    gone = {name for site in pool.chosen for name in site.parameters}
     assert gone.isdisjoint(model.state_dict())
     assert gone.isdisjoint(name for name, _ in model.named_parameters())
 

@@ -90,7 +90,7 @@ TRAPS = [
     ),
     _in_place_of_ffn("serial adapter", layers.SerialAdapter, "its output has several consumers"),
     _in_place_of_ffn("parallel adapter", layers.ParallelAdapter, "", rf"{_BESIDE}|^blocks\.1\.ffn\.ffn\.2\.weight$"),
-    _in_place_of_ffn("LoRA", layers.LowRankAdaptedFfn, "another projection takes part in its hidden activation"),
+    _in_place_of_ffn("LoRA", layers.LowRankAdaptedFfn, "another projection adds to its hidden activation"),
     _in_place_of_ffn("low rank", layers.low_rank, "no nonlinearity"),
     _in_place_of_ffn("low rank with norm", layers.low_rank_with_norm, "no nonlinearity"),
     _in_place_of_ffn("tied up and down", layers.TiedProjections, "share one weight"),

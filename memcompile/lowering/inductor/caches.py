@@ -1,4 +1,4 @@
-"""What PyTorch's caches of compiled code depend on beside the graph: the sources of this package.
+"""What PyTorch's caches of compiled code depend on, besides the graph: the sources of this package.
 
 A graph names an operator and not what it computes, so a cache would return the code of another version. This tag serves
 every backend, plain Inductor too; `inductor.py` adds the options to the key of ours.
@@ -27,7 +27,7 @@ def source_digest() -> str:
 
 
 def tag_caches() -> None:
-    """Adds this package's sources to the tag that all of `torch.compile`'s caches key on, behind the user's own."""
+    """Adds this package's sources to the tag that all of `torch.compile`'s caches key on, after the user's own."""
     own = f"memcompile {__version__} {source_digest()}"
     given = torch.compiler.config.cache_key_tag
     if own not in given:

@@ -25,10 +25,11 @@ def mkl_is_held_back() -> bool:
     return "AuthenticAMD" in vendor and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def use_onednn(graph: fx.Graph) -> None:
-    """Replaces the large fp32 products on the CPU, `aten.mm` and `aten.addmm` with a bias a column, in place. With
-    max-autotune too: Inductor's own products on a CPU ask for weights that are constants.
+def use_onednn(graph: fx.Graph) -> int:
+    """Replaces the large fp32 products on the CPU, `aten.mm` and `aten.addmm` with a bias a column, in place, and
+    returns how many. With max-autotune too: Inductor's own products on a CPU ask for weights that are constants.
     """
+    replaced = 0
     for node in [*graph.nodes]:
         if node.target is torch.ops.aten.mm.default:
             operands = (*node.args, None)
@@ -44,6 +45,8 @@ def use_onednn(graph: fx.Graph) -> None:
             product.meta = dict(node.meta)
             node.replace_all_uses_with(product)
             graph.erase_node(node)
+            replaced += 1
+    return replaced
 
 
 def _is_plain(value: object) -> bool:

@@ -1,15 +1,22 @@
-"""What Inductor is told: the pass that this package runs on its graphs, and the options that its on-disk caches key on.
+"""What Inductor is told: the passes that this package runs on its graphs, and what its on-disk caches key on.
+
+    the user's own      `post_grad_custom_pre_pass`, as Inductor would run it
+    merge_scatters      sparse gradients of one table become one operator
+    order_collectives   in the order in which they were traced, on every rank
+    onednn              large fp32 products on the CPU, where PyTorch's MKL is held back
 
 FxGraphCache and AOTAutogradCache key on the graph and on PyTorch, and on the `uuid()` of a custom graph pass:
 `inductor_patches` gives them one. Importing this file imports Inductor, so `memcompile.lowering` does so only when one
 of its names is asked for.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from memcompile.common.pipeline import Step, is_dumping, run
 from memcompile.lowering._torch import GraphPass, KeyedPass, configured_pre_passes, graph_pass_base, run_graph_pass
 from memcompile.lowering.inductor.caches import source_digest
 from memcompile.lowering.inductor.gemm import mkl_is_held_back, use_onednn
@@ -20,27 +27,41 @@ from memcompile.lowering.triton.settings import uses_atomics
 from memcompile.version import __version__
 
 
+def _graphs(graph: torch.fx.Graph) -> list[tuple[str, torch.fx.Graph]]:
+    return [("Inductor's graph, forward or backward", graph)]
+
+
+def _run_users_pass(graph_pass: GraphPass, is_inference: bool, graph: torch.fx.Graph) -> int:
+    run_graph_pass(graph_pass, graph, is_inference)
+    return len(graph.nodes)
+
+
+_PASSES = (
+    Step("merge_scatters", merge_scatters, "scatters", _graphs),
+    Step("order_collectives", order_collectives, "collectives held back", _graphs),
+)
+_ONEDNN = Step("onednn", use_onednn, "products replaced", _graphs)
+
+
 class LoweringPass(KeyedPass, graph_pass_base()):  # type: ignore[misc]
-    """The user's own pass, then this package's; its uuid names the package's version, its sources and the options."""
+    """The user's own passes, then this package's; its uuid names the package's version, its sources and the options."""
 
     def __init__(self, options: str, wrapped: Sequence[GraphPass] = ()) -> None:
-        self.use_onednn = mkl_is_held_back()
-        facts = (self.use_onednn, template.register(), uses_atomics())
+        self.own = (*_PASSES, _ONEDNN) if mkl_is_held_back() else _PASSES
+        facts = (tuple(step.name for step in self.own), template.register(), uses_atomics())
         self.key = ("memcompile", __version__, source_digest(), options, *facts)
         self.wrapped = tuple(wrapped)
 
     def __call__(self, graph: torch.fx.Graph, is_inference: bool = False) -> None:
-        for graph_pass in self.wrapped:
-            run_graph_pass(graph_pass, graph, is_inference)
-        merge_scatters(graph)
-        order_collectives(graph)
-        if self.use_onednn:
-            use_onednn(graph)
+        users = (functools.partial(_run_users_pass, graph_pass, is_inference) for graph_pass in self.wrapped)
+        run("inductor", [*(Step("users_pass", call, "nodes left", _graphs) for call in users), *self.own], graph)
 
     def uuid(self) -> Any:
-        """A key, or None (no caching, by Inductor's convention) when a wrapped pass has none."""
+        """A key, or None (no caching, by Inductor's convention) when a wrapped pass has none, or when graphs are to be
+        written: a graph that comes from a cache runs no pass.
+        """
         keys = [graph_pass.uuid() if hasattr(graph_pass, "uuid") else None for graph_pass in self.wrapped]
-        return None if None in keys else (*self.key, *keys)
+        return None if None in keys or is_dumping() else (*self.key, *keys)
 
 
 def inductor_patches(options: str, given: Any = None) -> dict[str, Any]:

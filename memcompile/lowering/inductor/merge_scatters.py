@@ -13,8 +13,8 @@ from torch import fx
 from memcompile.lowering.register.schema import operator
 
 
-def merge_scatters(graph: fx.Graph) -> None:
-    """Merges sums of `sparse_scatter`, in place."""
+def merge_scatters(graph: fx.Graph) -> int:
+    """Merges sums of `sparse_scatter`, in place. Returns how many scatters it has met."""
     scatter = operator("sparse_scatter")
     parts: dict[fx.Node, list[fx.Node]] = {}  # the scatters that a sparse node sums
     for node in graph.nodes:
@@ -28,6 +28,7 @@ def merge_scatters(graph: fx.Graph) -> None:
             node.replace_all_uses_with(_merged(graph, node, scattered), delete_user_cb=outside.__contains__)
         if not node.users:
             graph.erase_node(node)
+    return sum(node.target in scatters for node in parts)
 
 
 def _merged(graph: fx.Graph, node: fx.Node, scattered: list[fx.Node]) -> fx.Node:

@@ -16,8 +16,9 @@ from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
 _FUNCTIONAL = "_c10d_functional"
 
 
-def order_collectives(graph: fx.Graph) -> None:
-    """Adds what the graph lacks for a total order of its collectives, in place."""
+def order_collectives(graph: fx.Graph) -> int:
+    """Adds what the graph lacks for a total order of its collectives, in place. Returns how many it makes wait."""
+    waiting = 0
     started = [node for node in graph.nodes if _is_functional(node) and node.target is not _wait()]
     for before, after in itertools.pairwise(started):
         if not _depends(after, before):
@@ -27,6 +28,8 @@ def order_collectives(graph: fx.Graph) -> None:
                 copy = graph.call_function(operator("in_order"), (sent, done))
                 copy.meta.update(sent.meta if isinstance(sent, fx.Node) else {})
             after.update_arg(0, copy)
+            waiting += 1
+    return waiting
 
 
 def _is_functional(node: fx.Node) -> bool:

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from memcompile.passes._torch import FakeTensorMode
+from memcompile.passes._torch import FakeTensorMode, pytree
 from memcompile.passes.capture.guess import Arguments
-from memcompile.passes.capture.sandbox import data_traced, functions_marked, untouched
+from memcompile.passes.capture.sandbox import data_traced, functions_marked, restored_afterwards
 
 _SMALL = 2**29  # numbers in a model that may be copied to run it once
 
@@ -59,7 +58,7 @@ class Forward:
 
         on_fakes = contextlib.nullcontext() if self.compute else mode
         eager = torch.compiler.set_stance("force_eager")
-        with untouched(module), torch.enable_grad(), eager, data_traced(), functions_marked(), on_fakes:
+        with restored_afterwards(module), torch.enable_grad(), eager, data_traced(), functions_marked(), on_fakes:
             if self.evaluate:
                 for inner in module.modules():  # not eval(), which may be the owner's own and change weights
                     inner.training = False

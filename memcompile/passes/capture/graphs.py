@@ -1,4 +1,4 @@
-"""Graphs that somebody else captured (torch.export, make_fx), in the form that the detector reads."""
+"""Graphs that the user captured (torch.export, make_fx), in the form that the detector reads."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, fx, nn
 
 from memcompile.common.token_wise import CASTS, TRANSPOSES
 from memcompile.errors import OptionError, PlanError
-from memcompile.passes._torch import FakeTensor, FakeTensorMode, FakeTensorProp
+from memcompile.passes._torch import FakeTensor, FakeTensorMode, FakeTensorProp, HigherOrderOperator, OpOverload
 from memcompile.passes.capture.signature import Signature
 from memcompile.passes.capture.trace import Capture
-from memcompile.passes.detect.normalize import fake_value, operator_name
+from memcompile.passes.fx import fake_value, operator_name
 
 Parameters = Mapping[str, str] | Sequence[str]
 
 # Where operators read weights. A vector is one wherever it is read.
 _WEIGHT_OPERANDS = {"linear": (1,), "addmm": (2,), "matmul": (1,), "mm": (1,), "embedding": (0,)}
-# Higher-order operators that call a body once, on the operands behind it.
+# Higher-order operators that call a body once, on the operands after it.
 _WRAPPERS = frozenset({"wrap", "wrap_with_autocast", "wrap_with_set_grad_enabled", "tag_activation_checkpoint"})
 _UNBACKED = 11  # stands for a size that depends on data: small, and no model's width
 
@@ -51,7 +51,7 @@ def is_captured(module: nn.Module) -> bool:
     """Whether the module is a graph of operators and not of modules, which `torch.fx.symbolic_trace` leaves whole."""
     if not isinstance(module, fx.GraphModule):
         return False
-    return any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
+    return any(isinstance(node.target, OpOverload) for node in module.graph.nodes)
 
 
 def read(graph_module: fx.GraphModule, parameters: Parameters | None = None) -> list[Scope]:
@@ -96,7 +96,7 @@ def _scopes(
     buffers = [n for n in module.graph.find_nodes(op="get_attr") if n not in parameters]
     give_values(module, graph)
     _give_sizes(graph)
-    for node in reversed(graph.nodes):  # left behind by autograd where the weights required gradients
+    for node in reversed(graph.nodes):  # autograd's, where the weights required gradients
         if operator_name(node) == "detach" and not node.users:
             graph.erase_node(node)
     capture = Capture(
@@ -116,7 +116,7 @@ def _scopes(
 
 def called_body(node: fx.Node, module: fx.GraphModule) -> fx.Node | None:
     """The ``get_attr`` node of the body that a higher-order operator calls."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) or str(node.target) not in _WRAPPERS:
+    if not isinstance(node.target, HigherOrderOperator) or str(node.target) not in _WRAPPERS:
         return None
     attributes = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
     bodies = [a for a in attributes if isinstance(attribute_of(module, str(a.target)), fx.GraphModule)]
@@ -152,7 +152,7 @@ def _parameters(graph_module: fx.GraphModule, given: Parameters | None) -> dict[
 def _weights(graph_module: fx.GraphModule, placeholders: list[fx.Node]) -> dict[fx.Node, str]:
     """The inputs that are read as weights, and whatever else is passed in one dict with them, by its keys there."""
     weights = [node for node in placeholders if _is_weight(node)]
-    keys = Signature(graph_module.graph).keys_beside(weights)
+    keys = Signature(graph_module.graph).keys_with(weights)
     if keys is not None and len(set(keys.values())) == len(keys):
         return {node: name for node, name in keys.items() if fake_value(node) is not None}
     return {node: str(node.target) for node in weights}
@@ -176,7 +176,7 @@ def _is_weight(placeholder: fx.Node) -> bool:
 
 
 def give_values(module: fx.GraphModule, graph: fx.Graph) -> None:
-    """Runs ``graph`` of ``module`` on fake tensors where a pass of somebody else's left nodes without a value.
+    """Runs ``graph`` of ``module`` on fake tensors where another pass left nodes without a value.
 
     Raises:
         PlanError: the inputs have none either.

@@ -40,10 +40,9 @@ def guess_arguments(module: nn.Module) -> Iterator[Arguments]:
         return
     for tensor in _guess_tensors(module):
         yield Arguments((tensor,) * inputs, {})
-        for name in ("decoder_input_ids",):
-            if name in inspect.signature(module.forward).parameters:
-                tokens = torch.empty(BATCH, TOKENS, dtype=torch.int64, device="meta")
-                yield Arguments((tensor,), {name: tokens})
+        if "decoder_input_ids" in inspect.signature(module.forward).parameters:
+            tokens = torch.empty(BATCH, TOKENS, dtype=torch.int64, device="meta")
+            yield Arguments((tensor,), {"decoder_input_ids": tokens})
 
 
 def _required_inputs(module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""A forward pass that leaves no trace in the model, and none that the graph does not show."""
+"""What surrounds a forward pass that is traced: the model is as it was afterwards, and the graph shows all that ran."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from memcompile.passes._torch import FakeTensor, get_proxy_mode
+from memcompile.passes._torch import FakeTensor, get_proxy_mode, pytree
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -26,12 +25,12 @@ _caches: weakref.WeakSet[functools._lru_cache_wrapper[Any]] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Undoes what a forward pass may leave behind: caches stored on modules, lazily made buffers, random state, and
+def restored_afterwards(model: nn.Module) -> Iterator[None]:
+    """Undoes what a forward pass may do: caches stored on modules, lazily made buffers, random state, and
     the fake parameters that `functional_call` leaves in a module that is reached by two paths.
 
-    Hooks stay silent meanwhile: they are the user's own code with effects of its own, and no fake tensor is for it.
-    Not those by which a Hugging Face model collects its own hidden states, once it has run: its forward reads them.
+    Hooks do not run: they are the user's own code with effects of its own, and it expects no fake tensors. The hooks by
+    which a Hugging Face model collects its own hidden states do, because its forward reads what they collect.
     """
     saved, tensors = [], []
     for module in model.modules():
@@ -102,12 +101,12 @@ def _set_random_state(state: tuple[Any, ...]) -> None:
 
 
 def note_caches() -> None:
-    """Finds every `functools.lru_cache` of the process, for later too: `gc.freeze` hides those that it met."""
+    """Finds every `functools.lru_cache` of the process and keeps it: `gc.freeze` hides those that exist by then."""
     _caches.update(f for f in gc.get_objects() if type(f) is functools._lru_cache_wrapper)
 
 
 @contextlib.contextmanager
-def forgotten() -> Iterator[None]:
+def caches_without_fakes() -> Iterator[None]:
     """Empties every `functools.lru_cache` that kept a fake tensor: a later call would return it to the real model."""
     try:
         yield
@@ -120,7 +119,7 @@ def forgotten() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def muted_loggers() -> Iterator[None]:
     """Mutes loggers that report each failed guess as an error of the user's."""
     loggers = [logging.getLogger(name) for name in ("torch._subclasses", "torch.fx.experimental")]
     levels = [logger.level for logger in loggers]
@@ -135,7 +134,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def data_traced() -> Iterator[None]:
-    """``x.data`` makes a tensor that tracing knows nothing of: what is written to it would not show in the graph."""
+    """Makes ``x.data`` mean ``x.detach()``: tracing does not see what is written to a true ``x.data``."""
     data: Any = torch.Tensor.data
 
     def get(self: torch.Tensor) -> torch.Tensor:

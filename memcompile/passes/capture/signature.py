@@ -1,4 +1,4 @@
-"""How a captured graph takes its inputs, and how it does after some of them were exchanged."""
+"""How a captured graph takes its inputs, and which it takes after some of them were exchanged."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.utils._pytree as pytree
 from torch import fx
 
-from memcompile.passes._torch import PyTreeCodeGen
+from memcompile.passes._torch import PyTreeCodeGen, pytree
 
 
 class Signature:
@@ -31,7 +30,7 @@ class Signature:
         if isinstance(codegen, PyTreeCodeGen) and codegen.pytree_info.in_spec.num_leaves == len(placeholders):
             self.structure = pytree.tree_unflatten(placeholders, codegen.pytree_info.in_spec)
 
-    def keys_beside(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, str] | None:
+    def keys_with(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, str] | None:
         """The key of every placeholder in the dicts that hold ``nodes``; None where one is in no dict of strings."""
         keys: dict[fx.Node, str] = {}
         for holder in self._dicts(self.structure):
@@ -39,11 +38,11 @@ class Signature:
                 keys |= {value: key for key, value in holder.items()}
         return keys if nodes and all(node in keys for node in nodes) else None
 
-    def exchange(self, beside: Sequence[fx.Node], removed: Sequence[fx.Node], added: Mapping[str, fx.Node]) -> None:
-        """Takes ``removed`` no longer, and passes ``added``, which stand behind all other placeholders, by name in the
-        dict that holds ``beside``. Without one such dict the graph takes its placeholders one by one.
+    def exchange(self, together: Sequence[fx.Node], removed: Sequence[fx.Node], added: Mapping[str, fx.Node]) -> None:
+        """Takes ``removed`` no longer, and passes ``added``, the graph's last placeholders, by name in the
+        dict that holds ``together``. Without one such dict the graph takes its placeholders one by one.
         """
-        holder = next((d for d in self._dicts(self.structure) if set(beside) <= set(d.values())), None)
+        holder = next((d for d in self._dicts(self.structure) if set(together) <= set(d.values())), None)
         if holder is None:
             self.graph.set_codegen(fx.graph.CodeGen())
             return

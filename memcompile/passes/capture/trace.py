@@ -1,7 +1,7 @@
-"""Pass 1, trace: run a model on fake tensors and keep the FX graphs of what ran. Computes nothing, allocates nothing,
-unless values decide the path: then a copy of the model runs once.
+"""Runs a model on fake tensors and keeps the FX graphs of what ran. Computes nothing, allocates nothing, unless values
+decide the path: then a copy of the model runs once.
 
-The whole model is tried first, because only there does every FFN stand beside its residual stream. Where no guess
+The whole model is tried first, because only its graph has every FFN together with its residual stream. Where no guess
 at its inputs runs, its submodules are tried the same way, so that each part is seen in the largest context that runs.
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 from torch import fx, nn
 
 from memcompile.passes._torch import make_fx
-from memcompile.passes.capture.alike import structure
 from memcompile.passes.capture.forward import Forward, can_compute
 from memcompile.passes.capture.guess import Arguments, guess_arguments
-from memcompile.passes.capture.sandbox import forgotten, quiet
-from memcompile.passes.detect.constants import find_constants
+from memcompile.passes.capture.sandbox import caches_without_fakes, muted_loggers
+from memcompile.passes.capture.structure import structure
+from memcompile.passes.constants import find_constants
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class Capture:
         parameters: the parameter's full name in the model for each placeholder that stands for one. Tied names
             are represented by the model's first, in every capture.
         buffers: the placeholders that stand for buffers.
-        forward: how the module was run; None for a graph that somebody else captured.
-        only: where set, the graph speaks for these parameters alone: another graph does for the rest.
+        forward: how the module was run; None for a graph that the user captured.
+        only: where set, the graph counts for the blocks of these parameters alone: another graph does for the rest.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Capture:
     forward: Forward | None = None
     only: frozenset[str] | None = None
 
-    def speaks_for(self, parameter: str) -> bool:
+    def covers(self, parameter: str) -> bool:
         """Whether a reader of the parameter in this graph counts."""
         return self.only is None or parameter in self.only
 
@@ -64,17 +64,17 @@ class Capture:
 def trace(model: nn.Module, example_inputs: Any = None) -> list[Capture]:
     """The graphs of ``model`` in execution order: one if the whole model runs on a guess (or on
     ``example_inputs``: a tuple of positional or a dict of keyword arguments), else those of the largest
-    submodules that do, in registration order. Submodules that are proved alike are traced once.
+    submodules that do, in registration order. Of submodules of the same structure one is traced.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    with quiet(), forgotten():
+    with muted_loggers(), caches_without_fakes():
         captures = list(_trace_largest(model, "", names, _as_arguments(example_inputs), {}))
         captures += _skipped_in_training(model, names, captures)
     if any(c.path for c in captures):
         log.debug("whole-model trace did not run; traced submodules: %s", [c.path for c in captures])
     elif captures:
         unread = frozenset.intersection(*(c.unread for c in captures))
-        log.debug("parameters that no forward reads, which were not looked at: %s", sorted(unread) or "none")
+        log.debug("parameters that no forward reads, so no block of them is found: %s", sorted(unread) or "none")
     return captures
 
 
@@ -146,7 +146,7 @@ def _trace_once(module: nn.Module, path: str, names: dict[int, str], forward: Fo
 
 
 def _renamed(capture: Capture, module: nn.Module, path: str, names: dict[int, str]) -> Capture:
-    """The capture of a module that is alike another's."""
+    """The capture of a module that has the structure of the one that was captured."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(capture.graph, copies))

@@ -1,6 +1,6 @@
-"""Pass 8, capacity: where a captured graph asks for the most tokens that a rank of the memory group has.
+"""Where a captured graph asks for its capacity, the most tokens that a rank of the memory group has.
 
-It is a size that the graph assumes nothing of, since the ranks agree on it just before each run.
+The graph assumes nothing of that size, since the ranks agree on it just before each run.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import fx
 
 from memcompile.errors import CaptureError
 from memcompile.passes._torch import free_unbacked_symbols
-from memcompile.passes.checks.captured_memory import PLACES, is_lookup, operators_in, placeholders_of
+from memcompile.passes.checks.captured_memory import POSITIONS, is_lookup, operators_in, placeholders_of
 
-_CAPACITY, _GROUP = PLACES["capacity"], PLACES["group"]
+_CAPACITY, _GROUP = POSITIONS["capacity"], POSITIONS["group"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,30 +27,30 @@ class Agreement:
 
     Attributes:
         group: name of the process group.
-        place: of the capacity among the graph's inputs.
-        rooms: places of inputs without numbers that have it for a size (torch 2.11).
+        position: of the capacity among the graph's inputs.
+        sized: positions of inputs without numbers that have it for a size (torch 2.11).
         tokens: how many tokens the lookups of the graph have, in symbols.
-        symbols: where these are: the place of an input, and the dimension of a tensor or None for a size.
+        symbols: where these are: the position of an input, and the dimension of a tensor or None for a size.
     """
 
     group: str
-    place: int
-    rooms: tuple[int, ...]
+    position: int
+    sized: tuple[int, ...]
     tokens: tuple[sympy.Expr, ...]
     symbols: dict[sympy.Symbol, tuple[int, int | None]]
 
     @property
-    def is_of_nothing(self) -> bool:
+    def has_an_empty_lookup(self) -> bool:
         """Whether a lookup of the graph has no tokens, whatever the inputs."""
         return 0 in self.tokens
 
     def fill_in(self, given: list[Any], capacity: int) -> None:
         """Puts the capacity that was agreed upon among the inputs."""
-        given[self.place] = capacity
-        for room in self.rooms:
-            given[room] = given[room].new_empty(1).expand(capacity)
+        given[self.position] = capacity
+        for position in self.sized:
+            given[position] = given[position].new_empty(1).expand(capacity)
 
-    def most(self, inputs: Sequence[Any]) -> int:
+    def most_tokens(self, inputs: Sequence[Any]) -> int:
         """The most tokens that a lookup has on this rank, for these inputs."""
         read = {
             symbol: inputs[at] if dim is None else inputs[at].shape[dim] for symbol, (at, dim) in self.symbols.items()
@@ -64,24 +64,24 @@ def agreement_of(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Agre
     Raises:
         CaptureError: the number of tokens is data-dependent in the graph.
     """
-    places = {_expression(value): at for at, value in enumerate(inputs) if isinstance(value, torch.SymInt)}
+    positions = {_expression(value): at for at, value in enumerate(inputs) if isinstance(value, torch.SymInt)}
     found: set[tuple[str, int]] = set()
     tokens: list[sympy.Expr] = []
-    for node, binding in operators_in(graph_module, dict(zip(placeholders_of(graph_module), inputs, strict=False))):
+    for node, binding in operators_in(graph_module, inputs):
         capacity = node.args[_CAPACITY] if is_lookup(node) and len(node.args) > _CAPACITY else None
         x = node.args[0] if node.args else None
         if isinstance(capacity, fx.Node) and isinstance(x, fx.Node):
             agreed = _expression(binding.get(capacity, capacity.meta.get("example_value")))
             if not free_unbacked_symbols(agreed):
-                continue  # computed from the inputs, which are promised to be alike
-            found.add((str(node.args[_GROUP]), places[agreed]))
+                continue  # computed from the inputs, which are promised to have the same sizes on each rank
+            found.add((str(node.args[_GROUP]), positions[agreed]))
             shape = x.meta["example_value"].shape
             tokens.append(sympy.sympify(math.prod(map(_expression, shape[:-1]))))
     if not found:
         return None
     if len(found) > 1:
         raise CaptureError("memcompile: one graph runs layers of two sharded memories: compile the models apart")
-    ((group, place),) = found
+    ((group, position),) = found
     symbols = _symbols(inputs)
     unknown = set().union(*(expression.free_symbols for expression in tokens)) - symbols.keys()
     if unknown:
@@ -89,8 +89,8 @@ def agreement_of(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Agre
             f"memcompile: how many tokens a memory layer has depends on data ({', '.join(map(str, unknown))}), and the "
             f"ranks cannot agree on it before the graph runs: shard with tokens='even', or pad"
         )
-    rooms = [at for at, node in enumerate(placeholders_of(graph_module)) if _has_size(node, inputs[place])]
-    return Agreement(group, place, tuple(rooms), tuple(dict.fromkeys(tokens)), symbols)
+    sized = [at for at, node in enumerate(placeholders_of(graph_module)) if _has_size(node, inputs[position])]
+    return Agreement(group, position, tuple(sized), tuple(dict.fromkeys(tokens)), symbols)
 
 
 def _has_size(placeholder: fx.Node, size: object) -> bool:

@@ -1,4 +1,4 @@
-"""Pass 6, verify: a captured graph of a planned model runs the memory, exactly as planned. Changes nothing."""
+"""A captured graph of a planned model runs the memory exactly as planned, or is refused. Changes nothing."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from memcompile.errors import CaptureError
 from memcompile.lowering import operator
-from memcompile.passes._torch import FakeTensor
+from memcompile.passes._torch import FakeTensor, HigherOrderOperator, pytree
 
 OP_NAME = "memcompile.memory_lookup"
-PLACES = {argument.name: place for place, argument in enumerate(operator("memory_lookup")._schema.arguments)}
+POSITIONS = {argument.name: position for position, argument in enumerate(operator("memory_lookup")._schema.arguments)}
 
 
-def verify(
+def verify_captured_memory(
     graph_module: fx.GraphModule,
     inputs: Sequence[object],
     layers: Mapping[str, Sequence[torch.Tensor]],
@@ -38,7 +37,7 @@ def verify(
     """
     owner = names_by_identity(layers, inputs)
     found: collections.Counter[str] = collections.Counter()
-    for node, binding in operators_in(graph_module, dict(zip(placeholders_of(graph_module), inputs, strict=False))):
+    for node, binding in operators_in(graph_module, inputs):
         read = {owner[id(v)] for v in (binding.get(a) for a in node.all_input_nodes) if id(v) in owner}
         if is_lookup(node):
             if len(read) != 1:
@@ -46,7 +45,7 @@ def verify(
                     f"memcompile: {node.name} reads the parameters of {len(read)} memory layers, not of one"
                 )
             found.update(read)
-        elif read and not passes_on(node):
+        elif read and not calls_a_body(node):
             raise CaptureError(
                 f"memcompile: {node.name} ({node.target}) reads parameters of a memory layer, "
                 f"which only {OP_NAME} may; compile the model itself, not a function that reads its parameters"
@@ -63,7 +62,7 @@ def names_by_identity(layers: Mapping[str, Sequence[torch.Tensor]], inputs: Sequ
     """The name that each parameter has in `layers`, by the parameter's identity.
 
     DDPOptimizer hands over the parts of a graph with fake inputs. A fake mode makes one fake tensor of each real one,
-    so a parameter is also known by its fake twin.
+    so a parameter is also known by that.
     """
     fake = next((value for value in inputs if isinstance(value, FakeTensor)), None)
     owner = {}
@@ -81,9 +80,10 @@ def is_lookup(node: fx.Node) -> bool:
 
 
 def operators_in(
-    graph_module: fx.GraphModule, binding: dict[fx.Node, object]
+    graph_module: fx.GraphModule, inputs: Sequence[object]
 ) -> Iterator[tuple[fx.Node, dict[fx.Node, object]]]:
-    """Every operator, with the values of the placeholders that it can see."""
+    """Every operator of a graph and of the bodies that it calls, with the values of the placeholders that it sees."""
+    binding = dict(zip(placeholders_of(graph_module), inputs, strict=False))
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and "." not in str(node.target):
             binding[node] = getattr(graph_module, str(node.target), None)
@@ -97,9 +97,8 @@ def operators_in(
             # In order, repeats included; what stands before a body's own operands (a predicate) is no input of it.
             given = [binding.get(a) if isinstance(a, fx.Node) else a for a in pytree.tree_leaves(node.args)]
             operands = [value for value in given if not isinstance(value, fx.GraphModule)]
-            inputs = placeholders_of(body)
-            inner = dict(zip(inputs, operands[max(0, len(operands) - len(inputs)) :], strict=False))
-            yield from operators_in(body, inner)
+            first = max(0, len(operands) - len(placeholders_of(body)))
+            yield from operators_in(body, operands[first:])
 
 
 def _is_part(node: fx.Node) -> bool:
@@ -114,9 +113,9 @@ def _bodies(node: fx.Node, binding: Mapping[fx.Node, object]) -> list[fx.GraphMo
     return [value for value in values if isinstance(value, fx.GraphModule)]
 
 
-def passes_on(node: fx.Node) -> bool:
-    """Higher-order operators hand their operands to a body, which is looked into itself."""
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
+def calls_a_body(node: fx.Node) -> bool:
+    """Whether the node hands its operands to a body, whose operators `operators_in` gives too."""
+    return isinstance(node.target, HigherOrderOperator)
 
 
 def placeholders_of(graph_module: fx.GraphModule) -> list[fx.Node]:

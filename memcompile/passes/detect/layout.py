@@ -1,4 +1,4 @@
-"""The proof that a source's last dimension counts features: behind a transpose, an MLP over tokens looks alike."""
+"""The proof that a source's last dimension counts features: after a transpose, an MLP over tokens looks the same."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import fx
 
 from memcompile.common.token_wise import CASTS, DROPOUTS, FEATURE_SPLITS, NORMS, POINTWISE, RESHAPES, TRANSPOSES
 from memcompile.passes.capture.trace import Capture
-from memcompile.passes.detect.normalize import dimension_order, fake_value, features, ndim, operator_name, tokens
 from memcompile.passes.detect.projection import Projection
 from memcompile.passes.detect.region import Refusal, Region
+from memcompile.passes.fx import dimension_order, fake_value, features, ndim, operator_name, tokens
 
 _ELEMENTWISE = POINTWISE | CASTS | DROPOUTS | NORMS | {"cat", "pad", "constant_pad_nd", "roll"}
 _STEMS = {"embedding": -1, "conv1d": -2, "conv2d": -3, "conv3d": -4}  # and where their features are
@@ -48,7 +48,7 @@ def _mixes(name: str) -> Refusal:
 
 
 def stream_read(node: fx.Node, capture: Capture) -> fx.Node:
-    """The node of the residual stream behind norms, casts, views and scales."""
+    """The node of the residual stream that norms, casts, views and scales were made of."""
     while operator_name(node) in _ELEMENTWISE | RESHAPES | _SAME_DIMENSIONS:
         wide = [a for a in node.all_input_nodes if a not in capture.parameters and _as_wide(a, node)]
         if len(wide) != 1:

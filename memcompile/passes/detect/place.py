@@ -1,4 +1,4 @@
-"""Pass 4, place: which of the FFNs found become memory."""
+"""Which of the FFNs found get a memory."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from memcompile.common.token_wise import CASTS, TRANSPOSES
 from memcompile.passes.capture.trace import Capture
-from memcompile.passes.detect.normalize import ancestors, fake_value, ndim, operator_name
+from memcompile.passes.fx import ancestors, fake_value, ndim, operator_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def parse_einsum(equation: str, ranks: Sequence[int]) -> tuple[int, bool] | None
 
 
 def _parameter(node: fx.Node, capture: Capture) -> tuple[fx.Node | None, set[fx.Node]]:
-    """The parameter behind casts and transposes, if there is one, and the nodes between."""
+    """The parameter that casts and transposes were made of, if there is one, and the nodes between."""
     between: set[fx.Node] = set()
     while node not in capture.parameters:
         name = operator_name(node)

@@ -1,4 +1,4 @@
-"""The hidden region of an FFN: everything between its projections, and the proof that nothing else takes part."""
+"""The hidden region of an FFN: everything between its projections, and the proofs that it is closed."""
 
 from __future__ import annotations
 
@@ -7,24 +7,13 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from memcompile.common.token_wise import (
-    CASTS,
-    DROPOUTS,
-    FEATURE_JOINS,
-    FEATURE_REDUCTIONS,
-    FEATURE_SPLITS,
-    NORMS,
-    POINTWISE,
-    RESHAPES,
-    TRANSPOSES,
-)
+from memcompile.common.token_wise import CASTS, RESHAPES, TOKEN_WISE
 from memcompile.passes.capture.sandbox import AUTOGRAD_FUNCTION
 from memcompile.passes.capture.trace import Capture
-from memcompile.passes.detect.normalize import aliases, ancestors, features, is_in_place, operator_name
 from memcompile.passes.detect.projection import Projection
+from memcompile.passes.fx import aliases, ancestors, features, is_in_place, operator_name
 
-_TOKEN_WISE = POINTWISE | CASTS | DROPOUTS | NORMS | FEATURE_REDUCTIONS | RESHAPES | FEATURE_SPLITS | FEATURE_JOINS
-_TOKEN_WISE |= TRANSPOSES | {"glu", "getitem", "min", "max"}
+_BETWEEN = TOKEN_WISE | {"glu", "getitem", "min", "max"}
 _REGION_LIMIT = 120  # nodes; the longest hidden region seen in 354 models has 31
 
 
@@ -76,7 +65,7 @@ class Region:
 
 def find_region(down: Projection, projections: dict[fx.Node, Projection], capture: Capture) -> Region | None:
     """Walks back from ``down`` until every path ends: at up-projections, at constants, or at what is foreign to an
-    FFN. None where the up-projections met are no FFN's: none at all, or of widths that do not fit together.
+    FFN. None where the up-projections found are no FFN's: none at all, or of widths that do not fit together.
     """
     up: dict[fx.Node, Projection] = {}
     between: dict[fx.Node, None] = {}
@@ -91,14 +80,14 @@ def find_region(down: Projection, projections: dict[fx.Node, Projection], captur
             up[node] = projections[node]
         elif node in capture.constants:
             constants[node] = None
-        elif operator_name(node) in _TOKEN_WISE and len(between) < _REGION_LIMIT:
+        elif operator_name(node) in _BETWEEN and len(between) < _REGION_LIMIT:
             between[node] = None
             pending.extend(node.all_input_nodes)
         else:
             foreign[node] = None
     branches: tuple[Projection, ...] = ()
     fitting = {n: p for n, p in up.items() if p.width_in == down.width_out}
-    if fitting and any(p.width_out == down.width_in for p in fitting.values()):  # the others are branches beside them
+    if fitting and any(p.width_out == down.width_in for p in fitting.values()):  # the others are branches
         branches = tuple(p for n, p in up.items() if n not in fitting)
         up = fitting
     if not 1 <= len(up) <= 2 or any(p.width_in != down.width_out for p in up.values()):
@@ -130,7 +119,7 @@ def prove_one_source(region: Region) -> None:
                 "experts): make it a plain parameter first"
             )
     if region.branches:
-        raise Refusal("another projection takes part in its hidden activation (LoRA, an adapter): merge it first")
+        raise Refusal("another projection adds to its hidden activation (LoRA, an adapter): merge it first")
     for node in region.foreign:
         what = "an activation from outside of the block" if node.op == "placeholder" else operator_name(node)
         raise Refusal(f"{what} stands between its projections, and is not known to treat each token alone")
@@ -160,7 +149,7 @@ def prove_closed(region: Region) -> None:
 
 
 def strip_views(node: fx.Node) -> fx.Node:
-    """The activation behind casts and views that keep features last."""
+    """The activation that casts and views, which keep features last, were made of."""
     while operator_name(node) in CASTS | RESHAPES and isinstance(node.args[0], fx.Node):
         if features(node.args[0]) != features(node):
             break

@@ -47,7 +47,7 @@ class Registration:
             if path != owner and _has_hooks(self.model.get_submodule(path)):
                 return f"module {path!r} has hooks, which would no longer see the projection"
         for path, module in self.model.get_submodule(owner).named_modules(prefix=owner):
-            # An activation or a dropout between the projections has no parameters; attention beside them has.
+            # An activation or a dropout between the projections has no parameters; attention in the same module has.
             bare = not any(True for _ in module.parameters())
             between = bare or any(name.startswith(f"{path}.") for name in replaced)
             if path != owner and between and _has_hooks(module):

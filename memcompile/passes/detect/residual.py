@@ -10,31 +10,27 @@ from memcompile.common.token_wise import (
     CASTS,
     DROPOUTS,
     FEATURE_JOINS,
-    FEATURE_REDUCTIONS,
-    FEATURE_SPLITS,
     LINEAR,
     NORMS,
-    POINTWISE,
     PROJECTIONS,
     RESHAPES,
-    TRANSPOSES,
+    TOKEN_WISE,
 )
 from memcompile.passes.capture.trace import Capture
 from memcompile.passes.detect.layout import stream_read
-from memcompile.passes.detect.normalize import fake_value, features, operator_name, tokens
 from memcompile.passes.detect.projection import Projection
 from memcompile.passes.detect.region import Refusal, Region
+from memcompile.passes.fx import fake_value, features, operator_name, tokens
 
 # What may stand between an FFN's output and the stream that it joins ...
 _TO_STREAM = LINEAR | CASTS | DROPOUTS | NORMS | RESHAPES | {"getitem", "cat", "stack"}
 # ... and between the stream and what an FFN reads, which only has to be made of it.
-_FROM_STREAM = POINTWISE | CASTS | DROPOUTS | NORMS | RESHAPES | FEATURE_REDUCTIONS | FEATURE_SPLITS | FEATURE_JOINS
-_FROM_STREAM |= TRANSPOSES | {"getitem", "batch_norm", "pad", "constant_pad_nd", "roll"}
+_FROM_STREAM = TOKEN_WISE | {"getitem", "batch_norm", "pad", "constant_pad_nd", "roll"}
 _SELECTIONS = frozenset({"topk", "argmax", "sort", "argsort", "one_hot", "max"})
 _GATHERS = frozenset({"index", "index_select", "gather", "take", "masked_select"})
 _SCATTERS = frozenset("scatter scatter_ scatter_add scatter_add_ index_put index_put_ index_copy index_copy_".split())
 _SCATTERS |= {"index_add", "index_add_", "masked_scatter", "masked_scatter_", "scatter_reduce"}
-_GOES_ON = NORMS | PROJECTIONS | {"add", "sub", "batch_norm"}
+_CONTINUES = NORMS | PROJECTIONS | {"add", "sub", "batch_norm"}
 _PENALTIES = frozenset({"pow", "square", "abs", "norm", "linalg_vector_norm", "mse_loss"})
 _BROADCAST = "its output is broadcast over the stream: it conditions tokens, it is not their FFN"
 _ROUTER_REACH = 12  # nodes from a router's projection to its selection
@@ -59,7 +55,7 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
             raise Refusal("its output is not used")
         if any(user.op == "output" for user in users):
             return Sink.BOUNDARY
-        after_norm = _norm_spelt_out(current, users)
+        after_norm = _explicit_norm(current, users)
         if after_norm is not None:
             current = after_norm
             continue
@@ -74,16 +70,7 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
             current = user
             continue
         if meets_stream and _joins(user, current):
-            if not _same_shape(user, current):
-                raise Refusal(_BROADCAST)
-            if features(user) != region.down.width_out:
-                raise Refusal(
-                    f"it works on parts of a stream that is {features(user)} wide: heads or groups, not tokens"
-                )
-            if _only_feeds_a_penalty(user, name):
-                raise Refusal("its sum with the stream only feeds a penalty: an autoencoder, not an FFN")
-            if any(operator_name(node) in _GATHERS for node in stream) and _is_scattered(user):
-                raise Refusal("its tokens are picked out of the stream and scattered back: a mixture of depths")
+            _prove_joined(user, current, region, stream)
             return Sink.RESIDUAL
         if meets_stream and name in ("mul", "div") and any(_same_shape(other, current) for other in others):
             raise Refusal("its output scales the stream that it read: a gate, not an FFN")
@@ -92,6 +79,18 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
         if name not in _TO_STREAM:
             raise Refusal(f"its output goes to {name}, not to the residual stream that it read")
         current = user
+
+
+def _prove_joined(total: fx.Node, output: fx.Node, region: Region, stream: set[fx.Node]) -> None:
+    """Raises Refusal unless the sum of output and stream is the stream of the next block."""
+    if not _same_shape(total, output):
+        raise Refusal(_BROADCAST)
+    if features(total) != region.down.width_out:
+        raise Refusal(f"it works on parts of a stream that is {features(total)} wide: heads or groups, not tokens")
+    if _only_feeds_a_penalty(total, operator_name(total)):
+        raise Refusal("its sum with the stream only feeds a penalty: an autoencoder, not an FFN")
+    if any(operator_name(node) in _GATHERS for node in stream) and _is_scattered(total):
+        raise Refusal("its tokens are picked out of the stream and scattered back: a mixture of depths")
 
 
 def prove_unrouted(region: Region, capture: Capture, projections: dict[fx.Node, Projection]) -> None:
@@ -122,7 +121,7 @@ def _stream_of(node: fx.Node, capture: Capture) -> set[fx.Node]:
     return seen
 
 
-def _norm_spelt_out(node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
+def _explicit_norm(node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
     """``y * rsqrt(mean(y ** 2) + eps)``: the product, where the users of ``y`` are just that."""
     products = [user for user in users if operator_name(user) in ("mul", "div") and _same_shape(user, node)]
     if len(users) != 2 or len(products) != 1:
@@ -142,7 +141,7 @@ def _norm_spelt_out(node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
 
 
 def _selects(router: fx.Node, stream: fx.Node, capture: Capture) -> bool:
-    """Whether the projection's output is what tokens or experts are chosen by, before it joins the stream: behind
+    """Whether the projection's output is what tokens or experts are chosen by, before it joins the stream: after
     that the next block's router may follow, which says nothing about this block.
     """
     pending, seen = [(router, 0)], {router}
@@ -179,19 +178,19 @@ def _repeats(user: fx.Node, output: fx.Node) -> bool:
 
 
 def _only_feeds_a_penalty(total: fx.Node, join: str) -> bool:
-    """Whether the sum of output and stream is a reconstruction error. No Transformer subtracts its FFN, so what does
-    has to go on as a stream does.
+    """Whether the sum of output and stream is a reconstruction error. No Transformer subtracts its FFN, so a
+    difference has to be read as a stream is.
     """
     readers = list(total.users)
     if join == "sub":
-        return not any(operator_name(reader) in _GOES_ON for reader in readers)
+        return not any(operator_name(reader) in _CONTINUES for reader in readers)
     squared = [reader for reader in readers if operator_name(reader) == "mul" and reader.args == (total, total)]
     penalties = [reader for reader in readers if operator_name(reader) in _PENALTIES]
     return bool(readers) and len(penalties) + len(squared) == len(readers)
 
 
 def _is_scattered(total: fx.Node) -> bool:
-    """Whether a stream, followed through the blocks behind, is written back by index."""
+    """Whether a stream, followed through later blocks, is written back by index."""
     pending, seen = [total], {total}
     while pending:
         for user in pending.pop().users:

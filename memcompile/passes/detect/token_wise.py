@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx
 
 from memcompile.common.token_wise import (
@@ -20,10 +19,11 @@ from memcompile.common.token_wise import (
     RESHAPES,
     TRANSPOSES,
 )
+from memcompile.passes._torch import OpOverload
 from memcompile.passes.capture.trace import Capture
-from memcompile.passes.detect.constants import is_random, is_uniform
-from memcompile.passes.detect.normalize import dimension_order, fake_value, features, operator_name, tokens
+from memcompile.passes.constants import is_random, is_uniform
 from memcompile.passes.detect.region import Refusal, Region
+from memcompile.passes.fx import dimension_order, fake_value, features, operator_name, tokens
 
 # How many trailing dimensions of a tensor hold features; those before them hold the tokens of the source in its order.
 # Several numbers where dimensions of size one leave it open.
@@ -122,7 +122,7 @@ def _dims(node: fx.Node) -> list[int]:
 
 def _argument(node: fx.Node, name: str) -> Any:
     """An operator's argument by its name in the schema, or its default there."""
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     for position, argument in enumerate(node.target._schema.arguments):
         if argument.name == name:
             given = node.args[position] if position < len(node.args) else argument.default_value

@@ -1,4 +1,4 @@
-"""Pass 5, rewrite: captured graphs with `memory_lookup` in the place of their FFNs, or beside them."""
+"""Captured graphs with `memory_lookup` in the place of their FFNs, or added to them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite
+from memcompile.common.sizes import resolve
 from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError, PlanError
 from memcompile.lowering import operator
 from memcompile.lowering.parameters import LAYER_PARAMETERS, new_layer, new_values
 from memcompile.passes.capture.graphs import Parameters, Scope, attribute_of, called_body, fake_mode, give_values, read
 from memcompile.passes.capture.signature import Signature
-from memcompile.passes.detect.detect import Block, Candidate, find_in_scopes
-from memcompile.passes.detect.normalize import operator_name
+from memcompile.passes.detect.blocks import Block, Candidate
+from memcompile.passes.detect.detect import find_in_scopes
+from memcompile.passes.fx import operator_name
 from memcompile.passes.rewrite.splice import Splice
-from memcompile.planning.sizes import resolve
 
 
 def rewrite(
@@ -33,7 +34,7 @@ def rewrite(
 
     Where the weights are the module's own (torch.export), the new parameters are registered under the names that they
     have in a planned model, and those of replaced FFNs are gone. Where the weights are inputs (make_fx), so are the
-    new ones: behind the others in the dict that holds the FFNs' weights, or, without such a dict, behind all other
+    new ones: last in the dict that holds the FFNs' weights, or, without such a dict, after all other
     inputs of a graph that then takes them one by one. ``meta["memcompile"]`` of the result holds drawn values for the
     new inputs, by name and in their order.
 
@@ -62,7 +63,7 @@ def rewrite(
         for call in block.calls:
             scope = next(s for s in scopes if s.capture is call.capture)
             _splice(call, scope, block.site, drawn, tensors)
-    names = {name for block in blocks for name in block.site.replaced}
+    names = {name for block in blocks for name in block.site.parameters}
     _remove_parameters(names if drawn.config.placement == "replace" else set(), names, scopes, tensors)
     for scope in scopes:
         scope.module.graph.lint()
@@ -133,10 +134,10 @@ def _blocks(sites: Sequence[FfnSite], scopes: list[Scope]) -> list[Block]:
         site = wanted.pop(block.site.down)
         if block.site.refusal is not None:
             raise PlanError(f"{site.name or site.down!r} cannot become a memory in this graph: {block.site.refusal}")
-        if set(block.site.replaced) != set(site.replaced):
+        if set(block.site.parameters) != set(site.parameters):
             raise PlanError(
-                f"{site.name or site.down!r} is not the same in this graph: it reads {sorted(block.site.replaced)} "
-                f"here, and {sorted(site.replaced)} in the site given"
+                f"{site.name or site.down!r} is not the same in this graph: it reads {sorted(block.site.parameters)} "
+                f"here, and {sorted(site.parameters)} in the site given"
             )
     for site in wanted.values():
         readers = {operator_name(u) for n, name in scopes[0].parameters.items() if name == site.down for u in n.users}

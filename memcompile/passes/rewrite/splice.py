@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from memcompile.common.sites import FfnSite
 from memcompile.errors import PlanError
+from memcompile.passes._torch import OpOverload
 from memcompile.passes.capture.graphs import Scope
 from memcompile.passes.detect.region import Region
 
@@ -34,7 +35,7 @@ class Splice:
         sources = [original[n] for n in (region.up[0].input, region.source)]
         self.sources = [n for n in sources if n.meta["val"].shape[-1] == site.width]
 
-    def insert(self, lookup: torch._ops.OpOverload, tensors: Sequence[fx.Node | None], sizes: tuple) -> fx.Node:
+    def insert(self, lookup: OpOverload, tensors: Sequence[fx.Node | None], sizes: tuple) -> fx.Node:
         """``lookup(source, *tensors, *sizes)`` before the FFN's output, in the shape and dtype of that output."""
         output = self.down.meta["val"]
         same = [s for s in self.sources if _sizes(s)[:-1] == _sizes(self.down)[:-1]]
@@ -112,7 +113,7 @@ class Splice:
         return None
 
     def _read_sizes_elsewhere(self) -> None:
-        """Sizes of hidden activations that others read, which make_fx leaves behind, are also sizes of the source."""
+        """Sizes of hidden activations that others read, as in make_fx's graphs, are also sizes of the source."""
         for node in list(self.graph.nodes):
             size = node.meta.get("val")
             if isinstance(size, torch.SymInt) and node.users and not self.inner.isdisjoint(node.all_input_nodes):

@@ -1,1 +1,1 @@
-"""What runs where an FFN's parameters were."""
+"""What a model's own code finds in the place of an FFN's parameters."""

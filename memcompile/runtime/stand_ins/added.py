@@ -1,10 +1,10 @@
-"""Memory beside an FFN: what runs in the owner's own forward where the memory is added and the FFN stays.
+"""Proxies: what runs in the owner's own forward where the memory is added to an FFN.
 
-The parameters stay registered where they were, but code that reads a projection's weight from its module meets a
-`CarryingWeight`: the module's class gets a property of that name (`_CarryingModule`). The up-projection runs on the
-real weight and returns a `CarriedActivation`: the hidden activation, and with it what the up-projection read. Every
-operator runs on the activation and carries that source on; the down-projection adds ``layer(source)`` to what it
-computes.
+The parameters stay registered where they were, but code that reads a projection's weight from its module gets a
+`WeightProxy`: the module's class has a property of that name (`_ModuleWithProxies`). The up-projection runs on the
+real weight and returns an `ActivationProxy`: the hidden activation, and with it the source, which the up-projection
+read. Every operator runs on the activation, and its result keeps the source; the down-projection adds
+``layer(source)`` to what it computes.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memcompile.common.token_wise import PROJECTED, PROJECTIONS, RESHAPES, TRANSPOSES, canonical
+from memcompile.common.token_wise import PROJECTIONS, RESHAPES, TRANSPOSES, canonical
 from memcompile.errors import CaptureError, PlanError
-from memcompile.runtime.stand_ins.replaced import Role
+from memcompile.runtime.stand_ins.replaced import Role, projected_operand
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
-_CARRYING_WEIGHTS = "_memcompile_weights"  # on a module: attribute -> what stands there
-# What code does to a weight on its way into a projection. Not detach or clone: those take a copy to look at.
+_PROXIES = "_memcompile_weights"  # on a module: attribute -> the proxy of the parameter there
+# What code does to a weight before it projects with it. Not detach or clone, which make a copy for other purposes.
 _OF_A_WEIGHT = RESHAPES | TRANSPOSES | frozenset("T to type type_as float half bfloat16 double contiguous".split())
 
 
-class _InFrontOfTensor:
-    """Passes for the tensor `value`: torch functions, methods, operators and attributes reach the tensor itself."""
+class _TensorProxy:
+    """Forwards torch functions, methods, operators and attributes to the tensor `value`."""
 
     value: Any
     layer: MemoryLayer
@@ -46,9 +46,9 @@ class _InFrontOfTensor:
         return iter(_run(torch.unbind, "unbind", (self,), {}))
 
 
-class CarryingWeight(_InFrontOfTensor):
-    """Stands before a projection's weight, wherever that is at the moment of use: FSDP, ``functional_call``,
-    ``to()`` and ``load_state_dict(assign=True)`` put other tensors in the place of a parameter.
+class WeightProxy(_TensorProxy):
+    """A projection's weight, read from its module at each use: FSDP, ``functional_call``, ``to()`` and
+    ``load_state_dict(assign=True)`` put other tensors in the place of a parameter.
 
     Attributes:
         name: the parameter's full name.
@@ -66,12 +66,12 @@ class CarryingWeight(_InFrontOfTensor):
         return self.module._parameters[self.attribute]
 
     def install(self) -> None:
-        """Puts itself before the parameter, also before those that are assigned to the attribute later."""
+        """Has the module return this proxy for the attribute, whatever parameter is assigned to it later."""
         own_class: Any = type(self.module)
-        if not issubclass(own_class, _CarryingModule):
-            self.module.__class__ = _carrying(own_class)
-        self.module.__dict__.setdefault(_CARRYING_WEIGHTS, {})[self.attribute] = self
-        setattr(type(self.module), self.attribute, _carrying_attribute(self.attribute))
+        if not issubclass(own_class, _ModuleWithProxies):
+            self.module.__class__ = _class_with_proxies(own_class)
+        self.module.__dict__.setdefault(_PROXIES, {})[self.attribute] = self
+        setattr(type(self.module), self.attribute, _proxy_property(self.attribute))
 
     def __getattr__(self, attribute: str) -> Any:
         """What code attached to the parameter."""
@@ -80,21 +80,21 @@ class CarryingWeight(_InFrontOfTensor):
         return getattr(self.value, attribute)
 
     def __repr__(self) -> str:
-        return f"CarryingWeight({self.name})"
+        return f"WeightProxy({self.name})"
 
 
-class _WeightOnItsWay(_InFrontOfTensor):
+class _DerivedWeightProxy(_TensorProxy):
     """A weight transposed or cast, for one call."""
 
-    def __init__(self, value: Tensor, weight: CarryingWeight | _WeightOnItsWay) -> None:
+    def __init__(self, value: Tensor, weight: WeightProxy | _DerivedWeightProxy) -> None:
         self.value = value
         self.name: str = weight.name
         self.role: Role = weight.role
         self.layer = weight.layer
 
 
-class CarriedActivation(_InFrontOfTensor):
-    """The hidden activation of an FFN with memory beside it.
+class ActivationProxy(_TensorProxy):
+    """The hidden activation of an FFN to which a memory is added.
 
     Attributes:
         value: the activation itself.
@@ -114,25 +114,25 @@ class CarriedActivation(_InFrontOfTensor):
         )
 
     def __repr__(self) -> str:
-        return f"CarriedActivation({tuple(self.value.shape)} of {self.layer.name})"
+        return f"ActivationProxy({tuple(self.value.shape)} of {self.layer.name})"
 
 
-_WEIGHTS = (CarryingWeight, _WeightOnItsWay)
+_WEIGHTS = (WeightProxy, _DerivedWeightProxy)
 
 
-class _CarryingModule(nn.Module):
-    """What a module with carrying weights is besides its own class.
+class _ModuleWithProxies(nn.Module):
+    """What a module whose weights have proxies is, in addition to its own class.
 
-    A class of its own, and nothing in ``__dict__``: assigning a parameter takes away what stands there, and Dynamo's
-    guards do not ask for it: they would run the graph of a dense block for its like with memory.
+    Another class, and nothing in ``__dict__``: assigning a parameter deletes what is there, and Dynamo has no guards on
+    it, so that it would run the graph of a dense block for an equal block with memory.
     """
 
     _own_class: type[nn.Module]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also runs when a parameter is assigned."""
-        if name in self.__dict__[_CARRYING_WEIGHTS] and _is_sharded(param) > _is_sharded(self._parameters[name]):
-            weight = self.__dict__[_CARRYING_WEIGHTS][name]
+        if name in self.__dict__[_PROXIES] and _is_sharded(param) > _is_sharded(self._parameters[name]):
+            weight = self.__dict__[_PROXIES][name]
             raise PlanError(
                 f"{weight.name} becomes a DTensor, which a memory that is added cannot follow: exclude "
                 f"{weight.layer.name!r} from tensor parallelism or from memory_layers (fully_shard works)"
@@ -144,21 +144,21 @@ class _CarryingModule(nn.Module):
         reduced: Any = super().__reduce_ex__(protocol)
         function, arguments, *state = reduced
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            names = tuple(self.__dict__[_CARRYING_WEIGHTS])
-            return (_new_carrying, (self._own_class, names, *arguments[1:]), *state)
+            names = tuple(self.__dict__[_PROXIES])
+            return (_new_with_proxies, (self._own_class, names, *arguments[1:]), *state)
         return (function, arguments, *state)
 
 
 @functools.cache
-def _carrying(cls: Any) -> type:
+def _class_with_proxies(cls: Any) -> type:
     """A new class for modules of class ``cls``."""
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (_CarryingModule, cls), {**names, "_own_class": cls})
+    return type(cls.__name__, (_ModuleWithProxies, cls), {**names, "_own_class": cls})
 
 
-def _carrying_attribute(name: str) -> property:
+def _proxy_property(name: str) -> property:
     def get(module: nn.Module) -> Any:
-        weight = module.__dict__[_CARRYING_WEIGHTS].get(name)
+        weight = module.__dict__[_PROXIES].get(name)
         # FSDP reads its shards as attributes; they are never what runs.
         if weight is None or _is_sharded(module._parameters[name]):
             return module._parameters[name]
@@ -171,77 +171,68 @@ def _is_sharded(parameter: Tensor | None) -> bool:
     return hasattr(parameter, "device_mesh")  # a DTensor, whose import takes a second
 
 
-def _new_carrying(cls: Any, names: tuple[str, ...], *arguments: Any) -> nn.Module:
-    carrying = _carrying(cls)
+def _new_with_proxies(cls: Any, names: tuple[str, ...], *arguments: Any) -> nn.Module:
+    with_proxies = _class_with_proxies(cls)
     for name in names:
-        setattr(carrying, name, _carrying_attribute(name))
-    module: nn.Module = carrying.__new__(carrying, *arguments)
+        setattr(with_proxies, name, _proxy_property(name))
+    module: nn.Module = with_proxies.__new__(with_proxies, *arguments)
     return module
 
 
 def _run(call: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Runs ``call``, an operator of that name, on the tensors behind its arguments, and hands on what they carry."""
-    found: list[_InFrontOfTensor] = []
-    result = call(*_behind(args, found), **{key: _behind(value, found) for key, value in kwargs.items()})
+    """Runs ``call``, an operator of that name, on the tensors of its arguments; the result keeps their source."""
+    found: list[_TensorProxy] = []
+    result = call(*_unwrapped(args, found), **{key: _unwrapped(value, found) for key, value in kwargs.items()})
     weights = [a for a in found if isinstance(a, _WEIGHTS)]
-    carried = [a for a in found if isinstance(a, CarriedActivation)]
-    if name in PROJECTIONS and len(weights) + len(carried) > 0:
-        return _projected(result, _operand(name, args, kwargs), weights, carried)
+    activations = [a for a in found if isinstance(a, ActivationProxy)]
+    if name in PROJECTIONS and len(weights) + len(activations) > 0:
+        return _projected(result, projected_operand(name, args, kwargs, _WEIGHTS), weights, activations)
     if name in _OF_A_WEIGHT and isinstance(args[0], _WEIGHTS):
-        return _WeightOnItsWay(result, args[0])
-    if carried:
-        return _carry(result, carried)
+        return _DerivedWeightProxy(result, args[0])
+    if activations:
+        return _as_proxies(result, activations)
     return result
 
 
-def _behind(argument: Any, found: list[_InFrontOfTensor]) -> Any:
-    """The tensors behind an argument; what stood before them is added to ``found``."""
-    if isinstance(argument, _InFrontOfTensor):
+def _unwrapped(argument: Any, found: list[_TensorProxy]) -> Any:
+    """An argument with tensors in the place of proxies, which are added to ``found``."""
+    if isinstance(argument, _TensorProxy):
         found.append(argument)
         return argument.value
     if type(argument) in (list, tuple):
-        return type(argument)([_behind(item, found) for item in argument])
+        return type(argument)([_unwrapped(item, found) for item in argument])
     return argument
 
 
-def _carry(result: Any, carried: list[Any]) -> Any:
-    first = carried[0]
-    for other in carried:
+def _as_proxies(result: Any, activations: list[Any]) -> Any:
+    first = activations[0]
+    for other in activations:
         if other.layer is not first.layer:
             raise first.error(f"meets that of {other.layer.name}")
     if isinstance(result, Tensor):
-        return CarriedActivation(result, first.source, first.layer, any(c.differentiable for c in carried))
+        return ActivationProxy(result, first.source, first.layer, any(c.differentiable for c in activations))
     if isinstance(result, (list, tuple)) and any(isinstance(item, Tensor) for item in result):
-        return type(result)([_carry(item, carried) for item in result])
+        return type(result)([_as_proxies(item, activations) for item in result])
     return result
 
 
-def _operand(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What a projection projects."""
-    if name == "einsum":
-        operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
-        return next((a for a in operands if not isinstance(a, _WEIGHTS)), None)
-    position, keyword = PROJECTED[name]
-    return args[position] if len(args) > position else kwargs.get(keyword)
-
-
-def _projected(result: Any, operand: Any, weights: list[Any], carried: list[Any]) -> Any:
-    if not carried and (len(weights) != 1 or not isinstance(operand, Tensor)):
-        return result  # of weights alone, or by something else: a penalty on them, a look at them
+def _projected(result: Any, operand: Any, weights: list[Any], activations: list[Any]) -> Any:
+    if not activations and (len(weights) != 1 or not isinstance(operand, Tensor)):
+        return result  # of weights alone, or by something else: a penalty on them, a statistic of them
     if len(weights) != 1:
-        raise carried[0].error("is projected by something else than the FFN's own weight")
+        raise activations[0].error("is projected by something else than the FFN's own weight")
     (weight,) = weights
     layer = weight.layer
     if weight.role is Role.UP:
-        if carried:
-            raise carried[0].error(f"is projected by {weight.name}")
+        if activations:
+            raise activations[0].error(f"is projected by {weight.name}")
         if operand.shape[-1] != layer.width:
             raise CaptureError(
                 f"memcompile: {weight.name} projects {tuple(operand.shape)}, which does not have its {layer.width} "
                 f"features last; exclude the block from memory_layers"
             )
-        return CarriedActivation(result, operand, layer, result.requires_grad)
-    if not isinstance(operand, CarriedActivation) or operand.layer is not layer:
+        return ActivationProxy(result, operand, layer, result.requires_grad)
+    if not isinstance(operand, ActivationProxy) or operand.layer is not layer:
         raise CaptureError(
             f"memcompile: a memory is added to the output of {weight.name}, but it projects "
             f"{type(operand).__name__} that its own up-projection did not produce; exclude its block from memory_layers"
@@ -254,14 +245,14 @@ def _projected(result: Any, operand: Any, weights: list[Any], carried: list[Any]
 
 
 def _forwarded(name: str, call: Callable) -> Callable:
-    def method(self: _InFrontOfTensor, *args: Any, **kwargs: Any) -> Any:
+    def method(self: _TensorProxy, *args: Any, **kwargs: Any) -> Any:
         return _run(call, canonical(name), (self, *args), kwargs)
 
     return method
 
 
 def _forwarded_reversed(name: str, call: Callable) -> Callable:
-    def method(self: _InFrontOfTensor, other: Any) -> Any:
+    def method(self: _TensorProxy, other: Any) -> Any:
         return _run(call, canonical(name), (other, self), {})
 
     return method
@@ -280,13 +271,13 @@ def _attribute(name: str) -> property:
 for _name in dir(Tensor):
     if not _name.startswith("_") and _name != "name":
         _callable = callable(getattr(Tensor, _name))
-        setattr(_InFrontOfTensor, _name, _forwarded(_name, _method(_name)) if _callable else _attribute(_name))
+        setattr(_TensorProxy, _name, _forwarded(_name, _method(_name)) if _callable else _attribute(_name))
 for _name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split():
     _operator = getattr(operator, f"__{_name}__")
-    setattr(_InFrontOfTensor, f"__{_name}__", _forwarded(f"__{_name}__", _operator))
-    setattr(_InFrontOfTensor, f"__r{_name}__", _forwarded_reversed(f"__r{_name}__", _operator))
-    setattr(_InFrontOfTensor, f"__i{_name}__", _forwarded(f"__i{_name}__", getattr(operator, f"__i{_name}__")))
+    setattr(_TensorProxy, f"__{_name}__", _forwarded(f"__{_name}__", _operator))
+    setattr(_TensorProxy, f"__r{_name}__", _forwarded_reversed(f"__r{_name}__", _operator))
+    setattr(_TensorProxy, f"__i{_name}__", _forwarded(f"__i{_name}__", getattr(operator, f"__i{_name}__")))
 for _name in "neg pos abs invert eq ne lt le gt ge getitem setitem".split():
-    setattr(_InFrontOfTensor, f"__{_name}__", _forwarded(f"__{_name}__", getattr(operator, f"__{_name}__")))
+    setattr(_TensorProxy, f"__{_name}__", _forwarded(f"__{_name}__", getattr(operator, f"__{_name}__")))
 for _conversion in (bool, int, float, complex, len):
-    setattr(_InFrontOfTensor, f"__{_conversion.__name__}__", _forwarded(_conversion.__name__, _conversion))
+    setattr(_TensorProxy, f"__{_conversion.__name__}__", _forwarded(_conversion.__name__, _conversion))

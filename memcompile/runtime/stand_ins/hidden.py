@@ -21,10 +21,10 @@ _TAKES_NORM_ORDER = frozenset({"norm", "vector_norm", "linalg_vector_norm"})
 
 
 class HiddenActivation:
-    """Stands for the hidden activation of a replaced FFN; carries the FFN's input ``x [..., d]`` to its end.
+    """Stands for the hidden activation of a replaced FFN, and holds the FFN's input ``x [..., d]``.
 
-    It has the shape that the hidden activation would have, ``[..., *features]``, and follows operators that treat
-    each token alone. Anything else raises CaptureError.
+    It has the shape that the hidden activation would have, ``[..., *features]``, also after operators that treat
+    each token alone. Any other operator raises CaptureError.
     """
 
     def __init__(self, x: Tensor, features: Features, layer: MemoryLayer) -> None:
@@ -240,7 +240,7 @@ class HiddenActivation:
     def _reduced(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Features | None:
         at = 2 if name in _TAKES_NORM_ORDER else 1
         dims = kwargs.get("dim", args[at] if len(args) > at else None)
-        at += 2 if name in ("var", "std") else 1  # behind `unbiased`
+        at += 2 if name in ("var", "std") else 1  # after `unbiased`
         kept = kwargs.get("keepdim", args[at] if len(args) > at else False)
         if dims is None:
             return None

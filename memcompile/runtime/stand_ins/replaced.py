@@ -1,13 +1,13 @@
 """Stand-ins: what runs in the owner's own forward where an FFN was replaced, so that no line of it has to change.
 
-Each parameter of the FFN is replaced by a `ReplacedParameter`. The owner's code calls its projection as ever;
-PyTorch hands the call to the stand-in (`__torch_function__`), and the up-projection returns a `HiddenActivation`
-that carries the FFN's input. Token-wise operators pass it on. The down-projection turns it into
+Each parameter of the FFN is replaced by a `ReplacedParameter`. The owner's code calls its projection as before;
+PyTorch gives the call to the stand-in (`__torch_function__`), and the up-projection returns a `HiddenActivation`
+that holds the FFN's input. Token-wise operators return it again. The down-projection turns it into
 ``layer(input)``: one `memcompile::memory_lookup`. Dynamo traces through all of this and sees that one op.
 
-The change sits on parameters, not on modules, because only so it is exact: a dropout inside a projection
-module, a residual inside the FFN, an FFN written with raw parameters and `nn.TransformerEncoderLayer` with its
-fused path, which stands back from any weight that has `__torch_function__`, all keep their own code.
+Parameters are replaced and not modules, because only so is the change exact: a dropout inside a projection module, a
+residual inside the FFN, an FFN written with raw parameters and `nn.TransformerEncoderLayer`, whose fused path is not
+taken for a weight with `__torch_function__`, all keep their own code.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ for _name in sorted(CASTS | DROPOUTS | FEATURE_REDUCTIONS | {"min", "max"}):
             setattr(HiddenActivation, _spelling, _forward_operator(_name))
 for _spelling in "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __invert__ __matmul__".split():
     setattr(HiddenActivation, _spelling, _forward_operator(canonical(_spelling)))
-# Without these Python would answer itself: an object is true.
+# Without these Python would have an answer of its own: an object is true.
 for _name in "bool int float len setitem floordiv mod xor".split():
     setattr(HiddenActivation, f"__{_name}__", _refused_operator(f"__{_name}__"))
 
@@ -197,20 +197,25 @@ def _is_down_bias(parameter: ReplacedParameter, output: Tensor) -> bool:
 
 
 def _is_derived(replaced: Sequence[ReplacedParameter], others: Sequence[Tensor]) -> bool:
-    """Whether something is computed from learned vectors and constants, which only the hidden activation reads:
+    """Whether something is computed of learned vectors and constants, which only the hidden activation reads:
     ``1 + gamma``, ``softplus(alpha)``.
     """
     rank = max(len(parameter.shape) for parameter in replaced)
     return all(p.role is Role.OTHER for p in replaced) and all(other.dim() <= rank for other in others)
 
 
+def projected_operand(name: str, args: tuple, kwargs: dict[str, Any], weights: type | tuple[type, ...]) -> Any:
+    """What a projection projects: of an einsum's operands the one that is no weight."""
+    if name == "einsum":
+        operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
+        return next((a for a in operands if not isinstance(a, weights)), None)
+    position, keyword = PROJECTED[name]
+    return args[position] if len(args) > position else kwargs.get(keyword)
+
+
 def _project(name: str, operands: Sequence[Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     weights = [a for a in operands if isinstance(a, ReplacedParameter) and a.role is not Role.OTHER]
-    if name == "einsum":
-        activation = next((a for a in operands if isinstance(a, (Tensor, HiddenActivation))), None)
-    else:
-        position, keyword = PROJECTED[name]
-        activation = args[position] if len(args) > position else kwargs.get(keyword)
+    activation = projected_operand(name, args, kwargs, ReplacedParameter)
     if len(weights) != 1:
         for stand_in in (activation, *operands):
             if isinstance(stand_in, HiddenActivation):

@@ -19,9 +19,10 @@ import sys
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config
-from memcompile.lowering import inductor, memory_lookup
+from memcompile.lowering import memory_lookup
+from memcompile.lowering.inductor import graph_pass
 
-digest = inductor.source_digest()
+digest = graph_pass.source_digest()
 tensors = [torch.randn(s) for s in ((5, 12), (12, 12), (12,), (2, 2, 7, 3), (49, 10))]
 
 def lookup(*tensors):
@@ -31,8 +32,8 @@ for argument in sys.argv[1:]:
     options, change = argument.split(",")
     torch._dynamo.reset()
     counters.clear()
-    inductor.source_digest = lambda: digest + change
-    with config.patch(inductor.inductor_patches(options)):
+    graph_pass.source_digest = lambda: digest + change
+    with config.patch(graph_pass.inductor_patches(options)):
         torch.testing.assert_close(torch.compile(lookup, fullgraph=True)(*tensors), lookup(*tensors))
     hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
     bypassed = counters["inductor"]["fxgraph_cache_bypass"] + counters["aot_autograd"]["autograd_cache_bypass"]
@@ -84,6 +85,16 @@ def test_the_users_pass_still_runs_and_stays_in_the_key():
     assert uuid[0] == "memcompile"
     assert "options" in uuid
     assert "the user's" in uuid
+
+
+def test_the_key_covers_what_changes_code(monkeypatch):
+    keys = set()
+    for held_back in (False, True):
+        monkeypatch.setattr("memcompile.lowering.inductor.graph_pass.mkl_is_held_back", lambda held=held_back: held)
+        for atomics in ("0", "1"):
+            monkeypatch.setenv("MEMCOMPILE_ATOMICS", atomics)
+            keys |= {LoweringPass("").uuid(), LoweringPass("options").uuid()}
+    assert len(keys) == 8
 
 
 def test_wrapped_passes_run_in_order():

@@ -1,4 +1,4 @@
-"""Pass 1, trace: what it sees, and that it leaves no trace of itself in the model."""
+"""Tracing: what it sees, and that the model is as it was afterwards."""
 
 import collections
 import functools
@@ -10,9 +10,9 @@ from torch import nn
 
 import memcompile
 from memcompile.passes._torch import FakeTensorMode
-from memcompile.passes.capture.sandbox import forgotten
+from memcompile.passes.capture.sandbox import caches_without_fakes
 from memcompile.passes.capture.trace import trace
-from memcompile.passes.detect.normalize import operator_name
+from memcompile.passes.fx import operator_name
 from tests import heap
 from tests.models import BATCH, TIME, WIDTH, ZOO, Block, Transformer, plain_ffn, tiny_gpt
 from tests.planned import MEMORY
@@ -180,7 +180,7 @@ def test_caches_that_were_frozen_are_remembered():
         return torch.ones(2)
 
     heap.freeze()
-    with forgotten(), FakeTensorMode():
+    with caches_without_fakes(), FakeTensorMode():
         ones()
     assert not ones.cache_info().currsize
 
@@ -243,7 +243,7 @@ def test_what_train_mode_leaves_out_is_traced_in_eval_mode():
     assert (whole.only, whole.forward.evaluate, rest.forward.evaluate) == (None, False, True)
     left_out = {name for name in model.state_dict() if name.startswith(("blocks.1.", "blocks.3."))}
     assert rest.only == left_out and left_out < whole.unread
-    assert "positions.weight" in rest.unread and not rest.speaks_for("positions.weight")
+    assert "positions.weight" in rest.unread and not rest.covers("positions.weight")
     assert [module.training for module in model.modules()] == modes
     assert len(trace(model.eval())) == 1
 

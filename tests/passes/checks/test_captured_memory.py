@@ -1,4 +1,4 @@
-"""Pass 6, verify: a captured graph that does not run the planned memory, and nothing else with it, is an error."""
+"""A captured graph that does not run the planned memory, and nothing else with it, is an error."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import fx, nn
 
 import memcompile
 from memcompile import CaptureError
-from memcompile.passes.checks.captured_memory import is_lookup, operators_in, placeholders_of, verify
+from memcompile.passes.checks.captured_memory import is_lookup, operators_in, placeholders_of, verify_captured_memory
 from memcompile.runtime.pool import pool_of
 from tests.models import ZOO, tiny_gpt
 
@@ -39,7 +39,7 @@ class Captured:
         return next(p for p, v in zip(placeholders, self.inputs, strict=True) if v is value)
 
     def verify(self):
-        return verify(self.module, self.inputs, self.layers, self.calls)
+        return verify_captured_memory(self.module, self.inputs, self.layers, self.calls)
 
 
 @pytest.fixture
@@ -56,7 +56,9 @@ def test_a_part_of_the_graph_passes_without_calls(captured):
     _, second = captured.lookups()
     second.replace_all_uses_with(second.args[0])
     captured.module.graph.erase_node(second)
-    assert verify(captured.module, captured.inputs, captured.layers, None) == {"blocks.1.ffn.2.weight": 1}
+    assert verify_captured_memory(captured.module, captured.inputs, captured.layers, None) == {
+        "blocks.1.ffn.2.weight": 1
+    }
 
 
 def test_a_missing_lookup(captured):
@@ -149,9 +151,9 @@ def test_calls_of_a_shared_layer_are_counted():
     torch.compile(model, backend=lambda m, i: graphs.append((m, i)) or m.forward)(torch.randint(50, (3, 5)))
     ((module, inputs),) = graphs
     layers = {name: list(layer.parameters()) for name, layer in pool.layers.items()}
-    assert verify(module, inputs, layers, {"blocks.0.ffn.2.weight": 4}) == {"blocks.0.ffn.2.weight": 4}
+    assert verify_captured_memory(module, inputs, layers, {"blocks.0.ffn.2.weight": 4}) == {"blocks.0.ffn.2.weight": 4}
     with pytest.raises(CaptureError, match="planned"):
-        verify(module, inputs, layers, {"blocks.0.ffn.2.weight": 3})
+        verify_captured_memory(module, inputs, layers, {"blocks.0.ffn.2.weight": 3})
 
 
 @pytest.mark.parametrize("before", [(), ("predicate",)], ids=["all are its own", "a predicate stands before them"])
@@ -164,6 +166,6 @@ def test_operands_of_a_body_stand_for_its_placeholders(before):
     graph.output(graph.call_function(torch.cond, (*map(given.get, before), graph.get_attr("body"), operands)))
     outer = fx.GraphModule({"body": body}, graph)
 
-    _, (add, binding), _ = operators_in(outer, {node: name for name, node in given.items()})
+    _, (add, binding), _ = operators_in(outer, list(given))
     assert [binding[a] for a in placeholders_of(body)] == ["a", "b", "a"]
     assert add.target is torch.add

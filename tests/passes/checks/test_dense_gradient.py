@@ -1,4 +1,4 @@
-"""Pass 7: where a graph reads the values beside its layers, their gradient is dense, and what it should be."""
+"""Where a graph reads the values outside of its layers too, their gradient is dense, and what it should be."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from memcompile.passes.checks.captured_memory import PLACES, is_lookup
+from memcompile.passes.checks.captured_memory import POSITIONS, is_lookup
 from tests.planned import batch, plain_attention, planned_gpt, stop_before_inductor
 
 PLAN = {"layers": 4, "memory_layers": 2, "n_keys": 32, "values_grad": "sparse"}
@@ -43,4 +43,4 @@ def test_lookups_inside_bodies_are_found(monkeypatch):
     (graph,) = graphs
     bodies = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
     found = [node for body in bodies for node in body.graph.nodes if is_lookup(node)]
-    assert len(found) == 2 and {node.args[PLACES["values_grad"]] for node in found} == {"dense"}
+    assert len(found) == 2 and {node.args[POSITIONS["values_grad"]] for node in found} == {"dense"}

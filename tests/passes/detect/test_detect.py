@@ -48,7 +48,7 @@ def test_every_ffn_of_the_zoo_in_order(name, training):
         weight = "w2" if name == "raw_parameters" else DOWN.get(name, "2") + ".weight"
         assert site.down == f"{site.name}.{weight}"
         assert site.flops == 2 * WIDTH * hidden * (3 if gated else 2)
-        assert set(site.up) | {site.down} <= set(site.replaced)
+        assert set(site.up) | {site.down} <= set(site.parameters)
         assert model.get_parameter(site.down).numel() == WIDTH * hidden
 
 
@@ -62,7 +62,7 @@ def test_replaced_parameters_are_those_of_the_ffn_alone(name):
             expected = {f"{site.name}.linear{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")}
         else:
             expected = {f"{site.name}.{n}" for n, _ in model.get_submodule(site.name).named_parameters()}
-        assert set(site.replaced) == expected
+        assert set(site.parameters) == expected
 
 
 def test_nothing_is_found_in_what_is_no_transformer():

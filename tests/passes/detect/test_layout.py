@@ -8,7 +8,7 @@ from torch import nn
 from memcompile import find_ffns
 from memcompile.passes.capture.trace import trace
 from memcompile.passes.detect.layout import stream_read
-from memcompile.passes.detect.normalize import operator_name
+from memcompile.passes.fx import operator_name
 from tests.models import BATCH, WIDTH, Block, Transformer, plain_ffn, tiny_gpt
 
 TOKENS = 16

@@ -1,4 +1,4 @@
-"""Pass 4, place: which FFNs are chosen, and what is said where that is impossible."""
+"""Which FFNs are chosen, and what is said where that is impossible."""
 
 import dataclasses
 import itertools
@@ -79,26 +79,6 @@ def test_any_number(count_and_layers):
 )
 def test_indices_and_names(layers, expected):
     assert chosen(4, layers) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "stack"),
-    [
-        ("t5.encoder.block.3.mlp", "t5.encoder.block"),
-        ("t5.block3.mlp", "t5.block"),
-        ("encoder.block.3.layer.1.DenseReluDense", "encoder.block"),
-        ("layers.11.mlp", "layers"),
-        ("3.mlp", ""),
-        ("block3.mlp", "block"),
-        ("body.block_3.mlp", "body.block"),
-        ("t5_encoder.layers.0.mlp", "t5_encoder.layers"),
-        ("encoder.mlp", "encoder"),
-        ("mlp", ""),
-        ("", ""),
-    ],
-)
-def test_the_stack_of_a_block(name, stack):
-    assert site(0, name=name).stack == stack
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_weights_that_are_passed_in(pre_dispatch, mode, placement):
     drawn = result.meta["memcompile"]
     now = dict(live.named_parameters())
     assert_same(drawn, {name: now[name] for name in drawn})
-    assert now.keys() == drawn.keys() | (weights.keys() - {n for s in sites[1:] for n in s.replaced} & weights.keys()
+    assert now.keys() == drawn.keys() | (weights.keys() - {n for s in sites[1:] for n in s.parameters} & weights.keys()
                                          if placement == "replace" else weights.keys())  # fmt: skip
     for name in now:
         if name.endswith("memory.out_weight"):
@@ -328,7 +328,7 @@ def changed(**values: Any) -> Callable[[FfnSite], FfnSite]:
             r"'blocks.0.ffn' is no feed-forward block of this graph: it has no elsewhere",
         ),
         (changed(down="head.weight"), r"no feed-forward block of this graph: head.weight is read by linear"),
-        (changed(replaced=("blocks.0.ffn.0.weight",)), r"'blocks.0.ffn' is not the same in this graph"),
+        (changed(parameters=("blocks.0.ffn.0.weight",)), r"'blocks.0.ffn' is not the same in this graph"),
         (changed(refusal="it is an expert"), r"'blocks.0.ffn' cannot become a memory: it is an expert"),
     ],
 )

@@ -20,7 +20,7 @@ import memcompile
 from memcompile import CaptureError, PlanError
 from memcompile.runtime.pool import pool_of
 from memcompile.runtime.stand_ins import added
-from memcompile.runtime.stand_ins.added import CarriedActivation, CarryingWeight
+from memcompile.runtime.stand_ins.added import ActivationProxy, WeightProxy
 from memcompile.runtime.stand_ins.replaced import Role
 from tests.models import (
     DYNAMO_TRACES_MATMUL_OF_OBJECTS,
@@ -103,7 +103,7 @@ class BrokenTransformer(Transformer):
 
 
 @pytest.mark.parametrize("kind", [plain_ffn, RawParameterFfn])
-def test_a_dense_block_does_not_lend_its_graph_to_its_like_with_memory(kind, monkeypatch):
+def test_a_dense_block_and_an_equal_one_with_memory_have_graphs_of_their_own(kind, monkeypatch):
     stop_before_inductor(monkeypatch, lambda graph_module, inputs: graph_module.forward)
     model, (tokens, _) = BrokenTransformer([Block(WIDTH, kind(WIDTH, HIDDEN)) for _ in range(3)]), batch()
     compiled = torch.compile(model, backend="memcompile", memory_layers=[1], placement="add", **MEMORY)
@@ -132,7 +132,7 @@ def dense_of(ffn: OperatedFfn) -> OperatedFfn:
 
 
 @pytest.mark.parametrize("name", TOKEN_WISE)
-def test_operators_run_on_the_activation_and_carry_the_source_on(name, ffn, x):
+def test_operators_run_on_the_activation_and_keep_the_source(name, ffn, x):
     def operator(h):  # back to the width that the down-projection takes
         result = TOKEN_WISE[name](h)
         return F.pad(result, (0, HIDDEN - result.shape[-1])).to(x.dtype)
@@ -145,7 +145,7 @@ def test_operators_run_on_the_activation_and_carry_the_source_on(name, ffn, x):
     assert torch.equal(ffn(x), expected + ffn.down.memory(x))
 
 
-CARRIED = {
+FURTHER = {
     "max": lambda h: h - h.max(-1, keepdim=True).values,
     "mask": lambda h: h.masked_fill(h < 0, 0.0),
     "stacked": lambda h: torch.stack((h, h)).sum(0),
@@ -162,9 +162,9 @@ CARRIED = {
 }
 
 
-@pytest.mark.parametrize("name", CARRIED)
+@pytest.mark.parametrize("name", FURTHER)
 def test_other_operators_run_on_the_activation_too(name, ffn, x):
-    ffn.operator = CARRIED[name]
+    ffn.operator = FURTHER[name]
     expected = dense_of(ffn)(x)
     assert torch.equal(ffn(x), expected + ffn.down.memory(x))
 
@@ -205,7 +205,7 @@ def test_two_ffns_do_not_mix(x):
     (first, _, down, _), (second, _, other, _) = (block.ffn for block in model.blocks)
     with pytest.raises(CaptureError, match=r"\(blocks\.0\.ffn\) meets that of blocks\.1\.ffn"):
         first(x) + second(x)
-    with pytest.raises(CaptureError, match=r"blocks\.1\.ffn\.2\.weight, but it projects CarriedActivation"):
+    with pytest.raises(CaptureError, match=r"blocks\.1\.ffn\.2\.weight, but it projects ActivationProxy"):
         other(first(x))
     with pytest.raises(CaptureError, match=r"\(blocks\.0\.ffn\) is projected by blocks\.1\.ffn\.0\.weight"):
         second(down.weight.t().new_zeros(1) + first(x)[..., :WIDTH])
@@ -254,7 +254,7 @@ def test_spellings_of_a_projection(spelling, x):
     memory = nn.Linear(WIDTH, WIDTH)
     memory.width, memory.query_weight, memory.name = WIDTH, memory.weight, "block"
     for name, role in (("w1", Role.UP), ("w2", Role.DOWN)):
-        CarryingWeight(name, role, memory, block, name).install()
+        WeightProxy(name, role, memory, block, name).install()
     assert torch.equal(block(x), expected + memory(x))
 
 
@@ -263,7 +263,7 @@ def test_spellings_of_a_projection(spelling, x):
 
 def test_a_weight_passes_for_its_parameter(ffn):
     weight, parameter = ffn.up.weight, ffn.up._parameters["weight"]
-    assert isinstance(weight, CarryingWeight)
+    assert isinstance(weight, WeightProxy)
     assert (weight.shape, weight.dtype, weight.device) == (parameter.shape, parameter.dtype, parameter.device)
     assert torch.equal(weight * 2, parameter * 2)
     assert torch.equal(weight.T @ weight, parameter.T @ parameter)
@@ -337,9 +337,9 @@ def test_a_copy_runs_on_its_own_parameters(duplicate):
 def test_a_pickle_is_read_by_another_process():
     model, (tokens, _) = added_gpt(), batch()
     pickled = pickle.dumps(model)
-    added._carrying.cache_clear()
+    added._class_with_proxies.cache_clear()
     twin = pickle.loads(pickled)
-    assert isinstance(twin.blocks[1].ffn[0].weight, CarryingWeight)
+    assert isinstance(twin.blocks[1].ffn[0].weight, WeightProxy)
     assert torch.equal(twin(tokens), model(tokens))
 
 
@@ -438,8 +438,8 @@ def test_the_memory_learns_from_the_second_step_on():
 
 
 def test_what_the_activation_says_of_itself(ffn, x):
-    seen: list[CarriedActivation] = []
+    seen: list[ActivationProxy] = []
     ffn.operator = lambda h: seen.append(h) or h
     ffn(x)
-    assert repr(seen[0]) == f"CarriedActivation({(3, 5, HIDDEN)} of blocks.1.ffn)"
+    assert repr(seen[0]) == f"ActivationProxy({(3, 5, HIDDEN)} of blocks.1.ffn)"
     assert seen[0].source is x

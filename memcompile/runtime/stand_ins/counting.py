@@ -13,8 +13,8 @@ from memcompile.common.sites import FfnSite
 from memcompile.runtime.install import put_stand_ins
 
 
-class Understudy:
-    """Plays a memory layer: takes its input and returns it, and counts.
+class CountingLayer:
+    """What stand-ins call in the place of a memory layer: returns its input, and counts.
 
     Attributes:
         calls: how often it ran.
@@ -30,18 +30,18 @@ class Understudy:
 
 
 @contextlib.contextmanager
-def lent(root: nn.Module, sites: Sequence[FfnSite], adds: bool) -> Iterator[list[Understudy]]:
-    """Stand-ins with understudies for the FFNs of ``sites``; afterwards the model is as it was."""
-    names = [name for site in sites for name in site.replaced]
+def counting_stand_ins(root: nn.Module, sites: Sequence[FfnSite], adds: bool) -> Iterator[list[CountingLayer]]:
+    """Puts stand-ins with counting layers into the FFNs of ``sites``; afterwards the model is as it was."""
+    names = [name for site in sites for name in site.parameters]
     holders = {id(h): h for h in (root.get_submodule(name.rpartition(".")[0]) for name in names)}.values()
     before = [(h, type(h), dict(h.__dict__), dict(h._parameters)) for h in holders]
-    understudies = []
+    layers = []
     try:
         for site in sites:
             down = root.get_parameter(site.down)
-            understudies.append(Understudy(site, down.dtype, down.device))
-            put_stand_ins(root, site, understudies[-1], adds)
-        yield understudies
+            layers.append(CountingLayer(site, down.dtype, down.device))
+            put_stand_ins(root, site, layers[-1], adds)
+        yield layers
     finally:
         for holder, cls, attributes, parameters in before:
             holder.__class__ = cls

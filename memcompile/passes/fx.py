@@ -1,88 +1,28 @@
-"""Pass 2, normalize: bring a captured graph into the form that the matcher reads. Decides nothing."""
+"""What every pass asks of a node: its operator's name, its value's shape, what it writes, what it is computed from."""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
 
 from memcompile.common.token_wise import canonical
-
-
-def normalize(graph: fx.Graph) -> None:
-    """Rewires, in place, every later use of a mutated tensor to the operator that mutated it; replaces operands
-    that give only a shape or dtype by that shape or dtype; drops dead views. Other dead code stays: its result may
-    have been kept on a module or by a hook.
-
-    Afterwards an in-place operator reads like its functional form: its node is the value, its first argument
-    the value before. Mutations stay in program order, so the graph still computes what it did.
-    """
-    for node in graph.nodes:
-        _drop_metadata_operand(node)
-    position = {node: index for index, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        if not is_in_place(node):
-            continue
-        mutated = node.args[0]
-        if isinstance(mutated, fx.Node) and mutated.op != "placeholder":
-            later = [user for user in mutated.users if position[user] > position[node]]
-            for user in later:
-                user.replace_input_with(mutated, node)
-    graph.eliminate_dead_code(lambda node: not is_view(node) or operator_name(node) == "detach")
-
-
-def _drop_metadata_operand(node: fx.Node) -> None:
-    value = fake_value(node)
-    if value is None:
-        return
-    if node.target in _METADATA_FORMS:
-        node.target, attribute = _METADATA_FORMS[node.target]
-        node.args = (node.args[0], getattr(value, attribute))
-    elif operator_name(node) in _FACTORIES:
-        like: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
-        fill = [a for a in (*node.args[1:], node.kwargs.get("fill_value")) if isinstance(a, (bool, int, float))]
-        target, needs_fill = _FACTORIES[operator_name(node)]
-        node.target = target
-        node.args, node.kwargs = (tuple(value.shape), *(fill[:1] if needs_fill else [])), like
-
-
-# Factories that read the shape and dtype of an operand, and what makes the same tensor without it.
-_FACTORIES: dict[str, tuple[Any, bool]] = {
-    "empty_like": (torch.ops.aten.empty.memory_format, False),
-    "new_empty": (torch.ops.aten.empty.memory_format, False),
-    "zeros_like": (torch.ops.aten.zeros.default, False),
-    "new_zeros": (torch.ops.aten.zeros.default, False),
-    "ones_like": (torch.ops.aten.ones.default, False),
-    "new_ones": (torch.ops.aten.ones.default, False),
-    "full_like": (torch.ops.aten.full.default, True),
-    "new_full": (torch.ops.aten.full.default, True),
-    "rand_like": (torch.ops.aten.rand.default, False),
-    "randn_like": (torch.ops.aten.randn.default, False),
-}
-
-
-_METADATA_FORMS = {
-    torch.ops.aten.type_as.default: (torch.ops.aten.to.dtype, "dtype"),
-    torch.ops.aten.view_as.default: (torch.ops.aten.view.default, "shape"),
-    torch.ops.aten.reshape_as.default: (torch.ops.aten.reshape.default, "shape"),
-    torch.ops.aten.expand_as.default: (torch.ops.aten.expand.default, "shape"),
-}
+from memcompile.passes._torch import OpOverload
 
 
 def operator_name(node: fx.Node) -> str:
     """``linear``, ``mul``, ``getitem`` ...: the operator without namespace, overload and in-place mark."""
     if node.op != "call_function":
         return node.op
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return canonical(node.target._schema.name.split("::")[1])
     return getattr(node.target, "__name__", str(node.target))
 
 
 def is_in_place(node: fx.Node) -> bool:
     """Whether the operator writes into its first argument."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.args:
+    if not isinstance(node.target, OpOverload) or not node.args:
         return False
     first = node.target._schema.arguments[0]
     return first.alias_info is not None and first.alias_info.is_write
@@ -92,7 +32,7 @@ def is_view(node: fx.Node) -> bool:
     """Whether the operator only returns a view of its first argument, or one of several."""
     if node.target is operator.getitem:
         return True
-    if not isinstance(node.target, torch._ops.OpOverload) or is_in_place(node):
+    if not isinstance(node.target, OpOverload) or is_in_place(node):
         return False
     returns = node.target._schema.returns
     return len(returns) > 0 and returns[0].alias_info is not None
@@ -101,7 +41,7 @@ def is_view(node: fx.Node) -> bool:
 def dimension_order(node: fx.Node, rank: int) -> list[int]:
     """Which dimension of its operand each dimension of a transpose is: the transpose of a tensor whose sizes tell."""
     numbered = torch.empty(tuple(range(1, rank + 1)), device="meta")
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     result = node.target(numbered, *node.args[1:], **node.kwargs)
     return [size - 1 for size in result.shape]
 

@@ -1,4 +1,4 @@
-"""The proof that two modules run alike: then one trace is a trace of both."""
+"""The proof that two modules do the same: then one trace is a trace of both."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from memcompile.common.token_wise import CASTS, POINTWISE, RESHAPES
-from memcompile.passes.detect.normalize import aliases, ancestors, fake_value, is_in_place, memory_root, operator_name
+from memcompile.passes._torch import OpOverload
+from memcompile.passes.fx import aliases, ancestors, fake_value, is_in_place, memory_root, operator_name
 
 
 def find_constants(graph: fx.Graph, given: Container[fx.Node]) -> frozenset[fx.Node]:
@@ -41,7 +42,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def _draws(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def is_uniform(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Modules that are proved alike, each difference that tells two apart, and that only one of them is traced."""
+"""Modules that are proved to do the same, each difference that tells two apart, and that only one of them is traced."""
 
 import copy
 from unittest import mock
@@ -9,7 +9,7 @@ from torch import nn
 
 from memcompile import find_ffns
 from memcompile.passes.capture import trace as trace_module
-from memcompile.passes.capture.alike import structure
+from memcompile.passes.capture.structure import structure
 from tests.models import HIDDEN, WIDTH, Block, plain_ffn
 
 

@@ -1,11 +1,12 @@
-"""Pass 2, normalize: mutation and metadata operands read like plain dataflow, and the numbers stay the same."""
+"""Normalized graphs: mutation and metadata operands read like plain dataflow, and the numbers stay the same."""
 
 import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from memcompile.passes.detect.normalize import features, is_in_place, normalize, operator_name, tokens
+from memcompile.passes.capture.normalize import normalize
+from memcompile.passes.fx import features, is_in_place, operator_name, tokens
 
 
 def traced(function, *inputs):

@@ -1,0 +1,217 @@
+"""Matches FFNs in normalized graphs, puts the proofs together, and makes one block of all calls of one FFN."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+
+from torch import fx, nn
+
+from memcompile.common.sites import FfnSite
+from memcompile.common.token_wise import CASTS, NORMS, RESHAPES
+from memcompile.passes._torch import ConvNd
+from memcompile.passes.capture.trace import Capture
+from memcompile.passes.detect.layout import prove_features_last, stream_read
+from memcompile.passes.detect.projection import find_projections
+from memcompile.passes.detect.region import Refusal, Region, find_region, prove_closed, prove_one_source
+from memcompile.passes.detect.registration import Registration, common_owner
+from memcompile.passes.detect.residual import Sink, prove_residual, prove_unrouted
+from memcompile.passes.detect.token_wise import prove_token_wise
+from memcompile.passes.fx import operator_name
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A site, and all calls of it in the graphs."""
+
+    site: FfnSite
+    calls: Sequence[Candidate]
+
+
+def find_blocks(captures: Sequence[Capture], model: nn.Module | None) -> list[Block]:
+    """The blocks in graphs that were normalized.
+
+    Args:
+        model: the module that the graphs were traced from, whose ties and hooks count too; None where the graphs are
+            all there is.
+    """
+    found: list[Candidate] = []
+    for capture in captures:
+        found.extend(c for c in _candidates(capture) if all(map(capture.covers, c.parameters)))
+    _refuse_unproved_boundaries(found, model)
+    _refuse_parallel_branches(found)
+    blocks = _in_order(_merge_calls(found, captures, model), captures)
+    for site in [block.site for block in blocks]:
+        log.debug("%s %s: %s", "refused" if site.refusal else "found", site.down, site.refusal or site.pattern)
+    return blocks
+
+
+@dataclasses.dataclass
+class Candidate:
+    """One call of a block: where in which graph, and why it may not be replaced."""
+
+    region: Region
+    capture: Capture
+    sink: Sink = Sink.RESIDUAL
+    refusal: str | None = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(self.capture.parameters[p] for p in self.region.all_parameters)
+
+    @property
+    def signature(self) -> tuple:
+        return (self.region.down.width_out, self.region.down.width_in, _pattern(self.region))
+
+
+def _candidates(capture: Capture) -> Iterator[Candidate]:
+    projections = find_projections(capture)
+    for down in projections.values():
+        region = find_region(down, projections, capture)
+        if region is None:
+            continue
+        candidate = Candidate(region, capture)
+        try:
+            prove_one_source(region)
+            prove_token_wise(region, capture)
+            prove_closed(region)
+            prove_features_last(region, capture, projections)
+            prove_unrouted(region, capture, projections)
+            candidate.sink = prove_residual(region, capture)
+        except Refusal as refusal:
+            candidate.refusal = str(refusal)
+        if candidate.refusal is None or _resembles_ffn(region):
+            yield candidate
+
+
+_ATTENTION = frozenset("scaled_dot_product_attention matmul bmm baddbmm einsum softmax flex_attention".split())
+
+
+def _resembles_ffn(region: Region) -> bool:
+    """Whether a refused candidate is worth a line in a report: attention's projections seen through a residual
+    stream look like blocks without a hidden width of their own, and are noise there.
+    """
+    down = region.down
+    if region.foreign or region.branches or len(region.sources) > 1:
+        names = {operator_name(node) for node in (*region.foreign, *region.nodes)}
+        return down.width_in > down.width_out and names.isdisjoint(_ATTENTION | NORMS)  # a norm: it spans the stream
+    return down.width_in > down.width_out or (down.width_in == down.width_out and len(region.nodes) <= 3)
+
+
+def _refuse_unproved_boundaries(found: list[Candidate], model: nn.Module | None) -> None:
+    """A block that fills its whole graph shows no residual. Its like elsewhere in the model, each alone in a module
+    that has a norm, are the evidence: layers repeat and normalise their stream, heads and experts do not.
+    """
+    proved = collections.Counter(c.signature for c in found if c.refusal is None)
+    for candidate in found:
+        if candidate.refusal is not None or candidate.sink is not Sink.BOUNDARY:
+            continue
+        if model is None or not candidate.capture.path:
+            candidate.refusal = "its output leaves the model before it joins a residual stream: a head, not an FFN"
+        elif proved[candidate.signature] < 2 or not _is_alone_with_a_norm(candidate, found, model):
+            candidate.refusal = (
+                "its residual stream is not visible, and it is not the one block of a module with a norm that repeats: "
+                "pass example_inputs"
+            )
+
+
+def _is_alone_with_a_norm(candidate: Candidate, found: list[Candidate], model: nn.Module) -> bool:
+    """Whether the module that runs the block has a norm (a child with vectors alone, where the block does not start
+    with one) and no other candidate nor a bank of expert weights in it.
+    """
+    path = candidate.capture.path.rpartition(".")[0]
+    while path and isinstance(model.get_submodule(path), (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        path = path.rpartition(".")[0]  # these have no forward of their own
+    caller, width = model.get_submodule(path), candidate.region.down.width_out
+    inside = {c.parameters for c in found if not path or c.capture.path.startswith(f"{path}.")}
+    bank = any(p.dim() > 2 for m in caller.modules() if not isinstance(m, ConvNd) for p in m.parameters(recurse=False))
+    children = [list(child.parameters()) for child in caller.children()]
+    norm = operator_name(candidate.region.source) in NORMS or any(
+        own and all(p.shape == (width,) for p in own) for own in children
+    )
+    return norm and not bank and inside == {candidate.parameters}
+
+
+def _refuse_parallel_branches(found: list[Candidate]) -> None:
+    readers = collections.defaultdict(set)
+    for candidate in found:
+        if candidate.refusal is None:
+            readers[stream_read(candidate.region.source, candidate.capture)].add(candidate.parameters)
+    for candidate in found:
+        stream = stream_read(candidate.region.source, candidate.capture)
+        if candidate.refusal is None and len(readers[stream]) > 1:
+            candidate.refusal = "several blocks read one stream: parallel branches or experts, not one FFN"
+
+
+def _merge_calls(found: list[Candidate], captures: Sequence[Capture], model: nn.Module | None) -> list[Block]:
+    """One block for all calls of the same parameters, refused if any call is, or if they are read elsewhere."""
+    calls: dict[tuple[str, ...], list[Candidate]] = {}
+    for candidate in found:
+        calls.setdefault(candidate.parameters, []).append(candidate)
+    owners = collections.Counter(name for parameters in calls for name in parameters)
+    registration = Registration(model) if model is not None else None
+    blocks = []
+    for parameters, candidates in calls.items():
+        refusal = next((c.refusal for c in candidates if c.refusal), None)
+        refusal = refusal or _parameter_refusal(parameters, candidates, captures, owners, registration)
+        region, capture = candidates[0].region, candidates[0].capture
+        up = tuple(capture.parameters[p.weight] for p in region.up)
+        down = capture.parameters[region.down.weight]
+        site = FfnSite(
+            name=common_owner([*up, down]),
+            up=up,
+            down=down,
+            width=region.down.width_out,
+            hidden=region.down.width_in,
+            pattern=_pattern(region),
+            flops=sum(2 * p.width_in * p.width_out for p in (*region.up, region.down)),
+            calls=len(candidates),
+            parameters=parameters,
+            refusal=refusal,
+        )
+        blocks.append(Block(site, candidates))
+    return blocks
+
+
+def _in_order(blocks: list[Block], captures: Sequence[Capture]) -> list[Block]:
+    """The blocks in execution order, also where two forwards had to be traced: the second ran them all."""
+    second = next((capture for capture in captures if capture.only is not None), None)
+    if second is None:
+        return blocks
+    position = {node: index for index, node in enumerate(second.graph.nodes)}
+    first_use = {name: min(map(position.__getitem__, p.users), default=-1) for p, name in second.parameters.items()}
+    return sorted(blocks, key=lambda block: first_use[block.site.down])
+
+
+def _parameter_refusal(
+    parameters: tuple[str, ...],
+    candidates: list[Candidate],
+    captures: Sequence[Capture],
+    owners: collections.Counter,
+    registration: Registration | None,
+) -> str | None:
+    """Why these parameters cannot be taken out of the model, None where they can."""
+    region = candidates[0].region
+    if len({p.weight for p in (*region.up, region.down)}) <= len(region.up):
+        return "two of its projections share one weight"
+    for name in parameters:
+        if owners[name] > 1:
+            return f"{name} also belongs to another block"
+    refusal = registration.refusal(parameters) if registration is not None else None
+    if refusal is not None:
+        return refusal
+    inside = frozenset[fx.Node]().union(*(c.region.all_nodes for c in candidates))
+    read = (p for c in captures for p, name in c.parameters.items() if name in parameters and c.covers(name))
+    for user in (user for placeholder in read for user in placeholder.users if user not in inside):
+        return f"one of its weights is also read by {operator_name(user)} outside of the block"
+    return None
+
+
+def _pattern(region: Region) -> str:
+    unnamed = CASTS | RESHAPES | {"getitem"}
+    between = [operator_name(node) for node in region.nodes if operator_name(node) not in unnamed]
+    return " > ".join([*["linear"] * len(region.up), *between, "linear"])
