@@ -3,15 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 from memcompile.lowering import cpu, sparse_clipping
-from memcompile.lowering.gather import prefetch_rows, row_sums, weighted_gather
-from memcompile.lowering.gather import stale_rows as lagging_rows
+from memcompile.lowering.gather import prefetch_rows, row_sums, stale_rows, weighted_gather
 from memcompile.lowering.gather import table_gather as sparse_table
 from memcompile.lowering.inductor import caches
 from memcompile.lowering.memory_lookup import memory_lookup
 from memcompile.lowering.reference import memory_lookup_reference, product_key_topk_reference
 from memcompile.lowering.register import flops
+from memcompile.lowering.register.kernels import IN_PYTORCH
 from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, SCHEMAS, operator
 from memcompile.lowering.search import product_key_search, product_key_topk
+from memcompile.lowering.triton.load import load as load_triton
+from memcompile.lowering.triton.load import load_for
+from memcompile.lowering.triton.settings import is_interpreted
 from memcompile.lowering.update import row_adagrad, row_adam, row_sgd, skipped_steps
 
 if TYPE_CHECKING:
@@ -26,7 +29,6 @@ __all__ = [
     "cpu",
     "flops",
     "inductor_patches",
-    "lagging_rows",
     "memory_lookup",
     "memory_lookup_reference",
     "operator",
@@ -41,10 +43,17 @@ __all__ = [
     "skipped_steps",
     "sparse_clipping",
     "sparse_table",
+    "stale_rows",
     "weighted_gather",
 ]
 
 caches.tag_caches()
+
+if is_interpreted():
+    load_for("CPU")
+else:
+    cpu.load.load_at_first_call(IN_PYTORCH)
+load_triton.load_at_first_call(IN_PYTORCH)
 
 
 def __getattr__(name: str) -> Any:

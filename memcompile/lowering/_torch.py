@@ -30,11 +30,11 @@ __all__ = [
     "in_backward",
     "is_keyed",
     "is_traced",
-    "on_the_cpu",
     "onednn_linear",
     "process_group",
     "run_graph_pass",
     "size_hint",
+    "unregister",
 ]
 
 log = logging.getLogger(__name__)
@@ -138,6 +138,11 @@ def has_kernel(name: str, dispatch_key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key))
 
 
+def unregister(library: torch.library.Library) -> None:
+    """Takes back all that was registered by this library; the dispatcher then finds what others registered."""
+    library._destroy()  # type: ignore[no-untyped-call]
+
+
 def has_onednn_linear() -> bool:
     """Whether this build of PyTorch has `onednn_linear`."""
     return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -152,11 +157,6 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def size_hint(size: int | torch.SymInt) -> int:
     """A size, or what a symbolic one was when it was traced; 0 where nothing is known of it. Adds no guard."""
     return int(size) if isinstance(size, int) else int(size.node.hint or 0)
-
-
-def on_the_cpu(overload: torch._ops.OpOverload, *args: Any) -> Any:
-    """Call the CPU's own kernel of an operator, whatever the dispatcher has chosen for these arguments."""
-    return overload.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
 
 
 def decompose_in_graphs(

@@ -1,20 +1,19 @@
-"""Loads the C++ kernels at the first need; from then on PyTorch's dispatcher finds them by itself."""
+"""Loads the C++ kernels, which register themselves for the CPU."""
 
-import functools
 import logging
 import os
 
 import torch
 
 from memcompile.lowering.cpu.build import BuildError, kernels
+from memcompile.lowering.register.kernels import LateKernels
 from memcompile.lowering.triton.settings import is_interpreted
 
 log = logging.getLogger(__name__)
 
 
-@functools.cache
-def load() -> bool:
-    """Registers the C++ kernels of memcompile's operators for the CPU, built first where they are not in the cache.
+def _load() -> bool:
+    """Loads the C++ kernels of memcompile's operators, built first where they are not in the cache.
 
     Returns whether they are there. Where they cannot be built, or ``MEMCOMPILE_CPU_KERNELS`` is 0 or off, the operators
     run as PyTorch operators: the same answers, several times slower, said once in the log.
@@ -33,3 +32,6 @@ def load() -> bool:
         log.warning("memory layers run as PyTorch operators on the CPU, which is slower: %s", error)
         return False
     return True
+
+
+load = LateKernels("CPU", _load)

@@ -65,28 +65,16 @@ def parts_of_tokens(slots: Tensor, dim: int, elements: Mapping[str, int]) -> Ite
     return (slice(start, start + size) for start in range(0, tokens, size))
 
 
-def runs_of_hits(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct slots, ascending, int64 [n]; and the hits of each: hits[ends[i] : ends[i + 1]], ascending.
-
-    Returns:
-        rows int64 [n], ends int64 [n + 1], hits int64 [tokens * hits].
+def sums_of_hits(slots: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct slots, ascending, int64 [n]; and for each the sum of weights[hit] * grad[token of the hit] over its
+    hits, [n, value_dim] in grad's dtype.
     """
+    weights, grad = weights.detach(), grad.detach()
     ranked, hits = slots.reshape(-1).sort(stable=True)
     rows, counts = torch.unique_consecutive(ranked, return_counts=True)
-    return rows.long(), F.pad(counts.cumsum(0), (1, 0)), hits
-
-
-def sums_of_runs(ends: Tensor, hits: Tensor, weights: Tensor, grad: Tensor) -> Tensor:
-    """The sum of each run's weights[hit] * grad[token of the hit], [n, value_dim] in grad's dtype."""
-    weights, grad = weights.detach(), grad.detach()
-    if len(ends) == 1:
-        return grad.new_empty(0, grad.shape[1])
-    # Each run is a bag of (token, weight), its sum a gather.
-    hits_a_token, weights = weights.shape[1], weights.reshape(-1)[hits].to(grad.dtype)
-    return F.embedding_bag(hits // hits_a_token, grad, ends[:-1], per_sample_weights=weights, mode="sum")
-
-
-def sums_of_hits(slots: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct slots int64 [n] and their sums [n, value_dim]."""
-    rows, ends, hits = runs_of_hits(slots)
-    return rows, sums_of_runs(ends, hits, weights, grad)
+    if len(rows) == 0:
+        return rows.long(), grad.new_empty(0, grad.shape[1])
+    # The hits of a slot are a bag of (token, weight), its sum a gather.
+    weights_of, tokens = weights.reshape(-1)[hits].to(grad.dtype), hits // weights.shape[1]
+    starts = counts.cumsum(0) - counts
+    return rows.long(), F.embedding_bag(tokens, grad, starts, per_sample_weights=weights_of, mode="sum")

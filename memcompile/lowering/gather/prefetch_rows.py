@@ -5,7 +5,6 @@ time of one, and a gather asks for one page after the other. It returns a copy o
 after it in every graph, and keeps it there. There is no derivative.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from memcompile.lowering.cpu.pages import read_ahead
 from memcompile.lowering.gather.hits import check_slots
-from memcompile.lowering.register.dispatch import anywhere
-from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
+from memcompile.lowering.register.operators import register_operator
+from memcompile.lowering.register.schema import operator
 from memcompile.lowering.register.vmap import fold_into_tokens, unfold_tokens
 
 
@@ -30,12 +29,7 @@ def _prefetch(values: Tensor, slots: Tensor) -> Tensor:
     return slots.clone(memory_format=torch.contiguous_format)
 
 
-def _on_no_gpu(name: str, *args: Any) -> Callable[..., Any] | None:
-    return None
-
-
 def _fake(values: Tensor, slots: Tensor) -> Tensor:
-    _check(values, slots)
     return slots.new_empty(slots.shape)
 
 
@@ -46,7 +40,4 @@ def _vmap(info: Any, in_dims: Any, values: Tensor, slots: Tensor) -> tuple[Tenso
     return unfold_tokens(operator("prefetch_rows")(values, folded), info.batch_size), 0
 
 
-_run = anywhere("prefetch_rows", _check, _prefetch, _on_no_gpu)
-LIBRARY.impl("prefetch_rows", _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake(f"{NAMESPACE}::prefetch_rows", _fake, lib=LIBRARY)
-torch.library.register_vmap(f"{NAMESPACE}::prefetch_rows", _vmap, lib=LIBRARY)
+register_operator("prefetch_rows", check=_check, kernel=_prefetch, fake=_fake, vmap=_vmap)

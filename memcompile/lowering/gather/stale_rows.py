@@ -1,9 +1,9 @@
-"""`lagging_gather` and `lagging_dot`: rows are read as they are once they have caught up, and stay as they are.
+"""`stale_gather` and `stale_dot`: rows are read as they are once they have caught up, and stay as they are.
 
 They are `weighted_gather` and `gather_dot` over the rows that `row_adam` would make, without a gradient, of the values,
-moments and plans: x = P * x - m * S(sqrt(v)). No row is written, so what is read changes nothing that comes later; and
-rows are not copied, which would take longer than to correct each hit of a row. Where a plan has no panels, the moments
-are not read. There is no derivative.
+moments and missed steps: x = P * x - m * S(sqrt(v)). No row is written, so what is read changes nothing that comes
+later; and rows are not copied, which would take longer than to correct each hit of a row. Where missed steps have no
+panels, the moments are not read. There is no derivative.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from memcompile.lowering.gather.hits import check_dot, check_slots, check_weights, parts_of_tokens, sum_dtype
-from memcompile.lowering.update.row_adam import check_plans, steps_a_moment
-from memcompile.lowering.update.row_tables import check_moments, check_table, load_rows, register_row_operator
+from memcompile.lowering.register.operators import register_operator
+from memcompile.lowering.update.row_adam import check_missed_steps, steps_a_moment
+from memcompile.lowering.update.row_tables import check_moments, check_table, load_rows
 
 # Of one table that the PyTorch operators hold at once. An accelerator wants few launches.
 _CHUNK_ELEMENTS = {"cpu": 2**20, "accelerator": 2**26}
@@ -23,14 +24,14 @@ def _check(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     slots: Tensor,
-    plan_of_hit: Tensor,
+    missed_steps: Tensor,
     decays: Tensor,
     panels: Tensor,
 ) -> None:
     check_table("values", values, values)
     check_moments(exp_avg, exp_avg_sq, values)
     check_slots(slots)
-    check_plans("hit", slots, values, plan_of_hit, decays, panels)
+    check_missed_steps("slots", slots, values, missed_steps, decays, panels)
 
 
 def _current_rows(
@@ -38,7 +39,7 @@ def _current_rows(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     slots: Tensor,
-    plan_of_hit: Tensor,
+    missed_steps: Tensor,
     decays: Tensor,
     panels: Tensor,
     eps: float,
@@ -46,13 +47,13 @@ def _current_rows(
     """Some tokens after others, and the rows [tokens, hits, dim] that they hit, as they are by now."""
     dtype, dim = sum_dtype(values), values.shape[1]
     for part in parts_of_tokens(slots, dim, _CHUNK_ELEMENTS):
-        rows, plan = slots[part].reshape(-1), plan_of_hit[part].reshape(-1)
+        rows, missed = slots[part].reshape(-1), missed_steps[part].reshape(-1)
         x, m, v = (load_rows(table, rows) for table in (values, exp_avg, exp_avg_sq))  # [hits of the part, dim]
-        moved = m * steps_a_moment(v.sqrt(), panels[plan].to(dtype), eps)
-        yield part, (x * decays[plan, :1].to(dtype) - moved).view(*slots[part].shape, dim)
+        moved = m * steps_a_moment(v.sqrt(), panels[missed].to(dtype), eps)
+        yield part, (x * decays[missed, :1].to(dtype) - moved).view(*slots[part].shape, dim)
 
 
-# --- lagging_gather -------------------------------------------------------------------------------
+# --- stale_gather -------------------------------------------------------------------------------
 
 
 def _check_gather(
@@ -61,12 +62,12 @@ def _check_gather(
     exp_avg_sq: Tensor,
     slots: Tensor,
     weights: Tensor,
-    plan_of_hit: Tensor,
+    missed_steps: Tensor,
     decays: Tensor,
     panels: Tensor,
     eps: float,
 ) -> None:
-    _check(values, exp_avg, exp_avg_sq, slots, plan_of_hit, decays, panels)
+    _check(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels)
     check_weights(slots, weights)
 
 
@@ -76,13 +77,13 @@ def _gather(
     exp_avg_sq: Tensor,
     slots: Tensor,
     weights: Tensor,
-    plan_of_hit: Tensor,
+    missed_steps: Tensor,
     decays: Tensor,
     panels: Tensor,
     eps: float,
 ) -> Tensor:
     out = values.new_empty(slots.shape[0], values.shape[1])
-    for part, rows in _current_rows(values, exp_avg, exp_avg_sq, slots, plan_of_hit, decays, panels, eps):
+    for part, rows in _current_rows(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels, eps):
         out[part] = (weights[part].to(rows.dtype).unsqueeze(1) @ rows).squeeze(1)
     return out
 
@@ -91,7 +92,7 @@ def _gather_fake(values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, slots: Ten
     return values.new_empty(slots.shape[0], values.shape[1])
 
 
-# --- lagging_dot ----------------------------------------------------------------------------------
+# --- stale_dot ----------------------------------------------------------------------------------
 
 
 def _check_dot(
@@ -100,12 +101,12 @@ def _check_dot(
     exp_avg_sq: Tensor,
     slots: Tensor,
     grad: Tensor,
-    plan_of_hit: Tensor,
+    missed_steps: Tensor,
     decays: Tensor,
     panels: Tensor,
     eps: float,
 ) -> None:
-    _check(values, exp_avg, exp_avg_sq, slots, plan_of_hit, decays, panels)
+    _check(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels)
     check_dot(values, slots, grad)
 
 
@@ -115,13 +116,13 @@ def _dot(
     exp_avg_sq: Tensor,
     slots: Tensor,
     grad: Tensor,
-    plan_of_hit: Tensor,
+    missed_steps: Tensor,
     decays: Tensor,
     panels: Tensor,
     eps: float,
 ) -> Tensor:
     out = values.new_empty(slots.shape, dtype=sum_dtype(values))
-    for part, rows in _current_rows(values, exp_avg, exp_avg_sq, slots, plan_of_hit, decays, panels, eps):
+    for part, rows in _current_rows(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels, eps):
         out[part] = (rows @ grad[part].to(rows.dtype).unsqueeze(-1)).squeeze(-1)
     return out
 
@@ -130,5 +131,5 @@ def _dot_fake(values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, slots: Tensor
     return values.new_empty(slots.shape, dtype=sum_dtype(values))
 
 
-register_row_operator("lagging_gather", _check_gather, _gather, _gather_fake)
-register_row_operator("lagging_dot", _check_dot, _dot, _dot_fake)
+register_operator("stale_gather", check=_check_gather, kernel=_gather, fake=_gather_fake)
+register_operator("stale_dot", check=_check_dot, kernel=_dot, fake=_dot_fake)

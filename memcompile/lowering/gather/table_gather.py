@@ -44,7 +44,7 @@ def _gather(values: Tensor, slots: Tensor, weights: Tensor, row_state: RowState,
         return operator("weighted_gather")(values, slots, weights)  # type: ignore[no-any-return]
     if stale.moments is None:
         return operator("weighted_gather")(values, slots, weights * stale.decays().to(weights.dtype))  # type: ignore[no-any-return]
-    out: Tensor = operator("lagging_gather")(values, *stale.moments, slots, weights, *stale.missed(values))
+    out: Tensor = operator("stale_gather")(values, *stale.moments, slots, weights, *stale.missed(values))
     return out.to(values.dtype)
 
 
@@ -55,7 +55,7 @@ def _gather_fake(values: Tensor, slots: Tensor, weights: Tensor, row_state: RowS
 def _dot(values: Tensor, slots: Tensor, grad: Tensor, row_state: RowState) -> Tensor:
     values, stale = _stale(values, slots, row_state)
     if stale is not None and stale.moments is not None:
-        return operator("lagging_dot")(values, *stale.moments, slots, grad, *stale.missed(values))  # type: ignore[no-any-return]
+        return operator("stale_dot")(values, *stale.moments, slots, grad, *stale.missed(values))  # type: ignore[no-any-return]
     dots: Tensor = operator("gather_dot")(values, slots, grad)
     return dots if stale is None else dots * stale.decays().to(dots.dtype)
 
@@ -80,7 +80,7 @@ class _Stale:
         """What the operators take that read stale rows."""
         missed = missed_steps(self.history, self.last, self.history.step, sum_dtype(values))
         assert missed is not None, "asked where rows have missed steps"
-        return missed.plan_of_row, missed.decays, missed.panels, self.history.eps
+        return missed.entries, missed.decays, missed.panels, self.history.eps
 
 
 def _stale(values: Tensor, slots: Tensor, row_state: RowState) -> tuple[Tensor, _Stale | None]:
@@ -113,7 +113,7 @@ def current_table(values: Tensor, row_state: RowState) -> Tensor:
         own = torch.arange(len(rows), device=rows.device).unsqueeze(1)  # a hit a row, of weight 1
         of_rows = [moment[rows] for moment in moments]
         ones = torch.ones_like(own, dtype=some.dtype)
-        current = operator("lagging_gather")(some, *of_rows, own, ones, *stale.missed(some))
+        current = operator("stale_gather")(some, *of_rows, own, ones, *stale.missed(some))
     return values.index_copy(0, rows, current.to(values.dtype))
 
 

@@ -27,7 +27,7 @@ from memcompile.lowering.gather.hits import (
     sum_dtype,
     sums_of_hits,
 )
-from memcompile.lowering.register.differentiable import register_operator
+from memcompile.lowering.register.operators import register_differentiable
 from memcompile.lowering.register.schema import operator
 from memcompile.lowering.register.vmap import fold_into_tokens, offset_slots, unfold_tokens
 
@@ -166,7 +166,7 @@ def _scatter_backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor | None, 
     return None, grad_weights, grad_grad, None
 
 
-register_operator(
+register_differentiable(
     "weighted_gather",
     check=_check_gather,
     kernel=_gather,
@@ -175,7 +175,7 @@ register_operator(
     setup_context=_gather_setup,
     backward=_gather_backward,
 )
-register_operator(
+register_differentiable(
     "gather_dot",
     check=_check_dot,
     kernel=_dot,
@@ -184,7 +184,7 @@ register_operator(
     setup_context=_gather_setup,
     backward=_dot_backward,
 )
-register_operator(
+register_differentiable(
     "weighted_scatter",
     check=_check_scatter,
     kernel=_scatter,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from memcompile.lowering._torch import has_onednn_linear, onednn_linear, size_hint
-from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
+from memcompile.lowering.register.operators import register_for_graphs
+from memcompile.lowering.register.schema import operator
 
 _MANY = 2**20  # multiplications from which oneDNN is faster, the cost of its call included
 
@@ -70,5 +71,4 @@ def _fake(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1])
 
 
-LIBRARY.impl("onednn_mm", _kernel, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake(f"{NAMESPACE}::onednn_mm", _fake, lib=LIBRARY)
+register_for_graphs("onednn_mm", _kernel, _fake, "CPU")

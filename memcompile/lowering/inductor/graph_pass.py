@@ -22,7 +22,7 @@ from memcompile.lowering.inductor.caches import source_digest
 from memcompile.lowering.inductor.gemm import mkl_is_held_back, use_onednn
 from memcompile.lowering.inductor.merge_scatters import merge_scatters
 from memcompile.lowering.inductor.order_collectives import order_collectives
-from memcompile.lowering.triton import template
+from memcompile.lowering.triton.load import load_in_graphs
 from memcompile.lowering.triton.settings import uses_atomics
 from memcompile.version import __version__
 
@@ -48,7 +48,7 @@ class LoweringPass(KeyedPass, graph_pass_base()):  # type: ignore[misc]
 
     def __init__(self, options: str, wrapped: Sequence[GraphPass] = ()) -> None:
         self.own = (*_PASSES, _ONEDNN) if mkl_is_held_back() else _PASSES
-        facts = (tuple(step.name for step in self.own), template.register(), uses_atomics())
+        facts = (tuple(step.name for step in self.own), load_in_graphs(), uses_atomics())
         self.key = ("memcompile", __version__, source_digest(), options, *facts)
         self.wrapped = tuple(wrapped)
 

@@ -28,7 +28,7 @@ def merge_scatters(graph: fx.Graph) -> int:
             node.replace_all_uses_with(_merged(graph, node, scattered), delete_user_cb=outside.__contains__)
         if not node.users:
             graph.erase_node(node)
-    return sum(node.target in scatters for node in parts)
+    return sum(node.target is scatter for node in parts)
 
 
 def _merged(graph: fx.Graph, node: fx.Node, scattered: list[fx.Node]) -> fx.Node:

@@ -11,7 +11,8 @@ import itertools
 import torch
 from torch import Tensor, fx
 
-from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
+from memcompile.lowering.register.operators import register_for_graphs
+from memcompile.lowering.register.schema import operator
 
 _FUNCTIONAL = "_c10d_functional"
 
@@ -61,5 +62,4 @@ def _fake(tensor: Tensor, after: Tensor) -> Tensor:
     return torch.empty_like(tensor)
 
 
-LIBRARY.impl("in_order", _in_order, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake(f"{NAMESPACE}::in_order", _fake, lib=LIBRARY)
+register_for_graphs("in_order", _in_order, _fake, "CompositeExplicitAutograd")

@@ -20,7 +20,6 @@ SCHEMAS = {
     "weighted_gather": "(Tensor values, Tensor slots, Tensor weights) -> Tensor",
     "gather_dot": "(Tensor values, Tensor slots, Tensor grad) -> Tensor",
     "weighted_scatter": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> Tensor",
-    "hits_by_row": "(Tensor slots, SymInt num_slots) -> (Tensor rows, Tensor ends, Tensor hits)",
     "row_sums": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> (Tensor rows, Tensor sums)",
     # A table whose gradient is of the rows that were hit: table_gather.py.
     "table_gather": "(Tensor values, Tensor slots, Tensor weights, Tensor[] row_state, str gradient) -> Tensor",
@@ -29,29 +28,26 @@ SCHEMAS = {
     "skipped_steps": (
         "(Tensor rates, Tensor starts, int until, int terms, int moments) -> (Tensor decays, Tensor panels)"
     ),
-    # These read rows as they are once they have caught up: lagging_rows.py.
-    "lagging_gather": (
-        "(Tensor values, Tensor exp_avg, Tensor exp_avg_sq, Tensor slots, Tensor weights, Tensor plan_of_hit, "
+    # These read rows as they are once they have made up for the steps that they missed: stale_rows.py.
+    "stale_gather": (
+        "(Tensor values, Tensor exp_avg, Tensor exp_avg_sq, Tensor slots, Tensor weights, Tensor missed_steps, "
         "Tensor decays, Tensor panels, float eps) -> Tensor"
     ),
-    "lagging_dot": (
-        "(Tensor values, Tensor exp_avg, Tensor exp_avg_sq, Tensor slots, Tensor grad, Tensor plan_of_hit, "
+    "stale_dot": (
+        "(Tensor values, Tensor exp_avg, Tensor exp_avg_sq, Tensor slots, Tensor grad, Tensor missed_steps, "
         "Tensor decays, Tensor panels, float eps) -> Tensor"
     ),
     # These update rows of tables in place: row_tables.py.
     "row_adam": (
-        "(Tensor(a!) values, Tensor(b!)? rounded, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor rows, "
-        "Tensor? grad, Tensor? plan_of_row, Tensor? decays, Tensor? panels, Tensor numbers, int seed, "
-        "Tensor? ends=None, Tensor? hits=None, Tensor? weights=None) -> ()"
+        "(Tensor(a!) param, Tensor(b!)? master, Tensor rows, Tensor? grad, int seed, Tensor(c!) exp_avg, "
+        "Tensor(d!) exp_avg_sq, Tensor? missed_steps, Tensor? decays, Tensor? panels, Tensor numbers) -> ()"
     ),
     "row_adagrad": (
-        "(Tensor(a!) values, Tensor(b!)? rounded, Tensor(c!) squares, Tensor rows, Tensor grad, "
-        "float lr, float eps, float weight_decay, bool decoupled, int seed, "
-        "Tensor? ends=None, Tensor? hits=None, Tensor? weights=None) -> ()"
+        "(Tensor(a!) param, Tensor(b!)? master, Tensor rows, Tensor grad, int seed, Tensor(c!) squares, "
+        "float lr, float eps, float weight_decay, bool decoupled) -> ()"
     ),
     "row_sgd": (
-        "(Tensor(a!) values, Tensor(b!)? rounded, Tensor rows, Tensor? grad, Tensor? decays, float rate, int seed, "
-        "Tensor? ends=None, Tensor? hits=None, Tensor? weights=None) -> ()"
+        "(Tensor(a!) param, Tensor(b!)? master, Tensor rows, Tensor? grad, int seed, Tensor? decays, float rate) -> ()"
     ),
     "in_order": "(Tensor tensor, Tensor after) -> Tensor",  # between two collectives: order_collectives.py
     "onednn_mm": "(Tensor left, Tensor right, Tensor? bias) -> Tensor",  # a product in Inductor's graphs: cpu/gemm.py

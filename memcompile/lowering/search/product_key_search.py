@@ -14,12 +14,12 @@ from torch import Tensor
 
 from memcompile.lowering import cpu
 from memcompile.lowering._torch import functorch_is_active
-from memcompile.lowering.register.differentiable import register_operator
-from memcompile.lowering.register.dispatch import without_autocast
+from memcompile.lowering.register.kernels import without_autocast
+from memcompile.lowering.register.operators import register_differentiable
 from memcompile.lowering.register.schema import operator
 from memcompile.lowering.register.vmap import batch_first, fold_into_tokens, unfold_tokens
 from memcompile.lowering.search.product_key_topk import check_top_k
-from memcompile.lowering.triton.serve import gpu_kernel
+from memcompile.lowering.triton.support import supports_search
 
 
 def _check(query: Tensor, half_keys: Tensor, top_k: int) -> None:
@@ -46,18 +46,17 @@ def _kernel(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tenso
     if query.dtype != _scores_dtype(query):
         query, half_keys = query.float(), half_keys.float()
     halves = query.reshape(tokens, heads, 2, key_dim // 2).permute(2, 1, 0, 3)  # [2, heads, tokens, key_dim / 2]
-    with without_autocast(query.device):
+    with without_autocast(query.device):  # off already, but where the operator is taken apart
         scores = halves @ half_keys.mT  # [2, heads, tokens, n_keys]
     logits, slots = operator("product_key_topk")(scores.transpose(1, 2), top_k)
     return logits.softmax(dim=-1), slots
 
 
 def _under_autograd(query: Tensor, half_keys: Tensor, top_k: int) -> Any:
-    # The next torch.func transform needs the operator whole, or it would differentiate the dense scores.
     arguments = query, half_keys, top_k
-    on_the_cpu = query.device.type == "cpu" and cpu.load()
-    whole = functorch_is_active() or on_the_cpu or gpu_kernel("product_key_search", *arguments) is not None
-    return (operator("product_key_search") if whole else _kernel)(*arguments)
+    has_kernel = supports_search(*arguments) or (query.device.type == "cpu" and cpu.load())
+    # The next torch.func transform needs the operator whole, or it would differentiate the dense scores.
+    return (operator("product_key_search") if has_kernel or functorch_is_active() else _kernel)(*arguments)
 
 
 def _fake(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -108,7 +107,7 @@ def _backward(ctx: Any, grad_weights: Tensor, _: Any) -> tuple[Tensor | None, Te
     return grad_query, grad_half_keys, None
 
 
-register_operator(
+register_differentiable(
     "product_key_search",
     check=_check,
     kernel=_kernel,

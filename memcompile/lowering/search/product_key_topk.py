@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memcompile.lowering.register.differentiable import register_operator
+from memcompile.lowering.register.operators import register_differentiable
 from memcompile.lowering.register.schema import operator
 from memcompile.lowering.register.vmap import batch_first, unfold_tokens
 
@@ -108,7 +108,7 @@ def _backward(ctx: Any, grad_logits: Tensor, _: Any) -> tuple[Tensor, None]:
     return grad.reshape(sides, tokens, heads, n_keys), None
 
 
-register_operator(
+register_differentiable(
     "product_key_topk",
     check=check_scores,
     kernel=_kernel,

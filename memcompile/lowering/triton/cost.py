@@ -100,10 +100,11 @@ def seconds_computed(search: Search, device: Device, rows: int) -> float:
     blocks = -(-search.tokens // rows)
     programs = blocks * search.heads * 2
     busy = min(1.0, programs / device.multiprocessors)
-    padded = evaluate(gemm_flops, search) * blocks * rows / search.tokens
+    padding = blocks * rows / search.tokens  # a program multiplies and compares all of its rows
+    padded = evaluate(gemm_flops, search) * padding
     keys = _PASSES * blocks * evaluate(2 * _h * _n * _d * _b, search)  # each block of queries reads them all
     product = max(_PASSES * padded / (flops * _DOT_SHARE), keys / (device.bandwidth * _CACHE_SPEED))
-    return (product + evaluate(scores * _OPERATIONS, search) / device.operations) / busy + _LAUNCH
+    return (product + evaluate(scores * _OPERATIONS, search) * padding / device.operations) / busy + _LAUNCH
 
 
 def stores_scores(search: Search, top_k: int, device: Device) -> bool:

@@ -14,14 +14,17 @@ from torch import Tensor
 
 from memcompile.lowering._torch import size_hint
 from memcompile.lowering.gather.hits import sum_dtype
-from memcompile.lowering.triton import configs, cost, serve
+from memcompile.lowering.triton import configs, cost, support
 from memcompile.lowering.triton.kernels.candidates import rank_candidates
 from memcompile.lowering.triton.kernels.gather import gather_dot_rows, weighted_gather_rows
 from memcompile.lowering.triton.kernels.row_updates import update_adagrad, update_adam, update_sgd
 from memcompile.lowering.triton.kernels.segments import add_atomically, join_chunks, sum_chunks
 from memcompile.lowering.triton.kernels.select import select_computed, select_stored
 from memcompile.lowering.triton.settings import is_interpreted, uses_atomics
-from memcompile.lowering.update.row_adam import moments_of
+from memcompile.lowering.update.row_adagrad import RowAdagrad
+from memcompile.lowering.update.row_adam import RowAdam, moments_of
+from memcompile.lowering.update.row_sgd import RowSgd
+from memcompile.lowering.update.row_tables import RowUpdate
 
 Size = Any  # int or torch.SymInt
 
@@ -115,7 +118,7 @@ def _scores(halves: Tensor, half_keys: Tensor) -> Tensor:
     keys = keys.reshape(sides * heads, n_keys, half_dim).mT
     if queries.dtype == torch.float32:
         scores = queries @ keys
-    elif serve.is_gpu(queries.device) and torch.version.hip is None:
+    elif support.is_gpu(queries.device) and torch.version.hip is None:
         scores = torch.bmm(queries, keys, out_dtype=torch.float32)
     else:
         scores = queries.float() @ keys.float()
@@ -206,94 +209,67 @@ def _scatter_atomically(slots: Tensor, weights: Tensor, grad: Tensor, num_slots:
 # --- rows updated in place ------------------------------------------------------------------------
 
 
-def row_adam(
-    values: Tensor,
-    rounded: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    grad: Tensor | None,
-    plan_of_row: Tensor | None,
-    decays: Tensor | None,
-    panels: Tensor | None,
-    numbers: Tensor,
-    seed: int,
-) -> None:
+def row_adam(*args: Any) -> None:
     """See `memcompile.lowering.update.row_adam`."""
-    decay, beta1, beta2, rate, scale, eps = numbers.tolist()  # on the CPU
-    config = configs.update_config(values.shape[1], sum_dtype(values).itemsize)
-    plans = (plan_of_row, decays, panels)
+    given = RowAdam(*args)
+    decay, beta1, beta2, rate, scale, eps = given.numbers.tolist()  # on the CPU
+    panels = given.panels
+    missed = (given.missed_steps, given.decays, panels, _panel_counts(panels))
+    panels_each = 0 if panels is None else panels.shape[1]
     _update(
-        update_adam, config, (_blocks(values.shape[1], config.block_columns),), (values, rounded, exp_avg, exp_avg_sq),
-        rows, (grad, *plans, _panel_counts(panels)), (panels.shape[1] if panels is not None else 0,), seed,
-        (decay, beta1, beta2, rate, scale, eps, 1 - beta1, 1 - beta2), MOMENTS=moments_of(values.dtype),
+        update_adam, given, (given.exp_avg, given.exp_avg_sq), missed, (panels_each,),
+        (decay, beta1, beta2, rate, scale, eps, 1 - beta1, 1 - beta2), MOMENTS=moments_of(given.param.dtype),
     )  # fmt: skip
 
 
 def _panel_counts(panels: Tensor | None) -> Tensor | None:
-    """int32 [plans]: how many panels each plan has up to its last with moments; None where there is one for each."""
+    """int32 [entries]: how many panels each entry has up to its last with moments; None where there is one for each."""
     if panels is None or panels.shape[1] == 1:
         return None
-    used = F.pad(panels[:, :, 1:].ne(0).any(2), (1, 0))  # [plans, 1 + panels]
+    used = F.pad(panels[:, :, 1:].ne(0).any(2), (1, 0))  # [entries, 1 + panels]
     order = torch.arange(used.shape[1], dtype=torch.int32, device=used.device)
     return (used * order).amax(1)
 
 
-def row_adagrad(
-    values: Tensor,
-    rounded: Tensor | None,
-    squares: Tensor,
-    rows: Tensor,
-    grad: Tensor,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    seed: int,
-) -> None:
+def row_adagrad(*args: Any) -> None:
     """See `memcompile.lowering.update.row_adagrad`."""
-    config = configs.adagrad_config(values.shape[1], sum_dtype(values).itemsize)
-    added, kept = (0.0, 1 - lr * weight_decay) if decoupled else (weight_decay, 1.0)
+    given = RowAdagrad(*args)
+    config = configs.adagrad_config(given.param.shape[1], sum_dtype(given.param).itemsize)
+    lr, decay = given.lr, given.weight_decay
+    added, kept = (0.0, 1 - lr * decay) if given.decoupled else (decay, 1.0)
     _update(
-        update_adagrad, config, (), (values, rounded, squares), rows, (grad,), (), seed, (lr, eps, added, kept),
-        WHOLE=config.block_columns >= values.shape[1],
+        update_adagrad, given, (given.squares,), (), (), (lr, given.eps, added, kept), config,
+        WHOLE=config.block_columns >= given.param.shape[1],
     )  # fmt: skip
 
 
-def row_sgd(
-    values: Tensor,
-    rounded: Tensor | None,
-    rows: Tensor,
-    grad: Tensor | None,
-    decays: Tensor | None,
-    rate: float,
-    seed: int,
-) -> None:
+def row_sgd(*args: Any) -> None:
     """See `memcompile.lowering.update.row_sgd`."""
-    config = configs.update_config(values.shape[1], sum_dtype(values).itemsize)
-    columns = (_blocks(values.shape[1], config.block_columns),)
-    _update(update_sgd, config, columns, (values, rounded), rows, (grad, decays), (), seed, (rate,))
+    given = RowSgd(*args)
+    _update(update_sgd, given, (), (given.decays,), (), (given.rate,))
 
 
 def _update(
     kernel: Any,
-    config: configs.Tile,
-    columns: tuple[int, ...],
-    tables: tuple[Tensor | None, ...],
-    rows: Tensor,
+    given: RowUpdate,
+    state: tuple[Tensor, ...],
     of_rows: tuple[Tensor | None, ...],
     sizes: tuple[int, ...],
-    seed: int,
     numbers: tuple[float, ...],
+    whole_rows: configs.Tile | None = None,
     **constants: Any,
 ) -> None:
-    """Launches an update of rows int64 [n]: arguments in the order that its kernels share."""
-    values = tables[0]
-    assert values is not None
-    if values.shape[1] == 0 or len(rows) == 0:
+    """Launches an update: arguments in the order that its kernels share. A program has a block of rows and columns, or
+    `whole_rows`.
+    """
+    count, value_dim = len(given.rows), given.param.shape[1]
+    if value_dim == 0 or count == 0:
         return
-    given = (None if tensor is None else tensor.contiguous() for tensor in of_rows)
-    _kernel(kernel, (_blocks(len(rows), config.rows), *columns))(
-        *tables, rows.contiguous(), *given, len(rows), *values.shape, *sizes, seed & 0xFFFFFFFF, *map(float, numbers),
-        ROWS=config.rows, BLOCK_COLUMNS=config.block_columns, num_warps=config.num_warps, **constants,
+    config = whole_rows or configs.update_config(value_dim, sum_dtype(given.param).itemsize)
+    columns = () if whole_rows else (_blocks(value_dim, config.block_columns),)
+    inputs = (None if tensor is None else tensor.contiguous() for tensor in (given.rows, given.grad, *of_rows))
+    _kernel(kernel, (_blocks(count, config.rows), *columns))(
+        given.param, given.master, *state, *inputs, count, *given.param.shape, *sizes, given.seed & 0xFFFFFFFF,
+        *map(float, numbers), ROWS=config.rows, BLOCK_COLUMNS=config.block_columns, num_warps=config.num_warps,
+        **constants,
     )  # fmt: skip

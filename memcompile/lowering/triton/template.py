@@ -11,9 +11,8 @@ import torch
 
 from memcompile.lowering._torch import is_keyed
 from memcompile.lowering.register.schema import operator
-from memcompile.lowering.triton import serve
 from memcompile.lowering.triton.configs import gather_configs
-from memcompile.lowering.triton.settings import is_interpreted
+from memcompile.lowering.triton.support import supports
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +41,6 @@ def register() -> bool:
     """Tells Inductor of the template, once. Whether this version of torch is one that it runs on; on another, graphs
     hold the kernel itself (`torch.library.wrap_triton`): the same answers, the gate in a kernel of its own.
     """
-    if not serve.has_triton() or is_interpreted():
-        return False
     try:
         from memcompile.lowering.triton import _inductor
 
@@ -51,7 +48,6 @@ def register() -> bool:
     except (ImportError, AttributeError, TypeError) as error:
         _say_unknown(error)
         return False
-    serve.TEMPLATED.add("weighted_gather")
     return True
 
 
@@ -78,8 +74,8 @@ def _register(inductor: Any) -> None:
     def lower_weighted_gather(values: Any, slots: Any, weights: Any) -> Any:
         (tokens, hits), (num_slots, value_dim) = (inductor.stored_shape(tensor) for tensor in (slots, values))
         hits, value_dim = inductor.static(hits), inductor.static(value_dim)
-        served = serve.serves(values.get_device(), [values.get_dtype(), weights.get_dtype()])
-        if not served or hits is None or value_dim is None or not is_keyed():
+        is_supported = supports(values.get_device(), [values.get_dtype(), weights.get_dtype()])
+        if not is_supported or hits is None or value_dim is None or not is_keyed():
             return inductor.call_operator(overload, values, slots, weights)
         inputs = [inductor.contiguous(tensor) for tensor in (values, slots, weights)]
         layout = inductor.output_layout(values, [tokens, value_dim])

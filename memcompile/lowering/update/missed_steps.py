@@ -17,9 +17,9 @@ _NONE = 1e-300  # stands for a beta1 of 0 where its logarithm is taken
 class MissedSteps:
     """What n rows have missed, as `row_adam` and `stale_gather` read it."""
 
-    plan_of_row: Tensor  # int64, of the shape of the rows
-    decays: Tensor  # float64 [plans, 3], of the value and both moments
-    panels: Tensor  # float64 [plans, panels, 1 + K]: centre, moments; a panel without moments adds 0
+    entries: Tensor  # int64, of the shape of the rows: where each is in
+    decays: Tensor  # float64 [entries, 3], of the row and both moments, and
+    panels: Tensor  # float64 [entries, panels, 1 + K]: centre, moments; a panel without moments adds 0
 
 
 def factors_of_step(lr: float, weight_decay: float, betas: tuple[float, float]) -> list[float]:
@@ -43,7 +43,7 @@ def missed_steps(history: RateHistory, last: Tensor, until: int, dtype: torch.dt
     """
     if last.numel() == 0:
         return None
-    starts, plan_of_row = _distinct(last.masked_fill(last == 0, -1))
+    starts, entries = _distinct(last.masked_fill(last == 0, -1))
     if max(int(starts[0]), 0) >= until:
         return None
     decays, panels = operator("skipped_steps")(
@@ -51,7 +51,7 @@ def missed_steps(history: RateHistory, last: Tensor, until: int, dtype: torch.dt
     )
     # Without waiting for a GPU to have them.
     decays, panels = (tensor.to(last.device, non_blocking=True) for tensor in (decays, panels))
-    return MissedSteps(plan_of_row, decays, panels)
+    return MissedSteps(entries, decays, panels)
 
 
 def missed_decays(history: RateHistory, last: Tensor, until: int) -> Tensor:

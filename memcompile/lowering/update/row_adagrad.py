@@ -7,74 +7,53 @@ For each row x [dim] with gradient g and sum of squares s, as `rowwise_adagrad` 
     decoupled  s += mean(g**2),  x = (1 - lr * weight_decay) * x - lr / (sqrt(s) + eps) * g
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from memcompile.lowering.gather.hits import sum_dtype
-from memcompile.lowering.update.row_tables import (
-    Gradient,
-    check_rows,
-    chunks,
-    load_rows,
-    register_row_operator,
-    store_values,
-)
+from memcompile.lowering.update.row_tables import RowUpdate, chunks, load_rows, register_update
 
 
-def _check(
-    values: Tensor,
-    rounded: Tensor | None,
-    squares: Tensor,
-    rows: Tensor,
-    grad: Tensor,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    seed: int,
-    ends: Tensor | None = None,
-    hits: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> None:
-    check_rows(values, rounded, rows)
-    Gradient.check(values, rows, grad, ends, hits, weights)
-    if squares.shape != values.shape[:1] or squares.dtype is not sum_dtype(values) or not squares.is_contiguous():
-        raise ValueError(
-            f"squares: expected contiguous {sum_dtype(values)} {[values.shape[0]]}, "
-            f"got {squares.dtype} {list(squares.shape)}"
-        )
+@dataclass(frozen=True)
+class RowAdagrad(RowUpdate):
+    """The arguments of `row_adagrad`, of which `grad` is no option.
+
+    Attributes:
+        squares: [slots], contiguous, in the dtype that rows are updated in: the sums of squares.
+    """
+
+    squares: Tensor
+    lr: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+
+    def check(self) -> None:
+        super().check()
+        slots, dtype, squares = self.param.shape[0], sum_dtype(self.param), self.squares
+        if squares.shape != (slots,) or squares.dtype is not dtype or not squares.is_contiguous():
+            raise ValueError(
+                f"squares: expected contiguous {dtype} {[slots]}, got {squares.dtype} {list(squares.shape)}"
+            )
+
+    def run(self) -> None:
+        dim = self.param.shape[1]
+        if dim == 0:
+            return  # the mean of nothing
+        assert self.grad is not None, "by the schema"
+        for part in chunks(self.rows, dim):
+            rows, g = self.rows[part], self.grad[part]
+            x = load_rows(self.table, rows)  # [n, dim]
+            if self.weight_decay and not self.decoupled:
+                g = torch.add(g, x, alpha=self.weight_decay)
+            total = self.squares.index_select(0, rows) + g.square().mean(1)  # [n]
+            self.squares.index_copy_(0, rows, total)
+            if self.weight_decay and self.decoupled:
+                x.mul_(1 - self.lr * self.weight_decay)
+            x.sub_((self.lr / (total.sqrt() + self.eps)).unsqueeze(1) * g)
+            self.store(rows, x)
 
 
-def _kernel(
-    values: Tensor,
-    rounded: Tensor | None,
-    squares: Tensor,
-    rows: Tensor,
-    grad: Tensor,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    seed: int,
-    ends: Tensor | None = None,
-    hits: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> None:
-    if values.shape[1] == 0:
-        return  # the mean of nothing
-    gradient = Gradient(grad, ends, hits, weights)
-    for part in chunks(rows, values.shape[1]):
-        these = rows[part]
-        x = load_rows(values, these)  # [n, dim]
-        g = gradient.of(part, x.dtype)
-        if weight_decay and not decoupled:
-            g = torch.add(g, x, alpha=weight_decay)
-        total = squares.index_select(0, these) + g.square().mean(1)  # [n]
-        squares.index_copy_(0, these, total)
-        if weight_decay and decoupled:
-            x.mul_(1 - lr * weight_decay)
-        x.sub_((lr / (total.sqrt() + eps)).unsqueeze(1) * g)
-        store_values(values, rounded, these, x, seed)
-
-
-register_row_operator("row_adagrad", _check, _kernel)
+register_update("row_adagrad", RowAdagrad)

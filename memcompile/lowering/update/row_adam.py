@@ -1,13 +1,13 @@
 """`row_adam`: Adam on the rows that a step touches, after the steps that each has skipped.
 
-A row first makes up for what it has missed, in one go. With its plan's decays (P, B1, B2) and panels of (a, M_0 ..
-M_{K-1}), which `skipped_steps` derives:
+A row first makes up for the steps that it has missed, in one go. With their decays (P, B1, B2) and their panels of
+(a, M_0 .. M_{K-1}), which `skipped_steps` derives:
 
     y     = a * sqrt(v) / (a * sqrt(v) + eps)
     x     = P * x - m * sum over panels of (sum_i M_i * y**i) / (a * sqrt(v) + eps)
     m, v  = B1 * m, B2 * v
 
-A plan leaves moments of zero as they are, B1 = B2 = 1, and its panels are zeros: without a gradient they are then not
+Missed steps leave moments of zero as they are, B1 = B2 = 1 and panels of zeros: without a gradient such moments are not
 written, and not even read.
 
 Then, where there is a gradient g, and with numbers = (decay, beta1, beta2, rate, scale, eps):
@@ -19,21 +19,20 @@ AdamW is rate = lr / (1 - beta1**t) and scale = 1 / sqrt(1 - beta2**t); `torch.o
 rate = lr * sqrt(1 - beta2**t) / (1 - beta1**t).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from memcompile.lowering.gather.hits import sum_dtype
 from memcompile.lowering.update.row_tables import (
     EXP_AVG,
     EXP_AVG_SQ,
-    Gradient,
+    RowUpdate,
     check_moments,
-    check_rows,
     chunks,
     load_rows,
-    register_row_operator,
+    register_update,
     store_rows,
-    store_values,
 )
 
 
@@ -42,82 +41,73 @@ def moments_of(dtype: torch.dtype) -> int:
     return 14 if dtype is torch.float64 else 7
 
 
-def _check(
-    values: Tensor,
-    rounded: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    grad: Tensor | None,
-    plan_of_row: Tensor | None,
-    decays: Tensor | None,
-    panels: Tensor | None,
-    numbers: Tensor,
-    seed: int,
-    ends: Tensor | None = None,
-    hits: Tensor | None = None,
-    weights: Tensor | None = None,
+@dataclass(frozen=True)
+class RowAdam(RowUpdate):
+    """The arguments of `row_adam`.
+
+    Attributes:
+        exp_avg, exp_avg_sq: [slots, dim], contiguous, both in the dtype that rows are updated in, or in bfloat16, which
+            is rounded stochastically.
+        missed_steps: int64 [n], the entry of `decays` and `panels` that tells what each row has missed; None, as those
+            are, where no row has missed a step.
+        decays: float64 [entries, 3], of the row and both moments.
+        panels: float64 [entries, panels, 1 + K]: a centre and moments.
+        numbers: float64 [6] on the CPU, see above.
+    """
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    missed_steps: Tensor | None
+    decays: Tensor | None
+    panels: Tensor | None
+    numbers: Tensor
+
+    def check(self) -> None:
+        super().check()
+        check_moments(self.exp_avg, self.exp_avg_sq, self.param)
+        numbers, missed_steps, decays, panels = self.numbers, self.missed_steps, self.decays, self.panels
+        if numbers.shape != (6,) or numbers.dtype is not torch.float64 or numbers.device.type not in ("cpu", "meta"):
+            raise ValueError(f"numbers: expected float64 [6] on the CPU, got {numbers.dtype} {list(numbers.shape)}")
+        if missed_steps is None or decays is None or panels is None:
+            if not (missed_steps is None and decays is None and panels is None):
+                raise ValueError("missed_steps, decays and panels: expected all of them or none")
+            return
+        check_missed_steps("rows", self.rows, self.param, missed_steps, decays, panels)
+
+    def run(self) -> None:
+        decay, beta1, beta2, rate, scale, eps = self.numbers.tolist()
+        missed_steps, decays, panels = self.missed_steps, self.decays, self.panels
+        for part in chunks(self.rows, self.param.shape[1]):
+            rows = self.rows[part]
+            x, m, v = (load_rows(table, rows) for table in (self.table, self.exp_avg, self.exp_avg_sq))  # [n, dim]
+            if missed_steps is not None and decays is not None and panels is not None:
+                missed = missed_steps[part]
+                past = decays[missed].to(x.dtype).unsqueeze(-1)  # [n, 3, 1]
+                x = x * past[:, 0] - m * steps_a_moment(v.sqrt(), panels[missed].to(x.dtype), eps)
+                m, v = m * past[:, 1], v * past[:, 2]
+            if self.grad is not None:
+                g = self.grad[part]
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                x.mul_(decay).addcdiv_(m, v.sqrt().mul_(scale).add_(eps), value=-rate)
+            self.store(rows, x)
+            if self.grad is None and decays is not None and bool((decays[:, 1:] == 1).all()):
+                continue
+            store_rows(self.exp_avg, rows, m, self.seed, EXP_AVG)
+            store_rows(self.exp_avg_sq, rows, v, self.seed, EXP_AVG_SQ)
+
+
+def check_missed_steps(
+    name: str, of: Tensor, table: Tensor, missed_steps: Tensor, decays: Tensor, panels: Tensor
 ) -> None:
-    check_rows(values, rounded, rows)
-    Gradient.check(values, rows, grad, ends, hits, weights)
-    check_moments(exp_avg, exp_avg_sq, values)
-    if numbers.shape != (6,) or numbers.dtype is not torch.float64 or numbers.device.type not in ("cpu", "meta"):
-        raise ValueError(f"numbers: expected float64 [6] on the CPU, got {numbers.dtype} {list(numbers.shape)}")
-    if plan_of_row is None or decays is None or panels is None:
-        if not (plan_of_row is None and decays is None and panels is None):
-            raise ValueError("plan_of_row, decays and panels: expected all of them or none")
-        return
-    check_plans("row", rows, values, plan_of_row, decays, panels)
-
-
-def check_plans(name: str, of: Tensor, values: Tensor, plan_of: Tensor, decays: Tensor, panels: Tensor) -> None:
-    """Raises ValueError for what are not plans of these values, one of them for each `name` in `of`."""
-    if plan_of.shape != of.shape or plan_of.dtype is not torch.int64:
-        raise ValueError(f"plan_of_{name}: expected int64 as {name}s, got {plan_of.dtype} {list(plan_of.shape)}")
+    """Raises ValueError for what are not missed steps of rows of this table, for each of the rows, or hits, `of`."""
+    if missed_steps.shape != of.shape or missed_steps.dtype is not torch.int64:
+        raise ValueError(f"missed_steps: expected int64 as {name}, got {missed_steps.dtype} {list(missed_steps.shape)}")
     if decays.dtype is not torch.float64 or decays.dim() != 2 or decays.shape[1] != 3:
-        raise ValueError(f"decays: expected float64 [plans, 3], got {decays.dtype} {list(decays.shape)}")
-    size = 1 + moments_of(values.dtype)
+        raise ValueError(f"decays: expected float64 [entries, 3], got {decays.dtype} {list(decays.shape)}")
+    size = 1 + moments_of(table.dtype)
     if panels.dtype is not torch.float64 or panels.dim() != 3 or panels.shape[::2] != (len(decays), size):
-        raise ValueError(f"panels: expected float64 [plans, panels, {size}], got {panels.dtype} {list(panels.shape)}")
-
-
-def _kernel(
-    values: Tensor,
-    rounded: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor,
-    grad: Tensor | None,
-    plan_of_row: Tensor | None,
-    decays: Tensor | None,
-    panels: Tensor | None,
-    numbers: Tensor,
-    seed: int,
-    ends: Tensor | None = None,
-    hits: Tensor | None = None,
-    weights: Tensor | None = None,
-) -> None:
-    decay, beta1, beta2, rate, scale, eps = numbers.tolist()
-    gradient = None if grad is None else Gradient(grad, ends, hits, weights)
-    for part in chunks(rows, values.shape[1]):
-        these = rows[part]
-        x, m, v = (load_rows(table, these) for table in (values, exp_avg, exp_avg_sq))  # [n, dim]
-        if plan_of_row is not None and decays is not None and panels is not None:
-            plan = plan_of_row[part]
-            root = v.sqrt()
-            past = decays[plan].to(sum_dtype(values)).unsqueeze(-1)  # [n, 3, 1]
-            x = x * past[:, 0] - m * steps_a_moment(root, panels[plan].to(sum_dtype(values)), eps)
-            m, v = m * past[:, 1], v * past[:, 2]
-        if gradient is not None:
-            g = gradient.of(part, x.dtype)
-            m.lerp_(g, 1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            x.mul_(decay).addcdiv_(m, v.sqrt().mul_(scale).add_(eps), value=-rate)
-        store_values(values, rounded, these, x, seed)
-        if gradient is None and decays is not None and bool((decays[:, 1:] == 1).all()):
-            continue
-        store_rows(exp_avg, these, m, seed, EXP_AVG)
-        store_rows(exp_avg_sq, these, v, seed, EXP_AVG_SQ)
+        raise ValueError(f"panels: expected float64 [entries, panels, {size}], got {panels.dtype} {list(panels.shape)}")
 
 
 def steps_a_moment(root: Tensor, panels: Tensor, eps: float) -> Tensor:
@@ -134,4 +124,4 @@ def steps_a_moment(root: Tensor, panels: Tensor, eps: float) -> Tensor:
     return total
 
 
-register_row_operator("row_adam", _check, _kernel)
+register_update("row_adam", RowAdam)

@@ -39,8 +39,8 @@ import math
 import torch
 from torch import Tensor
 
+from memcompile.lowering.register.operators import register_operator
 from memcompile.lowering.update.rate_history import BETA1, BETA2, COLUMNS, DECAY, RateHistory
-from memcompile.lowering.update.row_tables import register_row_operator
 
 _HALF_WIDTH = 1 / 16  # of a panel, relative to its centre
 _RATIO = math.log((1 + _HALF_WIDTH) / (1 - _HALF_WIDTH))
@@ -130,4 +130,4 @@ def _fake(rates: Tensor, starts: Tensor, until: int, terms: int, moments: int) -
     return rates.new_empty(len(starts), 3), rates.new_empty(len(starts), panels, 1 + moments)
 
 
-register_row_operator("skipped_steps", _check, _kernel, _fake)
+register_operator("skipped_steps", check=_check, kernel=_kernel, fake=_fake)

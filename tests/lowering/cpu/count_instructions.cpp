@@ -6,11 +6,11 @@
 #include <vector>
 
 #include "kernels/by_slot.h"
-#include "kernels/lagging_rows.h"
 #include "kernels/row_updates.h"
 #include "kernels/rows.h"
 #include "kernels/scores.h"
 #include "kernels/search.h"
+#include "kernels/stale_rows.h"
 
 using namespace memcompile;
 
@@ -123,35 +123,35 @@ void sums() {
 template <class State>
 void adam(int64_t panels) {
   std::vector<float> x = random_rows<float>(kDim);
-  const std::vector<float> grad = random_rows<float>(kDim), terms = random_rows<float>(panels * (1 + Plan<float>::kMoments));
+  const std::vector<float> grad = random_rows<float>(kDim), terms = random_rows<float>(panels * (1 + MissedSteps<float>::kMoments));
   std::vector<State> m = random_rows<State>(kDim), v(kDim);
   for (int64_t c = 0; c < kDim; ++c) from_sum(to_sum(m[c]) * to_sum(m[c]), &v[c]);
   const double numbers[6] = {1, 0.9, 0.999, 1e-3, 1, 1e-8};
   const AdamUpdate<float, State> update{AdamNumbers<float>(numbers)};
-  const Plan<float> plan{{1, 0.9f, 0.999f}, terms.data(), panels};
+  const MissedSteps<float> missed{{1, 0.9f, 0.999f}, terms.data(), panels};
   measured([&] {
     for (int64_t t = 0; t < kTokens; ++t) {
-      const ValueRow<float> row{x.data(), nullptr, grad.data(), noise_key(t, 0, kValues)};
-      update.run(row, m.data(), v.data(), panels ? &plan : nullptr, kDim, {noise_key(t, 0, kExpAvg), noise_key(t, 0, kExpAvgSq)},
+      const ValueRow<float> row{x.data(), nullptr, grad.data(), noise_key(t, 0, kParam)};
+      update.run(row, m.data(), v.data(), panels ? &missed : nullptr, kDim, {noise_key(t, 0, kExpAvg), noise_key(t, 0, kExpAvgSq)},
                  x.data(), m.data(), v.data());
     }
   });
 }
 
 // A token's rows, each of which has missed steps of one panel, and their sum.
-void lagging() {
+void stale() {
   const std::vector<float> values = random_rows<float>(kSlots * kDim), weights = random_rows<float>(kTokens * kHits);
-  const std::vector<float> terms = random_rows<float>(1 + Plan<float>::kMoments);
+  const std::vector<float> terms = random_rows<float>(1 + MissedSteps<float>::kMoments);
   std::vector<float> v(kSlots * kDim);
   for (size_t i = 0; i < v.size(); ++i) v[i] = values[i] * values[i];
   const std::vector<int32_t> slots = random_slots();
-  const std::vector<int64_t> plan_of_hit(slots.size());
-  const Plan<float> plan{{1, 0.9f, 0.999f}, terms.data(), 1};
-  const LaggingRows<float, float> rows(values.data(), values.data(), v.data(), kDim, &plan, 1e-8f);
+  const std::vector<int64_t> missed_steps(slots.size());
+  const MissedSteps<float> missed{{1, 0.9f, 0.999f}, terms.data(), 1};
+  const StaleRows<float, float> rows(values.data(), values.data(), v.data(), kDim, &missed, 1e-8f);
   std::vector<float> part(kDim), sums(kDim);
   measured([&] {
     for (int64_t t = 0; t < kTokens; ++t) {
-      rows.weighted_sum(&slots[t * kHits], &plan_of_hit[t * kHits], &weights[t * kHits], kHits, kHits, part.data(), sums.data());
+      rows.weighted_sum(&slots[t * kHits], &missed_steps[t * kHits], &weights[t * kHits], kHits, kHits, part.data(), sums.data());
     }
   });
 }
@@ -168,7 +168,7 @@ int main(int, char** arguments) {
   else if (!std::strcmp(kernel, "adam")) adam<float>(0);
   else if (!std::strcmp(kernel, "adam late")) adam<float>(1);
   else if (!std::strcmp(kernel, "adam bf16 state")) adam<BFloat16>(0);
-  else if (!std::strcmp(kernel, "lagging gather")) lagging();
+  else if (!std::strcmp(kernel, "stale gather")) stale();
   else return 1;
   std::printf("%d\n", int(kTokens));
 }

@@ -26,7 +26,7 @@ INSTRUCTIONS = {
     "dots": 42_100,
     "sort": 5_400,
     "sums": 115_300,
-    "lagging gather": 848_000,
+    "stale gather": 848_000,
     "adam": 4_390,
     "adam late": 10_020,
     "adam bf16 state": 12_620,

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from memcompile.lowering import memory_lookup, operator
 from memcompile.lowering.gather import prefetch_rows
+from memcompile.lowering.register.kernels import IN_PYTORCH
 from memcompile.runtime.storage.mapped_values import open_values
 from memcompile.runtime.storage.values_file import write
 from tests.lowering.cases import Case
@@ -27,7 +28,8 @@ def test_it_copies_the_slots(dtype):
         found = prefetch(values, slots)
         assert torch.equal(found, slots) and found.dtype is dtype and found.is_contiguous()
         assert found.data_ptr() != slots.data_ptr()
-        torch.library.opcheck(prefetch, (values, slots))
+        for table in (values, values.clone().requires_grad_()):
+            torch.library.opcheck(prefetch, (table, slots))
     assert prefetch(values, torch.empty(0, 4, dtype=dtype)).shape == (0, 4)
 
 
@@ -47,9 +49,9 @@ def test_vmap_over_slots_and_over_tables():
 
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"slots: expected int32 or int64 \[tokens, hits\]"):
-        prefetch_rows._run(torch.randn(4, 4), torch.zeros(2, 2))
+        IN_PYTORCH["prefetch_rows"](torch.randn(4, 4), torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"values: expected \[num_slots, value_dim\]"):
-        prefetch_rows._run(torch.randn(4), torch.zeros(2, 2, dtype=torch.int32))
+        IN_PYTORCH["prefetch_rows"](torch.randn(4), torch.zeros(2, 2, dtype=torch.int32))
 
 
 @pytest.fixture

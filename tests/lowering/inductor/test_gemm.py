@@ -48,8 +48,10 @@ def test_nodes_that_another_pass_made():
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
-def test_opcheck(tokens):
-    torch.library.opcheck(onednn_mm, (torch.randn(tokens, 7), torch.randn(7, 4), torch.randn(4)))
+@pytest.mark.parametrize("trained", [False, True])
+def test_opcheck(tokens, trained):
+    args = [torch.randn(*shape, requires_grad=trained) for shape in ((tokens, 7), (7, 4), (4,))]
+    torch.library.opcheck(onednn_mm, args)
 
 
 def replaced(function, *tensors):

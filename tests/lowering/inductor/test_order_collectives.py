@@ -49,4 +49,5 @@ def test_it_is_a_copy():
     x = torch.randn(3)
     copy = operator("in_order")(x, torch.zeros(()))
     assert torch.equal(copy, x) and copy.data_ptr() != x.data_ptr()
-    torch.library.opcheck(operator("in_order"), (x, torch.zeros(())))
+    for tensor in (x, x.clone().requires_grad_()):
+        torch.library.opcheck(operator("in_order"), (tensor, torch.zeros(())))

@@ -220,51 +220,46 @@ class _Rows:
     value_dim: int = 1024
     dtype: torch.dtype = torch.float32
     state: torch.dtype = torch.float32
-    copied: bool = False
+    has_master: bool = False
     grad: bool = True
     panels: int | None = None  # of the steps that rows have skipped, if there are any
     slots: int = 2**20
     count: int = 5000
 
     def __str__(self) -> str:
-        words = f"value_dim={self.value_dim} {_TYPES[self.dtype]}" + (" and bf16 copy" if self.copied else "")
+        words = f"value_dim={self.value_dim} {_TYPES[self.dtype]}" + (" and master" if self.has_master else "")
         words += "" if self.grad else " no grad"
         return words + (f" {self.slots} slots" if self.slots != 2**20 else "")
 
     def adam(self) -> list[Instance]:
-        plans: tuple[Tensor | None, ...] = (None, None, None)
+        missed: tuple[Tensor | None, ...] = (None, None, None)
         if self.panels is not None:
-            of_plans = _double(7, 3), _double(7, self.panels, 1 + moments_of(self.dtype))
-            plans = (_tensor(self.count, dtype=torch.int64), *of_plans)
+            entries = _double(7, 3), _double(7, self.panels, 1 + moments_of(self.dtype))
+            missed = (_tensor(self.count, dtype=torch.int64), *entries)
         moments = self._table(self.state), self._table(self.state)
         words = f"{self} state {_TYPES[self.state]}" + ("" if self.panels is None else f" panels={self.panels}")
         numbers = torch.zeros(6, dtype=torch.float64)
-        arguments = (*self._values(), *moments, self._numbers(), self._grad(), *plans, numbers, 7)
-        return _launches(words, lambda: launch.row_adam(*arguments))
+        return _launches(words, lambda: launch.row_adam(*self._first(), *moments, *missed, numbers))
 
     def adagrad(self) -> list[Instance]:
         squares = _tensor(self.slots, dtype=sum_dtype(self._table(self.dtype)))
-        arguments = (*self._values(), squares, self._numbers(), self._grad(), 0.1, 1e-8, 0.1, True, 7)
-        return _launches(str(self), lambda: launch.row_adagrad(*arguments))
+        return _launches(str(self), lambda: launch.row_adagrad(*self._first(), squares, 0.1, 1e-8, 0.1, True))
 
     def sgd(self) -> list[Instance]:
         decays = None if self.panels is None else _double(self.count)
         words = str(self) + (" decays" if self.panels is not None else "")
-        arguments = (*self._values(), self._numbers(), self._grad(), decays, 0.1, 7)
-        return _launches(words, lambda: launch.row_sgd(*arguments))
+        return _launches(words, lambda: launch.row_sgd(*self._first(), decays, 0.1))
+
+    def _first(self) -> tuple[Any, ...]:
+        """The arguments that every update begins with."""
+        master = self._table(torch.float32) if self.has_master else None
+        rows = _tensor(self.count, dtype=torch.int64)
+        sums = torch.promote_types(self.dtype, torch.float32)
+        grad = _tensor(self.count, self.value_dim, dtype=sums) if self.grad else None
+        return self._table(self.dtype), master, rows, grad, 7
 
     def _table(self, dtype: torch.dtype) -> Tensor:
         return _tensor(self.slots, self.value_dim, dtype=dtype)
-
-    def _values(self) -> tuple[Tensor, Tensor | None]:
-        return self._table(self.dtype), self._table(torch.bfloat16) if self.copied else None
-
-    def _numbers(self) -> Tensor:
-        return _tensor(self.count, dtype=torch.int64)
-
-    def _grad(self) -> Tensor | None:
-        sums = sum_dtype(self._table(self.dtype))
-        return _tensor(self.count, self.value_dim, dtype=sums) if self.grad else None
 
 
 def _double(*shape: int) -> Tensor:
@@ -322,10 +317,10 @@ def _tables() -> Iterator[Instance]:
 
 def _updates() -> Iterator[Instance]:
     single, half, double = torch.float32, torch.bfloat16, torch.float64
-    forms = [(single, single, False), (double, double, False), (half, single, False), (single, single, True)]
+    forms = [(single, single, False), (double, double, False), (half, single, False), (half, single, True)]
     forms += [(single, half, False), (half, half, False)]
-    for dtype, state, copied in forms:
-        rows = functools.partial(_Rows, dtype=dtype, state=state, copied=copied)
+    for dtype, state, has_master in forms:
+        rows = functools.partial(_Rows, dtype=dtype, state=state, has_master=has_master)
         for panels in (None, 1, 23):
             yield from rows(panels=panels).adam()
         yield from rows(grad=False, panels=23).adam()

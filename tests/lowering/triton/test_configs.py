@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from memcompile.lowering.search.product_key_topk import candidate_pairs
 from memcompile.lowering.triton import configs
-from memcompile.lowering.triton.serve import MAX_TOP_K
+from memcompile.lowering.triton.support import MAX_TOP_K
 
 top_ks = st.integers(1, MAX_TOP_K)
 value_dims = st.one_of(st.integers(1, 5000), st.integers(1, 2**20))

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import memcompile
 from memcompile.lowering import inductor_patches, memory_lookup, operator
-from memcompile.lowering.triton import configs, cost, serve
+from memcompile.lowering.triton import configs, cost, support
 from tests.lowering.triton.addresses import overflowing_offsets
 from tests.lowering.triton.fake_gpu import Sources, first_choice, generated_sources
 from tests.lowering.triton.generated import allocations, compile_kernels, extern_calls, launches, triton_kernels
@@ -88,7 +88,7 @@ def gpu_sources(function: Callable[..., Any], inputs: list[Any], **options: Any)
     """`generated_sources` with this package's pass and kernels."""
     spy = options.pop("spy", None)
     patches = options.pop("config_patches", {}) | inductor_patches("", spy)
-    with mock.patch.object(serve, "is_gpu", return_value=True):
+    with mock.patch.object(support, "is_gpu", return_value=True):
         return generated_sources(function, inputs, config_patches=patches, **options)
 
 

@@ -48,7 +48,7 @@ LARGEST = {
     "keys_key": 2**14,
     "keys_column": 2**16,
     "query_column": 2**16,
-    "plan_of_row": 2**16,
+    "missed_steps": 2**16,
     "counts": 64,
     "panels_each": 64,
 }

@@ -10,7 +10,7 @@ import torch
 
 import memcompile.lowering.triton as folder
 from memcompile.lowering import inductor_patches
-from memcompile.lowering.triton import serve, template
+from memcompile.lowering.triton import load, template
 from tests.lowering.triton import test_generated_code as known
 from tests.lowering.triton.fake_gpu import generated_sources
 from tests.lowering.triton.generated import allocations, extern_calls, launches
@@ -20,9 +20,9 @@ _inductor: Any = importlib.import_module("memcompile.lowering.triton._inductor")
 
 @pytest.fixture
 def unregistered(monkeypatch):
-    """As before the first compilation. The true registration stays in Inductor: it can be done once in a process."""
-    template.register()
-    monkeypatch.setattr(serve, "TEMPLATED", set())
+    """As where Inductor does not know it. The true registration stays in Inductor: it can be done once in a process."""
+    load.load_in_graphs()
+    monkeypatch.setattr(template, "register", lambda: False)
 
 
 @pytest.fixture
@@ -49,15 +49,16 @@ def other_arguments(monkeypatch):
 
 
 @pytest.mark.parametrize("change", [no_module, no_name, other_arguments])
-def test_an_unknown_inductor_is_said(monkeypatch, unregistered, warnings, change):
+def test_an_unknown_inductor_is_said(monkeypatch, warnings, change):
+    template.register()
     change(monkeypatch)
     assert template.register.__wrapped__() is False
     (message,) = warnings()
     assert torch.__version__ in message and "gate is not fused" in message
-    assert set() == serve.TEMPLATED
 
 
-def test_it_is_said_once(monkeypatch, unregistered, warnings):
+def test_it_is_said_once(monkeypatch, warnings):
+    template.register()
     no_module(monkeypatch)
     template.register.cache_clear()
     assert [template.register() for _ in range(3)] == [False] * 3

@@ -1,49 +1,55 @@
 """The operators that update rows in place: `opcheck`, what they refuse, rows that they must not touch."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memcompile.runtime.optim.skipped_steps import factors_of_step, plan
 
 from memcompile.lowering import operator
-from memcompile.lowering.gather import row_sums
-from memcompile.lowering.update import row_adagrad, row_adam, row_sgd
+from memcompile.lowering.register.kernels import IN_PYTORCH
 from memcompile.lowering.update.rate_history import RateHistory
-from memcompile.runtime.optim.skipped_steps import factors_of_step, plan
+from memcompile.lowering.update.row_adagrad import RowAdagrad
+from memcompile.lowering.update.row_adam import RowAdam
+from memcompile.lowering.update.row_sgd import RowSgd
 from tests.tolerance import assert_as_accurate
 
-FORMS = {  # values, rounded, state
+FORMS = {  # param, whether it has a master, state
     "fp32": (torch.float32, False, torch.float32),
     "fp64": (torch.float64, False, torch.float64),
     "bf16": (torch.bfloat16, False, torch.float32),
-    "masters": (torch.float32, True, torch.float32),
+    "masters": (torch.bfloat16, True, torch.float32),
     "bf16 state": (torch.float32, False, torch.bfloat16),
     "all bf16": (torch.bfloat16, False, torch.bfloat16),
 }
-KERNELS = {"row_adam": row_adam._kernel, "row_adagrad": row_adagrad._kernel, "row_sgd": row_sgd._kernel}
-NAMES = sorted(KERNELS)
-ROWS_AT = {"row_adam": 4, "row_adagrad": 3, "row_sgd": 2}  # which argument
+UPDATES = {"row_adam": RowAdam, "row_adagrad": RowAdagrad, "row_sgd": RowSgd}
+NAMES = sorted(UPDATES)
+KERNELS = {name: IN_PYTORCH[name].kernel for name in NAMES}
+STATE = {"row_adam": slice(5, 7), "row_adagrad": slice(5, 6), "row_sgd": slice(5, 5)}  # which arguments
 
 
 def arguments(name, form="fp32", count=5, dim=21, slots=40, seed=0, grad=True, lags=True, decoupled=True):
     """Arguments of the operator, with rows of different lags."""
-    dtype, copied, state = FORMS[form]
+    dtype, has_master, state = FORMS[form]
     sums = torch.promote_types(dtype, torch.float32)
     generator = torch.Generator().manual_seed(seed)
 
     def table(kind, width=dim):
         return torch.randn(slots, width, generator=generator, dtype=torch.float64).to(kind)
 
-    values = table(dtype)
-    rounded = values.bfloat16() if copied else None
+    master = table(torch.float32) if has_master else None
+    param = table(dtype) if master is None else master.bfloat16()
     rows = torch.randperm(slots, generator=generator)[:count]
     gradient = torch.randn(count, dim, generator=generator, dtype=torch.float64).to(sums) if grad else None
+    first = [param, master, rows, gradient, 77]
     if name == "row_sgd":
         decays = torch.rand(count, generator=generator, dtype=torch.float64) if lags else None
-        return [values, rounded, rows, gradient, decays, 0.1, 77]
+        return [*first, decays, 0.1]
     if name == "row_adagrad":
         squares = table(sums, 1)[:, 0].square().contiguous()
-        return [values, rounded, squares, rows, gradient, 0.1, 1e-8, 0.3, decoupled, 77]
+        return [*first, squares, 0.1, 1e-8, 0.3, decoupled]
     history = RateHistory({}, 3)
     for step in range(1, 301):
         history.record(step, 1e-2, factors_of_step(1e-2, 0.1, (0.9, 0.999)))
@@ -52,7 +58,7 @@ def arguments(name, form="fp32", count=5, dim=21, slots=40, seed=0, grad=True, l
     parts = (missed.plan_of_row, missed.decays, missed.panels) if missed else (None, None, None)
     numbers = torch.tensor([0.999, 0.9, 0.999, 1e-2, 2.0, 1e-8], dtype=torch.float64)
     moments = table(state), table(state).square()
-    return [values, rounded, *moments, rows, gradient, *parts, numbers, 77]
+    return [*first, *moments, *parts, numbers]
 
 
 def changed(name, run, args):
@@ -63,15 +69,24 @@ def changed(name, run, args):
 
 
 def tables_of(name, args):
-    """The tables that the operator updates, in order: values, their copy, state."""
-    return [table for table in args[: ROWS_AT[name]] if table is not None]
+    """The tables that the operator updates, in order: the parameter, its master, state."""
+    return [table for table in (*args[:2], *args[STATE[name]]) if table is not None]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_are_those_of_the_schema(name):
+    schema = [argument.name for argument in operator(name)._schema.arguments]
+    assert [field.name for field in dataclasses.fields(UPDATES[name])] == schema
+
+
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name, form):
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(operator(name), arguments(name, form), test_utils=tests)
+def test_opcheck(name, form, trained):
+    args = arguments(name, form)
+    if trained:
+        args = [a.requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    torch.library.opcheck(operator(name), args)
 
 
 def assert_updates(name, run, args, nearest=True):
@@ -79,24 +94,25 @@ def assert_updates(name, run, args, nearest=True):
 
     Args:
         run: the operator, or what stands for it, on the CPU's tensors.
-        nearest: whether it rounds the bf16 copy to nearest, as all devices do; Triton's interpreter cuts.
+        nearest: whether it rounds a master to the nearest bf16, as all devices do; Triton's interpreter cuts.
     """
     before = [a.clone() for a in args if torch.is_tensor(a)]
     actual = changed(name, run, args)
     plain = changed(name, KERNELS[name], args)
     exact = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in args]
-    exact = changed(name, KERNELS[name], [exact[0], None, *exact[2:]])
-    rows = args[ROWS_AT[name]]
+    table = exact[0] if exact[1] is None else exact[1]
+    exact = changed(name, KERNELS[name], [table, None, *exact[2:]])
+    rows = args[2]
     others = torch.ones(len(args[0]), dtype=torch.bool)
     others[rows] = False
     if args[1] is not None:
-        values, copy = actual[:2]
+        copy, master, *_ = actual
         if nearest:
-            assert torch.equal(copy, values.bfloat16())
-        assert torch.equal(copy[others], args[1][others])
-        assert ((copy - values).abs() <= 2**-7 * values.abs()).all()
-        actual, plain = [values, *actual[2:]], [plain[0], *plain[2:]]
-    tables = tables_of(name, [args[0], None, *args[2:]])
+            assert torch.equal(copy, master.bfloat16())
+        assert torch.equal(copy[others], args[0][others])
+        assert ((copy - master).abs() <= 2**-7 * master.abs()).all()
+        actual, plain = actual[1:], plain[1:]
+    tables = tables_of(name, args)[args[1] is not None :]
     for result, ours, true, old in zip(actual, plain, exact, tables, strict=True):
         assert torch.equal(result[others], old[others])
         if result.dtype is torch.bfloat16:
@@ -141,101 +157,57 @@ def test_any_number_of_threads(name, form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_adam_may_keep_moments(form):
-    """Decays of 1 leave them bit for bit as they are; a plan without panels multiplies the value."""
+    """Decays of 1 leave them bit for bit as they are; missed steps without panels multiply the row."""
     args = arguments("row_adam", form, count=20, grad=False)
-    args[7][:, 1:] = 1
-    alone = args[6] % 3 == 0
-    args[8][::3, :, 1:] = 0
-    actual, plain = (changed("row_adam", run, args) for run in (operator("row_adam"), row_adam._kernel))
-    assert all(map(torch.equal, actual[-2:], args[2:4])) and all(map(torch.equal, plain[-2:], args[2:4]))
+    missed_steps, decays, panels = args[7:10]
+    decays[:, 1:] = 1
+    alone = missed_steps % 3 == 0
+    panels[::3, :, 1:] = 0
+    actual, plain = (changed("row_adam", run, args) for run in (operator("row_adam"), KERNELS["row_adam"]))
+    assert all(map(torch.equal, actual[-2:], args[5:7])) and all(map(torch.equal, plain[-2:], args[5:7]))
     torch.testing.assert_close(actual[0], plain[0])
     if args[0].dtype is not torch.bfloat16:
-        rows, decays = args[4][alone], args[7][args[6][alone], :1].to(args[0].dtype)
-        torch.testing.assert_close(actual[0][rows], args[0][rows] * decays)
-
-
-GRADIENTS = [(form, dtype) for form in FORMS if form != "fp64" for dtype in (torch.float32, torch.bfloat16)]
-GRADIENTS += [("fp64", torch.float64), ("fp32", torch.float16)]
-
-
-@pytest.mark.parametrize(("form", "dtype"), GRADIENTS)
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_in_factors(name, form, dtype):
-    """Bit for bit what the sums give, in C++ and in PyTorch operators, however many rows are held at once."""
-    generator = torch.Generator().manual_seed(1)
-    slots = (torch.rand(23, 6, generator=generator) ** 2 * 40).int()
-    weights, grad = torch.randn(23, 6, generator=generator), torch.randn(23, 37, generator=generator).to(dtype)
-    rows, ends, hits = operator("hits_by_row")(slots, 40)
-    args = arguments(name, form, count=len(rows), dim=37)
-    at = {"row_adam": 4, "row_adagrad": 3, "row_sgd": 2}[name]
-    before, after = [*args[:at], rows], args[at + 2 :]
-    factors = [*before, grad, *after, ends, hits, weights]
-    torch.library.opcheck(operator(name), factors, test_utils=("test_schema", "test_faketensor"))
-    for run, sums in ((operator(name), operator("row_sums")), (KERNELS[name], row_sums._sums)):
-        summed = sums(slots, weights, grad, 40)[1].to(torch.promote_types(args[0].dtype, torch.float32))
-        expected = changed(name, run, [*before, summed, *after])
-        assert all(map(torch.equal, changed(name, run, factors), expected))
-
-
-def test_factors_in_chunks(monkeypatch):
-    args = arguments("row_sgd", count=40)
-    slots = torch.arange(40).repeat(3).view(12, 10)
-    rows, ends, hits = operator("hits_by_row")(slots, 40)
-    args = [*args[:2], rows, torch.randn(12, 21), *args[4:], ends, hits, torch.randn(12, 10)]
-    expected = changed("row_sgd", row_sgd._kernel, args)
-    monkeypatch.setattr("memcompile.lowering.update.row_tables._CHUNK_ELEMENTS", 7 * 21)
-    assert all(map(torch.equal, changed("row_sgd", row_sgd._kernel, args), expected))
+        rows = args[2][alone]
+        torch.testing.assert_close(actual[0][rows], args[0][rows] * decays[missed_steps[alone], :1].to(args[0].dtype))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_refusals(name):
     args = arguments(name)
-    at = ROWS_AT[name]
 
-    def refuses(position, value, message):
+    def refuses(position, value, message, args=args):
         wrong = [*args]
         wrong[position] = value
         with pytest.raises((ValueError, RuntimeError), match=message):
             operator(name)(*wrong)
 
-    refuses(0, args[0].half(), "values")
-    refuses(0, args[0].t().contiguous().t(), "values")
-    refuses(1, args[0], "rounded")
-    refuses(1, args[0].bfloat16().t().contiguous().t(), "rounded")
-    refuses(at, args[at].int(), "rows")
-    refuses(at + 1, args[at + 1][:, 1:], "grad")
-    refuses(at + 1, args[at + 1].bfloat16(), "grad")
-    rows, ends, hits = operator("hits_by_row")(args[at].view(-1, 1), 40)
-    factors = [*args[:at], rows, *args[at + 1 :], ends, hits, torch.ones(5, 1)]
-    first = len(args)
-    for position, value, message in (
-        (first, None, "ends, hits and weights"),
-        (first, ends[1:], "ends"),
-        (first + 1, hits.int(), "hits"),
-        (first + 2, torch.ones(4, 1), "grad"),
-        (at + 1, args[at + 1].double(), "grad"),
-    ):
-        with pytest.raises((ValueError, RuntimeError), match=message):
-            operator(name)(*factors[:position], value, *factors[position + 1 :])
+    refuses(0, args[0].half(), "param")
+    refuses(0, args[0].t().contiguous().t(), "param")
+    refuses(1, args[0], "master")
+    refuses(1, args[0].bfloat16(), "master")
+    refuses(1, args[0].t().contiguous().t(), "master", arguments(name, "bf16"))
+    refuses(1, args[0].double(), "master", arguments(name, "bf16"))
+    refuses(2, args[2].int(), "rows")
+    refuses(3, args[3][:, 1:], "grad")
+    refuses(3, args[3].bfloat16(), "grad")
     if name == "row_adam":
-        refuses(2, args[2][:3], "exp_avg")
-        refuses(3, args[3].bfloat16(), "exp_avg_sq")
-        refuses(6, None, "plan_of_row")
-        refuses(7, args[7].float(), "decays")
-        refuses(8, args[8][..., 1:], "panels")
-        refuses(9, args[9][1:], "numbers")
+        refuses(5, args[5][:3], "exp_avg")
+        refuses(6, args[6].bfloat16(), "exp_avg_sq")
+        refuses(7, None, "missed_steps")
+        refuses(8, args[8].float(), "decays")
+        refuses(9, args[9][..., 1:], "panels")
+        refuses(10, args[10][1:], "numbers")
     elif name == "row_adagrad":
-        refuses(2, args[2][1:], "squares")
+        refuses(5, args[5][1:], "squares")
     else:
-        refuses(4, args[4].float(), "decays")
+        refuses(5, args[5].float(), "decays")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_out_of_range(name):
     args = arguments(name)
-    at = ROWS_AT[name]
     for wrong in (-1, 40):
-        rows = args[at].clone()
+        rows = args[2].clone()
         rows[2] = wrong
         with pytest.raises((IndexError, RuntimeError), match="out of"):
-            operator(name)(*args[:at], rows, *args[at + 1 :])
+            operator(name)(*args[:2], rows, *args[3:])

@@ -1,12 +1,9 @@
 // The operators that update rows of tables in place: what they are given is checked here, the loops are in row_updates.h.
 #pragma once
 
-#include <functional>
-#include <memory>
 #include <optional>
 #include <vector>
 
-#include "kernels/by_slot.h"
 #include "kernels/row_updates.h"
 #include "tensors.h"
 
@@ -21,17 +18,6 @@ bool is_vector(const Tensor& tensor, int64_t size, ScalarType type) {
   return tensor.dim() == 1 && tensor.size(0) == size && tensor.scalar_type() == type;
 }
 
-void check_rows(const Tensor& values, const std::optional<Tensor>& rounded, const Tensor& rows) {
-  const ScalarType type = values.scalar_type();
-  STD_TORCH_CHECK(is_table(values, values) && is_floating(values) && type != ScalarType::Half,
-                  "memcompile: values must be contiguous [slots, dim] and float32, float64 or bfloat16");
-  if (rounded) {
-    STD_TORCH_CHECK(is_table(*rounded, values) && rounded->scalar_type() == ScalarType::BFloat16 && type == ScalarType::Float,
-                    "memcompile: rounded must be bfloat16 as values, which are then float32");
-  }
-  STD_TORCH_CHECK(is_vector(rows, rows.numel(), ScalarType::Long), "memcompile: rows must be int64 [n]");
-}
-
 void check_range(const Tensor& numbers, int64_t end, const char* name) {
   const int64_t* first = data<int64_t>(numbers);
   int64_t lowest = 0, highest = 0;
@@ -43,85 +29,67 @@ void check_range(const Tensor& numbers, int64_t end, const char* name) {
                   lowest < 0 ? lowest : highest, " is out of range: there are ", end);
 }
 
-// The gradients of an update's rows: none; [n, dim] in the type of the values' sums; or in factors, which are then
-// [tokens, dim] with the weights [tokens, hits] of hits, of which row i has those from ends[i] to ends[i + 1].
-class Gradients {
- public:
-  Gradients(const Tensor& values, const Tensor& rows, const std::optional<Tensor>& grad, const std::optional<Tensor>& ends,
-            const std::optional<Tensor>& hits, const std::optional<Tensor>& weights) {
-    const int64_t count = rows.size(0);
-    STD_TORCH_CHECK(ends.has_value() == hits.has_value() && ends.has_value() == weights.has_value() && (grad || !ends),
-                    "memcompile: ends, hits and weights must be there together, and then grad");
-    if (!grad) return;
-    STD_TORCH_CHECK(grad->dim() == 2 && grad->size(1) == values.size(1) && is_floating(*grad) && sum_type(*grad) == sum_type(values),
-                    "memcompile: grad must have the columns of values, and sums of their dtype");
-    grad_ = torch::stable::contiguous(*grad);
-    if (!ends) {
-      STD_TORCH_CHECK(grad->size(0) == count && grad->scalar_type() == sum_type(values),
-                      "memcompile: grad must be [n, dim] in the dtype of the values' sums");
-      return;
+// What every update begins with, checked.
+struct RowUpdate {
+  Tensor table, rows;                   // what is updated, the master where there is one; int64 [n]
+  std::optional<Tensor> rounded, grad;  // the parameter of a master, its nearest bf16; [n, dim] in the type of sums
+  int64_t count, dim;
+  uint32_t seed;
+
+  RowUpdate(const Tensor& param, const std::optional<Tensor>& master, const Tensor& rows_given,
+            const std::optional<Tensor>& grad_given, int64_t seed_given)
+      : table(master ? *master : param), rows(torch::stable::contiguous(rows_given)), count(rows_given.numel()),
+        dim(param.dim() == 2 ? param.size(1) : 0), seed(uint32_t(seed_given)) {
+    const ScalarType type = param.scalar_type();
+    STD_TORCH_CHECK(is_table(param, param) && is_floating(param) && type != ScalarType::Half,
+                    "memcompile: param must be contiguous [slots, dim] and float32, float64 or bfloat16");
+    if (master) {
+      STD_TORCH_CHECK(is_table(table, param) && table.scalar_type() == ScalarType::Float && type == ScalarType::BFloat16,
+                      "memcompile: master must be float32 as param, which is then bfloat16");
+      rounded = param;
     }
-    STD_TORCH_CHECK(is_vector(*ends, count + 1, ScalarType::Long), "memcompile: ends must be int64 [n + 1]");
-    STD_TORCH_CHECK(is_vector(*hits, hits->numel(), ScalarType::Long), "memcompile: hits must be int64 [number of hits]");
-    STD_TORCH_CHECK(weights->dim() == 2 && weights->size(0) == grad->size(0) && is_floating(*weights),
-                    "memcompile: weights must be [tokens, hits], and grad [tokens, dim]");
-    ends_ = torch::stable::contiguous(*ends);
-    hits_ = torch::stable::contiguous(*hits);
-    weights_ = as(*weights, sum_type(*grad));
-    const int64_t* end = data<int64_t>(*ends_);
-    STD_TORCH_CHECK(end[0] >= 0 && std::is_sorted(end, end + count + 1) && end[count] <= hits->numel(),
-                    "memcompile: ends must rise from 0 to the number of hits");
-    check_range(*hits_, weights->numel(), "hit");
+    STD_TORCH_CHECK(is_vector(rows, count, ScalarType::Long), "memcompile: rows must be int64 [n]");
+    if (grad_given) {
+      STD_TORCH_CHECK(grad_given->dim() == 2 && grad_given->size(0) == count && grad_given->size(1) == dim &&
+                          grad_given->scalar_type() == sum_type(param),
+                      "memcompile: grad must be [n, dim] in the dtype of the sums of param");
+      grad = torch::stable::contiguous(*grad_given);
+    }
+    check_range(rows, param.size(0), "row");
   }
-
-  // What tells one thread, of each row from begin to end in turn, its gradient: in the caller's memory or its own.
-  template <class S>
-  std::function<const S*(int64_t)> of_rows(int64_t begin, int64_t end) const {
-    if (!grad_) return [](int64_t) -> const S* { return nullptr; };
-    if (!ends_) return [first = data<S>(*grad_), dim = grad_->size(1)](int64_t i) { return first + i * dim; };
-    std::function<const S*(int64_t)> of_row;
-    with_row_type(*grad_, [&](auto row) {
-      using Row = decltype(row);
-      if constexpr (std::is_same_v<Sum<Row>, S>) of_row = sums_of<Row>(begin, end);
-    });
-    return of_row;
-  }
-
- private:
-  // They are rounded to the type of the gradient, as row_sums has them.
-  template <class Row>
-  std::function<const Sum<Row>*(int64_t)> sums_of(int64_t begin, int64_t end) const {
-    const int64_t dim = grad_->size(1), *ends = data<int64_t>(*ends_);
-    const WeightedHits<Row> all{data<int64_t>(*hits_), data<Sum<Row>>(*weights_), weights_->size(1), {data<Row>(*grad_), dim, dim}};
-    struct Room {
-      HitSums<Row> sums;
-      std::vector<Row> row;
-      std::vector<Sum<Row>> sum;
-    };
-    const auto room = std::make_shared<Room>(Room{HitSums<Row>(all, ends[begin], ends[end]), std::vector<Row>(dim), {}});
-    if constexpr (!std::is_same_v<Row, Sum<Row>>) room->sum.resize(dim);
-    return [room, ends](int64_t i) -> const Sum<Row>* {
-      room->sums.sum(ends[i], ends[i + 1], room->row.data());
-      if constexpr (std::is_same_v<Row, Sum<Row>>) return room->row.data();
-      else {
-        std::transform(room->row.begin(), room->row.end(), room->sum.begin(), [](Row x) { return to_sum(x); });
-        return room->sum.data();
-      }
-    };
-  }
-
-  std::optional<Tensor> grad_, ends_, hits_, weights_;
 };
 
-// f(Value{}) for the type of the values.
+// The same as the loops read it.
+template <class Value>
+struct UpdatedRows {
+  Value* x;
+  BFloat16* rounded;
+  const Sum<Value>* grad;
+  const int64_t* rows;
+  int64_t dim;
+  uint32_t seed;
+
+  explicit UpdatedRows(const RowUpdate& given)
+      : x(mutable_data<Value>(given.table)), rounded(given.rounded ? mutable_data<BFloat16>(*given.rounded) : nullptr),
+        grad(given.grad ? data<Sum<Value>>(*given.grad) : nullptr), rows(data<int64_t>(given.rows)), dim(given.dim), seed(given.seed) {}
+
+  // Where the i-th row begins in its tables.
+  int64_t at(int64_t i) const { return rows[i] * dim; }
+  uint32_t key(int64_t i, RowTable table) const { return noise_key(rows[i], seed, table); }
+  ValueRow<Value> operator[](int64_t i) const {
+    return {x + at(i), rounded ? rounded + at(i) : nullptr, grad ? grad + i * dim : nullptr, key(i, kParam)};
+  }
+};
+
+// f(Value{}) for the type of the table.
 template <class F>
-void with_value_type(const Tensor& values, const F& f) {
-  with_row_type(values, [&](auto value) {
+void with_value_type(const Tensor& table, const F& f) {
+  with_row_type(table, [&](auto value) {
     if constexpr (!std::is_same_v<decltype(value), Half>) f(value);
   });
 }
 
-// f(State{}) for the type of the moments of these values: that of their sums, or bf16 beside fp32.
+// f(State{}) for the type of the moments of a table of `Value`: that of their sums, or bf16 beside fp32.
 template <class Value, class F>
 void with_state_type(const Tensor& state, const F& f) {
   if (state.scalar_type() == sum_type(state) && std::is_same_v<Sum<Value>, double> == (state.scalar_type() == ScalarType::Double)) {
@@ -130,151 +98,119 @@ void with_state_type(const Tensor& state, const F& f) {
   if constexpr (std::is_same_v<Sum<Value>, float>) {
     if (state.scalar_type() == ScalarType::BFloat16) return f(BFloat16{});
   }
-  STD_TORCH_CHECK(false, "memcompile: exp_avg must have the dtype of the values' sums, or bfloat16 beside float32");
-}
-
-template <class Value>
-ValueRow<Value> row_of(Value* values, BFloat16* rounded, const Sum<Value>* grad, int64_t dim, int64_t row, uint32_t seed) {
-  return {values + row * dim, rounded ? rounded + row * dim : nullptr, grad, noise_key(row, seed, kValues)};
+  STD_TORCH_CHECK(false, "memcompile: exp_avg must have the dtype of the table's sums, or bfloat16 beside float32");
 }
 
 template <class S>
-void check_plans(const Tensor& decays, const Tensor& panels) {
+void check_missed_steps(const Tensor& decays, const Tensor& panels) {
   STD_TORCH_CHECK(decays.dim() == 2 && decays.size(1) == 3 && decays.scalar_type() == ScalarType::Double,
-                  "memcompile: decays must be float64 [plans, 3]");
-  STD_TORCH_CHECK(panels.dim() == 3 && panels.size(0) == decays.size(0) && panels.size(2) == 1 + Plan<S>::kMoments &&
+                  "memcompile: decays must be float64 [entries, 3]");
+  STD_TORCH_CHECK(panels.dim() == 3 && panels.size(0) == decays.size(0) && panels.size(2) == 1 + MissedSteps<S>::kMoments &&
                       panels.scalar_type() == ScalarType::Double,
-                  "memcompile: panels must be float64 [plans, panels, ", 1 + Plan<S>::kMoments, "]");
+                  "memcompile: panels must be float64 [entries, panels, ", 1 + MissedSteps<S>::kMoments, "]");
 }
 
-// The plans of `decays` [plans, 3] and `panels` [plans, panels, 1 + moments]; `room` gets the panels in the type of sums.
+// The entries of `decays` [entries, 3] and `panels` [entries, panels, 1 + moments]; `room` gets the panels in the type of sums.
 template <class S>
-std::vector<Plan<S>> plans_of(const Tensor& decays, const Tensor& panels, std::vector<S>& room) {
-  constexpr int64_t size = 1 + Plan<S>::kMoments;
+std::vector<MissedSteps<S>> missed_steps_of(const Tensor& decays, const Tensor& panels, std::vector<S>& room) {
+  constexpr int64_t size = 1 + MissedSteps<S>::kMoments;
   const int64_t number = decays.size(0), panels_each = panels.size(1);
   const double* from = data<double>(panels);
   room.assign(from, from + panels.numel());
-  std::vector<Plan<S>> plans(number);
+  std::vector<MissedSteps<S>> out(number);
   for (int64_t i = 0; i < number; ++i) {
     const double* decay = data<double>(decays) + 3 * i;
     const double* first = from + i * panels_each * size;
-    int64_t count = panels_each;  // those at the end have no moments: other plans have more panels
+    int64_t count = panels_each;  // those at the end have no moments: other entries have more panels
     while (count > 0 && std::all_of(first + (count - 1) * size + 1, first + count * size, [](double m) { return m == 0; })) --count;
-    plans[i] = {{S(decay[0]), S(decay[1]), S(decay[2])}, room.data() + i * panels_each * size, count};
+    out[i] = {{S(decay[0]), S(decay[1]), S(decay[2])}, room.data() + i * panels_each * size, count};
   }
-  return plans;
+  return out;
 }
 
-void row_adam(const Tensor& values, std::optional<Tensor> rounded, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-              const Tensor& rows_given, std::optional<Tensor> grad_given, std::optional<Tensor> plan_of_row,
-              std::optional<Tensor> decays_given, std::optional<Tensor> panels_given, const Tensor& numbers, int64_t seed,
-              std::optional<Tensor> ends, std::optional<Tensor> hits, std::optional<Tensor> weights) {
-  check_rows(values, rounded, rows_given);
-  const Gradients gradients(values, rows_given, grad_given, ends, hits, weights);
-  STD_TORCH_CHECK(is_table(exp_avg, values), "memcompile: exp_avg must be contiguous and of the shape of values");
-  STD_TORCH_CHECK(is_table(exp_avg_sq, values) && exp_avg_sq.scalar_type() == exp_avg.scalar_type(),
+void row_adam(const Tensor& param, std::optional<Tensor> master, const Tensor& rows_given, std::optional<Tensor> grad_given,
+              int64_t seed, const Tensor& exp_avg, const Tensor& exp_avg_sq, std::optional<Tensor> missed_given,
+              std::optional<Tensor> decays_given, std::optional<Tensor> panels_given, const Tensor& numbers) {
+  const RowUpdate given(param, master, rows_given, grad_given, seed);
+  STD_TORCH_CHECK(is_table(exp_avg, param), "memcompile: exp_avg must be contiguous and of the shape of param");
+  STD_TORCH_CHECK(is_table(exp_avg_sq, param) && exp_avg_sq.scalar_type() == exp_avg.scalar_type(),
                   "memcompile: exp_avg_sq must be as exp_avg");
   STD_TORCH_CHECK(is_vector(numbers, 6, ScalarType::Double) && numbers.is_contiguous(), "memcompile: numbers must be float64 [6]");
-  const bool late = plan_of_row.has_value();
+  const bool late = missed_given.has_value();
   STD_TORCH_CHECK(late == decays_given.has_value() && late == panels_given.has_value(),
-                  "memcompile: plan_of_row, decays and panels must be there together");
-  const int64_t count = rows_given.size(0), dim = values.size(1);
-  const Tensor rows = torch::stable::contiguous(rows_given);
-  check_range(rows, values.size(0), "row");
-  with_value_type(values, [&](auto value) {
+                  "memcompile: missed_steps, decays and panels must be there together");
+  with_value_type(given.table, [&](auto value) {
     using Value = decltype(value);
     using S = Sum<Value>;
     std::vector<S> room;
-    std::vector<Plan<S>> plans;
-    Tensor plan_numbers = rows;
+    std::vector<MissedSteps<S>> entries;
+    Tensor numbers_of_entries = given.rows;
     if (late) {
-      STD_TORCH_CHECK(is_vector(*plan_of_row, count, ScalarType::Long), "memcompile: plan_of_row must be int64 as rows");
-      check_plans<S>(*decays_given, *panels_given);
-      plan_numbers = torch::stable::contiguous(*plan_of_row);
-      check_range(plan_numbers, decays_given->size(0), "plan_of_row");
-      plans = plans_of<S>(torch::stable::contiguous(*decays_given), torch::stable::contiguous(*panels_given), room);
+      STD_TORCH_CHECK(is_vector(*missed_given, given.count, ScalarType::Long), "memcompile: missed_steps must be int64 as rows");
+      check_missed_steps<S>(*decays_given, *panels_given);
+      numbers_of_entries = torch::stable::contiguous(*missed_given);
+      check_range(numbers_of_entries, decays_given->size(0), "missed_steps");
+      entries = missed_steps_of<S>(torch::stable::contiguous(*decays_given), torch::stable::contiguous(*panels_given), room);
     }
     with_state_type<Value>(exp_avg, [&](auto state) {
       using State = decltype(state);
       const AdamUpdate<Value, State> update{AdamNumbers<S>(data<double>(numbers))};
-      Value* x = mutable_data<Value>(values);
-      BFloat16* copy = rounded ? mutable_data<BFloat16>(*rounded) : nullptr;
+      const UpdatedRows<Value> rows(given);
       State* m = mutable_data<State>(exp_avg);
       State* v = mutable_data<State>(exp_avg_sq);
-      const int64_t* row = data<int64_t>(rows);
-      const int64_t* plan = data<int64_t>(plan_numbers);
-      parallel(count, 4 * dim, [&](int64_t begin, int64_t end) {
-        const auto grad = gradients.of_rows<S>(begin, end);
-        const auto decays_alone = [&](int64_t i) { return late && !grad_given && plans[plan[i]].is_decay_alone(); };
+      const int64_t* entry = data<int64_t>(numbers_of_entries);
+      parallel(given.count, 4 * given.dim, [&](int64_t begin, int64_t end) {
+        const auto decays_alone = [&](int64_t i) { return late && !rows.grad && entries[entry[i]].is_decay_alone(); };
         for (int64_t i = begin; i < end; ++i) {
-          const ValueRow<Value> to = row_of(x, copy, grad(i), dim, row[i], uint32_t(seed));
           if (decays_alone(i)) {
-            update_sgd(to, dim, plans[plan[i]].decay[0], S(0));
+            update_sgd(rows[i], given.dim, entries[entry[i]].decay[0], S(0));
             continue;
           }
           // What comes next is fetched ahead: of a row that only decays, nothing but the value is read.
-          const int64_t after = std::min(i + 1, end - 1), at = row[i] * dim, next = row[after] * dim;
+          const int64_t after = std::min(i + 1, end - 1), at = rows.at(i), next = rows.at(after);
           const int64_t next_moments = decays_alone(after) ? at : next;
-          const uint32_t keys[2] = {noise_key(row[i], uint32_t(seed), kExpAvg), noise_key(row[i], uint32_t(seed), kExpAvgSq)};
-          update.run(to, m + at, v + at, late ? &plans[plan[i]] : nullptr, dim, keys, x + next, m + next_moments, v + next_moments);
+          const uint32_t keys[2] = {rows.key(i, kExpAvg), rows.key(i, kExpAvgSq)};
+          update.run(rows[i], m + at, v + at, late ? &entries[entry[i]] : nullptr, given.dim, keys, rows.x + next,
+                     m + next_moments, v + next_moments);
         }
       });
     });
   });
 }
 
-void row_adagrad(const Tensor& values, std::optional<Tensor> rounded, const Tensor& squares, const Tensor& rows_given,
-                 const Tensor& grad_given, double lr, double eps, double weight_decay, bool decoupled, int64_t seed,
-                 std::optional<Tensor> ends, std::optional<Tensor> hits, std::optional<Tensor> weights) {
-  check_rows(values, rounded, rows_given);
-  const Gradients gradients(values, rows_given, grad_given, ends, hits, weights);
-  STD_TORCH_CHECK(is_vector(squares, values.size(0), sum_type(values)) && squares.is_contiguous(),
-                  "memcompile: squares must be contiguous [slots] in the dtype of the values' sums");
-  const Tensor rows = torch::stable::contiguous(rows_given);
-  check_range(rows, values.size(0), "row");
-  const int64_t dim = values.size(1);
+void row_adagrad(const Tensor& param, std::optional<Tensor> master, const Tensor& rows_given, const Tensor& grad_given,
+                 int64_t seed, const Tensor& squares, double lr, double eps, double weight_decay, bool decoupled) {
+  const RowUpdate given(param, master, rows_given, grad_given, seed);
+  STD_TORCH_CHECK(is_vector(squares, param.size(0), sum_type(param)) && squares.is_contiguous(),
+                  "memcompile: squares must be contiguous [slots] in the dtype of the sums of param");
   const double added = decoupled ? 0 : weight_decay, kept = decoupled ? 1 - lr * weight_decay : 1;
-  with_value_type(values, [&](auto value) {
+  with_value_type(given.table, [&](auto value) {
     using Value = decltype(value);
     using S = Sum<Value>;
-    Value* x = mutable_data<Value>(values);
-    BFloat16* copy = rounded ? mutable_data<BFloat16>(*rounded) : nullptr;
-    S* sum = mutable_data<S>(squares);
-    const int64_t* row = data<int64_t>(rows);
-    parallel(rows.size(0), 2 * dim, [&](int64_t begin, int64_t end) {
-      const auto grad = gradients.of_rows<S>(begin, end);
+    const UpdatedRows<Value> rows(given);
+    S* sums = mutable_data<S>(squares);
+    parallel(given.count, 2 * given.dim, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const ValueRow<Value> to = row_of(x, copy, grad(i), dim, row[i], uint32_t(seed));
-        update_adagrad(to, dim, sum + row[i], S(lr), S(eps), S(added), S(kept));
+        update_adagrad(rows[i], given.dim, sums + rows.rows[i], S(lr), S(eps), S(added), S(kept));
       }
     });
   });
 }
 
-void row_sgd(const Tensor& values, std::optional<Tensor> rounded, const Tensor& rows_given, std::optional<Tensor> grad_given,
-             std::optional<Tensor> decays_given, double rate, int64_t seed, std::optional<Tensor> ends,
-             std::optional<Tensor> hits, std::optional<Tensor> weights) {
-  check_rows(values, rounded, rows_given);
-  const Gradients gradients(values, rows_given, grad_given, ends, hits, weights);
+void row_sgd(const Tensor& param, std::optional<Tensor> master, const Tensor& rows_given, std::optional<Tensor> grad_given,
+             int64_t seed, std::optional<Tensor> decays_given, double rate) {
+  const RowUpdate given(param, master, rows_given, grad_given, seed);
   if (decays_given) {
-    STD_TORCH_CHECK(is_vector(*decays_given, rows_given.size(0), ScalarType::Double), "memcompile: decays must be float64 as rows");
+    STD_TORCH_CHECK(is_vector(*decays_given, given.count, ScalarType::Double), "memcompile: decays must be float64 as rows");
   }
-  const Tensor rows = torch::stable::contiguous(rows_given);
-  const Tensor decays = decays_given ? torch::stable::contiguous(*decays_given) : values;
-  check_range(rows, values.size(0), "row");
-  const int64_t dim = values.size(1);
-  with_value_type(values, [&](auto value) {
+  const Tensor decays = decays_given ? torch::stable::contiguous(*decays_given) : given.table;
+  with_value_type(given.table, [&](auto value) {
     using Value = decltype(value);
     using S = Sum<Value>;
-    Value* x = mutable_data<Value>(values);
-    BFloat16* copy = rounded ? mutable_data<BFloat16>(*rounded) : nullptr;
+    const UpdatedRows<Value> rows(given);
     const double* decay = decays_given ? data<double>(decays) : nullptr;
-    const int64_t* row = data<int64_t>(rows);
-    parallel(rows.size(0), dim, [&](int64_t begin, int64_t end) {
-      const auto grad = gradients.of_rows<S>(begin, end);
-      for (int64_t i = begin; i < end; ++i) {
-        update_sgd(row_of(x, copy, grad(i), dim, row[i], uint32_t(seed)), dim, decay ? S(decay[i]) : S(1), S(rate));
-      }
+    parallel(given.count, given.dim, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) update_sgd(rows[i], given.dim, decay ? S(decay[i]) : S(1), S(rate));
     });
   });
 }

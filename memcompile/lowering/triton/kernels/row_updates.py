@@ -3,8 +3,9 @@
 A program has ROWS of the rows that a step touches, or BLOCK_COLUMNS of their columns. Rows are distinct, so that every
 number has one owner, which reads it once and writes it once. A row that the table does not have is left out.
 
-Tables are contiguous [num_slots, value_dim]; `slots` [total] are the rows' numbers. Sums are in fp32, of fp64 values in
-fp64. A kernel's numbers come as fp64: Triton takes a float for fp32 unless it is told.
+Tables are contiguous [num_slots, value_dim]; `slots` [total] are the rows' numbers. Where there is a `master`, in fp32,
+it is updated, and `param` in bf16 is the nearest to it. Sums are in fp32, of fp64 tables in fp64. A kernel's numbers
+come as fp64: Triton takes a float for fp32 unless it is told.
 """
 
 import triton
@@ -12,7 +13,7 @@ import triton.language as tl
 
 from memcompile.lowering.triton.kernels.rounding import number, quotient, square_root, store_rows
 
-_VALUES = tl.constexpr(0)
+_PARAM = tl.constexpr(0)
 _EXP_AVG = tl.constexpr(1)
 _EXP_AVG_SQ = tl.constexpr(2)  # the tables of a step, which round apart, as in `row_tables`
 
@@ -26,10 +27,19 @@ def _rows_of_program(slots, total, num_slots, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _store_values(values, rounded, at, x, row, column, ok, seed):
-    store_rows(values, at, x, row, column, ok, seed, _VALUES)
-    if rounded is not None:
-        tl.store(rounded + at, x.to(tl.bfloat16), mask=ok)
+def _load_table(param, master, at, ok, SUM: tl.constexpr):
+    """What is updated, at offsets `at` [rows, columns]."""
+    pointers = param + at if master is None else master + at
+    return tl.load(pointers, mask=ok, other=0.0).to(SUM)
+
+
+@triton.jit
+def _store_table(param, master, at, x, row, column, ok, seed):
+    if master is None:
+        store_rows(param, at, x, row, column, ok, seed, _PARAM)
+    else:
+        tl.store(master + at, x, mask=ok)
+        tl.store(param + at, x.to(tl.bfloat16), mask=ok)
 
 
 @triton.jit
@@ -47,40 +57,40 @@ def _panel(panel, root, eps, row_ok, MOMENTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["total", "panels_each", "seed"])
 def update_adam(
-    values, rounded, exp_avg, exp_avg_sq, slots, grad, plan_of_row, decays, panels, counts,
+    param, master, exp_avg, exp_avg_sq, slots, grad, missed_steps, decays, panels, counts,
     total, num_slots, value_dim, panels_each, seed: tl.uint32,
     decay: tl.float64, beta1: tl.float64, beta2: tl.float64, rate: tl.float64, scale: tl.float64, eps: tl.float64,
     taken1: tl.float64, taken2: tl.float64,
     ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
-    """See `row_adam`; taken1 and taken2 are 1 - beta1 and 1 - beta2. Any of rounded, grad [total, value_dim] and
-    plan_of_row [total] may be None; so may counts [plans], how many of its panels_each a plan uses: then it is one.
+    """See `row_adam`; taken1 and taken2 are 1 - beta1 and 1 - beta2. Any of master, grad [total, value_dim] and
+    missed_steps [total] may be None; so may counts [entries], how many of its panels_each an entry uses: then one.
 
     Grid: (blocks of rows, blocks of columns).
     """
-    SUM: tl.constexpr = tl.float64 if values.dtype.element_ty == tl.float64 else tl.float32
+    SUM: tl.constexpr = tl.float64 if param.dtype.element_ty == tl.float64 else tl.float32
     position, row, row_ok = _rows_of_program(slots, total, num_slots, ROWS)
     column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
     ok = row_ok[:, None] & (column < value_dim)[None, :]
     at = row[:, None] * value_dim + column[None, :]
-    x = tl.load(values + at, mask=ok, other=0.0).to(SUM)
+    x = _load_table(param, master, at, ok, SUM)
     m = tl.load(exp_avg + at, mask=ok, other=0.0).to(SUM)
     v = tl.load(exp_avg_sq + at, mask=ok, other=0.0).to(SUM)
     if counts is None and grad is not None:  # with the rest; not where it would take registers for long
         g = tl.load(grad + position[:, None] * value_dim + column[None, :], mask=ok, other=0.0)
     below = number(eps, SUM)
-    if plan_of_row is not None:
-        plan = tl.load(plan_of_row + position, mask=row_ok, other=0)
-        first = panels + plan * panels_each * (MOMENTS + 1)
+    if missed_steps is not None:
+        entry = tl.load(missed_steps + position, mask=row_ok, other=0)
+        first = panels + entry * panels_each * (MOMENTS + 1)
         root = square_root(v)
         if counts is None:
             steps = _panel(first, root, below, row_ok, MOMENTS)
         else:
             steps = tl.zeros([ROWS, BLOCK_COLUMNS], SUM)
-            for _ in range(0, tl.max(tl.load(counts + plan, mask=row_ok, other=0), 0)):
+            for _ in range(0, tl.max(tl.load(counts + entry, mask=row_ok, other=0), 0)):
                 steps += _panel(first, root, below, row_ok, MOMENTS)
                 first += MOMENTS + 1
-        past = decays + 3 * plan
+        past = decays + 3 * entry
         x = x * tl.load(past, mask=row_ok, other=0.0).to(SUM)[:, None] - m * steps
         m *= tl.load(past + 1, mask=row_ok, other=0.0).to(SUM)[:, None]
         v *= tl.load(past + 2, mask=row_ok, other=0.0).to(SUM)[:, None]
@@ -93,70 +103,70 @@ def update_adam(
         m = tl.where(is_near, m, g) + tl.where(is_near, taken, -number(beta1, SUM)) * (g - m)
         v = v * number(beta2, SUM) + number(taken2, SUM) * (g * g)
         x = x * number(decay, SUM) - quotient(number(rate, SUM) * m, square_root(v) * number(scale, SUM) + below)
-    _store_values(values, rounded, at, x, row, column, ok, seed)
+    _store_table(param, master, at, x, row, column, ok, seed)
     store_rows(exp_avg, at, m, row, column, ok, seed, _EXP_AVG)
     store_rows(exp_avg_sq, at, v, row, column, ok, seed, _EXP_AVG_SQ)
 
 
 @triton.jit
-def _tile(values, grad, position, row, row_ok, column, value_dim, added, SUM: tl.constexpr):
+def _tile(param, master, grad, position, row, row_ok, column, value_dim, added, SUM: tl.constexpr):
     """x, g = grad + added * x, where they are, and which are there: [ROWS, columns]."""
     ok = row_ok[:, None] & (column < value_dim)[None, :]
     at = row[:, None] * value_dim + column.to(tl.int64)[None, :]
-    x = tl.load(values + at, mask=ok, other=0.0).to(SUM)
+    x = _load_table(param, master, at, ok, SUM)
     g = tl.load(grad + position[:, None] * value_dim + column.to(tl.int64)[None, :], mask=ok, other=0.0)
     return x, g + added * x, at, ok
 
 
 @triton.jit(do_not_specialize=["total", "seed"])
 def update_adagrad(
-    values, rounded, squares, slots, grad, total, num_slots, value_dim, seed: tl.uint32,
+    param, master, squares, slots, grad, total, num_slots, value_dim, seed: tl.uint32,
     lr: tl.float64, eps: tl.float64, added: tl.float64, kept: tl.float64,
     ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """x = kept * x - lr / (sqrt(squares) + eps) * g with g = grad + added * x, where squares [num_slots] grow by the
     means of g**2. WHOLE: a block has all of a row; where it has not, a row is read twice. Grid: (blocks of rows,).
     """
-    SUM: tl.constexpr = tl.float64 if values.dtype.element_ty == tl.float64 else tl.float32
+    SUM: tl.constexpr = tl.float64 if param.dtype.element_ty == tl.float64 else tl.float32
     position, row, row_ok = _rows_of_program(slots, total, num_slots, ROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
     more = number(added, SUM)
-    x, g, at, ok = _tile(values, grad, position, row, row_ok, column, value_dim, more, SUM)
+    x, g, at, ok = _tile(param, master, grad, position, row, row_ok, column, value_dim, more, SUM)
     sums = g * g
     if not WHOLE:
         for start in range(BLOCK_COLUMNS, value_dim, BLOCK_COLUMNS):
-            x, g, at, ok = _tile(values, grad, position, row, row_ok, start + column, value_dim, more, SUM)
+            x, g, at, ok = _tile(param, master, grad, position, row, row_ok, start + column, value_dim, more, SUM)
             sums += g * g
     total_squares = tl.load(squares + row, mask=row_ok, other=0.0)
     total_squares += quotient(tl.sum(sums, 1), tl.zeros([ROWS], SUM) + value_dim)
     tl.store(squares + row, total_squares, mask=row_ok)
     step = quotient(number(lr, SUM), square_root(total_squares)[:, None] + number(eps, SUM))  # [ROWS, 1]
     if WHOLE:
-        _store_values(values, rounded, at, x * number(kept, SUM) - step * g, row, column, ok, seed)
+        _store_table(param, master, at, x * number(kept, SUM) - step * g, row, column, ok, seed)
     else:
         for start in range(0, value_dim, BLOCK_COLUMNS):
-            x, g, at, ok = _tile(values, grad, position, row, row_ok, start + column, value_dim, more, SUM)
+            x, g, at, ok = _tile(param, master, grad, position, row, row_ok, start + column, value_dim, more, SUM)
             x = x * number(kept, SUM) - step * g
-            _store_values(values, rounded, at, x, row, start + column, ok, seed)
+            _store_table(param, master, at, x, row, start + column, ok, seed)
 
 
 @triton.jit(do_not_specialize=["total", "seed"])
 def update_sgd(
-    values, rounded, slots, grad, decays, total, num_slots, value_dim, seed: tl.uint32, rate: tl.float64,
+    param, master, slots, grad, decays, total, num_slots, value_dim, seed: tl.uint32, rate: tl.float64,
     ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """x = decay * x - rate * g; rounded, grad [total, value_dim] and decays [total] fp64 may be None. Grid: (blocks of
+    """x = decay * x - rate * g; master, grad [total, value_dim] and decays [total] fp64 may be None. Grid: (blocks of
     rows, blocks of columns).
     """
-    SUM: tl.constexpr = tl.float64 if values.dtype.element_ty == tl.float64 else tl.float32
+    SUM: tl.constexpr = tl.float64 if param.dtype.element_ty == tl.float64 else tl.float32
     position, row, row_ok = _rows_of_program(slots, total, num_slots, ROWS)
     column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
     ok = row_ok[:, None] & (column < value_dim)[None, :]
     at = row[:, None] * value_dim + column[None, :]
-    x = tl.load(values + at, mask=ok, other=0.0).to(SUM)
+    x = _load_table(param, master, at, ok, SUM)
     if decays is not None:
         x *= tl.load(decays + position, mask=row_ok, other=1.0).to(SUM)[:, None]
     if grad is not None:
         g = tl.load(grad + position[:, None] * value_dim + column[None, :], mask=ok, other=0.0)
         x -= number(rate, SUM) * g
-    _store_values(values, rounded, at, x, row, column, ok, seed)
+    _store_table(param, master, at, x, row, column, ok, seed)

@@ -105,14 +105,13 @@ def _run(
     shards: Shards | None,
 ) -> None:
     """Makes the rows do what they have missed until the step `until`, and then a step with the gradient, if any."""
-    values, rounded = tables(table, state)
     moments = (as_rows(state[name]) for name in MOMENTS)
     history, last_step = RateHistory(state["history"]), state["last_step"]
-    missed = missed_steps(history, last_step[rows], until, sum_dtype(values))
-    parts = (None, None, None) if missed is None else (missed.plan_of_row, missed.decays, missed.panels)
+    missed = missed_steps(history, last_step[rows], until, sum_dtype(table))
+    parts = (None, None, None) if missed is None else (missed.entries, missed.decays, missed.panels)
     constants = torch.tensor([*numbers, history.eps], dtype=torch.float64, device="cpu")
     seed = step_seed(state, options, shards)
-    operator("row_adam")(values, rounded, *moments, rows, grad, *parts, constants, seed)
+    operator("row_adam")(*tables(table, state), rows, grad, seed, *moments, *parts, constants)
     last_step.data.index_fill_(0, rows, state["step"])  # `data`: a flush is nothing that autograd should know of
 
 

@@ -34,10 +34,9 @@ def _step(table: Tensor, state: State, rows: Tensor, grad: Tensor, options: Opti
     rate = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
     decay = 1 - lr * float(options["weight_decay"])
     numbers = torch.tensor([decay, beta1, beta2, rate, 1.0, options["eps"]], dtype=torch.float64, device="cpu")
-    values, rounded = tables(table, state)
     moments = (as_rows(state[name]) for name in MOMENTS)
     seed = step_seed(state, options, shards)
-    operator("row_adam")(values, rounded, *moments, rows, grad, None, None, None, numbers, seed)
+    operator("row_adam")(*tables(table, state), rows, grad, seed, *moments, None, None, None, numbers)
 
 
 LAZY_ADAM = Rule(

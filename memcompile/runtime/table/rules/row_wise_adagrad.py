@@ -13,7 +13,7 @@ from memcompile.lowering.distributed import collectives
 from memcompile.lowering.distributed.sharded_table import Shards
 from memcompile.lowering.gather.hits import sum_dtype
 from memcompile.lowering.register.schema import operator
-from memcompile.lowering.update.row_tables import chunks, load_rows, store_values
+from memcompile.lowering.update.row_tables import RowUpdate, chunks, load_rows
 from memcompile.runtime.table.rules.rule import (
     COMMON_OPTIONS,
     Options,
@@ -53,25 +53,26 @@ def _step(table: Tensor, state: State, rows: Tensor, grad: Tensor, options: Opti
     state["step"] += 1
     weight_decay, decoupled = float(options["weight_decay"]), bool(options["decoupled"])
     seed = step_seed(state, options, shards)
-    values, rounded = tables(table, state)
+    update = RowUpdate(*tables(table, state), rows, grad, seed)
     lr, eps = float(options["lr"]), float(options["eps"])
     if shards is None or not shards.by_columns or shards.ranks == 1:
-        operator("row_adagrad")(values, rounded, state["sum"], rows, grad, lr, eps, weight_decay, decoupled, seed)
+        given = (update.param, update.master, rows, grad, seed)
+        operator("row_adagrad")(*given, state["sum"], lr, eps, weight_decay, decoupled)
         return
     # Each rank has some columns, and a row's mean is over all of them. Every rank of the group has the same rows, since
     # each has the hits of all. One all-reduce of a number a row.
     total = state["sum"]
     if weight_decay and not decoupled:
-        grad = grad + weight_decay * load_rows(values, rows)
+        grad = grad + weight_decay * load_rows(update.table, rows)
     squares = collectives.all_reduce(grad.square().sum(1), shards.group) / sum(shards.sizes)
     sums = total.index_select(0, rows).add_(squares)  # [n]
     total.index_copy_(0, rows, sums)
-    for part in chunks(rows, values.shape[1]):
-        x = load_rows(values, rows[part])
+    for part in chunks(rows, grad.shape[1]):
+        x = load_rows(update.table, rows[part])
         if weight_decay and decoupled:
             x.mul_(1 - lr * weight_decay)
         x.sub_((lr / (sums[part].sqrt() + eps)).unsqueeze(1) * grad[part])
-        store_values(values, rounded, rows[part], x, seed)
+        update.store(rows[part], x)
 
 
 ROW_WISE_ADAGRAD = Rule(

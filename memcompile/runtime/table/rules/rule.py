@@ -111,9 +111,8 @@ _ROWS = 2**16  # that are flushed in one call: so many numbers of missed steps t
 
 
 def tables(table: Tensor, state: State) -> tuple[Tensor, Tensor | None]:
-    """The values [slots, dim] that a step updates, and the bf16 copy that it rounds them into, if there is one."""
-    values = as_rows(table)
-    return (as_rows(state["master"]), values) if "master" in state else (values, None)
+    """The parameter [slots, dim], and its fp32 master, if there is one."""
+    return as_rows(table), as_rows(state["master"]) if "master" in state else None
 
 
 def start_moments(table: Tensor, state: State, options: Options) -> None:

@@ -12,8 +12,16 @@ from memcompile.lowering.register.schema import operator
 from memcompile.lowering.update.missed_steps import factors_of_step, missed_decays
 from memcompile.lowering.update.rate_history import RateHistory
 from memcompile.runtime.table.rules.adamw import bound_history, record, start_misses
-from memcompile.runtime.table.rules.rule import COMMON_OPTIONS, Options, Rule, State, check_common, require, step_seed
-from memcompile.runtime.table.rules.rule import tables as tables_of
+from memcompile.runtime.table.rules.rule import (
+    COMMON_OPTIONS,
+    Options,
+    Rule,
+    State,
+    check_common,
+    require,
+    step_seed,
+    tables,
+)
 
 
 def _check(options: Options) -> None:
@@ -53,12 +61,11 @@ def _run(
     options: Options,
     shards: Shards | None,
 ) -> None:
-    values, rounded = tables_of(table, state)
     decays = None
     if "last_step" in state:
         decays = missed_decays(RateHistory(state["history"]), state["last_step"][rows], state["step"])
         state["last_step"].data.index_fill_(0, rows, state["step"])
-    operator("row_sgd")(values, rounded, rows, grad, decays, rate, step_seed(state, options, shards))
+    operator("row_sgd")(*tables(table, state), rows, grad, step_seed(state, options, shards), decays, rate)
 
 
 SGD = Rule(

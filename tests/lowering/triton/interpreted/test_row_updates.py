@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from memcompile.lowering import operator
 from memcompile.lowering.triton import launch
 from memcompile.lowering.update.stochastic_rounding import round_rows
-from tests.lowering.update.test_row_updates import FORMS, NAMES, ROWS_AT, arguments, assert_updates, changed, tables_of
+from tests.lowering.update.test_row_updates import FORMS, NAMES, arguments, assert_updates, changed, tables_of
 
 KERNEL_OF = {"row_adam": "update_adam", "row_adagrad": "update_adagrad", "row_sgd": "update_sgd"}
 
@@ -49,11 +49,11 @@ def test_the_bits_of_stochastic_rounding(seed):
     values = torch.zeros(2**16 + 9, 70, dtype=torch.bfloat16)
     grad = -torch.randn(3, 70, generator=torch.Generator().manual_seed(1))
     grad[0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
-    operator("row_sgd")(values, None, rows, grad, None, 1.0, seed)
+    operator("row_sgd")(values, None, rows, grad, seed, None, 1.0)
     torch.testing.assert_close(values[rows], round_rows(-grad, rows, seed, 0), rtol=0, atol=0, equal_nan=True)
 
 
-def test_how_many_panels_a_plan_has():
+def test_how_many_panels_an_entry_has():
     """Up to the last that has a moment, whichever."""
     panels = torch.zeros(4, 3, 8, dtype=torch.float64)
     panels[:, :, 0] = 1.0  # centres
@@ -64,19 +64,19 @@ def test_how_many_panels_a_plan_has():
 
 
 @pytest.mark.parametrize("panels", [0, 1, 2, 5])
-def test_plans_of_any_number_of_panels(panels):
+def test_any_number_of_panels(panels):
     """Those at the end without moments add nothing; one without them between others has its place."""
     args = arguments("row_adam", count=9)
-    args[8] = args[8][:, :panels].clone()  # [plans, panels, 8]
-    args[8][::2, panels // 2 :] = 0
-    args[8][1::2, :1, 1:] = 0
+    args[9] = args[9][:, :panels].clone()  # [entries, panels, 8]
+    args[9][::2, panels // 2 :] = 0
+    args[9][1::2, :1, 1:] = 0
     assert_updates("row_adam", operator("row_adam"), args)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_that_the_table_does_not_have_are_left_out(name):
     args = arguments(name)
-    rows = args[ROWS_AT[name]]
+    rows = args[2]
     expected = changed(name, operator(name), args)
     there, absent = rows[[0, 2, 4]], rows[[1, 3]]
     rows[1], rows[3] = -1, len(args[0])

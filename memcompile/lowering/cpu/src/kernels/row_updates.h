@@ -8,9 +8,9 @@
 
 namespace memcompile {
 
-enum RowTable : uint32_t { kValues, kExpAvg, kExpAvgSq };  // which round apart
+enum RowTable : uint32_t { kParam, kExpAvg, kExpAvgSq };  // which round apart
 
-// A row of the values, with its rounded copy where there is one, or the end of a row in room for whole vectors.
+// A row of the table, with its rounded copy where there is one, or the end of a row in room for whole vectors.
 template <class Value>
 struct ValueRow {
   Value* x;
@@ -60,7 +60,7 @@ inline void for_each_vector(const ValueRow<Value>& row, int64_t dim, const F& f)
 
 // What the rows that were last touched in one step have missed.
 template <class S>
-struct Plan {
+struct MissedSteps {
   static constexpr int64_t kMoments = std::is_same_v<S, double> ? 14 : 7;
 
   S decay[3];  // of the value and both moments
@@ -85,12 +85,12 @@ struct AdamNumbers {
 
 // The skipped steps for m = 1 and root = sqrt(v).
 template <class S>
-__attribute__((always_inline)) inline Vector<S> steps_a_moment(const Plan<S>& plan, Vector<S> root, S eps) {
+__attribute__((always_inline)) inline Vector<S> steps_a_moment(const MissedSteps<S>& missed, Vector<S> root, S eps) {
   Vector<S> total{};
-  for (const S* panel = plan.panels; panel < plan.panels + plan.count * (1 + Plan<S>::kMoments); panel += 1 + Plan<S>::kMoments) {
+  for (const S* panel = missed.panels; panel < missed.panels + missed.count * (1 + MissedSteps<S>::kMoments); panel += 1 + MissedSteps<S>::kMoments) {
     const Vector<S> scaled = root * panel[0], inverse = S(1) / (scaled + eps), y = scaled * inverse;
-    Vector<S> powers = splat(panel[Plan<S>::kMoments]);
-    for (int64_t i = Plan<S>::kMoments - 1; i > 0; --i) powers = powers * y + panel[i];
+    Vector<S> powers = splat(panel[MissedSteps<S>::kMoments]);
+    for (int64_t i = MissedSteps<S>::kMoments - 1; i > 0; --i) powers = powers * y + panel[i];
     total += powers * inverse;
   }
   return total;
@@ -102,14 +102,14 @@ struct AdamUpdate {
   AdamNumbers<S> number;
 
   template <bool keeps_moments>
-  void update(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const Plan<S>* plan, int64_t c, int64_t column,
+  void update(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const MissedSteps<S>* missed, int64_t c, int64_t column,
               const uint32_t (&keys)[2]) const {
     Vector<S> x = load_lanes(row.x + c), m = load_lanes(exp_avg + c), v = load_lanes(exp_avg_sq + c);
-    if (plan) {
-      const Vector<S> moved = plan->count ? m * steps_a_moment(*plan, square_root(v), number.eps) : Vector<S>{};
-      x = x * plan->decay[0] - moved;
-      m *= plan->decay[1];
-      v *= plan->decay[2];
+    if (missed) {
+      const Vector<S> moved = missed->count ? m * steps_a_moment(*missed, square_root(v), number.eps) : Vector<S>{};
+      x = x * missed->decay[0] - moved;
+      m *= missed->decay[1];
+      v *= missed->decay[2];
     }
     if (row.grad) {
       const Vector<S> g = load(row.grad + c);
@@ -125,19 +125,19 @@ struct AdamUpdate {
   }
 
   // `ahead` are the tables' rows that come next.
-  void run(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const Plan<S>* plan, int64_t dim,
+  void run(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const MissedSteps<S>* missed, int64_t dim,
            const uint32_t (&keys)[2], const Value* values_ahead, const State* avg_ahead, const State* avg_sq_ahead) const {
     const AdamUpdate copy = *this;  // whose numbers no store can change, so that they stay in registers
-    if (!row.grad && plan && plan->keeps_moments()) {
-      copy.template run_row<true>(row, exp_avg, exp_avg_sq, plan, dim, keys, values_ahead, avg_ahead, avg_sq_ahead);
+    if (!row.grad && missed && missed->keeps_moments()) {
+      copy.template run_row<true>(row, exp_avg, exp_avg_sq, missed, dim, keys, values_ahead, avg_ahead, avg_sq_ahead);
     } else {
-      copy.template run_row<false>(row, exp_avg, exp_avg_sq, plan, dim, keys, values_ahead, avg_ahead, avg_sq_ahead);
+      copy.template run_row<false>(row, exp_avg, exp_avg_sq, missed, dim, keys, values_ahead, avg_ahead, avg_sq_ahead);
     }
   }
 
  private:
   template <bool keeps_moments>
-  __attribute__((always_inline)) void run_row(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const Plan<S>* plan, int64_t dim,
+  __attribute__((always_inline)) void run_row(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const MissedSteps<S>* missed, int64_t dim,
                                               const uint32_t (&keys)[2], const Value* values_ahead, const State* avg_ahead,
                                               const State* avg_sq_ahead) const {
     for_each_vector(row, dim, [&](const ValueRow<Value>& part, int64_t c, int64_t column, auto in_room) __attribute__((always_inline)) {
@@ -145,10 +145,10 @@ struct AdamUpdate {
         __builtin_prefetch(values_ahead + c, 1, 0);
         __builtin_prefetch(avg_ahead + c, 1, 0);
         __builtin_prefetch(avg_sq_ahead + c, 1, 0);
-        update<keeps_moments>(part, exp_avg, exp_avg_sq, plan, c, column, keys);
+        update<keeps_moments>(part, exp_avg, exp_avg_sq, missed, c, column, keys);
       } else {
         Tail<State> m(exp_avg + column, dim - column), v(exp_avg_sq + column, dim - column);
-        update<keeps_moments>(part, m.data(), v.data(), plan, c, column, keys);
+        update<keeps_moments>(part, m.data(), v.data(), missed, c, column, keys);
         if constexpr (keeps_moments) return;
         m.write(exp_avg + column);
         v.write(exp_avg_sq + column);

@@ -1,4 +1,4 @@
-// The plans of AdamW's skipped steps, as skipped_steps.py has them: a term is what its step alone decides, looked up, times
+// What rows have missed of AdamW's steps, as skipped_steps.py has it: a term is what its step alone decides, looked up, times
 // powers of the betas.
 #pragma once
 
@@ -55,7 +55,7 @@ class Rates {
   std::vector<int64_t> same_betas_;
 };
 
-// Plans of rows that were last touched in ascending steps `starts`, each below `until`.
+// What rows have missed: an entry for each of the ascending steps `starts` that they were last touched in, below `until`.
 class SkippedSteps {
  public:
   SkippedSteps(const Rates& rates, const int64_t* starts, int64_t count, int64_t until, int64_t terms)
@@ -71,7 +71,7 @@ class SkippedSteps {
     roots_.resize(steps());
   }
 
-  // How many steps are in any plan. What each decides must be made first, in any order.
+  // How many steps are in any entry. What each decides must be made first, in any order.
   int64_t steps() const { return int64_t(steps_.size()); }
 
   void make_steps(int64_t begin, int64_t end) {
@@ -86,12 +86,12 @@ class SkippedSteps {
     }
   }
 
-  // Of one plan after another, on one thread.
+  // Of one entry after another, on one thread.
   class Maker {
    public:
     explicit Maker(const SkippedSteps& all) : all_(all), c_(all.terms_), a_(all.terms_), power1_(all.terms_), power2_(all.terms_) {}
 
-    // How many panels plan i has. fill() is of the plan that was last counted.
+    // How many panels entry i has. fill() is of the entry that was last counted.
     int64_t count(int64_t i) {
       const int64_t first = all_.first_[i];
       length_ = std::min(all_.terms_, all_.until_ - all_.starts_[i]);
@@ -191,8 +191,8 @@ class SkippedSteps {
   const Rates& rates_;
   const int64_t* starts_;
   int64_t until_, terms_, last_entry_;
-  std::vector<int64_t> first_;            // of each plan, its first step's place
-  std::vector<int64_t> steps_, entries_;  // all that any plan sums over, ascending, and whose rates they have
+  std::vector<int64_t> first_;            // of each entry, its first step's place
+  std::vector<int64_t> steps_, entries_;  // all that any entry sums over, ascending, and whose rates they have
   std::vector<double> rates_of_, roots_;  // P(k+1..until) * lr / (1 - beta1**k) and 1 / sqrt(1 - beta2**k)
 };
 

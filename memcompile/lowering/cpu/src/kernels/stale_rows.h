@@ -1,4 +1,4 @@
-// Weighted sums of rows, and dots with rows, as they are once they have caught up: lagging_rows.py. As in rows.h some
+// Weighted sums of rows, and dots with rows, as they are once they have caught up: stale_rows.py. As in rows.h some
 // rows are read side by side, and a little of each ahead; they are corrected a vector at a time, where they are summed. They
 // are four, of three tables each: rows of 4 KiB share the sets of a first-level cache, and eight took 30% longer. Nothing is
 // written but the results.
@@ -12,39 +12,39 @@
 namespace memcompile {
 
 template <class Value, class State>
-class LaggingRows {
+class StaleRows {
  public:
   using S = Sum<Value>;
 
-  LaggingRows(const Value* values, const State* exp_avg, const State* exp_avg_sq, int64_t dim, const Plan<S>* plans, S eps)
-      : x_(values), m_(exp_avg), v_(exp_avg_sq), dim_(dim), plans_(plans), eps_(eps), zeros_(dim) {}
+  StaleRows(const Value* values, const State* exp_avg, const State* exp_avg_sq, int64_t dim, const MissedSteps<S>* entries, S eps)
+      : x_(values), m_(exp_avg), v_(exp_avg_sq), dim_(dim), entries_(entries), eps_(eps), zeros_(dim) {}
 
   // The room that a row of sums takes: whole vectors.
   int64_t room() const { return (dim_ + kLanes<S> - 1) / kLanes<S> * kLanes<S>; }
 
-  // sums[room] = sum over i < count of weights[i] * row numbers[i] by its plan. Of the numbers and plans `known` are there:
+  // sums[room] = sum over i < count of weights[i] * row numbers[i] by what it has missed. Of the numbers and missed_steps `known` are there:
   // those behind count are wanted next. Long sums are taken in parts, whose roundings do not add up; part[room] is scratch.
   template <class Number>
-  void weighted_sum(const Number* numbers, const int64_t* plans, const S* weights, int64_t count, int64_t known, S* part, S* sums) const {
+  void weighted_sum(const Number* numbers, const int64_t* missed_steps, const S* weights, int64_t count, int64_t known, S* part, S* sums) const {
     std::fill_n(sums, room(), S(0));
     for (int64_t first = 0; first < count;) {
       const int64_t last = std::min(count, first + kPart);
       S* to = count <= kPart ? sums : part;
       std::fill_n(to, room(), S(0));
       while (first < last) {
-        first += last - first >= kTogether ? add_rows<kTogether>(numbers, plans, weights, first, known, to)
-                                           : add_rows<1>(numbers, plans, weights, first, known, to);
+        first += last - first >= kTogether ? add_rows<kTogether>(numbers, missed_steps, weights, first, known, to)
+                                           : add_rows<1>(numbers, missed_steps, weights, first, known, to);
       }
       for (int64_t c = 0; to == part && c < room(); c += kLanes<S>) store(sums + c, load(sums + c) + load(part + c));
     }
   }
 
-  // out[i] = row numbers[i] by its plan . vector[room], for i < count; `known` as above.
+  // out[i] = row numbers[i] by what it has missed . vector[room], for i < count; `known` as above.
   template <class Number>
-  void dots(const Number* numbers, const int64_t* plans, int64_t count, int64_t known, const S* vector, S* out) const {
+  void dots(const Number* numbers, const int64_t* missed_steps, int64_t count, int64_t known, const S* vector, S* out) const {
     for (int64_t i = 0; i < count;) {
-      i += count - i >= kTogether ? dots_of<kTogether>(numbers, plans, i, known, vector, out)
-                                  : dots_of<1>(numbers, plans, i, known, vector, out);
+      i += count - i >= kTogether ? dots_of<kTogether>(numbers, missed_steps, i, known, vector, out)
+                                  : dots_of<1>(numbers, missed_steps, i, known, vector, out);
     }
   }
 
@@ -56,7 +56,7 @@ class LaggingRows {
   struct Place {
     const Value* x;
     const State *m, *v;
-    Plan<S> plan;
+    MissedSteps<S> missed;
   };
 
   template <int64_t size>
@@ -66,26 +66,26 @@ class LaggingRows {
   };
 
   template <int64_t size, class Number>
-  Group<size> group(const Number* numbers, const int64_t* plans, int64_t first, int64_t known) const {
+  Group<size> group(const Number* numbers, const int64_t* missed_steps, int64_t first, int64_t known) const {
     Group<size> out;
     const auto place = [&](int64_t i) {
-      const Plan<S>& plan = plans_[plans[i]];
+      const MissedSteps<S>& missed = entries_[missed_steps[i]];
       const int64_t at = int64_t(numbers[i]) * dim_;
-      return Place{x_ + at, plan.count ? m_ + at : zeros_.data(), plan.count ? v_ + at : zeros_.data(), plan};
+      return Place{x_ + at, missed.count ? m_ + at : zeros_.data(), missed.count ? v_ + at : zeros_.data(), missed};
     };
     for (int64_t z = 0; z < size; ++z) {
       out.row[z] = place(first + z);
       out.next[z] = place(std::min(first + size + z, known - 1));
-      out.moved |= out.row[z].plan.count > 0;
+      out.moved |= out.row[z].missed.count > 0;
     }
     return out;
   }
 
   template <int64_t size, class Number>
-  int64_t add_rows(const Number* numbers, const int64_t* plans, const S* weights, int64_t first, int64_t known, S* to) const {
+  int64_t add_rows(const Number* numbers, const int64_t* missed_steps, const S* weights, int64_t first, int64_t known, S* to) const {
     Vector<S> weight[size];
     for (int64_t z = 0; z < size; ++z) weight[z] = splat(weights[first + z]);
-    add_group(group<size>(numbers, plans, first, known), weight, to);
+    add_group(group<size>(numbers, missed_steps, first, known), weight, to);
     return size;
   }
 
@@ -99,8 +99,8 @@ class LaggingRows {
   }
 
   template <int64_t size, class Number>
-  int64_t dots_of(const Number* numbers, const int64_t* plans, int64_t first, int64_t known, const S* vector, S* out) const {
-    dots_of_group(group<size>(numbers, plans, first, known), vector, out + first);
+  int64_t dots_of(const Number* numbers, const int64_t* missed_steps, int64_t first, int64_t known, const S* vector, S* out) const {
+    dots_of_group(group<size>(numbers, missed_steps, first, known), vector, out + first);
     return size;
   }
 
@@ -129,9 +129,9 @@ class LaggingRows {
     constexpr int64_t lanes = kLanes<S>;
     const S eps = eps_;
     const auto current = [eps](const Place& row, const Value* x, const State* m, const State* v) __attribute__((always_inline)) {
-      const Vector<S> kept = load_lanes(x) * row.plan.decay[0];
+      const Vector<S> kept = load_lanes(x) * row.missed.decay[0];
       if constexpr (!moved) return kept;
-      return kept - load_lanes(m) * steps_a_moment(row.plan, square_root(load_lanes(v)), eps);
+      return kept - load_lanes(m) * steps_a_moment(row.missed, square_root(load_lanes(v)), eps);
     };
     // A constant distance lies between what is fetched and what is read: at first of the same rows, then of the next.
     const int64_t whole = dim_ / lanes * lanes, distance = std::min<int64_t>(kAhead / sizeof(S), whole);
@@ -165,7 +165,7 @@ class LaggingRows {
   const Value* x_;
   const State *m_, *v_;
   int64_t dim_;
-  const Plan<S>* plans_;
+  const MissedSteps<S>* entries_;
   S eps_;
   std::vector<State> zeros_;  // moments that are not read
 };

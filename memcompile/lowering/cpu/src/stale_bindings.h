@@ -1,57 +1,57 @@
-// The operators for rows that are behind, the reads of them and the plans of what they missed: what they are given is
-// checked here, the loops are in lagging_rows.h and skipped_steps.h.
+// The operators for rows that have missed steps, the reads of them and what they missed: what they are given is checked
+// here, the loops are in stale_rows.h and skipped_steps.h.
 #pragma once
 
 #include <tuple>
 #include <vector>
 
-#include "kernels/lagging_rows.h"
-#include "row_bindings.h"
 #include "kernels/skipped_steps.h"
+#include "kernels/stale_rows.h"
+#include "row_bindings.h"
 
 namespace memcompile {
 namespace {
 
-// What the operators that read rows that are behind are given: f(rows, slots, plan numbers), for one type of each.
+// What the operators that read stale rows are given: f(rows, slots, missed_steps), for one type of each.
 template <class F>
-void with_lagging_rows(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots,
-                       const Tensor& plan_of_hit, const Tensor& decays, const Tensor& panels, double eps, const F& f) {
+void with_stale_rows(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots,
+                       const Tensor& missed_steps, const Tensor& decays, const Tensor& panels, double eps, const F& f) {
   STD_TORCH_CHECK(values.scalar_type() != ScalarType::Half, "memcompile: values must be float32, float64 or bfloat16");
   STD_TORCH_CHECK(is_table(values, values) && is_table(exp_avg, values) && is_table(exp_avg_sq, values) &&
                       exp_avg_sq.scalar_type() == exp_avg.scalar_type() && is_floating(exp_avg),
                   "memcompile: values, exp_avg and exp_avg_sq must be contiguous [slots, dim], the last two alike");
-  STD_TORCH_CHECK(slots.dim() == 2 && plan_of_hit.dim() == 2 && plan_of_hit.size(0) == slots.size(0) &&
-                      plan_of_hit.size(1) == slots.size(1) && plan_of_hit.scalar_type() == ScalarType::Long,
-                  "memcompile: plan_of_hit must be int64 as slots [tokens, hits]");
-  check_range(plan_of_hit, decays.size(0), "plan_of_hit");
+  STD_TORCH_CHECK(slots.dim() == 2 && missed_steps.dim() == 2 && missed_steps.size(0) == slots.size(0) &&
+                      missed_steps.size(1) == slots.size(1) && missed_steps.scalar_type() == ScalarType::Long,
+                  "memcompile: missed_steps must be int64 as slots [tokens, hits]");
+  check_range(missed_steps, decays.size(0), "missed_steps");
   with_value_type(values, [&](auto value) {
     using Value = decltype(value);
     using S = Sum<Value>;
-    check_plans<S>(decays, panels);
+    check_missed_steps<S>(decays, panels);
     std::vector<S> room;
-    const std::vector<Plan<S>> plans = plans_of<S>(torch::stable::contiguous(decays), torch::stable::contiguous(panels), room);
+    const std::vector<MissedSteps<S>> entries = missed_steps_of<S>(torch::stable::contiguous(decays), torch::stable::contiguous(panels), room);
     with_state_type<Value>(exp_avg, [&](auto state) {
       using State = decltype(state);
-      const LaggingRows<Value, State> rows(data<Value>(values), data<State>(exp_avg), data<State>(exp_avg_sq), values.size(1),
-                                           plans.data(), S(eps));
+      const StaleRows<Value, State> rows(data<Value>(values), data<State>(exp_avg), data<State>(exp_avg_sq), values.size(1),
+                                           entries.data(), S(eps));
       with_slot_type(slots, [&](auto slot) {
         const auto* numbers = data<decltype(slot)>(slots);
         check_slots(numbers, slots.numel(), values.size(0));
-        f.template operator()<Value>(rows, numbers, data<int64_t>(plan_of_hit));
+        f.template operator()<Value>(rows, numbers, data<int64_t>(missed_steps));
       });
     });
   });
 }
 
-Tensor lagging_gather(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots_given,
-                      const Tensor& weights_given, const Tensor& plan_given, const Tensor& decays, const Tensor& panels, double eps) {
+Tensor stale_gather(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots_given,
+                      const Tensor& weights_given, const Tensor& missed_given, const Tensor& decays, const Tensor& panels, double eps) {
   check_weights(slots_given, weights_given);
-  const Tensor slots = torch::stable::contiguous(slots_given), plan_of_hit = torch::stable::contiguous(plan_given);
+  const Tensor slots = torch::stable::contiguous(slots_given), missed_steps = torch::stable::contiguous(missed_given);
   const Tensor weights = as(weights_given, sum_type(values));
   const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
   Tensor out = torch::stable::new_empty(values, {tokens, dim}, values.scalar_type());
-  with_lagging_rows(values, exp_avg, exp_avg_sq, slots, plan_of_hit, decays, panels, eps,
-                    [&]<class Value>(const auto& rows, const auto* s, const int64_t* plan) {
+  with_stale_rows(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels, eps,
+                    [&]<class Value>(const auto& rows, const auto* s, const int64_t* missed) {
     using S = Sum<Value>;
     const S* w = data<S>(weights);
     Value* y = mutable_data<Value>(out);
@@ -59,7 +59,7 @@ Tensor lagging_gather(const Tensor& values, const Tensor& exp_avg, const Tensor&
       std::vector<S> part(rows.room()), sums(rows.room());
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = t * hits;
-        rows.weighted_sum(s + first, plan + first, w + first, hits, (end - t) * hits, part.data(), sums.data());
+        rows.weighted_sum(s + first, missed + first, w + first, hits, (end - t) * hits, part.data(), sums.data());
         for (int64_t c = 0; c < dim; ++c) from_sum(sums[c], y + t * dim + c);
       }
     });
@@ -67,17 +67,17 @@ Tensor lagging_gather(const Tensor& values, const Tensor& exp_avg, const Tensor&
   return out;
 }
 
-Tensor lagging_dot(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots_given,
-                   const Tensor& grad_given, const Tensor& plan_given, const Tensor& decays, const Tensor& panels, double eps) {
-  const Tensor slots = torch::stable::contiguous(slots_given), plan_of_hit = torch::stable::contiguous(plan_given);
+Tensor stale_dot(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots_given,
+                   const Tensor& grad_given, const Tensor& missed_given, const Tensor& decays, const Tensor& panels, double eps) {
+  const Tensor slots = torch::stable::contiguous(slots_given), missed_steps = torch::stable::contiguous(missed_given);
   STD_TORCH_CHECK(slots.dim() == 2 && grad_given.dim() == 2 && grad_given.size(0) == slots.size(0) && values.dim() == 2 &&
                       grad_given.size(1) == values.size(1) && grad_given.scalar_type() == values.scalar_type(),
                   "memcompile: slots must be [tokens, hits], and grad [tokens, dim] in the dtype of values");
   const Tensor grad = as(grad_given, sum_type(values));
   const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
   Tensor out = torch::stable::new_empty(values, {tokens, hits}, sum_type(values));
-  with_lagging_rows(values, exp_avg, exp_avg_sq, slots, plan_of_hit, decays, panels, eps,
-                    [&]<class Value>(const auto& rows, const auto* s, const int64_t* plan) {
+  with_stale_rows(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels, eps,
+                    [&]<class Value>(const auto& rows, const auto* s, const int64_t* missed) {
     using S = Sum<Value>;
     const S* u = data<S>(grad);
     S* dots = mutable_data<S>(out);
@@ -86,7 +86,7 @@ Tensor lagging_dot(const Tensor& values, const Tensor& exp_avg, const Tensor& ex
       for (int64_t t = begin; t < end; ++t) {
         std::copy(u + t * dim, u + (t + 1) * dim, vector.data());
         const int64_t known = (end - t) * hits;
-        rows.dots(s + t * hits, plan + t * hits, hits, known, vector.data(), dots + t * hits);
+        rows.dots(s + t * hits, missed + t * hits, hits, known, vector.data(), dots + t * hits);
       }
     });
   });
@@ -133,8 +133,8 @@ std::tuple<Tensor, Tensor> skipped_steps(const Tensor& rates_given, const Tensor
     SkippedSteps::Maker maker(all);
     for (int64_t i = begin; i < end; ++i) {
       maker.count(i);
-      double* plan = out + (first - start + i) * size;
-      moments == 7 ? maker.fill<7>(plan) : maker.fill<14>(plan);
+      double* entry = out + (first - start + i) * size;
+      moments == 7 ? maker.fill<7>(entry) : maker.fill<14>(entry);
     }
   });
   return {decays, panels};

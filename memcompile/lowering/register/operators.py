@@ -1,0 +1,98 @@
+"""How an operator of ours is registered: its kernel, its fake, its vmap rule and its derivative.
+
+The derivative is an `autograd.Function` registered as the operator's Autograd kernel, entered on every call.
+`torch.library.register_autograd` enters its Function only when an input requires a gradient, and so returns a
+silent zero for forward-mode differentiation; ours raises.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memcompile.lowering._torch import autograd_kernel, below_autograd
+from memcompile.lowering.register.kernels import InPyTorch, register_in_pytorch
+from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
+
+
+def register_operator(
+    name: str,
+    *,
+    check: Callable[..., None],
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any] | None = None,
+) -> None:
+    """Registers an operator that has no derivative: what it returns requires no gradient, whatever it is given.
+
+    Args:
+        name: a key of `schema.SCHEMAS`.
+        check: raises ValueError for arguments that the operator cannot take; the rest may assume what it holds.
+        kernel: one implementation for all devices, in operations of PyTorch; devices may have their own.
+        fake: shapes and dtypes of the outputs.
+        vmap: a rule as `torch.library.register_vmap` takes it.
+    """
+    register_in_pytorch(name, InPyTorch(check, torch.no_grad()(kernel)))
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+    _register_rules(name, check, fake, vmap)
+
+
+def register_for_graphs(name: str, kernel: Callable[..., Any], fake: Callable[..., Any], key: str) -> None:
+    """Registers an operator that a pass puts into graphs whose derivatives are traced: it has none, and one kernel, for
+    the dispatch key `key`.
+    """
+    LIBRARY.impl(name, torch.no_grad()(kernel), key)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+
+
+def register_differentiable(
+    name: str,
+    *,
+    check: Callable[..., None],
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any],
+    setup_context: Callable[[Any, Any, Any], None],
+    backward: Callable[..., Any],
+    under_autograd: Callable[..., Any] | None = None,
+) -> None:
+    """Registers an operator with its derivative.
+
+    Args:
+        setup_context, backward: as in `torch.autograd.Function`. `backward` is built of differentiable
+            operations, so that derivatives of any order exist.
+        under_autograd: what runs below autograd, the operator itself by default. An operator that gives its
+            body here is taken apart whenever it is traced with autograd, and keeps its derivative.
+        The rest is as in `register_operator`.
+    """
+    run = under_autograd or operator(name)
+
+    def forward(*args: Any) -> Any:
+        check(*args)
+        with below_autograd():
+            return run(*args)
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{NAMESPACE}::{name} has no forward-mode derivative. "
+            "Use reverse mode: backward(), torch.func.grad, vjp or jacrev."
+        )
+
+    title = "".join(part.capitalize() for part in name.split("_"))
+    derivative = autograd_kernel(title, forward=forward, setup_context=setup_context, backward=backward, jvp=jvp)
+    register_in_pytorch(name, InPyTorch(check, kernel))
+    LIBRARY.impl(name, derivative, "Autograd")  # type: ignore[no-untyped-call]
+    _register_rules(name, check, fake, vmap)
+
+
+def _register_rules(
+    name: str, check: Callable[..., None], fake: Callable[..., Any], vmap: Callable[..., Any] | None
+) -> None:
+    def checked_fake(*args: Any) -> Any:
+        check(*args)
+        return fake(*args)
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
+    if vmap is not None:
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)
