@@ -31,7 +31,7 @@ from memcompile.runtime.optimizer_checkpoints import install_exact_loading
 from memcompile.runtime.state_dicts import install_load_guard
 from memcompile.runtime.steps import install_step_hooks
 from memcompile.runtime.storage.store import store_values
-from memcompile.runtime.storage.values_file import verify as verify_values
+from memcompile.runtime.storage.values_file import verify_values
 from memcompile.runtime.values_stepper import stepper_of
 from memcompile.version import __version__
 

@@ -1,11 +1,11 @@
-"""What is in a folder of checkpoints, without a model."""
+"""What a folder of checkpoints has: its steps, and the options of the memory. No model is needed."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from memcompile.checkpoint.formats.importing import plans_in
+from memcompile.checkpoint.formats.importing import Export
 from memcompile.checkpoint.state.model_state import decoded
 from memcompile.checkpoint.steps import folders
 from memcompile.checkpoint.steps.manifest import Manifest
@@ -27,7 +27,7 @@ def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") 
     """
     source = Path(path)
     if step is None and (source.is_file() or next(source.glob("*.safetensors"), None)):
-        plans = plans_in(source)
+        plans = Export(source).plans
     else:
         step = folders.latest_step(source) if step is None else step
         plans = Manifest.read(folders.step_folder(source, step)).plans

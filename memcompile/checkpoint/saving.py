@@ -1,10 +1,9 @@
-"""save(): one step of a training into its own folder, at once or in the background."""
+"""save(): writes one step of a training into its own folder, at once or in a thread."""
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Sequence
@@ -17,12 +16,13 @@ from torch.optim import Optimizer
 
 from memcompile.checkpoint.asynchronous import SaveHandle, wait
 from memcompile.checkpoint.formats.dcp_files import write_files
-from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import all_ranks
 from memcompile.checkpoint.state.model_state import Plans, mapped_in, model_state, plans_of, root_of
 from memcompile.checkpoint.state.optimizer_state import OptimizerState, packed
 from memcompile.checkpoint.steps import folders
 from memcompile.checkpoint.steps.manifest import NAME, Manifest
+from memcompile.common.files import write_text
+from memcompile.common.progress import Progress
 from memcompile.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -91,8 +91,7 @@ def save(
             ranks.first("finish the step", lambda: _finish(path, manifest))
         except CheckpointError as error:
             if ranks.rank == 0:  # what a full disk has no room for
-                shutil.rmtree(folders.being_written(path, step), ignore_errors=True)
-                folders.recover(path)
+                folders.discard(path, step)
             raise CheckpointError(f"step {step} was not saved, and what {path} had is as it was: {error}") from error
         if keep is not None:
             ranks.first("delete old steps", lambda: folders.delete_old(path, step, keep))
@@ -175,5 +174,5 @@ def _see(folder: Path, step: int) -> None:
 
 
 def _finish(folder: Path, manifest: Manifest) -> None:
-    folders.write(folders.being_written(folder, manifest.step) / NAME, manifest.text())
+    write_text(folders.being_written(folder, manifest.step) / NAME, manifest.text())
     folders.publish(folder, manifest.step)

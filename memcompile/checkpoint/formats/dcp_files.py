@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from memcompile.checkpoint._torch import local_part, save_state_dict
-from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import Ranks
 from memcompile.checkpoint.steps.sums import BlockSums, FileRecord
+from memcompile.common.progress import Progress
 
 PIECE = 2**28  # bytes of a tensor that are stored as one; reading needs memory for one
 

@@ -69,7 +69,7 @@ class Manifest:
             raise CheckpointError(f"{path} is missing: {step_folder} is no finished checkpoint") from None
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-        if step_folder.name != f"step_{manifest.step}":
+        if step_folder.stem != f"step_{manifest.step}":
             raise CheckpointError(f"{path} is of step {manifest.step}: files of two steps are mixed")
         return manifest
 

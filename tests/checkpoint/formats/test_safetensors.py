@@ -102,8 +102,8 @@ def test_files_that_are_not_whole(exported):
     file = path / weights["memory_values[100:200]"]
     data = file.read_bytes()
     for damaged, message in (
-        (data[:-1], r"bytes, and its header is of [\d,]+: it is cut off"),
-        (b"{}", "is no safetensors"),
+        (data[:-1], r"has [\d,]+ bytes, and its header means [\d,]+: it is not whole"),
+        (b"{}", "is no safetensors file"),
     ):
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=message):
