@@ -144,8 +144,11 @@ def delete_old(folder: Path, step: int, keep: int) -> None:
 
 
 def discard(folder: Path, step: int) -> None:
-    """Deletes what was written of a step that could not be saved, if the disk lets it, and undoes the rest."""
-    shutil.rmtree(being_written(folder, step), ignore_errors=True)  # the error that made it fail is the one to tell
+    """Deletes what was written of a step that could not be saved, and puts back the step that it was to replace."""
+    target, new = step_folder(folder, step), being_written(folder, step)
+    if os.path.lexists(new.with_suffix(".old")) and os.path.lexists(target):
+        target.rename(new)
+    shutil.rmtree(new, ignore_errors=True)  # the error that made the save fail is the one to tell
     recover(folder)
 
 

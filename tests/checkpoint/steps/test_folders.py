@@ -163,9 +163,12 @@ def test_a_disk_that_refuses(model, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
+        nn.init.constant_(model.weight, 7.0)
         with pytest.raises(CheckpointError, match=r"step 1 was not saved.*could not finish the step: PermissionError"):
             save(tmp_path, model, step=1)
+    nn.init.zeros_(model.weight)
     assert load(tmp_path, model).step == 1
+    assert (model.weight == 1).all()
     with monkeypatch.context() as patch:
         patch.setattr(folders, "_delete", refuse)
         with pytest.raises(CheckpointError, match="rank 0 could not delete old steps: PermissionError: read-only"):
