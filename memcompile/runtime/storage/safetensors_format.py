@@ -139,7 +139,7 @@ def read_header(path: str | os.PathLike) -> Header:
             entries.append(Entry(name, shape, DTYPES[entry["dtype"]]))
             starts.append(8 + length + first)
             expected = max(expected, 8 + length + end)
-            if min(first, *shape) < 0 or end - first != entries[-1].nbytes:
+            if min([first, *shape]) < 0 or end - first != entries[-1].nbytes:
                 raise ValueError(f"{name} {list(shape)} of {entry['dtype']} in the bytes {first} to {end}")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise FormatError(f"{type(error).__name__}: {error}") from error
