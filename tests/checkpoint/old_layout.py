@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import memcompile
+from tests.planned import batch
 
 DATA = Path(__file__).parent / "data" / "format_1"
 STEP, WIDTH, WORDS = 7, 8, 10
@@ -72,11 +73,19 @@ def numbers(name: str, shape: torch.Size) -> Tensor:
     return (count + sum(name.encode()) % 97) / 64
 
 
-def fill(model: nn.Module, optimizer: Optimizer) -> None:
-    """Gives parameters and their state the numbers."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(numbers(name, parameter.shape))
-            for entry in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[parameter][entry] = numbers(f"{name}.{entry}", parameter.shape)
-            optimizer.state[parameter]["step"] = torch.tensor(float(STEP))
+def expected(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """All state of both after loading, by the names that `everything` gives it."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        found[f"model.{name}"] = numbers(name, parameter.shape)
+        for entry in ("exp_avg", "exp_avg_sq"):
+            found[f"optimizer.{name}.{entry}"] = numbers(f"{name}.{entry}", parameter.shape)
+        found[f"optimizer.{name}.step"] = torch.tensor(float(STEP))
+    return found
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: int) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(*batch(step)).backward()
+        optimizer.step()
