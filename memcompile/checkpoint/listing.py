@@ -15,7 +15,7 @@ from memcompile.runtime.state_dicts import config_of
 
 
 def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") -> MemoryConfig:
-    """The options of the memory that was saved, for ``memcompile.plan(model, memory=...)``. Any rank may call it alone.
+    """The options of the memory that was saved, for ``memcompile.plan(model, memory=...)``. One rank may call it alone.
 
     Args:
         path: a folder of checkpoints, or safetensors.
@@ -23,7 +23,7 @@ def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") 
         part: the name of the planned module, where that is a part of the model.
 
     Raises:
-        CheckpointError: there is no such step, what is read of it is damaged, or it has no memory.
+        CheckpointError: there is no such step, its manifest is damaged, or it has no memory.
     """
     source = Path(path)
     if step is None and (source.is_file() or next(source.glob("*.safetensors"), None)):
@@ -38,5 +38,5 @@ def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") 
 
 
 def steps(folder: str | os.PathLike) -> list[int]:
-    """The steps that were saved, the last save first; not verified. Any rank may call it alone."""
+    """The steps that were saved, the last save first; their files are not read. One rank may call it alone."""
     return folders.saved_steps(Path(folder))

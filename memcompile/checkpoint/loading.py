@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint has beside the state of model and optimizer.
+    """What a checkpoint has besides the state of model and optimizer.
 
     Attributes:
         step: of the training.
-        extra: what this rank saved; where there were fewer ranks, what rank 0 did. None where nothing was.
+        extra: what this rank gave `save`, or what rank 0 did if there were fewer ranks. None if it was given nothing.
         world_size: how many ranks saved it.
     """
 
@@ -61,15 +61,15 @@ def load(
 ) -> Loaded:
     """Loads a step that `save` made, bit for bit, on any number of ranks, sharded in any way. Every rank calls it.
 
-    Every file is verified, and everything is compared with the model, before anything changes. A checkpoint is pickled
-    in part: load only what you trust.
+    Every file is compared with its checksums, and all that was saved with the model, before anything changes. A part of
+    a checkpoint is pickled: load only what you trust.
 
     Args:
         model: planned as it was saved (see `config`); wrapped or sharded as it is trained.
         optimizer: one or several, built after planning and sharding. None leaves the optimizer's state unread.
         step: None is the last one that was saved.
         strict: whether the parameters must be the same as those saved. The memory must be in any case.
-        fall_back: takes the newest earlier step that is not damaged where this one is, with a warning.
+        fall_back: if the step is damaged, loads the newest earlier one that is not, with a warning.
         progress: whether rank 0 shows a bar of its bytes; None shows one from a GiB on.
 
     Raises:

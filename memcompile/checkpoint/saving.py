@@ -43,19 +43,18 @@ def save(
 ) -> SaveHandle:
     """Saves a training into ``folder/step_N``, and names it in ``folder/LATEST``. Every rank calls it.
 
-    The step is written under another name, checked into a manifest, and renamed when all of it is on the disk: killed
-    at any time, nothing that was saved before is lost. Each rank writes its own shards, and its share of what all ranks
-    have; the folder is on a file system that they share, and has the checkpoints of one job.
+    The step is written under another name, together with a manifest of checksums, and is renamed when the disk has all
+    of it: a kill at any time loses nothing that was saved before. Each rank writes its own shards, and a part of what
+    all ranks have. The folder is on a file system that all ranks share, and has the checkpoints of one job.
 
     Args:
-        model: planned or not, sharded or not, in DDP, `torch.compile` or `fully_shard`; all rows of its values are
-            brought up to date.
+        model: planned or not, sharded or not, in DDP, `torch.compile` or `fully_shard`.
         optimizer: one, or several; all of their parameters are the model's.
         step: of the training; a save of the same step is replaced.
         extra: whatever `torch.save` takes, of each rank: the state of a scheduler, of generators, of a data loader.
-        keep: how many saves are kept, the one that is made included; None keeps all.
-        asynchronous: returns when the state is copied in memory, and writes it in the background. One is in flight at a
-            time: the next `save` or `load` waits for it.
+        keep: how many saves are kept, this one included; None keeps all. Only files that a save wrote are deleted.
+        asynchronous: returns when the state is copied in memory, and writes it in a thread. There is one at a time: the
+            next `save` or `load` waits for it.
         progress: whether rank 0 shows a bar of its bytes; None shows one from a GiB on, unless asynchronous.
 
     Returns:
@@ -90,7 +89,7 @@ def save(
             )
             ranks.first("finish the step", lambda: _finish(path, manifest))
         except CheckpointError as error:
-            if ranks.rank == 0:  # what a full disk has no room for
+            if ranks.rank == 0:  # a disk that is full needs the room
                 folders.discard(path, step)
             raise CheckpointError(f"step {step} was not saved, and what {path} had is as it was: {error}") from error
         if keep is not None:

@@ -1,4 +1,4 @@
-"""A model whose table lies on the module that was planned, as version 0.1 saved it, and the numbers that it has.
+"""A model whose table lies on the module that was planned, as an earlier version saved it, and the numbers that it has.
 
 `data/format_1` was written by that version: a step of `memcompile.checkpoint.save`, and an export of it. Its table is
 named `memory_values` after the planned model, although all of its layers are in the decoder.

@@ -1,4 +1,4 @@
-"""Checkpoints and exports of version 0.1, which had the table on the module that was planned, still load."""
+"""Checkpoints and exports of an earlier version, which had the table on the module that was planned, still load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.checkpoint.trainings import everything
 from tests.planned import assert_same, planned_gpt
 
 
-def test_what_version_0_1_saved():
+def test_what_an_earlier_version_saved():
     model, optimizer = planned()
     loaded = load(DATA, model, optimizer)
     assert (loaded.step, loaded.extra, steps(DATA)) == (STEP, {"schedule": 3}, [STEP])
@@ -27,7 +27,7 @@ def test_what_version_0_1_saved():
     optimizer.step()
 
 
-def test_what_version_0_1_exported():
+def test_what_an_earlier_version_exported():
     model, optimizer = planned()
     import_safetensors(DATA / "exported", model)
     assert_same(everything(model), {k: v for k, v in expected(model, optimizer).items() if k.startswith("model.")})

@@ -63,13 +63,13 @@ def export_safetensors(
 ) -> None:
     """Writes the model, without optimizers, as `model.safetensors`, or in shards with an index, as Hugging Face does.
 
-    The plan travels in it: in the layers' `_extra_state`, and in the metadata of each file. A table that is larger than
-    a shard is stored in pieces, `memory_values[first row:last row]`, which `import_safetensors` puts together.
+    The plan is in it: in the `_extra_state` of the layers, and in the metadata of each file. A table larger than a
+    shard is stored in pieces, `memory_values[first row:last row]`, which `import_safetensors` puts together.
 
     Args:
         source: the folder that `save` was given; no model is needed, and rank 0 needs memory for some rows. Or a
             model: all ranks call it then, and rank 0 gathers some rows at a time from them.
-        path: a folder; what else is in it stays.
+        path: a folder; other files in it stay.
         step: of a folder; None is the last one that was saved.
         max_shard_size: bytes of a shard.
         progress: whether rank 0 shows a bar; None shows one from a GiB on.
@@ -144,7 +144,7 @@ class _SavedRows:
 
 
 class _ModelRows:
-    """Rows of the tensors of a model, shards of which are on all ranks."""
+    """Rows of the tensors of a model, which may be sharded over all ranks."""
 
     def __init__(self, state: dict[str, Any], ranks: Ranks) -> None:
         _check_no_objects([name for name, value in state.items() if not isinstance(value, Tensor)])
@@ -224,7 +224,7 @@ def _rows(shape: tuple[int, ...]) -> int:
 
 def _check_no_objects(names: list[str]) -> None:
     if names:
-        raise CheckpointError(f"safetensors store tensors alone, and these are none: {', '.join(names)}")
+        raise CheckpointError(f"safetensors store only tensors, and these are none: {', '.join(names)}")
 
 
 def _prepare(path: Path, entries: Sequence[Entry]) -> None:

@@ -46,11 +46,11 @@ def import_safetensors(
     Args:
         path: a file, or a folder of what `export_safetensors` or Hugging Face wrote.
         model: planned as it was saved, sharded or not.
-        strict: whether the names must be the model's.
+        strict: whether the names must be those of the model.
         progress: whether rank 0 shows a bar of its bytes; None shows one from a GiB on.
 
     Raises:
-        CheckpointError: on all ranks: a file is missing or cut off, or names or sizes are not the model's.
+        CheckpointError: on all ranks: a file is missing or cut off, or names or sizes are not those of the model.
         PlanError: on all ranks: the model has another memory, or none.
     """
     ranks = all_ranks()
@@ -82,7 +82,7 @@ def import_safetensors(
 
 
 class Export:
-    """The files of an export, mapped into memory: a tensor is read as it is used, and must not be written to.
+    """The files of an export, mapped into memory: a tensor is read when it is used, and must not be written to.
 
     Attributes:
         tensors: by their names in the files.

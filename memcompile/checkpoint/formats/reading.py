@@ -26,7 +26,7 @@ from memcompile.common.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Where a rectangle of a saved tensor is read to: from these offsets on, as large as the tensor."""
+    """A tensor to read into, and the offsets of the rectangle of a saved tensor that it gets."""
 
     offsets: tuple[int, ...]
     tensor: Tensor

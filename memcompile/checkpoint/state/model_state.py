@@ -36,7 +36,7 @@ def root_of(model: nn.Module) -> nn.Module:
 
 
 def model_state(root: nn.Module) -> dict[str, Any]:
-    """`root.state_dict()`, all rows up to date; the tensors are those of the model."""
+    """`root.state_dict()`, whose tensors are those of the model."""
     return dict(get_model_state_dict(root))
 
 
@@ -87,7 +87,7 @@ def decoded(plan: Any) -> dict[str, Any]:
 def moved_tables(saved: Collection[str], own: Collection[str]) -> dict[str, str]:
     """The saved names of tables that the model has on a module further inside, and their names there.
 
-    Version 0.1 had the table on the module that was planned, whatever part of it has the layers.
+    Earlier versions had the table on the module that was planned, and not on the part of it that has the layers.
     """
     found = {}
     for name in own:
@@ -126,13 +126,13 @@ def check_entries(
 
 
 def mapped_in(root: nn.Module) -> dict[str, MappedValues]:
-    """Values that lie in a file (`values_storage="mmap"`), which cannot be written to, by their names."""
+    """Values that lie in a file (`values_storage="mmap"`) and cannot be written, by their names."""
     return {name: parameter for name, parameter in root.named_parameters() if isinstance(parameter, MappedValues)}
 
 
 def targets(saved: Mapping[str, TensorStorageMetadata], own: dict[str, Any], root: nn.Module) -> dict[str, Tensor]:
-    """What saved tensors are read into: the model's own, or new ones for extra state, which has any size. Values that
-    lie in a file stay as they are: see `check_mapped`.
+    """The tensors to read into: those of the model, or new ones for extra state, which may have another size. Values
+    that lie in a file are left out: see `check_mapped`.
     """
     mapped = mapped_in(root)
     found: dict[str, Tensor] = {}
@@ -145,7 +145,7 @@ def targets(saved: Mapping[str, TensorStorageMetadata], own: dict[str, Any], roo
 
 
 def run_load_hooks(root: nn.Module, state: dict[str, Any], strict: bool) -> None:
-    """`load_state_dict` of what is in the model already: for extra state, and for hooks."""
+    """`load_state_dict` of what the model has already, for its extra state and its hooks."""
     with torch.no_grad():
         wrapped = {name.replace("_orig_mod.", ""): name for name in root.state_dict()}
         root.load_state_dict({wrapped.get(name, name): value for name, value in state.items()}, strict=strict)

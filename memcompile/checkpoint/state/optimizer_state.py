@@ -1,7 +1,7 @@
 """The state of optimizers by the names of their parameters. It is loaded in the dtypes that it was saved in.
 
-Not by `torch.distributed.checkpoint.state_dict`: its helpers step an optimizer that has no state yet, with gradients of
-zero, which moves values that learn at a rate of their own by their weight decay.
+`torch.distributed.checkpoint.state_dict` does not serve: it steps an optimizer that has no state yet, with gradients of
+zero, and weight decay then changes the values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from memcompile.runtime.optimizer_state import restore_dtypes
 
 
 class OptimizerState:
-    """The state dict of one or several optimizers, by names.
+    """The state dict of one or more optimizers, by names.
 
     Attributes:
         tensors: `<parameter>.<entry>`.
@@ -55,7 +55,7 @@ class OptimizerState:
 
     @classmethod
     def of(cls, optimizers: Sequence[Optimizer], root: nn.Module) -> OptimizerState:
-        """Of optimizers of a model, all rows up to date."""
+        """Of optimizers of a model."""
         names, state = _names(root), cls({}, [], {}, {})
         for optimizer in optimizers:
             saved = optimizer.state_dict()
@@ -89,7 +89,7 @@ class OptimizerState:
             check_groups(self.groups, optimizer, names, source)
 
     def make_targets(self, root: nn.Module, saved: Mapping[str, TensorStorageMetadata]) -> None:
-        """New tensors, to be read into: as the parameters are, where they are as large."""
+        """Creates the tensors to read into: placed and sharded as the parameters are, where they have as many rows."""
         parameters = dict(root.named_parameters())
         by_name = {_plain(name): parameter for name, parameter in parameters.items()}
         for name, entries in self.entries.items():
@@ -106,7 +106,7 @@ class OptimizerState:
     def put_into(
         self, optimizers: Sequence[Optimizer], root: nn.Module, saved: Mapping[str, TensorStorageMetadata]
     ) -> None:
-        """Loads it, once it is checked and read.
+        """Loads it, after `check` and reading.
 
         Args:
             saved: of the model's parameters, whose dtypes tell whether the state's own fit.

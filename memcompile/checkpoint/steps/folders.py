@@ -155,7 +155,7 @@ def discard(folder: Path, step: int) -> None:
 def _interrupted(folder: Path) -> list[tuple[Path, Path]]:
     """Steps that have no name because a save that was replacing them was killed, and their names."""
     ours = [(old, folder / old.stem) for old in (folder / _OWN).glob("step_*.old")]
-    # Version 0.1 had them in the folder itself, where users may have copies; it left the later save there too.
+    # Earlier versions had them in the folder itself, where users may have copies, and left the later save there too.
     pairs = ((old, old.with_suffix(".tmp")) for old in folder.glob("step_*.old"))
     theirs = [(old, folder / old.stem) for old, later in pairs if 0 < _number(old) < _number(later)]
     return [(old, target) for old, target in (*ours, *theirs) if not os.path.lexists(target)]

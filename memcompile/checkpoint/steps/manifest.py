@@ -1,4 +1,4 @@
-"""The manifest of a saved step: what the checkpoint is, and a record of each of its files. It is written last."""
+"""The manifest of a saved step: what it is, and a record of each of its files. It is written last."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Manifest:
 
     Attributes:
         step: of the training.
-        number: of the save in its folder: a later one has a higher number, also where the training went back.
-        save_id: of the save, which its DCP metadata have too.
+        number: of the save in its folder: a later one has a higher number, even if its step is lower.
+        save_id: of the save; DCP's metadata have it too.
         world_size: how many ranks wrote it.
         plans: of every planned module, by its name in the model ("" is the model itself).
         files: by name.

@@ -20,7 +20,7 @@ def whole_step(ranks: Ranks, folder: Path, step: int | None, fall_back: bool, pr
 
     Args:
         step: None is the one that LATEST names.
-        fall_back: takes the newest whole one before it where it is damaged, with a warning.
+        fall_back: if it is damaged, takes the newest whole one before it, with a warning.
 
     Raises:
         CheckpointError: there is none, or it is damaged: what was expected and found, and which steps are whole.

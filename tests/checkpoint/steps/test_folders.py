@@ -139,12 +139,12 @@ def test_a_file_in_the_place_of_a_step(model, tmp_path):
 
 
 @pytest.mark.parametrize("read", [True, False])
-@pytest.mark.parametrize("version", ["0.1", "now"])
+@pytest.mark.parametrize("version", ["earlier", "now"])
 def test_a_replacement_that_was_killed_half_way(version, read, model, tmp_path):
     save_steps(tmp_path, model, 1)
     shutil.copytree(tmp_path / "step_1", tmp_path / "before")
     save_steps(tmp_path, model, 1)
-    own = tmp_path / ("" if version == "0.1" else ".memcompile")
+    own = tmp_path / ("" if version == "earlier" else ".memcompile")
     own.mkdir(exist_ok=True)
     (tmp_path / "step_1").rename(own / "step_1.tmp")
     (tmp_path / "before").rename(own / "step_1.old")
