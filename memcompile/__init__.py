@@ -28,7 +28,7 @@ from memcompile.runtime.distributed.replicas import install_replica_hook
 from memcompile.runtime.distributed.sharding import shard
 from memcompile.runtime.state_dicts import install_load_guard
 from memcompile.runtime.storage.store import store_values
-from memcompile.runtime.storage.values_file import verify as verify_values
+from memcompile.runtime.storage.values_file import verify_values
 from memcompile.version import __version__
 
 __all__ = [

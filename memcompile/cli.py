@@ -1,4 +1,4 @@
-"""The command line: `memcompile plan` says what a sharded memory costs before anyone rents the GPUs."""
+"""The command line: `memcompile estimate` says what a sharded memory costs on so many GPUs, and needs none."""
 
 import argparse
 import json
@@ -31,27 +31,27 @@ _HARDWARE_UNITS = {  # of the options: one of them is so many bytes, bytes a sec
     "network_latency": 1e-6,
 }
 _DESCRIPTION = """\
-Models a table of values that memory layers share and a group of M ranks shards, replicated gpus / M times: the memory
-of a rank, what each collective of a training step brings to it, the time of a step, and the best M. Nothing is run, and
-no GPU is needed. Every assumption is an option, and is printed.
+Models the training of a table of values that memory layers share, sharded over each of gpus / M groups of M ranks.
+Prints for each M the memory of a rank, the bytes that a rank receives in a step and the time of a step, and the best M.
+Nothing is run, and no GPU is needed. Every assumption is an option, and is printed.
 """
 _EPILOG = """\
 examples:
-  memcompile plan --slots 64M --value-dim 2048 --gpus 256
-  memcompile plan --slots 1M --value-dim 1024 --gpus 8 --optimizer row_wise_adagrad --json
-  memcompile plan --slots 64M --value-dim 2048 --gpus 64 --network 25 --plot cost.png
+  memcompile estimate --slots 64M --value-dim 2048 --gpus 256
+  memcompile estimate --slots 1M --value-dim 1024 --gpus 8 --optimizer row_wise_adagrad --json
+  memcompile estimate --slots 64M --value-dim 2048 --gpus 64 --network 25 --plot cost.png
 
 exit codes: 0; 1 where no group size fits the memory of the GPUs; 2 for wrong options.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; wrong options leave by SystemExit(2), as argparse does."""
+    """Runs a command and returns its exit code; wrong options raise SystemExit(2), as argparse does."""
     parser = argparse.ArgumentParser("memcompile", description="A large trainable memory for any Transformer.")
     parser.add_argument("--version", action="version", version=f"memcompile {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    plan = commands.add_parser(
-        "plan",
+    estimate = commands.add_parser(
+        "estimate",
         help="what a sharded memory costs on so many GPUs: memory, traffic, time, and the best group size",
         usage="%(prog)s --slots N --value-dim N --gpus N [options]",
         description=_DESCRIPTION,
@@ -59,15 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_options(plan)
-    options = parser.parse_args(argv)
+    _add_options(estimate)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["plan"]:
+        print(
+            "memcompile plan is deprecated, and the next release removes it: use memcompile estimate", file=sys.stderr
+        )
+        words[0] = "estimate"
+    options = parser.parse_args(words)
     try:
-        code = _plan(options)
+        code = _estimate(options)
         sys.stdout.flush()
     except OptionError as error:
-        plan.error(str(error))
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        estimate.error(str(error))
+    except BrokenPipeError:  # the reader of a pipe, as `| head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it ends
         return _PIPE_CLOSED
     return code
 
@@ -87,7 +93,7 @@ def size(text: str) -> int:
     return int(number)
 
 
-def _plan(options: argparse.Namespace) -> int:
+def _estimate(options: argparse.Namespace) -> int:
     job = Job(**_of(Job, options))
     given = _of(Hardware, options)
     in_units = {name: round(value * _HARDWARE_UNITS.get(name, 1), 12) for name, value in given.items()}
@@ -122,18 +128,20 @@ def _draw(job: Job, hardware: Hardware, found: Sequence[Any], path: Path) -> Non
         raise OptionError(f"--plot: {path} cannot be written: {error}") from error
 
 
-def _add_options(plan: argparse.ArgumentParser) -> None:
-    asked = plan.add_argument_group("required")
+def _add_options(estimate: argparse.ArgumentParser) -> None:
+    asked = estimate.add_argument_group("required")
     text = "rows of the table: a perfect square, as 65536, 1M or 64M (K = 2**10, M = 2**20)"
     asked.add_argument("--slots", type=size, required=True, metavar="N", help=text)
     asked.add_argument("--value-dim", type=int, required=True, metavar="N", help="elements of a row")
     asked.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the whole job")
 
-    stored = plan.add_argument_group("the table")
+    stored = estimate.add_argument_group("the table")
     _choice(stored, "dtype", "of values, gradient and activations")
-    _choice(stored, "by", "what a rank of a group holds of the table; columns are balanced whatever slots are hot")
+    _choice(
+        stored, "by", "what a rank of a group holds of the table; columns are balanced, whichever slots are hit most"
+    )
 
-    layers = plan.add_argument_group("the layers and their tokens")
+    layers = estimate.add_argument_group("the layers and their tokens")
     _number(layers, Job, "tokens", "of each rank a step", kind=size)
     _number(layers, Job, "layers", "memory layers that share the table")
     _number(layers, Job, "heads", "queries a token")
@@ -148,24 +156,24 @@ def _add_options(plan: argparse.ArgumentParser) -> None:
     )
     _number(layers, Job, "skew", "with --by rows: hits of the busiest rank over the mean", kind=float)
 
-    training = plan.add_argument_group("training")
+    training = estimate.add_argument_group("training")
     _choice(training, "optimizer", "of the values")
     _choice(training, "state_dtype", "of Adam's moments")
     _choice(training, "values_grad", "of the rows that are hit, or of all")
     training.add_argument("--master-weights", action="store_true", help="keep fp32 masters of bf16 values")
 
-    hardware = plan.add_argument_group("the hardware (by default H100 SXM, 400 Gb/s a GPU)")
+    hardware = estimate.add_argument_group("the hardware (by default H100 SXM, 400 Gb/s a GPU)")
     _number(hardware, Hardware, "gpus_per_node", "that NVLink connects")
     _number(hardware, Hardware, "gpu_memory", "GiB of a GPU", kind=float)
     _number(hardware, Hardware, "model_memory", "GiB of it that the rest of the model takes", kind=float)
     _number(hardware, Hardware, "nvlink", "GB/s of a GPU, one direction", kind=float)
     _number(hardware, Hardware, "network", "GB/s of a GPU, one direction", kind=float)
     _number(hardware, Hardware, "hbm", "GB/s of a GPU's memory", kind=float)
-    _number(hardware, Hardware, "nvlink_latency", "us a collective takes at least inside a node", kind=float)
-    _number(hardware, Hardware, "network_latency", "us a collective takes at least between nodes", kind=float)
-    _number(hardware, Hardware, "granule", "bytes that a read of its memory moves at least")
+    _number(hardware, Hardware, "nvlink_latency", "us that a collective takes at least inside a node", kind=float)
+    _number(hardware, Hardware, "network_latency", "us that a collective takes at least between nodes", kind=float)
+    _number(hardware, Hardware, "granule", "bytes that a read of GPU memory moves at least")
 
-    output = plan.add_argument_group("output")
+    output = estimate.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="bytes and seconds, as JSON")
     output.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory over group sizes and GPUs")
 

@@ -1,4 +1,4 @@
-"""`memcompile plan` as a user types it: sizes, defaults, exit codes, and errors that name the option."""
+"""`memcompile estimate` as a user types it: sizes, defaults, exit codes, and errors that name the option."""
 
 import argparse
 import json
@@ -16,8 +16,8 @@ from memcompile.cost.job import Job
 from memcompile.cost.time import Hardware
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["plan", "--slots", "1M", "--value-dim", "64", "--gpus", "8"]
-LARGE = ["plan", "--slots", "64M", "--value-dim", "2048", "--gpus", "256"]
+SMALL = ["estimate", "--slots", "1M", "--value-dim", "64", "--gpus", "8"]
+LARGE = ["estimate", "--slots", "64M", "--value-dim", "2048", "--gpus", "256"]
 
 
 def run(arguments, capsys):
@@ -149,7 +149,7 @@ def test_what_does_not_fit_says_so_beside_json(capsys):
     [
         ([], "the following arguments are required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
-        (["plan"], "the following arguments are required: --slots, --value-dim, --gpus"),
+        (["estimate"], "the following arguments are required: --slots, --value-dim, --gpus"),
         (
             [*SMALL, "--slots", "1000"],
             "slots must be a perfect square, n_keys**2; got 1,000, the nearest are 961 (31**2)",
@@ -186,12 +186,12 @@ def test_a_plot_without_matplotlib(monkeypatch, capsys):
     assert "--plot needs matplotlib: pip install matplotlib" in refused([*SMALL, "--plot", "cost.png"], capsys)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["estimate", "--help"]])
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as left:
         main(arguments)
     text = capsys.readouterr().out
-    assert left.value.code == 0 and "plan" in text
+    assert left.value.code == 0 and "estimate" in text
     if len(arguments) == 2:
         for option in ("--slots", "--value-dim", "--gpus", "--unique", "--network-latency", "--plot", "exit codes"):
             assert option in text
@@ -216,11 +216,22 @@ def test_a_reader_that_has_read_enough():
     assert process.returncode == 141
 
 
+def test_the_former_word_works_and_says_the_new_one(capsys):
+    expected = run(SMALL, capsys)[1].out
+    code, printed = run(["plan", *SMALL[1:]], capsys)
+    assert (code, printed.out) == (0, expected)
+    assert printed.err == "memcompile plan is deprecated, and the next release removes it: use memcompile estimate\n"
+    assert "usage: memcompile estimate" in refused(["plan", "--slots", "1M"], capsys)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "plan" not in capsys.readouterr().out
+
+
 def test_as_a_module():
     done = in_a_process("-m", "memcompile", *SMALL)
     assert done.returncode == 0 and "* the best" in done.stdout
     wrong = in_a_process("-m", "memcompile", *SMALL, "--slots", "1000")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("usage: memcompile plan")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("usage: memcompile estimate")
 
 
 def test_the_package_does_not_import_it_and_it_does_not_import_matplotlib():

@@ -1,4 +1,4 @@
-"""Checkpoints of trainings with a memory, on `torch.distributed.checkpoint`: atomic, verified, resharded when loaded.
+"""Checkpoints of trainings with a memory, on `torch.distributed.checkpoint`: atomic, checked, resharded when loaded.
 
 memcompile.checkpoint.save("run", model, optimizer, step=100, extra=scheduler.state_dict())
 step, extra, _ = memcompile.checkpoint.load("run", model, optimizer)

@@ -1,4 +1,4 @@
-"""A save that goes on in a thread while the training does: one at a time, and its error is never lost."""
+"""A save in a thread, during which the training continues: one at a time, and its error is always raised."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class SaveHandle:
-    """A save that was begun; of one that is not asynchronous, it is done."""
+    """A save that was begun. One that is not asynchronous is done."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -20,11 +20,11 @@ class SaveHandle:
 
     @property
     def done(self) -> bool:
-        """Whether it is over on this rank, well or not."""
+        """Whether it has ended on this rank, with an error or without."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> Path:
-        """Waits until it is over on every rank, and returns the folder of the step.
+        """Waits until it has ended on every rank, and returns the folder of the step.
 
         Raises:
             CheckpointError: it failed; earlier checkpoints are as they were. It is raised once: here, or by the next
@@ -38,7 +38,7 @@ class SaveHandle:
         return self._folder
 
     def start(self, write: Callable[[], object]) -> None:
-        """Goes on in a thread, which the process waits for at its end."""
+        """Runs the rest of the save in a thread, which the process waits for when it ends."""
 
         def run() -> None:
             try:
@@ -57,10 +57,10 @@ _last: SaveHandle | None = None
 
 
 def wait() -> None:
-    """Waits for the last asynchronous save. What leaves by `os._exit` calls it before: the save would end with it.
+    """Waits for the last asynchronous save. Call it before `os._exit`, which would end the save.
 
     Raises:
-        CheckpointError: it failed, and nobody has seen its error.
+        CheckpointError: it failed, and its error was not raised yet.
     """
     global _last
     last, _last = _last, None

@@ -1,11 +1,11 @@
-"""What is in a folder of checkpoints, without a model."""
+"""What a folder of checkpoints has: its steps, and the options of the memory. No model is needed."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from memcompile.checkpoint.formats.importing import plans_in
+from memcompile.checkpoint.formats.importing import Export
 from memcompile.checkpoint.state.model_state import decoded
 from memcompile.checkpoint.steps import folders
 from memcompile.checkpoint.steps.manifest import Manifest
@@ -15,7 +15,7 @@ from memcompile.runtime.state_dicts import config_of
 
 
 def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") -> MemoryConfig:
-    """The options of the memory that was saved, for ``memcompile.plan(model, memory=...)``. Any rank may call it alone.
+    """The options of the memory that was saved, for ``memcompile.plan(model, memory=...)``. One rank may call it alone.
 
     Args:
         path: a folder of checkpoints, or safetensors.
@@ -23,11 +23,11 @@ def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") 
         part: the name of the planned module, where that is a part of the model.
 
     Raises:
-        CheckpointError: there is no such step, what is read of it is damaged, or it has no memory.
+        CheckpointError: there is no such step, its manifest is damaged, or it has no memory.
     """
     source = Path(path)
     if step is None and (source.is_file() or next(source.glob("*.safetensors"), None)):
-        plans = plans_in(source)
+        plans = Export(source).plans
     else:
         step = folders.latest_step(source) if step is None else step
         plans = Manifest.read(folders.step_folder(source, step)).plans
@@ -38,5 +38,5 @@ def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") 
 
 
 def steps(folder: str | os.PathLike) -> list[int]:
-    """The steps that were saved, the last save first; not verified. Any rank may call it alone."""
+    """The steps that were saved, the last save first; their files are not read. One rank may call it alone."""
     return folders.saved_steps(Path(folder))

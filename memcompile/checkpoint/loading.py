@@ -1,4 +1,4 @@
-"""load(): a saved training back into a model, sharded as it is now."""
+"""load(): reads a saved training into a model and its optimizers, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from memcompile.checkpoint._torch import local_part
 from memcompile.checkpoint.asynchronous import wait
 from memcompile.checkpoint.formats.reading import Part, StepReader
-from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import all_ranks
 from memcompile.checkpoint.saving import EXTRA, MODEL, OPTIMIZER, OPTIMIZER_REST, optimizers_in
 from memcompile.checkpoint.state.mapped import check_mapped
@@ -22,24 +21,26 @@ from memcompile.checkpoint.state.model_state import (
     check_entries,
     check_plans,
     model_state,
+    moved_tables,
     root_of,
     run_load_hooks,
     targets,
 )
 from memcompile.checkpoint.state.optimizer_state import OptimizerState, unpacked
 from memcompile.checkpoint.steps import folders
-from memcompile.checkpoint.steps.verify import choose
+from memcompile.checkpoint.steps.whole_steps import whole_step
+from memcompile.common.progress import Progress
 from memcompile.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint has beside the state of model and optimizer.
+    """What a checkpoint has besides the state of model and optimizer.
 
     Attributes:
         step: of the training.
-        extra: what this rank saved; where there were fewer ranks, what rank 0 did. None where nothing was.
+        extra: what this rank gave `save`, or what rank 0 did if there were fewer ranks. None if it was given nothing.
         world_size: how many ranks saved it.
     """
 
@@ -60,15 +61,15 @@ def load(
 ) -> Loaded:
     """Loads a step that `save` made, bit for bit, on any number of ranks, sharded in any way. Every rank calls it.
 
-    Every file is verified, and everything is compared with the model, before anything changes. A checkpoint is pickled
-    in part: load only what you trust.
+    Every file is compared with its checksums, and all that was saved with the model, before anything changes. A part of
+    a checkpoint is pickled: load only what you trust.
 
     Args:
         model: planned as it was saved (see `config`); wrapped or sharded as it is trained.
         optimizer: one or several, built after planning and sharding. None leaves the optimizer's state unread.
         step: None is the last one that was saved.
         strict: whether the parameters must be the same as those saved. The memory must be in any case.
-        fall_back: takes the newest earlier step that is not damaged where this one is, with a warning.
+        fall_back: if the step is damaged, loads the newest earlier one that is not, with a warning.
         progress: whether rank 0 shows a bar of its bytes; None shows one from a GiB on.
 
     Raises:
@@ -83,13 +84,16 @@ def load(
     ranks.agree("load", lambda: {**asked, "optimizers": len(optimizers_in(optimizer))})
     optimizers = optimizers_in(optimizer)
     bar = Progress(progress if ranks.rank == 0 else False)
-    manifest = choose(ranks, path, step, fall_back, bar)
+    manifest = whole_step(ranks, path, step, fall_back, bar)
     source = folders.step_folder(path, manifest.step)
 
     def prepare() -> tuple[StepReader, nn.Module, dict[str, Any], OptimizerState | None, dict[str, Part]]:
         reader, root = StepReader(source), root_of(model)
         check_plans(manifest.plans, root, _config_call(path, step))
-        own, saved = model_state(root), reader.tensors(MODEL)
+        own = model_state(root)
+        moved = moved_tables(reader.tensors(MODEL), own)
+        reader.rename({MODEL + old: MODEL + new for old, new in moved.items()})
+        saved = reader.tensors(MODEL)
         check_entries(saved, reader.objects(MODEL), own, strict, source)
         check_mapped(root, saved, lambda name, part: reader.read({MODEL + name: part}), source, bar)
         parts = {MODEL + name: Part(*local_part(tensor)) for name, tensor in targets(saved, own, root).items()}
@@ -97,7 +101,10 @@ def load(
             return reader, root, own, None, parts
         if OPTIMIZER_REST not in reader.objects(""):
             raise CheckpointError(f"{source} was saved without an optimizer: load it without one")
-        state = OptimizerState.unpacked(reader.read_object(OPTIMIZER_REST), {})
+        state = OptimizerState.unpacked(reader.read_object(OPTIMIZER_REST), moved)
+        for old, new in moved.items():
+            entries = state.entries.get(new, ())
+            reader.rename({f"{OPTIMIZER}{old}.{entry}": f"{OPTIMIZER}{new}.{entry}" for entry in entries})
         state.check(optimizers, root, strict, source)
         state.make_targets(root, reader.tensors(OPTIMIZER))
         parts.update({OPTIMIZER + name: Part(*local_part(tensor)) for name, tensor in state.tensors.items()})

@@ -1,4 +1,4 @@
-"""What the processes of a job do together, so that an error of one is raised on every one and none waits for it."""
+"""What the processes of a job do together: an error on one is raised on all, so that none waits for another."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Ranks:
     """All ranks of the job, or the one process of a job without `torch.distributed`.
 
     Attributes:
-        group: a gloo group of its own, in which a thread may wait while the training uses the others; None without.
+        group: a gloo group of its own, in which a thread may wait while the training uses other groups; None without.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -37,7 +37,7 @@ class Ranks:
 
         Raises:
             MemcompileError: `run` raised on some rank: that error, or a CheckpointError of any other that says which
-                rank it was on and what it was `doing`.
+                rank it was on, and what that rank was `doing`.
         """
         mine: tuple[T | None, MemcompileError | None]
         cause: BaseException | None = None
@@ -49,7 +49,9 @@ class Ranks:
         try:
             everyones = self._everyones(mine)
         except RuntimeError as error:  # of gloo
-            raise CheckpointError(f"rank {self.rank} lost another while it was to {doing}: {error}") from error
+            raise CheckpointError(
+                f"rank {self.rank} lost the connection to another, and could not {doing}: {error}"
+            ) from error
         failure = next((error for _, error in everyones if error is not None), None)
         if failure is not None:
             raise (mine[1] or failure) from (None if cause is mine[1] else cause)
@@ -93,7 +95,7 @@ def all_ranks() -> Ranks:
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             log.warning(
                 "this is one of WORLD_SIZE=%s processes, but torch.distributed is not initialised: it saves and loads "
-                "as if it were alone, and others that do write the same files",
+                "as if it were the only one, and other processes that do so write the same files",
                 os.environ["WORLD_SIZE"],
             )
         return Ranks(None)
@@ -104,7 +106,7 @@ def all_ranks() -> Ranks:
 
 
 def _to_send(error: BaseException, failed: str) -> MemcompileError:
-    """An error that every rank can unpickle; ours as it is."""
+    """An error that every rank can unpickle; memcompile's as it is."""
     return error if isinstance(error, MemcompileError) else CheckpointError(f"{failed}: {_described(error)}")
 
 

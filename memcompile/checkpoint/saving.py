@@ -1,10 +1,9 @@
-"""save(): one step of a training into its own folder, at once or in the background."""
+"""save(): writes one step of a training into its own folder, at once or in a thread."""
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Sequence
@@ -17,12 +16,13 @@ from torch.optim import Optimizer
 
 from memcompile.checkpoint.asynchronous import SaveHandle, wait
 from memcompile.checkpoint.formats.dcp_files import write_files
-from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import all_ranks
 from memcompile.checkpoint.state.model_state import Plans, mapped_in, model_state, plans_of, root_of
 from memcompile.checkpoint.state.optimizer_state import OptimizerState, packed
 from memcompile.checkpoint.steps import folders
 from memcompile.checkpoint.steps.manifest import NAME, Manifest
+from memcompile.common.files import write_text
+from memcompile.common.progress import Progress
 from memcompile.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -43,19 +43,18 @@ def save(
 ) -> SaveHandle:
     """Saves a training into ``folder/step_N``, and names it in ``folder/LATEST``. Every rank calls it.
 
-    The step is written under another name, checked into a manifest, and renamed when all of it is on the disk: killed
-    at any time, nothing that was saved before is lost. Each rank writes its own shards, and its share of what all ranks
-    have; the folder is on a file system that they share, and has the checkpoints of one job.
+    The step is written under another name, together with a manifest of checksums, and is renamed when the disk has all
+    of it: a kill at any time loses nothing that was saved before. Each rank writes its own shards, and a part of what
+    all ranks have. The folder is on a file system that all ranks share, and has the checkpoints of one job.
 
     Args:
-        model: planned or not, sharded or not, in DDP, `torch.compile` or `fully_shard`; all rows of its values are
-            brought up to date.
+        model: planned or not, sharded or not, in DDP, `torch.compile` or `fully_shard`.
         optimizer: one, or several; all of their parameters are the model's.
         step: of the training; a save of the same step is replaced.
         extra: whatever `torch.save` takes, of each rank: the state of a scheduler, of generators, of a data loader.
-        keep: how many saves are kept, the one that is made included; None keeps all.
-        asynchronous: returns when the state is copied in memory, and writes it in the background. One is in flight at a
-            time: the next `save` or `load` waits for it.
+        keep: how many saves are kept, this one included; None keeps all. Only files that a save wrote are deleted.
+        asynchronous: returns when the state is copied in memory, and writes it in a thread. There is one at a time: the
+            next `save` or `load` waits for it.
         progress: whether rank 0 shows a bar of its bytes; None shows one from a GiB on, unless asynchronous.
 
     Returns:
@@ -90,9 +89,8 @@ def save(
             )
             ranks.first("finish the step", lambda: _finish(path, manifest))
         except CheckpointError as error:
-            if ranks.rank == 0:  # what a full disk has no room for
-                shutil.rmtree(folders.being_written(path, step), ignore_errors=True)
-                folders.recover(path)
+            if ranks.rank == 0:  # a disk that is full needs the room
+                folders.discard(path, step)
             raise CheckpointError(f"step {step} was not saved, and what {path} had is as it was: {error}") from error
         if keep is not None:
             ranks.first("delete old steps", lambda: folders.delete_old(path, step, keep))
@@ -175,5 +173,5 @@ def _see(folder: Path, step: int) -> None:
 
 
 def _finish(folder: Path, manifest: Manifest) -> None:
-    folders.write(folders.being_written(folder, manifest.step) / NAME, manifest.text())
+    write_text(folders.being_written(folder, manifest.step) / NAME, manifest.text())
     folders.publish(folder, manifest.step)

@@ -1,4 +1,4 @@
-"""Which group sizes there are, what each costs, which is the best, and what would help where none fits."""
+"""The sizes that groups may have, what each costs, which is the best, and which options help where none fits."""
 
 import math
 from bisect import bisect_right
@@ -16,7 +16,7 @@ MOST_GPUS = 2**16  # of those that are suggested
 
 @dataclass(frozen=True)
 class Candidate:
-    """Memory groups of `ranks` ranks, `replicas` of them, and what a rank then holds, sends and waits for in a step."""
+    """Memory groups of `ranks` ranks, `replicas` of them, and what a rank then holds, receives and takes in a step."""
 
     ranks: int
     replicas: int
@@ -74,9 +74,7 @@ def alternatives(job: Job, hardware: Hardware) -> dict[str, Candidate]:
 
 
 def remedies(job: Job, hardware: Hardware) -> list[str]:
-    """What would make a job fit that does not: options that do alone, or where none does, those that save memory
-    together; more GPUs; fewer slots.
-    """
+    """What makes a job fit: one option, or if none does, all that save memory together; more GPUs; fewer slots."""
     helping = [option for option, changed in _changes(job).items() if _fits(changed, hardware)]
     least = replace(job, dtype="bf16", optimizer="row_wise_adagrad", master_weights=False)
     if not helping and _fits(least, hardware):
@@ -113,7 +111,7 @@ def _fits(job: Job, hardware: Hardware) -> bool:
 
 
 def _gpus_that_fit(job: Job, hardware: Hardware) -> int | None:
-    """The first doubling that fits, in whole nodes; more ranks also bring more tokens, so there may be none."""
+    """The first doubling that fits, in whole nodes. There may be none, as more ranks also have more tokens."""
     gpus = job.gpus
     while gpus < MOST_GPUS:
         gpus *= 2

@@ -1,4 +1,4 @@
-"""Bytes that a rank moves between its GPU and its own memory for the table. Counts alone, caches left out."""
+"""Bytes that a GPU reads from and writes to its own memory for the table. Only counts; caches are left out."""
 
 from memcompile.cost.job import Job
 from memcompile.cost.memory import master_bytes, own_rows, state_bytes

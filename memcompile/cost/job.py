@@ -19,7 +19,7 @@ CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A table of slots x value_dim that memory layers share, and the tokens that a step brings to it.
+    """A table of slots x value_dim that memory layers share, and the tokens of a step.
 
     Args:
         slots: rows of the table, ``n_keys ** 2``.
@@ -35,7 +35,7 @@ class Job:
         master_weights: whether bf16 values have fp32 masters; else they are rounded stochastically.
         values_grad: "sparse", of the rows that are hit, or "dense".
         by: how a group shards the table, by "columns" or by "rows".
-        unique: distinct slots that a step hits, over those that as many uniform hits would. Real hits repeat hot slots.
+        unique: distinct slots that a step hits, over those of as many uniform hits. Real hits repeat some slots.
         skew: by rows, hits of the busiest rank over the mean.
 
     Raises:

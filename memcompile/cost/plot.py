@@ -66,7 +66,7 @@ def best_by_gpus(job: Job, hardware: Hardware) -> dict[int, Candidate | None]:
 def _times(axes: Axes, labels: Sequence[str], found: Sequence[Candidate | None]) -> None:
     parts = [field.name for field in fields(Times)]
     heights = {_NAMES[p]: [getattr(c.times, p) * 1e3 if c else 0.0 for c in found] for p in parts}
-    # those that do not fit may take hundreds of times as long, and would hide the rest
+    # those that do not fit may take hundreds of times as long, and the others would be too small to see
     fitting = [c.times.total * 1e3 for c in found if c and c.fits]
     _stack(axes, labels, heights, 1.15 * max(fitting) if fitting else None)
     axes.set_ylabel("ms a step")
@@ -83,7 +83,7 @@ def _memory(axes: Axes, labels: Sequence[str], found: Sequence[Candidate | None]
 
 
 def _stack(axes: Axes, labels: Sequence[str], heights: dict[str, list[float]], limit: float | None) -> None:
-    """Bars of parts; those beyond the limit are cut there, and say how high they are."""
+    """Bars of parts. One beyond the limit is cut off there, with its height as a number."""
     base = [0.0] * len(labels)
     for colour, (name, height) in zip(_COLOURS, heights.items(), strict=True):
         axes.bar(range(len(labels)), height, bottom=base, color=colour, label=name)

@@ -55,7 +55,7 @@ def misfit(job: Job, hardware: Hardware, found: Sequence[Candidate]) -> str:
     helping = remedies(job, hardware)
     return (
         f"does not fit: groups of {least.ranks} take the least, {_gib(least.memory.total)} GiB a rank, and "
-        f"{_gib(hardware.free_memory)} of {_gib(hardware.gpu_memory)} GiB are free beside the rest of the model.\n"
+        f"{_gib(hardware.free_memory)} of {_gib(hardware.gpu_memory)} GiB are free next to the rest of the model.\n"
         + ("It would fit with any one of: " + "; ".join(helping) if helping else "No option makes it fit.")
     )
 
@@ -74,7 +74,7 @@ def as_json(job: Job, hardware: Hardware, found: Sequence[Candidate]) -> dict[st
 
 
 def assumptions(job: Job, hardware: Hardware) -> list[str]:
-    """What the numbers rest on, a sentence each, with the options that change it."""
+    """What the numbers assume, a sentence each, with the options that change it."""
     states = _STATES[job.optimizer].format(dtype=job.state_dtype)
     masters = "with fp32 masters" if job.master_weights else "without masters"
     lines = [
@@ -83,7 +83,7 @@ def assumptions(job: Job, hardware: Hardware) -> list[str]:
         f"values in {job.dtype} {masters}, a {job.values_grad} gradient, by {job.by}; "
         f"states of {job.optimizer}: {states}",
         f"a step touches {job.touched_rows(job.gpus):,} distinct rows on all GPUs: {job.unique:g} of what uniform hits "
-        "would (--unique; real hits repeat hot slots, and touch fewer)",
+        "would (--unique; real hits repeat some slots, and touch fewer)",
         f"bytes/s a GPU: NVLink {hardware.nvlink / 1e9:g} GB/s in nodes of {hardware.gpus_per_node}, network "
         f"{hardware.network / 1e9:g} GB/s, HBM {hardware.hbm / 1e9:g} GB/s; {hardware.nvlink_latency * 1e6:g} and "
         f"{hardware.network_latency * 1e6:g} us a collective; peak rates unless you gave measured ones",
@@ -100,8 +100,8 @@ def _title(job: Job, hardware: Hardware) -> str:
     nodes = -(-job.gpus // hardware.gpus_per_node)
     size = _gib(job.slots * job.value_dim * job.element_bytes)
     return (
-        f"memcompile plan: {job.slots:,} slots ({job.n_keys:,} half-keys a side) x {job.value_dim:,} in {job.dtype}, "
-        f"{size} GiB, on {job.gpus:,} GPU(s) in {nodes} node(s)"
+        f"memcompile estimate: {job.slots:,} slots ({job.n_keys:,} half-keys a side) x {job.value_dim:,} in "
+        f"{job.dtype}, {size} GiB, on {job.gpus:,} GPU(s) in {nodes} node(s)"
     )
 
 

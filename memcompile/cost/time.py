@@ -1,4 +1,4 @@
-"""Seconds of a step: bytes over rates, one part after the other, since overlap is not modelled."""
+"""Seconds of a step: bytes over rates, one part after the other; overlap is not modelled."""
 
 import math
 from collections.abc import Callable
@@ -21,8 +21,8 @@ class Hardware:
     """Nodes of GPUs. Rates are bytes a second of one GPU in one direction, latencies seconds a collective.
 
     Defaults are peaks of data sheets: NVIDIA's H100 SXM (80 GB; 3.35 TB/s; NVLink 900 GB/s, both directions together),
-    and one 400 Gb/s adapter a GPU, as in DGX H100. Latencies are rounded from common experience with NCCL. A GPU reads
-    whole pairs of 32-byte sectors. None of it was measured: give measured rates where there are some.
+    and one 400 Gb/s adapter a GPU, as in DGX H100. Latencies are typical of NCCL, rounded. A GPU reads whole
+    pairs of 32-byte sectors. None of it was measured here: give measured rates where you have them.
 
     Raises:
         OptionError: a number that is not positive (latencies and model_memory may be 0), or a model that fills the GPU.
@@ -56,11 +56,11 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A collective of a step, as the rank sees it for which it takes longest.
+    """A collective of a step, on the rank for which it takes longest.
 
     Attributes:
-        collective: what it is, once.
-        count: how often a step has it.
+        collective: one of them.
+        count: how many a step has.
         seconds: of all of them.
     """
 
@@ -158,7 +158,7 @@ def times_of(job: Job, hardware: Hardware, ranks: int) -> Times:
 def _slowest(
     of_rank: Callable[[int], tuple[Collective, ...]], count: int, job: Job, hardware: Hardware, ranks: int
 ) -> tuple[Exchange, ...]:
-    """A collective ends with its last rank; that is the one that holds the most or the least."""
+    """A collective ends when its last rank does, which is the one that holds the most or the least."""
     found = []
     for first, last in zip(of_rank(0), of_rank(ranks - 1), strict=True):
         collective = max(first, last, key=lambda c: c.received_bytes)

@@ -1,4 +1,4 @@
-"""Bytes that each collective of the sharded memory brings to a rank. Counts alone: rates and topology are `time.py`'s.
+"""Bytes that a rank receives in each collective of the sharded memory. Only counts: rates and topology are in time.py.
 
 Letters in the formulas: P ranks share a table (the memory group), R groups like it (replicas) train on other tokens;
 each rank has C tokens of K hits; rows are dv elements of b bytes; d is how many of their columns a rank holds.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 HIT = 8  # bytes of an int32 slot and an fp32 weight
 _FP32 = 4
 _ROW = 8  # bytes of a row's number in a sparse gradient, int64
-MEMORY, REPLICAS = "memory", "replicas"  # who takes part
+MEMORY, REPLICAS = "memory", "replicas"  # the ranks that take part
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Collective:
 
 
 def shard_size(size: int, ranks: int, rank: int) -> int:
-    """How much of `size` a rank holds: `torch.chunk`'s division, where the last ranks may have less, or nothing."""
+    """How much of `size` a rank holds, as `torch.chunk` divides: the last ranks may have less, or nothing."""
     if not 0 <= rank < ranks:
         raise ValueError(f"rank: expected 0 to {ranks - 1}, got {rank}")
     chunk = -(-size // ranks)
@@ -40,10 +40,10 @@ def shard_size(size: int, ranks: int, rank: int) -> int:
 def forward_collectives(
     tokens: int, hits: int, value_dim: int, ranks: int, rank: int, element_bytes: int, by: str = "columns"
 ) -> tuple[Collective, ...]:
-    """What a layer's forward sends, in its order; nothing in a group of one rank.
+    """The collectives of a layer's forward, in their order; none in a group of one rank.
 
-    The list of hits goes to everyone, (P - 1) C K 8 bytes. By columns each owner of tokens then gets the columns that
-    it lacks, C (dv - d) b; by rows the partial sums of all ranks, (P - 1) C dv b.
+    Every rank receives the list of hits of all others, (P - 1) C K 8 bytes. By columns it then receives the columns of
+    its outputs that it lacks, C (dv - d) b; by rows the partial sums of all ranks, (P - 1) C dv b.
 
     Args:
         tokens: C, the same on every rank.
@@ -67,10 +67,11 @@ def forward_collectives(
 def backward_collectives(
     tokens: int, hits: int, value_dim: int, ranks: int, rank: int, element_bytes: int, by: str = "columns"
 ) -> tuple[Collective, ...]:
-    """What a layer's backward sends, in its order; nothing in a group of one rank. Arguments of `forward_collectives`.
+    """The collectives of a layer's backward, in their order; none in a group of one rank. Arguments as in
+    `forward_collectives`.
 
-    The output's gradient goes to who holds the columns, (P - 1) C d b bytes, or by rows to everyone, (P - 1) C dv b;
-    the weights' gradients come back summed, in fp32: (P - 1) C K 4.
+    A rank receives its columns of the outputs' gradients, (P - 1) C d b bytes, by rows all columns, (P - 1) C dv b;
+    then the sums of the weights' gradients, in fp32: (P - 1) C K 4.
     """
     own = _own_columns(value_dim, ranks, rank, by)
     if ranks == 1:
@@ -96,7 +97,7 @@ def step_collectives(
     optimizer: str = "adamw",
     updated_rows: int | None = None,
 ) -> tuple[Collective, ...]:
-    """What is sent once a step, however many layers share the table.
+    """The collectives of a step, for all layers together.
 
     Between replicas, of a sparse gradient, the rows of all: (R - 1) rows (8 + 4 d) bytes, sums in fp32; by rows a rank
     has rows / P of them, whole. Of a dense one a ring's all-reduce, 2 (R - 1) / R of the shard's bytes. In the memory

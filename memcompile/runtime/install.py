@@ -46,7 +46,7 @@ def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn
     parameters = [root.get_parameter(name) for site in chosen for name in site.parameters]
     pool.attach(values)
     if pool.config.frozen:
-        keep_in_place(pool.owner)
+        keep_in_place(root)
     watch_state_dicts(pool, root)
     for site, layer in zip(chosen, layers, strict=True):
         put_stand_ins(root, site, layer, pool.adds)

@@ -114,7 +114,7 @@ def die() -> NoReturn:
 def write_and_die(gone_on: threading.Event, write_files: Any, state: dict[str, Any], folder: Path, *rest: Any) -> None:
     """In the place of `write_files`: writes, and dies when the training has gone on for a step."""
     written = write_files(state, folder, *rest)
-    if folder.name == f"step_{IN_A_SAVE}.tmp":
+    if folder.name == f"step_{IN_A_SAVE}.tmp":  # `folders.being_written`
         assert gone_on.wait(60)
         die()
     return written

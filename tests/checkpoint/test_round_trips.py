@@ -267,7 +267,7 @@ OTHER_OPTIMIZERS = {
     "class": (lambda model: SGD(model.parameters(), lr=0.1), "has the state of AdamW, and the optimizer is SGD"),
     "groups": (
         lambda model: in_two_groups(model, 0.3),
-        r"groups 0 and 1 in one group, .*weight_decay=0\.0 and 0\.3 now",
+        r"groups 0 and 1 in one group, and both would get its options .weight_decay=0\.0 and 0\.3 now",
     ),
 }
 

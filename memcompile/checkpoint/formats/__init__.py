@@ -1,1 +1,1 @@
-"""The files: DCP's, read by rectangles, and safetensors."""
+"""The files: DCP's, of which rectangles are read, and safetensors."""

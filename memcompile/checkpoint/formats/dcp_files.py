@@ -1,4 +1,4 @@
-"""Writes DCP's files: each with its record, onto the disk, in pieces small enough to be read again one at a time."""
+"""Writes DCP's files, with a record of each, in pieces small enough to be read one at a time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from memcompile.checkpoint._torch import local_part, save_state_dict
-from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import Ranks
 from memcompile.checkpoint.steps.sums import BlockSums, FileRecord
+from memcompile.common.progress import Progress
 
-PIECE = 2**28  # bytes of a tensor that are stored as one; reading needs memory for one
+PIECE = 2**28  # bytes of a tensor that are stored together; reading needs memory for as many
 
 
 def write_files(state: dict[str, Any], folder: Path, save_id: str, ranks: Ranks, progress: Progress) -> dict[str, Any]:

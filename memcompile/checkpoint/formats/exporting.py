@@ -1,4 +1,4 @@
-"""export_safetensors(): a model with its memory as Hugging Face stores models, from a checkpoint or from the model."""
+"""export_safetensors(): writes a model, or the model of a checkpoint, as Hugging Face stores models."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from memcompile.checkpoint._torch import is_first_copy, local_part
 from memcompile.checkpoint.asynchronous import wait
 from memcompile.checkpoint.formats.dcp_files import PIECE
 from memcompile.checkpoint.formats.reading import Part, StepReader
-from memcompile.checkpoint.formats.safetensors_file import Entry, check_dtype, in_order, new_file, write_tensor
-from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import Ranks, all_ranks
 from memcompile.checkpoint.saving import MODEL
 from memcompile.checkpoint.state.model_state import Plans, model_state, plans_of, root_of
 from memcompile.checkpoint.steps import folders
-from memcompile.checkpoint.steps.verify import choose
+from memcompile.checkpoint.steps.whole_steps import whole_step
+from memcompile.common.files import sync_folder, write_text
+from memcompile.common.progress import Progress
 from memcompile.errors import CheckpointError
+from memcompile.runtime.storage.safetensors_format import NAMES, Entry, in_order, new_file, write_tensor
 
 INDEX = "model.safetensors.index.json"
 PLANS = "memcompile"  # in the metadata of each file
@@ -62,13 +63,13 @@ def export_safetensors(
 ) -> None:
     """Writes the model, without optimizers, as `model.safetensors`, or in shards with an index, as Hugging Face does.
 
-    The plan travels in it: in the layers' `_extra_state`, and in the metadata of each file. A table that is larger than
-    a shard is stored in pieces, `memory_values[first row:last row]`, which `import_safetensors` puts together.
+    The plan is in it: in the `_extra_state` of the layers, and in the metadata of each file. A table larger than a
+    shard is stored in pieces, `memory_values[first row:last row]`, which `import_safetensors` puts together.
 
     Args:
         source: the folder that `save` was given; no model is needed, and rank 0 needs memory for some rows. Or a
             model: all ranks call it then, and rank 0 gathers some rows at a time from them.
-        path: a folder; what else is in it stays.
+        path: a folder; other files in it stay.
         step: of a folder; None is the last one that was saved.
         max_shard_size: bytes of a shard.
         progress: whether rank 0 shows a bar; None shows one from a GiB on.
@@ -86,7 +87,7 @@ def export_safetensors(
         model = source
         rows, plans = ranks.each("collect the state", lambda: _rows_of(model, ranks))
     else:
-        manifest = choose(ranks, Path(source), step, False, bar)
+        manifest = whole_step(ranks, Path(source), step, False, bar)
         folder, plans = folders.step_folder(Path(source), manifest.step), manifest.plans
         rows = ranks.each("read the checkpoint", lambda: _SavedRows(StepReader(folder)))
     shards, target = _shards(rows.entries, max_shard_size), Path(path)
@@ -98,12 +99,14 @@ def export_safetensors(
         ranks.first("finish the export", lambda: _finish(target, shards))
     finally:
         bar.close()
+        for number in range(len(shards)) if ranks.rank == 0 else ():  # where it failed
+            _temporary(target, number, len(shards)).unlink(missing_ok=True)
 
 
 def _write_shard(
     path: Path, shard: list[Piece], rows: _SavedRows | _ModelRows, plans: Plans, ranks: Ranks, bar: Progress
 ) -> None:
-    """All ranks go through the same rows at the same time; rank 0 writes what it reads, or is given by the others."""
+    """All ranks go through the same rows at the same time; rank 0 writes what it reads, or what they send."""
     metadata = {"format": "pt", PLANS: json.dumps(plans)}
     by_name = {piece.name: piece for piece in shard}
     entries = in_order([piece.entry for piece in shard])
@@ -131,7 +134,8 @@ class _SavedRows:
         """What gives rank 0 some rows of a piece."""
 
         def read() -> Tensor:
-            tensor = torch.empty((last - first, *piece.shape[1:]) if piece.shape else (), dtype=piece.dtype)
+            shape = (last - first, *piece.shape[1:]) if piece.shape else ()
+            tensor = torch.empty(shape, dtype=piece.dtype, device="cpu")
             offsets = (piece.start + first, *(0 for _ in piece.shape[1:])) if piece.shape else ()
             self._reader.read({MODEL + piece.source: Part(offsets, tensor)})
             return tensor
@@ -140,7 +144,7 @@ class _SavedRows:
 
 
 class _ModelRows:
-    """Rows of the tensors of a model, shards of which are on all ranks."""
+    """Rows of the tensors of a model, which may be sharded over all ranks."""
 
     def __init__(self, state: dict[str, Any], ranks: Ranks) -> None:
         _check_no_objects([name for name, value in state.items() if not isinstance(value, Tensor)])
@@ -151,7 +155,7 @@ class _ModelRows:
         """What gives rank 0 some rows of a piece; all ranks call this."""
         tensor = self._state[piece.source]
         if not piece.shape:
-            return lambda: tensor
+            return lambda: local_part(tensor)[1]
         offsets, local = local_part(tensor)
         if not isinstance(tensor, DTensor):
             return lambda: local[piece.start + first : piece.start + last]
@@ -161,7 +165,7 @@ class _ModelRows:
         everyones = self._gathered(mine)
 
         def assembled() -> Tensor:
-            whole = torch.empty(last - first, *piece.shape[1:], dtype=piece.dtype)
+            whole = torch.empty(last - first, *piece.shape[1:], dtype=piece.dtype, device="cpu")
             for at, others, part in (each for each in everyones if each is not None):
                 target = whole
                 for dim, offset in enumerate((at, *others)):
@@ -220,16 +224,20 @@ def _rows(shape: tuple[int, ...]) -> int:
 
 def _check_no_objects(names: list[str]) -> None:
     if names:
-        raise CheckpointError(f"safetensors store tensors alone, and these are none: {', '.join(names)}")
+        raise CheckpointError(f"safetensors store only tensors, and these are none: {', '.join(names)}")
 
 
 def _prepare(path: Path, entries: Sequence[Entry]) -> None:
     for entry in entries:
-        check_dtype(entry.name, entry.dtype)
+        if entry.dtype not in NAMES:
+            raise CheckpointError(
+                f"{entry.name} is {entry.dtype}, which safetensors do not store: cast it, or leave it out"
+            )
     path.mkdir(parents=True, exist_ok=True)
-    present = sorted(path.glob("*.safetensors"))
+    present = sorted(file.name for file in path.glob("*.safetensors"))
     if present:
-        raise CheckpointError(f"{path} already has {present[0].name}: delete it, or export into another folder")
+        has = ", ".join([*present, *([INDEX] if (path / INDEX).exists() else [])])
+        raise CheckpointError(f"{path} already has {has}: delete it, or export into another folder")
 
 
 def _file_name(number: int, shards: int) -> str:
@@ -237,15 +245,17 @@ def _file_name(number: int, shards: int) -> str:
 
 
 def _temporary(path: Path, number: int, shards: int) -> Path:
-    return path / f"{_file_name(number, shards)}.tmp"
+    """A name that only an export takes; the next one writes over what a killed one left."""
+    return path / f".{_file_name(number, shards)}.memcompile"
 
 
 def _finish(path: Path, shards: list[list[Piece]]) -> None:
+    (path / INDEX).unlink(missing_ok=True)  # of an export whose files are gone
     names = [_file_name(number, len(shards)) for number in range(len(shards))]
     for number, name in enumerate(names):
         _temporary(path, number, len(shards)).rename(path / name)
     if len(shards) > 1:
         files = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
         total = sum(piece.entry.nbytes for shard in shards for piece in shard)
-        folders.write(path / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2))
-    folders.sync(path)
+        write_text(path / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2))
+    sync_folder(path)

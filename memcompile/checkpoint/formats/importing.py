@@ -1,4 +1,4 @@
-"""import_safetensors(): what export_safetensors() wrote, into a model that is sharded in any way."""
+"""import_safetensors(): loads what export_safetensors() or Hugging Face wrote, into a model sharded in any way."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from memcompile.checkpoint._torch import local_part
 from memcompile.checkpoint.asynchronous import wait
 from memcompile.checkpoint.formats.exporting import INDEX, PLANS
 from memcompile.checkpoint.formats.reading import Part
-from memcompile.checkpoint.formats.safetensors_file import SafetensorsFile
-from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import all_ranks
 from memcompile.checkpoint.state.mapped import check_mapped
 from memcompile.checkpoint.state.model_state import (
@@ -25,13 +23,17 @@ from memcompile.checkpoint.state.model_state import (
     check_entries,
     check_plans,
     model_state,
+    moved_tables,
     root_of,
     run_load_hooks,
     targets,
 )
+from memcompile.common.progress import Progress
 from memcompile.errors import CheckpointError
 from memcompile.runtime.state_dicts import plan_in
+from memcompile.runtime.storage.safetensors_format import FormatError, mapped, read_header, tensor_in
 
+Pieces = list[tuple[int, Tensor]]  # of a tensor, each with its first row
 _PIECE = re.compile(r"(.*)\[(\d+):(\d+)\]")
 _BUFFER = 2**26  # bytes that are copied at once
 
@@ -44,11 +46,11 @@ def import_safetensors(
     Args:
         path: a file, or a folder of what `export_safetensors` or Hugging Face wrote.
         model: planned as it was saved, sharded or not.
-        strict: whether the names must be the model's.
+        strict: whether the names must be those of the model.
         progress: whether rank 0 shows a bar of its bytes; None shows one from a GiB on.
 
     Raises:
-        CheckpointError: on all ranks: a file is missing or cut off, or names or sizes are not the model's.
+        CheckpointError: on all ranks: a file is missing or cut off, or names or sizes are not those of the model.
         PlanError: on all ranks: the model has another memory, or none.
     """
     ranks = all_ranks()
@@ -56,13 +58,13 @@ def import_safetensors(
     bar = Progress(progress if ranks.rank == 0 else False)
     source = Path(path)
 
-    def prepare() -> tuple[nn.Module, dict[str, Any], dict[str, list[tuple[int, Tensor]]], dict[str, Tensor]]:
-        root = root_of(model)
-        files = [SafetensorsFile(file) for file in _files(source)]
-        pieces = _pieces(source, files)
+    def prepare() -> tuple[nn.Module, dict[str, Any], dict[str, Pieces], dict[str, Tensor]]:
+        root, export = root_of(model), Export(source)
+        check_plans(export.plans, root, f"memcompile.checkpoint.config({str(source)!r})")
+        own, pieces = model_state(root), export.pieces()
+        moved = moved_tables(pieces, own)
+        pieces = {moved.get(name, name): found for name, found in pieces.items()}
         saved = {name: _metadata(found) for name, found in pieces.items()}
-        check_plans(_plans(files), root, f"memcompile.checkpoint.config({str(source)!r})")
-        own = model_state(root)
         check_entries(saved, [], own, strict, source)
         check_mapped(root, saved, lambda name, part: _read(part, pieces[name], Progress(False)), source, bar)
         return root, own, pieces, targets(saved, own, root)
@@ -79,27 +81,63 @@ def import_safetensors(
     ranks.each("read the files", copy)
 
 
-def plans_in(path: Path) -> Plans:
-    """The plans that travel in safetensors, by the names of the planned modules.
+class Export:
+    """The files of an export, mapped into memory: a tensor is read when it is used, and must not be written to.
+
+    Attributes:
+        tensors: by their names in the files.
+        plans: of every planned module, by its name in the model.
 
     Raises:
-        CheckpointError: a file is missing, or is damaged.
+        CheckpointError: a file is missing, is no safetensors file, or was cut off.
     """
-    return _plans([SafetensorsFile(file) for file in _files(path)])
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.tensors: dict[str, Tensor] = {}
+        self.plans: Plans = {}
+        for file in _files(path):
+            self._add(file)
+        if not self.plans:
+            # Of a state dict of the model itself, as `safetensors.torch.save_file` stores it: the layers have the plan.
+            found = plan_in(self.tensors)
+            self.plans = {} if found is None else {"": found}
+
+    def pieces(self) -> dict[str, Pieces]:
+        """Of each tensor its pieces in order.
+
+        Raises:
+            CheckpointError: one is missing.
+        """
+        found: dict[str, Pieces] = {}
+        for name, tensor in self.tensors.items():
+            match = _PIECE.fullmatch(name)
+            found.setdefault(match[1] if match else name, []).append((int(match[2]) if match else 0, tensor))
+        for name, pieces in found.items():
+            pieces.sort(key=lambda piece: piece[0])
+            row = 0
+            for start, piece in pieces:
+                if start != row:
+                    raise CheckpointError(
+                        f"{self._path} lacks {name}[{row}:{start}]: a file of it is missing, or of another export"
+                    )
+                row += len(piece) if piece.dim() else 1
+        return found
+
+    def _add(self, file: Path) -> None:
+        try:
+            header, mapping = read_header(file), mapped(file)
+            self.plans.update(json.loads(header.metadata.get(PLANS, "{}")))
+        except FileNotFoundError:
+            raise CheckpointError(f"{file} is missing") from None
+        except (FormatError, OSError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file} is no safetensors file, or is damaged: {error}") from error
+        for entry, start in zip(header.entries, header.starts, strict=True):
+            self.tensors[entry.name] = tensor_in(mapping, entry, start)
 
 
-def _plans(files: list[SafetensorsFile]) -> Plans:
-    for file in files:
-        if PLANS in file.metadata:
-            plans: Plans = json.loads(file.metadata[PLANS])
-            return plans
-    # Of a state dict of the model itself, as `safetensors.torch.save_file` stores it: the layers have the plan.
-    found = next(filter(None, (plan_in(file.tensors) for file in files)), None)
-    return {} if found is None else {"": found}
-
-
-def _read(part: Part, pieces: list[tuple[int, Tensor]], bar: Progress) -> None:
-    """Copies a part of a tensor that lies in these pieces, each with its first row."""
+def _read(part: Part, pieces: Pieces, bar: Progress) -> None:
+    """Copies a part of a tensor that lies in these pieces."""
     for start, piece in pieces:
         _copy(part, start, piece, bar)
 
@@ -134,25 +172,7 @@ def _files(path: Path) -> list[Path]:
         raise CheckpointError(f"{index} is damaged: {type(error).__name__}: {error}") from error
 
 
-def _pieces(source: Path, files: list[SafetensorsFile]) -> dict[str, list[tuple[int, Tensor]]]:
-    """Of each tensor its pieces in order, each with its first row."""
-    found: dict[str, list[tuple[int, Tensor]]] = {}
-    for name, tensor in ((name, tensor) for file in files for name, tensor in file.tensors.items()):
-        match = _PIECE.fullmatch(name)
-        found.setdefault(match[1] if match else name, []).append((int(match[2]) if match else 0, tensor))
-    for name, pieces in found.items():
-        pieces.sort(key=lambda piece: piece[0])
-        row = 0
-        for start, piece in pieces:
-            if start != row:
-                raise CheckpointError(
-                    f"{source} lacks {name}[{row}:{start}]: a file of it is missing, or of another export"
-                )
-            row += len(piece) if piece.dim() else 1
-    return found
-
-
-def _metadata(pieces: list[tuple[int, Tensor]]) -> TensorStorageMetadata:
+def _metadata(pieces: Pieces) -> TensorStorageMetadata:
     """Of the whole, as in a checkpoint."""
     first, (start, last) = pieces[0][1], pieces[-1]
     size = torch.Size([start + len(last), *last.shape[1:]]) if last.dim() else last.shape

@@ -1,1 +1,1 @@
-"""What is saved of a model and of an optimizer, by name, and the way back."""
+"""The state of a model and of optimizers by names: what is saved, and how it is put back."""

@@ -1,4 +1,4 @@
-"""Values that lie in a file stay as it has them: a checkpoint of others is refused."""
+"""Values that lie in a file are not loaded: a checkpoint that has other ones is refused."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from memcompile.checkpoint.formats.reading import Part
-from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.state.model_state import mapped_in
+from memcompile.common.progress import Progress
 from memcompile.errors import PlanError
-from memcompile.runtime.storage.values_file import numbers_of, read_header
+from memcompile.runtime.storage.safetensors_format import bytes_of
+from memcompile.runtime.storage.values_file import read_header
 
 
 def check_mapped(
@@ -29,17 +30,17 @@ def check_mapped(
         read: reads a part of a saved tensor, by its name.
 
     Raises:
-        PlanError: they are others.
+        PlanError: they differ.
     """
     for name, values in mapped_in(root).items():
         if name not in saved:
             continue
         header, digest = read_header(values.path), hashlib.sha256()
-        bar.start("comparing", header.nbytes)
+        bar.start("comparing", header.entry.nbytes)
         for first, end in header.chunks():
-            rows = torch.empty(end - first, header.shape[1], dtype=header.dtype)
+            rows = torch.empty(end - first, header.shape[1], dtype=header.dtype, device="cpu")
             read(name, Part((first, 0), rows))
-            digest.update(numbers_of(rows))
+            digest.update(bytes_of(rows))
             bar.add(rows.nbytes)
         bar.close()
         if digest.hexdigest() != values.checksum:

@@ -1,8 +1,8 @@
-"""The state of a model by names that do not depend on how it is wrapped, and the plans of its memories."""
+"""The state of a model, by names that do not depend on its wrappers, and the plans of its memories."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from memcompile.checkpoint._torch import is_fsdp1
+from memcompile.checkpoint._torch import is_fsdp1, local_part
+from memcompile.common.sites import VALUES_NAME
 from memcompile.errors import CheckpointError, PlanError
 from memcompile.runtime.pool import live_pools
 from memcompile.runtime.state_dicts import PLAN_KEY, check_same_plan, checked_plan, plan_of
@@ -35,7 +36,7 @@ def root_of(model: nn.Module) -> nn.Module:
 
 
 def model_state(root: nn.Module) -> dict[str, Any]:
-    """`root.state_dict()`, all rows up to date; the tensors are those of the model."""
+    """`root.state_dict()`, whose tensors are those of the model."""
     return dict(get_model_state_dict(root))
 
 
@@ -83,13 +84,31 @@ def decoded(plan: Any) -> dict[str, Any]:
         raise PlanError(f"the plan in the checkpoint is damaged: {error}") from error
 
 
+def moved_tables(saved: Collection[str], own: Collection[str]) -> dict[str, str]:
+    """The saved names of tables that the model has on a module further inside, and their names there.
+
+    Earlier versions had the table on the module that was planned, and not on the part of it that has the layers.
+    """
+    found = {}
+    for name in own:
+        *path, last = name.split(".")
+        outer = (".".join([*path[:depth], last]) for depth in reversed(range(len(path))))
+        if last == VALUES_NAME and name not in saved:
+            old = next((old for old in outer if old in saved and old not in own), None)
+            found.update({} if old is None else {old: name})
+    return found
+
+
 def check_entries(
     saved: Mapping[str, TensorStorageMetadata], objects: list[str], own: dict[str, Any], strict: bool, source: object
 ) -> None:
     """Raises CheckpointError unless the saved entries are those of the model, and as large; where not `strict`,
-    names may differ. The plans, which are compared by their content, may be of any length.
+    names may differ. A tensor that shares its memory with a saved one need not be there, as in files of Hugging Face.
+    The plans, which are compared by their content, may be of any length.
     """
-    missing = [name for name in own if name not in saved and name not in objects and not is_plan(name)]
+    shared = {_place(own[name]) for name in saved if name in own} - {None}
+    missing = [name for name in own if not (name in saved or name in objects or is_plan(name))]
+    missing = [name for name in missing if _place(own[name]) not in shared]
     unexpected = [name for name in (*saved, *objects) if name not in own and not is_plan(name)]
     shapes = [
         f"{name} is {list(saved[name].size)} (here {list(value.shape)})"
@@ -107,29 +126,38 @@ def check_entries(
 
 
 def mapped_in(root: nn.Module) -> dict[str, MappedValues]:
-    """Values that lie in a file (`values_storage="mmap"`), which cannot be written to, by their names."""
+    """Values that lie in a file (`values_storage="mmap"`) and cannot be written, by their names."""
     return {name: parameter for name, parameter in root.named_parameters() if isinstance(parameter, MappedValues)}
 
 
 def targets(saved: Mapping[str, TensorStorageMetadata], own: dict[str, Any], root: nn.Module) -> dict[str, Tensor]:
-    """What saved tensors are read into: the model's own, or new ones for extra state, which has any size. Values that
-    lie in a file stay as they are: see `check_mapped`.
+    """The tensors to read into: those of the model, or new ones for extra state, which may have another size. Values
+    that lie in a file are left out: see `check_mapped`.
     """
     mapped = mapped_in(root)
     found: dict[str, Tensor] = {}
     for name, value in own.items():
         if name.endswith(_EXTRA_STATE) and name in saved and not is_plan(name):
-            own[name] = value = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
+            own[name] = value = torch.empty(saved[name].size, dtype=saved[name].properties.dtype, device="cpu")
         if name in saved and isinstance(value, Tensor) and not is_plan(name) and name not in mapped:
             found[name] = value
     return found
 
 
 def run_load_hooks(root: nn.Module, state: dict[str, Any], strict: bool) -> None:
-    """`load_state_dict` of what is in the model already: for extra state, and for hooks."""
+    """`load_state_dict` of what the model has already, for its extra state and its hooks."""
     with torch.no_grad():
         wrapped = {name.replace("_orig_mod.", ""): name for name in root.state_dict()}
         root.load_state_dict({wrapped.get(name, name): value for name, value in state.items()}, strict=strict)
+
+
+def _place(value: Any) -> tuple[Any, ...] | None:
+    """What two tensors have in common that are the same memory; None where there is no memory."""
+    if not isinstance(value, Tensor):
+        return None
+    local = local_part(value)[1]
+    pointer = 0 if local.is_meta else local.data_ptr()
+    return (pointer, local.dtype, local.shape, local.stride()) if pointer else None
 
 
 def _shape(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The groups of a saved optimizer's parameters, against those of the one that is to go on."""
+"""The parameter groups of a saved optimizer, compared with those of the one that it is loaded into."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def check_groups(saved: Sequence[Group], optimizer: Optimizer, names: Mapping[in
         names: of the parameters, by their id.
 
     Raises:
-        CheckpointError: another class with other options stepped them, or loading would take from groups what tells
-            them apart, or they were saved with several options.
+        CheckpointError: an optimizer of another class and other options stepped them, or loading would give groups with
+            different options the same ones, or the parameters of a group were saved with different options.
     """
     first: dict[int, tuple[int, Group]] = {}  # of the groups with parameters of a saved one
     for index, group in enumerate(optimizer.param_groups):
@@ -61,8 +61,8 @@ def check_groups(saved: Sequence[Group], optimizer: Optimizer, names: Mapping[in
             differing = _differing(plain_options(its_group), plain_options(group))
             if differing:
                 raise CheckpointError(
-                    f"{source} has the parameters of groups {before} and {index} in one group, whose options both "
-                    f"would get ({differing} now): give the optimizer the groups that it was saved with"
+                    f"{source} has the parameters of groups {before} and {index} in one group, and both would get its "
+                    f"options ({differing} now): give the optimizer the groups that it was saved with"
                 )
 
 

@@ -1,7 +1,7 @@
-"""The state of optimizers by the names of their parameters, and its way back, in the dtype that it was saved in.
+"""The state of optimizers by the names of their parameters. It is loaded in the dtypes that it was saved in.
 
-Not by `torch.distributed.checkpoint.state_dict`: its helpers step an optimizer that has no state yet, with gradients of
-zero, which moves values that learn at a rate of their own by their weight decay.
+`torch.distributed.checkpoint.state_dict` does not serve: it steps an optimizer that has no state yet, with gradients of
+zero, and weight decay then changes the values.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 from memcompile.checkpoint._torch import like
 from memcompile.checkpoint.state.optimizer_groups import CLASS, PARAMS, check_groups, options_of, plain_options
 from memcompile.errors import CheckpointError
+from memcompile.runtime.optimizer_state import restore_dtypes
 
 
 class OptimizerState:
-    """What a state dict of optimizers is, by names.
+    """The state dict of one or more optimizers, by names.
 
     Attributes:
         tensors: `<parameter>.<entry>`.
@@ -44,12 +45,17 @@ class OptimizerState:
         return packed({"groups": self.groups, "entries": self.entries, "others": self.others})
 
     @classmethod
-    def unpacked(cls, data: bytes, tensors: dict[str, Tensor]) -> OptimizerState:
-        return cls(tensors, **unpacked(data))
+    def unpacked(cls, data: bytes, renamed: Mapping[str, str]) -> OptimizerState:
+        """All but the tensors. Some parameters have other names than they were saved with."""
+        found = unpacked(data)
+        for group in found["groups"]:
+            group[PARAMS] = [renamed.get(name, name) for name in group[PARAMS]]
+        entries, others = ({renamed.get(k, k): v for k, v in found[part].items()} for part in ("entries", "others"))
+        return cls({}, found["groups"], entries, others)
 
     @classmethod
     def of(cls, optimizers: Sequence[Optimizer], root: nn.Module) -> OptimizerState:
-        """Of optimizers of a model, all rows up to date."""
+        """Of optimizers of a model."""
         names, state = _names(root), cls({}, [], {}, {})
         for optimizer in optimizers:
             saved = optimizer.state_dict()
@@ -83,7 +89,7 @@ class OptimizerState:
             check_groups(self.groups, optimizer, names, source)
 
     def make_targets(self, root: nn.Module, saved: Mapping[str, TensorStorageMetadata]) -> None:
-        """New tensors, to be read into: as the parameters are, where they are as large."""
+        """Creates the tensors to read into: placed and sharded as the parameters are, where they have as many rows."""
         parameters = dict(root.named_parameters())
         by_name = {_plain(name): parameter for name, parameter in parameters.items()}
         for name, entries in self.entries.items():
@@ -92,18 +98,20 @@ class OptimizerState:
                 dtype = metadata.properties.dtype
                 a_row_each = len(metadata.size) > 0 and metadata.size[:1] == parameter.shape[:1]
                 self.tensors[f"{name}.{entry}"] = (
-                    like(parameter, metadata.size, dtype) if a_row_each else torch.empty(metadata.size, dtype=dtype)
+                    like(parameter, metadata.size, dtype)
+                    if a_row_each
+                    else torch.empty(metadata.size, dtype=dtype, device="cpu")
                 )
 
     def put_into(
         self, optimizers: Sequence[Optimizer], root: nn.Module, saved: Mapping[str, TensorStorageMetadata]
     ) -> None:
-        """Loads it, once it is checked and read.
+        """Loads it, after `check` and reading.
 
         Args:
             saved: of the model's parameters, whose dtypes tell whether the state's own fit.
         """
-        names = _names(root)
+        names, dtypes = _names(root), {name: metadata.properties.dtype for name, metadata in saved.items()}
         for optimizer in optimizers:
             numbers: dict[Tensor, int] = {}
             groups = []
@@ -112,11 +120,9 @@ class OptimizerState:
                 options = options_of(self.groups, index, [names[id(p)] for p in group[PARAMS]], "the checkpoint")
                 groups.append({**group, **options, PARAMS: [numbers[p] for p in group[PARAMS]]})
             states = {numbers[p]: self._state_of(names[id(p)]) for p in numbers if names[id(p)] in self.entries}
-            optimizer.load_state_dict({"state": states, "param_groups": groups})
-            for parameter, number in numbers.items():
-                metadata = saved.get(names[id(parameter)])
-                if metadata is not None and metadata.properties.dtype is parameter.dtype:
-                    _restore_dtypes(optimizer.state[parameter], states.get(number, {}))
+            loaded = {"state": states, "param_groups": groups}
+            optimizer.load_state_dict(loaded)
+            restore_dtypes(optimizer, loaded, lambda parameter: dtypes.get(names[id(parameter)]) is parameter.dtype)
 
     def _state_of(self, name: str) -> dict[str, Any]:
         tensors = {entry: self.tensors[f"{name}.{entry}"] for entry in self.entries[name]}
@@ -134,19 +140,12 @@ def unpacked(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
 
 
-def _restore_dtypes(state: dict[str, Any], saved: dict[str, Any]) -> None:
-    """`Optimizer.load_state_dict` casts state to its parameter's dtype: fp32 moments of bf16 parameters, for one."""
-    for name, value in saved.items():
-        if isinstance(value, Tensor) and isinstance(state.get(name), Tensor) and state[name].dtype != value.dtype:
-            state[name] = value.to(state[name].device)
-
-
 def _names(root: nn.Module) -> dict[int, str]:
     return {id(parameter): _plain(name) for name, parameter in root.named_parameters()}
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without what wraps parts of the model."""
+    """A parameter's name without the wrappers of parts of the model."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 

@@ -1,10 +1,13 @@
-"""The folder of a job's checkpoints: `step_N/`, `LATEST`, and how they change so that a kill at any time loses nothing.
+"""The folder of a job's checkpoints, and how it changes so that a kill at any time loses nothing.
 
-step_N.tmp/     is being written; a leftover of a killed save is removed by the next one
-step_N/         is finished: renamed when all of it is on the disk
-step_N.old/     was replaced by another save of the same step; put back where that one was killed half way
-*.trash/        is being deleted
-LATEST          names the last one that was saved
+step_N/                  is finished: it has this name when all of it is on the disk
+LATEST                   names the last step that was saved
+.memcompile/step_N.tmp   is being written; the next save removes what a killed one left
+.memcompile/step_N.old   is being replaced by another save of the same step; a save that was killed in between is undone
+.memcompile/step_N.gone  is being deleted
+
+Only a save's own files are deleted: what is in `.memcompile`, and the files of steps that have the names of ours. Other
+files that lie in a step stay in its folder.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import shutil
 import time
 from pathlib import Path
 
-from memcompile.checkpoint.steps.manifest import Manifest
+from memcompile.checkpoint.steps.manifest import NAME, Manifest
+from memcompile.common.files import sync_folder, write_text
 from memcompile.errors import CheckpointError
 
 LATEST = "LATEST"
-_PATIENCE = 1.0  # seconds
+_OWN = ".memcompile"
+_WAIT = 1.0  # seconds
 _STEP = re.compile(r"step_(\d+)")
+_WRITTEN = re.compile(rf"__\d+_\d+\.distcp|\.metadata(\.tmp)?|{re.escape(NAME)}")  # files of a step
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -28,23 +34,22 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def being_written(folder: Path, step: int) -> Path:
-    return folder / f"step_{step}.tmp"
+    return folder / _OWN / f"step_{step}.tmp"
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The finished steps, the last save first; those whose manifest cannot be read come last."""
+    """The finished steps, the last save first; those whose manifest is damaged come last."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _STEP.fullmatch(path.name)
-        if match and path.is_dir():
-            step = int(match[1])
-            found.append((_number(path), step))
+        if match and (path / NAME).is_file():
+            found.append((_number(path), int(match[1])))
     return [step for _, step in sorted(found, reverse=True)]
 
 
 def saved_before(folder: Path, step: int | None, latest: bool) -> list[int]:
-    """Steps that may stand in for one that cannot be loaded, the last save first: those that were saved before it.
-    Where its manifest does not tell when that was, all others stand in for the `latest`, and lower ones for another.
+    """The steps to try where one cannot be loaded, the last save first: those that were saved before it. Where its
+    manifest does not tell when that was, all others instead of the `latest`, and lower ones instead of another.
     """
     others = [other for other in saved_steps(folder) if other != step]
     number = 0 if step is None else _number(step_folder(folder, step))
@@ -80,86 +85,106 @@ def latest_step(folder: Path) -> int:
 
 
 def recover_to_read(folder: Path) -> None:
-    """As `recover`, by who does not save: another process may be about to finish the step, which takes no time."""
-    if any(not old.with_suffix("").exists() for old in folder.glob("step_*.old")):
-        time.sleep(_PATIENCE)
-        for old in folder.glob("step_*.old"):
-            if not old.with_suffix("").exists():
-                old.rename(old.with_suffix(""))
-                sync(folder)
+    """As `recover`, for a process that does not save: another may be about to finish the step, which takes no time."""
+    if _interrupted(folder):
+        time.sleep(_WAIT)
+        recover(folder)
 
 
 def recover(folder: Path) -> None:
     """Puts back the step that a save was replacing when it was killed."""
-    for old in folder.glob("step_*.old"):
-        target = old.with_suffix("")
-        if target.exists():
-            remove(old)
-        else:
-            old.rename(target)
-            sync(folder)
+    for old, target in _interrupted(folder):
+        old.rename(target)
+        sync_folder(folder)
 
 
-def begin(folder: Path, step: int) -> Path:
-    """An empty folder to write a step into; what killed saves left behind is removed."""
-    folder.mkdir(parents=True, exist_ok=True)
+def begin(folder: Path, step: int) -> None:
+    """Makes an empty folder to write a step into, and removes what killed saves left.
+
+    Raises:
+        CheckpointError: the step's name is that of a file.
+    """
+    target = step_folder(folder, step)
+    if target.is_file() and not target.is_symlink():
+        raise CheckpointError(f"{target} is a file, which no save wrote: move it to another place")
+    (folder / _OWN).mkdir(parents=True, exist_ok=True)
     recover(folder)
-    for left in (*folder.glob("step_*.tmp"), *folder.glob("*.trash")):
-        remove(left)
-    new = being_written(folder, step)
-    new.mkdir()
-    return new
+    for left in (folder / _OWN).glob("step_*.*"):
+        _delete(left, folder)
+    being_written(folder, step).mkdir()
 
 
 def publish(folder: Path, step: int) -> None:
     """Finishes the step that is being written, of which every file is on the disk."""
-    target, replaced = step_folder(folder, step), folder / f"step_{step}.old"
-    sync(being_written(folder, step))
-    if target.exists():
+    target, new = step_folder(folder, step), being_written(folder, step)
+    replaced = new.with_suffix(".old")
+    sync_folder(new)
+    if os.path.lexists(target):
         target.rename(replaced)
-    being_written(folder, step).rename(target)
-    sync(folder)
-    write(folder / f"{LATEST}.tmp", f"{target.name}\n")
-    os.replace(folder / f"{LATEST}.tmp", folder / LATEST)
-    sync(folder)
-    if replaced.exists():
-        remove(replaced)
+    new.rename(target)
+    sync_folder(folder)
+    write_text(folder / _OWN / LATEST, f"{target.name}\n")
+    os.replace(folder / _OWN / LATEST, folder / LATEST)
+    sync_folder(folder)
+    if os.path.lexists(replaced):
+        _delete(replaced, folder)
+    _tidy(folder)
 
 
 def delete_old(folder: Path, step: int, keep: int) -> None:
-    """Deletes all but the `keep` last saves; never that of `step`, the last one, or one whose age is not known."""
+    """Deletes all but the `keep` last saves; never that of `step`, one whose age is not known, or one that a symbolic
+    link leads to, which no save made.
+    """
     for old in saved_steps(folder)[keep:]:
-        if old != step and _number(step_folder(folder, old)):
-            remove(step_folder(folder, old))
+        path = step_folder(folder, old)
+        if old != step and _number(path) and not path.is_symlink():
+            (folder / _OWN).mkdir(exist_ok=True)
+            _delete(path.rename(folder / _OWN / f"{path.name}.gone"), folder)
+    _tidy(folder)
 
 
-def remove(path: Path) -> None:
-    """Deletes a folder; what is left of it, where that is interrupted, is called trash."""
-    if path.suffix != ".trash":
-        trash = path.with_name(f"{path.name}.trash")
-        if trash.exists():
-            shutil.rmtree(trash)
-        path = path.rename(trash)
-    shutil.rmtree(path)
+def discard(folder: Path, step: int) -> None:
+    """Deletes what was written of a step that could not be saved, and puts back the step that it was to replace."""
+    target, new = step_folder(folder, step), being_written(folder, step)
+    if os.path.lexists(new.with_suffix(".old")) and os.path.lexists(target):
+        target.rename(new)
+    shutil.rmtree(new, ignore_errors=True)  # the error that made the save fail is the one to tell
+    recover(folder)
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a small file, onto the disk."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _interrupted(folder: Path) -> list[tuple[Path, Path]]:
+    """Steps that have no name because a save that was replacing them was killed, and their names."""
+    ours = [(old, folder / old.stem) for old in (folder / _OWN).glob("step_*.old")]
+    # Earlier versions had them in the folder itself, where users may have copies, and left the later save there too.
+    pairs = ((old, old.with_suffix(".tmp")) for old in folder.glob("step_*.old"))
+    theirs = [(old, folder / old.stem) for old, later in pairs if 0 < _number(old) < _number(later)]
+    return [(old, target) for old, target in (*ours, *theirs) if not os.path.lexists(target)]
 
 
-def sync(folder: Path) -> None:
-    """Has the names in a folder on the disk."""
-    if os.name == "nt":  # where a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _delete(path: Path, folder: Path) -> None:
+    """Deletes a folder of `.memcompile`; files of others, which lay in a finished step, go back into a folder of its
+    name.
+    """
+    if path.is_symlink():
+        path.unlink()
+    elif path.suffix == ".tmp":
+        shutil.rmtree(path)
+    else:
+        step = folder / path.stem
+        for entry in path.iterdir():
+            if _WRITTEN.fullmatch(entry.name):
+                entry.unlink()
+            elif not os.path.lexists(step / entry.name):
+                step.mkdir(exist_ok=True)
+                entry.rename(step / entry.name)
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
+def _tidy(folder: Path) -> None:
+    own = folder / _OWN
+    if own.is_dir() and not any(own.iterdir()):
+        own.rmdir()
 
 
 def _number(step: Path) -> int:

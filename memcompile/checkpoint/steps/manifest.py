@@ -1,4 +1,4 @@
-"""The manifest of a saved step: what the checkpoint is, and a record of each of its files. It is written last."""
+"""The manifest of a saved step: what it is, and a record of each of its files. It is written last."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Manifest:
 
     Attributes:
         step: of the training.
-        number: of the save in its folder: a later one has a higher number, also where the training went back.
-        save_id: of the save, which its DCP metadata have too.
+        number: of the save in its folder: a later one has a higher number, even if its step is lower.
+        save_id: of the save; DCP's metadata have it too.
         world_size: how many ranks wrote it.
         plans: of every planned module, by its name in the model ("" is the model itself).
         files: by name.
@@ -69,7 +69,7 @@ class Manifest:
             raise CheckpointError(f"{path} is missing: {step_folder} is no finished checkpoint") from None
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-        if step_folder.name != f"step_{manifest.step}":
+        if step_folder.stem != f"step_{manifest.step}":
             raise CheckpointError(f"{path} is of step {manifest.step}: files of two steps are mixed")
         return manifest
 

@@ -1,4 +1,4 @@
-"""Checksums of files: CRC-32 of each block, as a file is written or from the disk, and what differs, in words."""
+"""Checksums of files: the CRC-32 of each block, while a file is written or from the disk, and what differs."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class BlockSums:
 
 
 def problems_of_files(folder: Path, files: dict[str, FileRecord], progress: Callable[[int], None]) -> dict[str, str]:
-    """By name, what is wrong with the files of a folder: empty where all are as they were written. Blocks are read in
-    parallel; `progress` is told their bytes.
+    """Which files of a folder are not as they were written, and why, by name. Blocks are read in parallel; `progress`
+    is given their bytes.
     """
     problems: dict[str, str] = {}
     for name, record in files.items():

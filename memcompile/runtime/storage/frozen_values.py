@@ -1,5 +1,5 @@
-"""Values that are for inference alone, in a file or in the CPU's memory: how they are made, and stay where they are
-while the model is moved, cast or replicated.
+"""Values for inference alone, in a file or in the CPU's memory: how they are created, and that they stay as they are
+when the model is moved, cast or replicated.
 """
 
 from __future__ import annotations
@@ -36,25 +36,35 @@ def create_values(config: MemoryConfig, dtype: torch.dtype, device: torch.device
     return new_values(config, dtype, device)
 
 
+def holder_of(root: nn.Module) -> tuple[str, nn.Module]:
+    """The module that the values of a planned model are a parameter of, and its name in the model."""
+    return next((name, module) for name, module in root.named_modules() if VALUES_NAME in module._parameters)
+
+
 def keep_in_place(root: nn.Module) -> None:
-    """Has the model's ``to()``, ``half()``, ``to_empty()`` and the like pass the values by, and DDP too."""
-    vars(root)["_apply"] = functools.partial(_apply_to_the_rest, root)
-    ignored = [*getattr(root, _DDP_IGNORES, ()), VALUES_NAME]
-    setattr(root, _DDP_IGNORES, ignored)
+    """Makes the model's ``to()``, ``half()``, ``to_empty()`` and the like leave the values as they are, and DDP too,
+    of the model or of a part of it.
+    """
+    path, holder = holder_of(root)
+    vars(holder)["_apply"] = functools.partial(_apply_to_the_rest, holder)
+    names = [*path.split("."), VALUES_NAME] if path else [VALUES_NAME]
+    for depth in range(len(names)):
+        module, name = root.get_submodule(".".join(names[:depth])), ".".join(names[depth:])
+        setattr(module, _DDP_IGNORES, [*getattr(module, _DDP_IGNORES, ()), name])
 
 
-def _apply_to_the_rest(root: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
-    values = root._parameters[VALUES_NAME]
-    root._parameters[VALUES_NAME] = None  # its place is kept: the order of parameters is that of checkpoints
+def _apply_to_the_rest(holder: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+    values = holder._parameters[VALUES_NAME]
+    holder._parameters[VALUES_NAME] = None  # its place is kept: the order of parameters is that of checkpoints
     try:
-        module: nn.Module = type(root)._apply(root, fn, recurse)  # type: ignore[no-untyped-call]
+        module: nn.Module = type(holder)._apply(holder, fn, recurse)  # type: ignore[no-untyped-call]
         return module
     finally:
-        root._parameters[VALUES_NAME] = values
+        holder._parameters[VALUES_NAME] = values
 
 
 def refuse_gradient(values: nn.Parameter) -> None:
-    """Raises PlanError if somebody gave frozen values a gradient: an optimizer is about to step them."""
+    """Raises PlanError if frozen values were given a gradient: an optimizer is about to step them."""
     if values.grad is not None:
         raise PlanError(
             f"{VALUES_NAME} has a gradient, but its values are for inference and are not stepped: take it out of the "

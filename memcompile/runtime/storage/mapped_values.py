@@ -1,26 +1,26 @@
-"""MappedValues: the values of a model, read from their file as they are needed. The system keeps in memory what is read
-often, and lets go of it when memory is needed otherwise.
+"""MappedValues: the values of a model, read from their file as they are needed. The system keeps pages that are read
+often in free memory.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memcompile.errors import PlanError
+from memcompile.runtime.storage.safetensors_format import mapped, tensor_in
 from memcompile.runtime.storage.values_file import read_header
 
 
 class MappedValues(nn.Parameter):
-    """A table [slots, value_dim] that lies in a file. It is mapped for reading alone: nothing that happens to the model
-    can change the file, and a process that wrote to it would end.
+    """A table [slots, value_dim] that lies in a file. It is mapped for reading alone: no operation on the model can
+    change the file, and a process that writes to the memory ends.
 
-    A copy reads the same memory; pickled, it is its path.
+    A copy reads the same memory. Its pickle has the path of the file, and no rows.
 
     Attributes:
         path: of the file, absolute.
@@ -81,23 +81,18 @@ def open_values(
             f"the file of values {path!r} has other rows than when the model was saved (SHA-256 {header.checksum}, "
             f"then {checksum}): give it its own file back"
         )
-    with open(path, "rb") as file:
-        mapping = mmap.mmap(file.fileno(), header.offset + header.nbytes, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):  # else a row brings its neighbours with it, which nobody asked for
+    mapping = mapped(path)
+    if hasattr(mmap, "MADV_RANDOM"):  # otherwise the system reads the rows around each row too
         mapping.madvise(mmap.MADV_RANDOM)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")
-        flat = torch.frombuffer(
-            mapping, dtype=header.dtype, count=header.shape[0] * header.shape[1], offset=header.offset
-        )
-    return MappedValues(flat.view(header.shape), path=path, checksum=header.checksum)
+    values = tensor_in(mapping, header.entry, header.offset)
+    return MappedValues(values, path=path, checksum=header.checksum)
 
 
 def keep_mapped(values: MappedValues, state_dict: dict[str, Any], name: str) -> None:
-    """Has a state dict, under this name, leave the values as they are in their file: whether it has none, or these.
+    """Puts the values of a file into a state dict under this name, so that loading it leaves them as they are.
 
     Raises:
-        PlanError: it has others. A file is not loaded over.
+        PlanError: it has others: loading does not write to a file.
     """
     given = state_dict.get(name)
     if given is not None and given is not values:

@@ -1,4 +1,4 @@
-"""store_values(): from a table in memory to one in a file, when training is over."""
+"""store_values(): moves a table from memory into a file, when training is over."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ from memcompile.runtime.wrappers import is_sharded, unwrap
 log = logging.getLogger(__name__)
 
 
-def store_values(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes the values of a planned model to a file, and has the model read them from there: as one does that is
-    planned with ``values_storage="mmap", values_path=path``. The memory that they took is free when nobody else holds
-    them; they do not learn any more, and leave the optimizers.
+def store_values(model: nn.Module, path: str | os.PathLike[str], *, progress: bool | None = None) -> None:
+    """Writes the values of a planned model to a file, from which the model then reads them, as a model does that was
+    planned with ``values_storage="mmap", values_path=path``. Their memory is free when no other object refers to it.
+    They do not learn any more, and are removed from the optimizers.
 
-    The file is written a chunk at a time, with a progress bar where tqdm is installed, and appears when it is whole.
+    The file is written a chunk at a time, and appears when it is whole.
 
     Args:
-        model: on any device; compiled ones compile anew. Under DDP give the module inside, on one rank.
-        path: of a file in a directory that exists. It may be there; who has it mapped keeps the old one.
+        model: on any device; a compiled model compiles again. Under DDP give the module inside, on one rank.
+        path: of a file in a directory that exists. A file that is there is replaced; models that read it keep the old
+            rows.
+        progress: whether a bar is shown; None shows one from a GiB on.
 
     Raises:
         PlanError: the model has no memory, is wrapped by DDP, sharded or on the meta device.
@@ -52,7 +54,7 @@ def store_values(model: nn.Module, path: str | os.PathLike[str]) -> None:
     path = os.fspath(path)
     check_writable(path)
     pool.table.flush()
-    write(path, pool.values.detach())
+    write(path, pool.values.detach(), progress)
     values = open_values(path)
     frozen: dict[str, Any] = {**LEARNING_DEFAULTS, "values_storage": "mmap", "values_path": path}
     with uninterrupted():
@@ -60,7 +62,7 @@ def store_values(model: nn.Module, path: str | os.PathLike[str]) -> None:
         leave_optimizers(pool.values)
         pool.owner._parameters[VALUES_NAME] = values
         if not pool.config.frozen:
-            keep_in_place(pool.owner)
+            keep_in_place(root)
         pool.config = pool.table.config = dataclasses.replace(pool.config, **frozen)
         pool.requested = dataclasses.replace(pool.requested, **frozen)
     log.info("values %s %s now lie in %s", list(values.shape), values.dtype, values.path)

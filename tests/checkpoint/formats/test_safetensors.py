@@ -14,6 +14,7 @@ import memcompile
 from memcompile import CheckpointError, PlanError
 from memcompile.checkpoint import config, export_safetensors, import_safetensors, save
 from memcompile.checkpoint.formats import exporting
+from memcompile.runtime.state_dicts import plan_in
 from tests.checkpoint.trainings import everything, sharded_gpt
 from tests.models import tiny_gpt
 from tests.planned import assert_same
@@ -102,8 +103,8 @@ def test_files_that_are_not_whole(exported):
     file = path / weights["memory_values[100:200]"]
     data = file.read_bytes()
     for damaged, message in (
-        (data[:-1], r"bytes, and its header is of [\d,]+: it is cut off"),
-        (b"{}", "is no safetensors"),
+        (data[:-1], r"has [\d,]+ bytes, and its header means [\d,]+: it is not whole"),
+        (b"{}", "is no safetensors file"),
     ):
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=message):
@@ -128,3 +129,61 @@ def test_what_cannot_be_exported(exported, tmp_path):
     for size in (0, "5GB"):
         with pytest.raises(CheckpointError, match=rf"max_shard_size must be a number of bytes, as .*, got {size!r}"):
             export_safetensors(model, tmp_path / "other", max_shard_size=size)
+
+
+def test_an_index_whose_files_are_gone(tmp_path):
+    """Exports into a folder from which the files of another were deleted: the folder is one export."""
+    model = sharded_gpt(n_keys=16, top_k=4)
+    for size, expected in ((2000, True), (10**9, False), (3000, True)):
+        export_safetensors(model, tmp_path, max_shard_size=size)
+        assert (tmp_path / INDEX).exists() is expected
+        other = sharded_gpt(seed=1, n_keys=16, top_k=4)
+        import_safetensors(tmp_path, other)
+        assert_same(everything(other), everything(model))
+        with pytest.raises(
+            CheckpointError, match=rf"already has model.*{INDEX if expected else 'safetensors'}: delete"
+        ):
+            export_safetensors(model, tmp_path)
+        for file in tmp_path.glob("*.safetensors"):
+            file.unlink()
+
+
+def test_an_export_that_fails_leaves_nothing(exported, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors.tmp").write_text("of the user")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "write_tensor", full)
+        with pytest.raises(CheckpointError, match=r"rank 0 could not write: OSError: .*No space left"):
+            exported(sharded_gpt())
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors.tmp"]
+    path = exported(sharded_gpt())
+    assert (path / "model.safetensors.tmp").read_text() == "of the user"
+    import_safetensors(path, sharded_gpt(seed=1))
+
+
+class Tied(nn.Module):
+    """A model whose head is its embedding, as Hugging Face's are, and the file that these write of it."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.body, self.out = sharded_gpt(), nn.Linear(32, 50, bias=False)
+        if tied:
+            self.out.weight = self.body.head.weight
+
+
+@pytest.mark.parametrize("omitted", ["out.weight", "body.head.weight"])
+def test_tied_weights_are_in_a_file_once(omitted, tmp_path):
+    model, other = Tied(), Tied()
+    nn.init.normal_(model.out.weight)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != omitted}
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(state, file, metadata={"memcompile": json.dumps({"body": plan_in(state)})})
+    import_safetensors(file, other)
+    assert torch.equal(other.out.weight, model.out.weight)
+    assert other.out.weight is other.body.head.weight
+    with pytest.raises(CheckpointError, match=f"not in the checkpoint: {omitted}: build the model"):
+        import_safetensors(file, Tied(tied=False))

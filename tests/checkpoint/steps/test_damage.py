@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor, nn
@@ -41,6 +43,15 @@ def cut_off(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+class Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("a file was unpickled that is not as it was written",)
+
+
+def with_code(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Code()))
+
+
 def from_step_20(path: Path) -> None:
     shutil.copy(path.parents[1] / "step_20" / path.name, path)
 
@@ -64,8 +75,9 @@ DAMAGES = {
     "metadata of a step that is gone": (
         ".metadata",
         all_from_a_step_that_is_gone,
-        r"step_30/\.metadata is of another save \(id \w+\), not of this \(id \w+\): files of two saves are mixed",
+        r"step_30/\.metadata (is damaged: the CRC-32|has [\d,]+ bytes, and was written with)",
     ),
+    "metadata that run code": (".metadata", with_code, r"step_30/\.metadata has [\d,]+ bytes, and was written with"),
     "manifest": ("MANIFEST.json", flip_a_bit, r"step_30/MANIFEST\.json is damaged"),
     "manifest cut off": ("MANIFEST.json", cut_off, r"step_30/MANIFEST\.json is damaged: JSONDecodeError"),
     "manifest missing": ("MANIFEST.json", Path.unlink, r"MANIFEST\.json is missing: \S+step_30 is no finished"),

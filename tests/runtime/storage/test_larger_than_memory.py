@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import memcompile
 from memcompile.lowering import cpu
-from memcompile.runtime.values_file import Header
+from memcompile.runtime.storage.values_file import Header
 from tests.models import tiny_gpt, WIDTH
 from tests.planned import batch
 
@@ -29,11 +29,11 @@ torch.set_num_threads(1)
 cpu.load()  # its compiler may need more
 path, how = sys.argv[1:]
 N, DIM, HEADS, K, LIMIT = 1024, 2048, 2, 4, 3 * 2**30
-header = Header((N * N, DIM), torch.float32, "0" * 64, 4096)
-assert header.nbytes == 8 * 2**30
+header = Header((N * N, DIM), torch.float32, "0" * 64)
+assert header.entry.nbytes == 8 * 2**30
 with open(path, "wb") as file:
     file.write(header.encoded())
-    file.truncate(header.offset + header.nbytes)
+    file.truncate(header.offset + header.entry.nbytes)
 resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
 
 

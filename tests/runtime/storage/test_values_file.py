@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from memcompile import PlanError, verify_values
 from memcompile.runtime.storage import values_file
-from memcompile.runtime.storage.values_file import DTYPES, read_header, write
+from memcompile.runtime.storage.values_file import read_header, write
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def path(tmp_path):
     return str(tmp_path / "values.safetensors")
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("dtype", values_file._DTYPES, ids=str)
 @pytest.mark.parametrize("chunk", [1, 1000, 2**26])
 def test_round_trip(path, dtype, chunk, monkeypatch):
     monkeypatch.setattr(values_file, "_CHUNK", chunk)
@@ -29,6 +29,7 @@ def test_round_trip(path, dtype, chunk, monkeypatch):
     header = read_header(path)
     assert (header.shape, header.dtype, header.offset) == ((49, 10), dtype, 4096)
     assert os.path.getsize(path) == 4096 + values.nbytes
+    assert Path(path).read_bytes()[:4096] == header.encoded()
     assert torch.equal(load_file(path)["memory_values"], values)
     verify_values(path)
 
@@ -69,14 +70,14 @@ def changed(path, at, content):
 def test_a_changed_row_is_found(path):
     write(path, torch.zeros(4, 4))
     changed(path, 4096 + 17, b"\x01")
-    read_header(path)  # rows are not read
+    read_header(path)  # reads no row
     with pytest.raises(PlanError, match=f"the rows of {path!r} have SHA-256 .*copy the file again"):
         verify_values(path)
 
 
 def test_what_is_no_file_of_values(path):
     with pytest.raises(
-        PlanError, match=rf"{path!r} cannot be read \(No such file.*store_values\(model, path\) writes it"
+        PlanError, match=rf"{path!r} cannot be read \(No such file.*store_values\(model, path\) writes one"
     ):
         read_header(path)
     for content in (b"", b"x" * 5000, b"\x02" + bytes(7) + b"{}", b"\xff" * 5000, b"\x10" + bytes(7) + b"[" * 16):
@@ -98,7 +99,7 @@ def test_a_safetensors_file_of_others(path):
 def test_a_file_that_is_not_whole(path, change):
     write(path, torch.zeros(4, 4))
     os.truncate(path, 4096 + 64 + change)
-    expected = rf"has {4096 + 64 + change:,} bytes, and its header \[4, 4\] torch.float32 means 4,160: it is not whole"
+    expected = rf"it has {4096 + 64 + change:,} bytes, and its header means 4,160: it is not whole\): copy it again"
     with pytest.raises(PlanError, match=expected):
         read_header(path)
 
@@ -108,14 +109,20 @@ def test_it_says_how_far_it_is(path, caplog, monkeypatch):
     real = builtins.__import__
 
     def without_tqdm(name, *args, **kwargs):
-        if name == "tqdm":
+        if name.startswith("tqdm"):
             raise ImportError(name)
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(values_file, "_CHUNK", 64)
-    for case in ("no terminal", "no tqdm"):
+    values = torch.zeros(1000, 4)
+    write(path, values)
+    assert not caplog.messages  # it is short
+    for case, progress in (("no terminal", None), ("no tqdm", True)):
         caplog.clear()
         if case == "no tqdm":
             monkeypatch.setattr(builtins, "__import__", without_tqdm)
-        write(path, torch.zeros(1000, 4))
-        assert 9 <= sum("writing values.safetensors" in message for message in caplog.messages) <= 11
+        monkeypatch.setattr("memcompile.common.progress.LONG", values.nbytes)
+        write(path, values, progress)
+        assert [message.split(" of ")[0] for message in caplog.messages] == [
+            f"writing values.safetensors: {percent}%" for percent in range(10, 101, 10)
+        ]

@@ -1,42 +1,41 @@
-"""Which saved steps are as they were written, and which one is loaded."""
+"""Which saved steps are whole, that is, as they were written, and which one is loaded."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
-from memcompile.checkpoint.formats.reading import save_id_of
-from memcompile.checkpoint.progress import Progress
 from memcompile.checkpoint.ranks import Ranks
 from memcompile.checkpoint.steps import folders
 from memcompile.checkpoint.steps.manifest import NAME, Manifest
 from memcompile.checkpoint.steps.sums import FileRecord, problems_of_files, record_of
+from memcompile.common.progress import Progress
 from memcompile.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
 
-def choose(ranks: Ranks, folder: Path, step: int | None, fall_back: bool, progress: Progress) -> Manifest:
-    """The manifest of the step to load, every file of which is as it was written. All ranks call this.
+def whole_step(ranks: Ranks, folder: Path, step: int | None, fall_back: bool, progress: Progress) -> Manifest:
+    """The manifest of the step to load, which is whole. All ranks call this.
 
     Args:
         step: None is the one that LATEST names.
-        fall_back: takes the newest before it that is as it was written, with a warning, where it is not.
+        fall_back: if it is damaged, takes the newest whole one before it, with a warning.
 
     Raises:
-        CheckpointError: there is none, or it is damaged: what was expected and found, and which steps are not.
+        CheckpointError: there is none, or it is damaged: what was expected and found, and which steps are whole.
     """
     wanted, problem = ranks.first("find the step", lambda: _wanted(folder, step))
     good: list[Manifest] = []
     if wanted is not None:
         try:
-            return verified(ranks, folder, wanted, progress)
+            return _checked(ranks, folder, wanted, progress)
         except CheckpointError as error:
             problem = str(error)
     named = wanted if step is None else step
     for earlier in ranks.first("list the steps", lambda: folders.saved_before(folder, named, step is None)):
         try:
-            good.append(verified(ranks, folder, earlier, progress))
+            good.append(_checked(ranks, folder, earlier, progress))
         except CheckpointError as error:
             if ranks.rank == 0:
                 log.warning("step %d is damaged too: %s", earlier, error)
@@ -48,8 +47,8 @@ def choose(ranks: Ranks, folder: Path, step: int | None, fall_back: bool, progre
     raise CheckpointError(f"{problem}. {_fix(folder, [manifest.step for manifest in good])}")
 
 
-def verified(ranks: Ranks, folder: Path, step: int, progress: Progress) -> Manifest:
-    """The manifest of a step, every file of which is as it was written; the ranks share the files out among them.
+def _checked(ranks: Ranks, folder: Path, step: int, progress: Progress) -> Manifest:
+    """The manifest of a step, which is whole; each rank reads some of the files.
 
     Raises:
         CheckpointError: naming each file that is not, what was expected and what found.
@@ -103,14 +102,8 @@ def _of_others(folder: Path, manifest: Manifest, names: list[str]) -> dict[str, 
     for name in names:
         file = path / name
         step_of_it = others.get(record_of(file)) if file.is_file() else None
-        save_id = save_id_of(path) if name == ".metadata" and file.is_file() else None
         if step_of_it is not None:
             found[name] = f"{file} is of step {step_of_it}, not of step {manifest.step}: files of two steps are mixed"
-        elif save_id not in (None, manifest.save_id):
-            found[name] = (
-                f"{file} is of another save (id {save_id}), not of this (id {manifest.save_id}): files of two saves "
-                f"are mixed"
-            )
     return found
 
 

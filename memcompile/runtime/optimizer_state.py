@@ -1,0 +1,51 @@
+"""The state of an optimizer, loaded in the dtypes that it was saved in.
+
+`Optimizer.load_state_dict` casts it to the dtype of its parameter, which rounds fp32 moments of bf16 parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+Which = Callable[[Tensor], bool]
+
+
+def load_exactly(
+    optimizer: Optimizer,
+    load: Callable[[dict[str, Any]], object],
+    state_dict: dict[str, Any],
+    exact: Which = lambda parameter: True,
+) -> None:
+    """Loads a state dict, and gives each tensor of the state its dtype in the state dict back.
+
+    Args:
+        load: PyTorch's `load_state_dict` of the optimizer, which runs its hooks: they may change the state dict.
+        exact: of which parameters the state keeps its dtypes. The others have what `load` makes of it.
+    """
+    seen: list[dict[str, Any]] = []
+    # It is the last of the hooks, and is given what the others made of the state dict.
+    handle = optimizer.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))
+    try:
+        load(state_dict)
+    finally:
+        handle.remove()
+    restore_dtypes(optimizer, seen[0], exact)
+
+
+def restore_dtypes(optimizer: Optimizer, state_dict: Mapping[str, Any], exact: Which) -> None:
+    """Gives each tensor of the state its dtype in a state dict back, which was loaded just before."""
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter, number in zip(parameters, numbers, strict=True):
+        saved = state_dict["state"].get(number)
+        if not saved or not exact(parameter):
+            continue
+        state = optimizer.state[parameter]
+        for name, value in saved.items():
+            loaded = state.get(name)
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                state[name] = value.to(loaded.device)
