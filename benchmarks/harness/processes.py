@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 _KILLED_FIRST = Path("/proc/self/oom_score_adj")
+_PATIENCE = 2.0  # seconds for a worker to end by itself
 
 
 class WorkerError(Exception):
@@ -98,9 +99,10 @@ class Remote:
         return content
 
     def close(self) -> None:
+        self.connection.close()  # which ends it, unless it is at work
+        self._process.join(_PATIENCE)
         self._process.kill()
         self._process.join()
-        self.connection.close()
         self._log.close()
 
 
@@ -169,5 +171,4 @@ def _serve(pipe: Connection, log: str, build: Callable[..., Any], arguments: tup
         pipe.send((traceback.format_exc(), None, time.process_time()))
         with suppress(EOFError):
             while True:
-                pipe.recv()  # until it is ended: others may still wait for it
-    os._exit(0)  # gloo with a device mesh can abort while the interpreter ends
+                pipe.recv()  # until it is closed: others may still wait for it

@@ -132,7 +132,7 @@ def test_planning_and_compile_time_print_their_tables(tmp_path, monkeypatch, cap
         monkeypatch.setattr(benchmark, "fresh_medians", in_this_process)
         assert benchmark.main(["--quick", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "| three layers |" in printed and "| Llama, 3 layers of 256 |" in printed
+    assert "| three layers |" in printed and "| Llama, 1 layer of 256 |" in printed
     (plan,) = json.loads((tmp_path / "planning.json").read_text())["medians"]
     assert plan["ffns"] == 3 and plan["seconds"] > 0
     (compiled,) = json.loads((tmp_path / "compile-time.json").read_text())["medians"]
