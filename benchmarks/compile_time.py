@@ -5,6 +5,7 @@ python -m benchmarks.compile_time [--quick] [--output DIR] [--repeats N]
 Every measurement is a process of its own with empty compile caches; the two backends take turns.
 """
 
+import argparse
 import platform
 import sys
 import time
@@ -16,8 +17,7 @@ import transformers
 from torch import nn
 
 from benchmarks.harness.processes import fresh_medians
-from benchmarks.harness.results import Results
-from benchmarks.harness.session import Session, command_line, conduct, exit_code, positive
+from benchmarks.harness.session import Benchmark, Session
 from benchmarks.harness.tables import table
 
 TOKENS, VOCABULARY, THREADS = 64, 1024, 2
@@ -70,36 +70,39 @@ def cold(build: Callable[[int], nn.Module], layers: int, backend: str) -> dict[s
     return {"plan": planned - start, "total": end - start}
 
 
-def measure(models: Sequence[Model], repeats: int, session: Session) -> None:
-    for name, build, layers in models:
-        session.say(name)
-        backends = [partial(cold, build, layers, backend) for backend in ("inductor", "memcompile")]
-        inductor, ours = fresh_medians(repeats, *backends)
-        figures = {"inductor": inductor["total"], "memcompile": ours["total"], "plan": ours["plan"]}
-        session.results.medians.append({"model": name} | figures)
-        session.advance()
+class CompileTime(Benchmark):
+    module, name, repeats = "benchmarks.compile_time", "compile-time", (3, 1)
+    about = "Cold compile time of memcompile and of plain Inductor, forward and backward, and planning's share."
+    quick = "one small model, once with each backend"
 
+    def __init__(self, models: Sequence[Model], repeats: int) -> None:
+        super().__init__({"torch": torch.__version__, "threads": THREADS, "processes": repeats}, len(models))
+        self.models = models
 
-def report(repeats: int, results: Results) -> str:
-    rows = []
-    for r in results.medians:
-        inductor, total, plan = r["inductor"], r["memcompile"], r["plan"]
-        seconds = f"{inductor:.1f} s", f"{total:.1f} s", f"{total / inductor:.2f}", f"{plan:.2f} s"
-        rows.append([r["model"], *seconds, f"{plan / inductor:.1%}"])
-    about = f"torch {torch.__version__}, {platform.machine()}, {THREADS} threads, median of {repeats} cold processes"
-    header = ["model", "Inductor", "memcompile", "ratio", "of which plan", "plan / Inductor"]
-    return f"{about}\n\n{table(header, rows)}"
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "CompileTime":
+        return cls(QUICK if args.quick else MODELS, args.repeats)
 
+    def measure(self, session: Session) -> None:
+        for name, build, layers in self.models:
+            session.say(name)
+            backends = [partial(cold, build, layers, backend) for backend in ("inductor", "memcompile")]
+            inductor, ours = fresh_medians(self.results.machine["processes"], *backends)
+            figures = {"inductor": inductor["total"], "memcompile": ours["total"], "plan": ours["plan"]}
+            self.results.medians.append({"model": name} | figures)
+            session.advance()
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = command_line("benchmarks.compile_time", __doc__, "one small model, once with each backend")
-    parser.add_argument("--repeats", type=positive, help="processes a model and backend [3; 1 with --quick]")
-    args = parser.parse_args(arguments)
-    models, repeats = QUICK if args.quick else MODELS, args.repeats or (1 if args.quick else 3)
-    run = partial(measure, models, repeats)
-    results = Results({"torch": torch.__version__, "threads": THREADS})
-    return exit_code(conduct("compile-time", args.output, results, len(models), run, partial(report, repeats)))
+    def report(self) -> str:
+        rows = []
+        for r in self.results.medians:
+            inductor, total, plan = r["inductor"], r["memcompile"], r["plan"]
+            seconds = f"{inductor:.1f} s", f"{total:.1f} s", f"{total / inductor:.2f}", f"{plan:.2f} s"
+            rows.append([r["model"], *seconds, f"{plan / inductor:.1%}"])
+        processes = self.results.machine["processes"]
+        about = f"torch {torch.__version__}, {platform.machine()}, {THREADS} threads, median of {processes} processes"
+        header = ["model", "Inductor", "memcompile", "ratio", "of which plan", "plan / Inductor"]
+        return f"{about}\n\n{table(header, rows)}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(CompileTime.main())

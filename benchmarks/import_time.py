@@ -3,17 +3,15 @@
 python -m benchmarks.import_time [--quick] [--output DIR] [--repeats N]
 """
 
+import argparse
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from functools import partial
 
 import torch
 
-from benchmarks.harness.results import Results
-from benchmarks.harness.session import Session, command_line, conduct, exit_code, positive
+from benchmarks.harness.session import Benchmark, Session
 from benchmarks.harness.tables import table
 
 PROGRAM = """
@@ -23,42 +21,43 @@ import torch
 torch_at, torch_modules = time.perf_counter(), len(sys.modules)
 import memcompile
 end, modules = time.perf_counter(), len(sys.modules)
-print(json.dumps([torch_at - start, end - torch_at, torch_modules - before, modules - torch_modules]))
+of_torch, ours = torch_at - start, end - torch_at
+print(json.dumps([of_torch, ours, ours / of_torch, torch_modules - before, modules - torch_modules]))
 """
+FIGURES = "torch_seconds", "memcompile_seconds", "ratio", "torch_modules", "memcompile_modules"
 
 
-def measure(repeats: int, session: Session) -> None:
-    """Medians over new processes; the first one fills the caches of the disk and of bytecode, and does not count."""
-    runs = []
-    for _ in range(repeats + 1):
-        session.say("imports")
-        runs.append(json.loads(subprocess.check_output([sys.executable, "-c", PROGRAM], text=True)))
-        session.advance()
-    ratio = statistics.median(ours / of_torch for of_torch, ours, *_ in runs[1:])
-    names = "torch_seconds", "memcompile_seconds", "torch_modules", "memcompile_modules"
-    figures = dict(zip(names, map(statistics.median, zip(*runs[1:], strict=True)), strict=True))
-    session.results.medians.append(figures | {"memcompile_of_torch": ratio})
+class ImportTime(Benchmark):
+    module, name, repeats = "benchmarks.import_time", "import-time", (9, 1)
+    about = "What `import memcompile` costs over `import torch`, in processes of their own."
+    quick = "one process after a first one"
 
+    def __init__(self, processes: int) -> None:
+        super().__init__({"torch": torch.__version__, "processes": processes}, processes + 1)
 
-def report(repeats: int, results: Results) -> str:
-    rows = [
-        [name, f"{r[name + '_seconds']:.3f} s", f"{r[name + '_modules']:,.0f}", share]
-        for r in results.medians
-        for name, share in (("torch", ""), ("memcompile", f"{r['memcompile_of_torch']:.1%}"))
-    ]
-    about = f"torch {torch.__version__}, median of {repeats} processes"
-    return f"{about}\n\n{table(['import', 'time', 'modules', 'of torch'], rows)}"
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "ImportTime":
+        return cls(args.repeats)
 
+    def measure(self, session: Session) -> None:
+        """The first process fills the caches of the disk and of bytecode, and does not count."""
+        runs = []
+        for _ in range(self.cases):
+            session.check()
+            runs.append(json.loads(subprocess.check_output([sys.executable, "-c", PROGRAM], text=True)))
+            session.advance()
+        figures = dict(zip(FIGURES, map(statistics.median, zip(*runs[1:], strict=True)), strict=True))
+        self.results.medians.append(figures)
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = command_line("benchmarks.import_time", __doc__, "one process after a first one")
-    parser.add_argument("--repeats", type=positive, help="processes; the median is shown [9; 1 with --quick]")
-    args = parser.parse_args(arguments)
-    repeats = args.repeats or (1 if args.quick else 9)
-    results = Results({"torch": torch.__version__})
-    run = partial(measure, repeats)
-    return exit_code(conduct("import-time", args.output, results, repeats + 1, run, partial(report, repeats)))
+    def report(self) -> str:
+        rows = [
+            [name, f"{r[name + '_seconds']:.3f} s", f"{r[name + '_modules']:,.0f}", share]
+            for r in self.results.medians
+            for name, share in (("torch", ""), ("memcompile", f"{r['ratio']:.1%}"))
+        ]
+        about = f"torch {torch.__version__}, median of {self.results.machine['processes']} processes"
+        return f"{about}\n\n{table(['import', 'time', 'modules', 'of torch'], rows)}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ImportTime.main())

@@ -14,16 +14,13 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness.machine import machine
 from benchmarks.harness.package import open_values, operator, write_values
-from benchmarks.harness.results import Results
-from benchmarks.harness.session import Session, command_line, conduct, exit_code, positive
+from benchmarks.harness.session import Benchmark, Session
 from benchmarks.harness.tables import milliseconds, table
 from benchmarks.harness.timing import wall_seconds
 
@@ -69,20 +66,6 @@ def medians(path: str, resident: Tensor, tokens: int, repeats: int) -> dict[str,
     return {how: {k: statistics.median(t) * 1e3 for k, t in times.items()} for how, times in seconds.items()}
 
 
-def measure(slots: int, repeats: int, directory: str | None, session: Session) -> None:
-    session.say("the table")
-    resident = torch.randn(slots, DIM)
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
-        path = os.path.join(folder, "values.safetensors")
-        write_values(path, resident)
-        medians(path, resident, 1, 1)  # kernels are built and loaded
-        for tokens in TOKENS:
-            session.say(f"{tokens} tokens")
-            figures = medians(path, resident, tokens, repeats)
-            session.results.medians.append({"tokens": tokens, "milliseconds": figures})
-            session.advance()
-
-
 def tokens_table(tokens: int, figures: dict[str, dict[str, float]]) -> str:
     def cells(how: str, state: str) -> list[str]:
         if state not in figures[how]:
@@ -94,12 +77,6 @@ def tokens_table(tokens: int, figures: dict[str, dict[str, float]]) -> str:
     return table([f"{tokens * HITS:,} rows, ms", "cold", f"of {PREFETCH}", "warm", f"of {PREFETCH}"], rows)
 
 
-def report(slots: int, repeats: int, results: Results) -> str:
-    threads = results.machine["threads"]
-    about = f"{slots:,} slots of {DIM} in float32, {threads} thread(s), median of {repeats}"
-    return "\n\n".join([about, *(tokens_table(m["tokens"], m["milliseconds"]) for m in results.medians)])
-
-
 def size(text: str) -> float:
     """GiB, of one row at least."""
     gib = float(text)
@@ -108,21 +85,44 @@ def size(text: str) -> float:
     return gib
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = command_line("benchmarks.mapped_values", __doc__, "a table of 16 MiB, each sample once")
-    parser.add_argument("--gib", type=size, help="size of the table; it is in memory once, too [4; 1/64 with --quick]")
-    parser.add_argument("--repeats", type=positive, help="samples; the median is shown [9; 1 with --quick]")
-    parser.add_argument("--threads", type=positive, default=1, help="on a busy machine, two wait for each other [1]")
-    parser.add_argument("--directory", help="where the file is made for the run [the system's temporary directory]")
-    args = parser.parse_args(arguments)
-    gib, repeats = args.gib or (2**-6 if args.quick else 4), args.repeats or (1 if args.quick else 9)
-    torch.set_num_threads(args.threads)
-    slots = max(1, math.isqrt(int(gib * 2**30 / (4 * DIM)))) ** 2
-    results = Results(machine())
-    results.more = {"slots": slots, "dim": DIM, "hits": HITS}
-    run = partial(measure, slots, repeats, args.directory)
-    return exit_code(conduct("mapped-values", args.output, results, len(TOKENS), run, partial(report, slots, repeats)))
+class Mapped(Benchmark):
+    module, name, threads, repeats = "benchmarks.mapped_values", "mapped-values", 1, (9, 1)
+    about = "Rows of a table that lies in a file: cold and warm, read ahead or not, and the same table in memory."
+    quick = "a table of 16 MiB, each sample once"
+
+    def __init__(self, slots: int, samples: int, directory: str | None) -> None:
+        super().__init__(machine(), len(TOKENS))
+        self.results.more = {"slots": slots, "dim": DIM, "hits": HITS}
+        self.slots, self.samples, self.directory = slots, samples, directory
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--gib", type=size, help="size of the table, which is in memory once, too [4]")
+        parser.add_argument("--directory", help="where the file is made [the system's temporary directory]")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Mapped":
+        gib = args.gib or (2**-6 if args.quick else 4)
+        return cls(max(1, math.isqrt(int(gib * 2**30 / (4 * DIM)))) ** 2, args.repeats, args.directory)
+
+    def measure(self, session: Session) -> None:
+        session.say("the table")
+        resident = torch.randn(self.slots, DIM)
+        with tempfile.TemporaryDirectory(dir=self.directory) as folder:
+            path = os.path.join(folder, "values.safetensors")
+            write_values(path, resident)
+            medians(path, resident, 1, 1)  # kernels are built and loaded
+            for tokens in TOKENS:
+                session.say(f"{tokens} tokens")
+                figures = medians(path, resident, tokens, self.samples)
+                self.results.medians.append({"tokens": tokens, "milliseconds": figures})
+                session.advance()
+
+    def report(self) -> str:
+        threads = self.results.machine["threads"]
+        about = f"{self.slots:,} slots of {DIM} in float32, {threads} thread(s), median of {self.samples}"
+        return "\n\n".join([about, *(tokens_table(m["tokens"], m["milliseconds"]) for m in self.results.medians)])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Mapped.main())

@@ -6,9 +6,10 @@ Every measurement is a process of its own. A model on the meta device has shapes
 allocates nothing, so what the process grows by is planning's own.
 """
 
+import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,8 +18,7 @@ from torch import nn
 
 from benchmarks.harness.machine import own_bytes
 from benchmarks.harness.processes import fresh_medians
-from benchmarks.harness.results import Results
-from benchmarks.harness.session import Session, command_line, conduct, exit_code, positive
+from benchmarks.harness.session import Benchmark, Session
 from benchmarks.harness.tables import table
 
 
@@ -65,31 +65,34 @@ def plan(name: str) -> dict[str, float]:
     return {"seconds": seconds, "mib": grown, "modules": modules, "ffns": len(explanation.rows)}
 
 
-def measure(names: Sequence[str], repeats: int, session: Session) -> None:
-    for name in names:
-        session.say(name)
-        session.results.medians += [{"model": name} | r for r in fresh_medians(repeats, partial(plan, name))]
-        session.advance()
+class Planning(Benchmark):
+    module, name, repeats = "benchmarks.planning", "planning", (3, 1)
+    about = "Planning's own cost on large models: seconds, and how much the process grows at its peak."
+    quick = "one model in one process"
 
+    def __init__(self, names: list[str], repeats: int) -> None:
+        super().__init__({"torch": torch.__version__, "processes": repeats}, len(names))
+        self.names = names
 
-def report(repeats: int, results: Results) -> str:
-    rows = [
-        [r["model"], f"{r['modules']:.0f}", f"{r['ffns']:.0f}", f"{r['seconds']:.2f} s", f"{r['mib']:.0f} MiB"]
-        for r in results.medians
-    ]
-    about = f"torch {torch.__version__}, on the meta device, median of {repeats} processes"
-    return f"{about}\n\n{table(['model', 'modules', 'FFNs', 'plan', 'memory'], rows)}"
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Planning":
+        return cls([*MODELS][: 1 if args.quick else None], args.repeats)
 
+    def measure(self, session: Session) -> None:
+        for name in self.names:
+            session.say(name)
+            (figures,) = fresh_medians(self.results.machine["processes"], partial(plan, name))
+            self.results.medians.append({"model": name} | figures)
+            session.advance()
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = command_line("benchmarks.planning", __doc__, "one model in one process")
-    parser.add_argument("--repeats", type=positive, help="processes a model; the median is shown [3; 1 with --quick]")
-    args = parser.parse_args(arguments)
-    names, repeats = [*MODELS][: 1 if args.quick else None], args.repeats or (1 if args.quick else 3)
-    run = partial(measure, names, repeats)
-    results = Results({"torch": torch.__version__})
-    return exit_code(conduct("planning", args.output, results, len(names), run, partial(report, repeats)))
+    def report(self) -> str:
+        rows = [
+            [r["model"], f"{r['modules']:.0f}", f"{r['ffns']:.0f}", f"{r['seconds']:.2f} s", f"{r['mib']:.0f} MiB"]
+            for r in self.results.medians
+        ]
+        about = f"torch {torch.__version__}, meta device, median of {self.results.machine['processes']} processes"
+        return f"{about}\n\n{table(['model', 'modules', 'FFNs', 'plan', 'memory'], rows)}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Planning.main())

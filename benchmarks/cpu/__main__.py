@@ -1,10 +1,8 @@
-"""Measures a memory layer against its peers on this machine's CPU, and what both reach of its limits.
+"""A memory layer against its peers on a CPU: python -m benchmarks.cpu [--quick] [--output DIR] [--threads N]"""
 
-python -m benchmarks.cpu [--quick] [--output DIR] [--threads N]
-"""
-
+import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,22 +13,14 @@ from torch._dynamo import config as dynamo_config
 
 from benchmarks.cpu.contestants import EAGER, INDUCTOR, NAIVE, SAME, contestants
 from benchmarks.cpu.goals import gather_goal, layer_goals, search_goal
+from benchmarks.harness import tables
 from benchmarks.harness.compare import Comparison, layer_case
 from benchmarks.harness.layers import OURS, Setting, fill_table
 from benchmarks.harness.machine import cpu_limits, machine
 from benchmarks.harness.package import advise_huge_pages, load_kernels
 from benchmarks.harness.plots import LIBRARY, MEMCOMPILE, SAME_LAYER, Panel, Style, draw_roofline
-from benchmarks.harness.results import BACKWARD, FORWARD, Goal, Results, dtype_name
-from benchmarks.harness.session import Session, command_line, conduct, exit_code, positive
-from benchmarks.harness.tables import (
-    about_cpu,
-    forward_case,
-    goal_tables,
-    layer_tables,
-    limits_table,
-    rates_table,
-    remarks,
-)
+from benchmarks.harness.results import BACKWARD, FORWARD, Goal, dtype_name
+from benchmarks.harness.session import Benchmark, Session
 from benchmarks.harness.timing import Rounds, wall_seconds
 
 ROUNDS = Rounds(seconds=0.3, fewest=3, most=30, slow=1.5)
@@ -59,22 +49,10 @@ class Group:
         return [Setting(self.width, n_keys, self.dtype) for n_keys in self.n_keys]
 
 
-@dataclass(frozen=True)
-class Plan:
-    groups: tuple[Group, ...]
-    mains: tuple[Setting, ...]  # of which the goals, the rates and the roofline are told
-    tokens: int  # there
-    goals: bool = True
-
-
-def plan(quick: bool) -> Plan:
-    if quick:
-        group = Group(256, torch.float32, (64,), (64,))
-        return Plan((group,), (group.settings[-1],), 64, goals=False)  # which are those of a large layer
+def full() -> list[Group]:
     dtypes = torch.float32, torch.bfloat16
     large = [Group(1024, dtype, (128, 512, 1024), (512, 1, 64, 2048)) for dtype in dtypes]
-    small = [Group(256, dtype, (256,), (512,)) for dtype in dtypes]
-    return Plan((*large, *small), tuple(group.settings[-1] for group in large), 512)
+    return large + [Group(256, dtype, (256,), (512,)) for dtype in dtypes]
 
 
 class Cpu:
@@ -87,86 +65,76 @@ class Cpu:
         """Python gives the memory back by itself."""
 
 
-def measure(todo: Plan, session: Session) -> None:
-    for group in todo.groups:
-        name = f"d = {group.width}, {dtype_name(group.dtype)}"
-        session.say(f"{name}: filling the table")
-        torch.manual_seed(0)
-        largest = group.settings[-1]
-        # One for all contestants, which read it and do not change it: the machine has no room for one each.
-        table = torch.empty(largest.num_slots, group.width, dtype=group.dtype)
-        advise_huge_pages(table)
-        fill_table(table)
-        if largest in todo.mains:
-            session.say(f"{name}: this machine's limits")
-            measure_limits(todo, largest, table, session.results)
-        comparison = Comparison(Cpu(), session, ROUNDS, warm_ups=1)
-        for setting, present in zip(group.settings, contestants(group.settings, table), strict=True):
-            case = partial(layer_case, LAYER, setting, table.device, present, SAME, EAGER)
-            comparison.measure([case(n, way) for n in group.tokens for way in (FORWARD, BACKWARD)])
-        torch._dynamo.reset()  # what was compiled keeps the parameters of this group alive
+class CpuBenchmark(Benchmark):
+    """Of the groups that are as wide as the first, the largest layer is what the goals and the roofline are about."""
 
+    module, name, figure, threads = "benchmarks.cpu", "cpu", "cpu-roofline.png", 0
+    about = "Measures a memory layer against its peers on this machine's CPU, and what both reach of its limits."
+    quick = "one small layer, in a minute: to try the benchmark"
 
-def measure_limits(todo: Plan, main: Setting, table: Tensor, results: Results) -> None:
-    limits, prefetch = cpu_limits(table)
-    results.limits[dtype_name(main.dtype)] = limits
-    if not todo.goals:
-        return
-    results.goals.append(gather_goal(main, table, todo.tokens, prefetch))
-    if main.dtype == torch.float32:
-        results.goals.append(search_goal(main, todo.tokens))
+    def __init__(self, groups: list[Group], judged: bool) -> None:
+        super().__init__(machine(), sum(2 * len(group.tokens) * len(group.n_keys) for group in groups))
+        self.groups, self.judged, self.tokens = groups, judged, groups[0].tokens[0]
+        self.mains = [group.settings[-1] for group in groups if group.width == groups[0].width]
 
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "CpuBenchmark":
+        dynamo_config.recompile_limit = 64
+        load_kernels()
+        # The goals are those of a large layer.
+        return cls([Group(256, torch.float32, (64,), (64,))] if args.quick else full(), judged=not args.quick)
 
-def report(todo: Plan, results: Results) -> str:
-    main = todo.mains[0]
-    goals = f"goals at d = {main.width}, n = {main.n_keys}, {todo.tokens} tokens: reached?"
-    parts = [about_cpu(results), "Values' gradient excluded: no contestant computes that of its table."]
-    parts += [limits_table(results), *layer_tables(results, LAYER)]
-    for main in todo.mains:
-        parts += rates_table(results, LAYER, main, todo.tokens)
-    return "\n\n".join(parts + goal_tables(results.goals, goals) + remarks(results))
+    def measure(self, session: Session) -> None:
+        for group in self.groups:
+            session.say(f"d = {group.width}, {dtype_name(group.dtype)}: the table, and this machine's limits")
+            torch.manual_seed(0)
+            largest = group.settings[-1]
+            # One for all contestants, which read it and do not change it: the machine has no room for one each.
+            table = torch.empty(largest.num_slots, group.width, dtype=group.dtype)
+            advise_huge_pages(table)
+            fill_table(table)
+            if largest in self.mains:
+                self.measure_limits(largest, table)
+            comparison = Comparison(Cpu(), session, ROUNDS, warm_ups=1)
+            for setting, present in zip(group.settings, contestants(group.settings, table), strict=True):
+                case = partial(layer_case, LAYER, setting, table.device, present, SAME, EAGER)
+                comparison.measure([case(n, way) for n in group.tokens for way in (FORWARD, BACKWARD)])
+            torch._dynamo.reset()  # what was compiled keeps the parameters of this group alive
 
+    def measure_limits(self, main: Setting, table: Tensor) -> None:
+        limits, prefetch = cpu_limits(table)
+        self.results.limits[dtype_name(main.dtype)] = limits
+        if self.judged:
+            self.results.goals.append(gather_goal(main, table, self.tokens, prefetch))
+            if main.dtype == torch.float32:
+                self.results.goals.append(search_goal(main, self.tokens))
 
-def draw(todo: Plan, results: Results, path: Path) -> bool:
-    """The forward of the main settings, one panel for each dtype."""
-    panels = [
-        Panel(dtype, results.limits[dtype], [*forward_case(results, LAYER, main, todo.tokens).values()])
-        for main in todo.mains
-        if (dtype := dtype_name(main.dtype)) in results.limits
-    ]
-    main = todo.mains[0]
-    title = (
-        f"A layer's forward under the roofs of this machine: {todo.tokens} tokens, d = {main.width}, "
-        f"{main.num_slots:,} slots\n{results.machine['cpu']}, {results.machine['threads']} threads"
-    )
-    return draw_roofline(panels, title, STYLES, path)
+    def judge(self) -> list[Goal]:
+        return layer_goals(self.results, self.mains, self.tokens) if self.judged else []
 
+    def report(self) -> str:
+        results, main = self.results, self.mains[0]
+        parts = [tables.about_cpu(results), "Values' gradient excluded: no contestant computes that of its table."]
+        parts += [tables.limits_table(results), *tables.layer_tables(results, LAYER)]
+        for setting in self.mains:
+            parts += tables.rates_table(results, LAYER, setting, self.tokens)
+        goals = f"goals at d = {main.width}, n = {main.n_keys}, {self.tokens} tokens: reached?"
+        return "\n\n".join(parts + tables.goal_tables(results.goals, goals) + tables.remarks(results))
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = command_line("benchmarks.cpu", __doc__, "one small layer, in a minute: to try the benchmark")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="[%(default)s]")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    dynamo_config.recompile_limit = 64
-    load_kernels()
-    todo = plan(args.quick)
-
-    def judge(results: Results) -> list[Goal]:
-        return layer_goals(results, todo.mains, todo.tokens) if todo.goals else []
-
-    results = conduct(
-        "cpu",
-        args.output,
-        Results(machine()),
-        sum(2 * len(group.tokens) * len(group.n_keys) for group in todo.groups),
-        partial(measure, todo),
-        partial(report, todo),
-        judge,
-        partial(draw, todo),
-        "cpu-roofline.png",
-    )
-    return exit_code(results)
+    def draw(self, path: Path) -> bool:
+        """The forward of the main layers, one panel for each dtype."""
+        results, main = self.results, self.mains[0]
+        panels = [
+            Panel(dtype, results.limits[dtype], [*tables.forward_case(results, LAYER, setting, self.tokens).values()])
+            for setting in self.mains
+            if (dtype := dtype_name(setting.dtype)) in results.limits
+        ]
+        title = (
+            f"A layer's forward under the roofs of this machine: {self.tokens} tokens, d = {main.width}, "
+            f"{main.num_slots:,} slots\n{results.machine['cpu']}, {results.machine['threads']} threads"
+        )
+        return draw_roofline(panels, title, STYLES, path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(CpuBenchmark.main())

@@ -1,11 +1,8 @@
-"""Measures a memory layer against its peers on a GPU, and what both reach of its limits.
+"""A memory layer against its peers on a GPU: python -m benchmarks.gpu [--quick] [--output DIR]"""
 
-python -m benchmarks.gpu [--quick] [--output DIR]
-"""
-
+import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,20 +13,11 @@ from benchmarks.gpu.goals import judge
 from benchmarks.gpu.measure import EAGER, EAGER_BAG, INDUCTOR, INDUCTOR_BAG, LAYER, measure
 from benchmarks.gpu.parts import GATHER, SCORED_SEARCH, SEARCH, UPDATE
 from benchmarks.gpu.plan import Plan, full_plan, quick_plan
+from benchmarks.harness import tables
 from benchmarks.harness.layers import OURS, Setting
 from benchmarks.harness.plots import MEMCOMPILE, SAME_LAYER, Panel, Style, draw_roofline
-from benchmarks.harness.results import BACKWARD, FROZEN, Results, dtype_name
-from benchmarks.harness.session import command_line, conduct, exit_code
-from benchmarks.harness.tables import (
-    forward_case,
-    goal_tables,
-    layer_tables,
-    limits_table,
-    of_tokens,
-    part_tables,
-    rates_table,
-    remarks,
-)
+from benchmarks.harness.results import BACKWARD, FROZEN, Goal, dtype_name
+from benchmarks.harness.session import Benchmark, Session
 
 NOTES = (
     "Times are the device's, by CUDA events: the second-level cache holds other data before a call, and the host has "
@@ -47,57 +35,61 @@ STYLES: dict[str, Style] = {
 MOST_PANELS = 2
 
 
-def report(plan: Plan, results: Results) -> str:
-    main = Setting(plan.main.width, plan.main.n_keys, plan.dtype)
-    about = ", ".join(f"{k} {v:.0f}" if isinstance(v, float) else f"{k} {v}" for k, v in results.machine.items())
-    parts = [about, NOTES, limits_table(results), *part_tables(results, (GATHER, SEARCH, SCORED_SEARCH, UPDATE))]
-    parts += layer_tables(results, LAYER)
-    for tokens in sorted(plan.main.tokens):
-        parts += rates_table(results, LAYER, main, tokens)
-    title = f"goals at d = {main.width}, n = {main.n_keys}: reached?"
-    return "\n\n".join(parts + goal_tables(results.goals, title) + remarks(results))
+class GpuBenchmark(Benchmark):
+    module, name, figure = "benchmarks.gpu", "gpu", "gpu-roofline.png"
+    about = "Measures a memory layer against its peers on a GPU, and what both reach of its limits."
+    quick = "only what the goals are about, in a minute"
 
+    def __init__(self, device: Gpu, plan: Plan) -> None:
+        super().__init__(device.about(), sum(group.cases for group in plan.groups))
+        self.device, self.plan = device, plan
+        self.main_layer = Setting(plan.main.width, plan.main.n_keys, plan.dtype)
 
-def draw(plan: Plan, results: Results, path: Path) -> bool:
-    """The main layer's forward, one panel for each number of tokens."""
-    main, limits = Setting(plan.main.width, plan.main.n_keys, plan.dtype), results.limits.get(dtype_name(plan.dtype))
-    if limits is None:
-        return False
-    panels = [
-        Panel(of_tokens(tokens), limits, [*forward_case(results, LAYER, main, tokens).values()])
-        for tokens in sorted(plan.main.tokens, reverse=True)[:MOST_PANELS]
-    ]
-    title = (
-        f"A layer's forward under the roofs of this device: d = {main.width}, {main.num_slots:,} slots\n"
-        f"{results.machine.get('device', '')}"
-    )
-    return draw_roofline(panels, title, STYLES, path)
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "GpuBenchmark":
+        dynamo_config.recompile_limit = 64
+        torch.set_float32_matmul_precision("high")  # the peers' scores: exact for half dtypes, and ten times as fast
+        return cls(Cuda(), quick_plan() if args.quick else full_plan())
 
+    def measure(self, session: Session) -> None:
+        measure(self.device, self.plan, session)
 
-def benchmark(device: Gpu, plan: Plan, output: Path) -> Results:
-    return conduct(
-        "gpu",
-        output,
-        Results(device.about()),
-        sum(group.cases for group in plan.groups),
-        partial(measure, device, plan),
-        partial(report, plan),
-        partial(judge, plan),
-        partial(draw, plan),
-        "gpu-roofline.png",
-    )
+    def judge(self) -> list[Goal]:
+        return judge(self.plan, self.results)
 
+    def report(self) -> str:
+        results, layer = self.results, self.main_layer
+        about = [f"{k} {v:.0f}" if isinstance(v, float) else f"{k} {v}" for k, v in results.machine.items()]
+        parts = [", ".join(about), NOTES, tables.limits_table(results)]
+        parts += tables.part_tables(results, (GATHER, SEARCH, SCORED_SEARCH, UPDATE))
+        parts += tables.layer_tables(results, LAYER)
+        for tokens in sorted(self.plan.main.tokens):
+            parts += tables.rates_table(results, LAYER, layer, tokens)
+        goals = tables.goal_tables(results.goals, f"goals at d = {layer.width}, n = {layer.n_keys}: reached?")
+        return "\n\n".join(parts + goals + tables.remarks(results))
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = command_line("benchmarks.gpu", __doc__, "only what the goals are about, in a minute")
-    args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("skipped: no CUDA device")
-        return 0  # so that `make` goes on where a GPU is optional
-    dynamo_config.recompile_limit = 64
-    torch.set_float32_matmul_precision("high")  # the peers' scores: exact for half dtypes, and ten times as fast
-    return exit_code(benchmark(Cuda(), quick_plan() if args.quick else full_plan(), args.output))
+    def draw(self, path: Path) -> bool:
+        """The main layer's forward, one panel for each number of tokens."""
+        results, layer, limits = self.results, self.main_layer, self.results.limits.get(dtype_name(self.plan.dtype))
+        if limits is None:
+            return False
+        panels = [
+            Panel(tables.of_tokens(n), limits, [*tables.forward_case(results, LAYER, layer, n).values()])
+            for n in sorted(self.plan.main.tokens, reverse=True)[:MOST_PANELS]
+        ]
+        title = (
+            f"A layer's forward under the roofs of this device: d = {layer.width}, {layer.num_slots:,} slots\n"
+            f"{results.machine.get('device', '')}"
+        )
+        return draw_roofline(panels, title, STYLES, path)
+
+    @classmethod
+    def main(cls, arguments: Sequence[str] | None = None) -> int:
+        if not torch.cuda.is_available():
+            print("skipped: no CUDA device")
+            return 0  # so that `make` goes on where a GPU is optional
+        return super().main(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(GpuBenchmark.main())

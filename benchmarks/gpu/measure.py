@@ -1,9 +1,9 @@
 """Runs a plan: the limits, then group after group. What fails is recorded, and the run goes on."""
 
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from benchmarks.harness.compare import Case, Comparison, layer_case
 from benchmarks.harness.layers import Contestant, Setting, bag, fill_table, gelu_ffn, memory_layers, naive, swiglu_ffn
 from benchmarks.harness.results import BACKWARD, FORWARD, FROZEN, Limits, dtype_name
 from benchmarks.harness.session import Session
-from benchmarks.harness.timing import Rounds
+from benchmarks.harness.timing import Rounds, in_turns
 
 LAYER = "layer"
 EAGER, EAGER_BAG, INDUCTOR, INDUCTOR_BAG = "eager", "eager, F.embedding_bag", "Inductor", "Inductor, F.embedding_bag"
@@ -87,11 +87,11 @@ def limits(device: Gpu, plan: Plan) -> Limits:
     source = torch.empty(copy_bytes, dtype=torch.uint8, device=where).random_()
     target = torch.empty_like(source)
     left, right = (torch.randn(size, size, device=where).to(plan.dtype) for _ in range(2))
-    copies, products = [], []
-    for _ in range(REPETITIONS):
-        copies.append(device.seconds(lambda: target.copy_(source)))
-        products.append(device.seconds(lambda: left @ right))
-    warm = slice(REPETITIONS // 4, None)
-    copy, product = statistics.median(copies[warm]), statistics.median(products[warm])
+    seconds = in_turns(
+        REPETITIONS,
+        partial(device.seconds, lambda: target.copy_(source)),
+        partial(device.seconds, lambda: left @ right),
+    )
+    copy, product = (median(one[REPETITIONS // 4 :]) for one in seconds)  # without those that warm it up
     # A copy reads and writes its bytes.
     return Limits(2 * copy_bytes / copy / 1e9, "large copy", 2 * size**3 / product / 1e9, "GEMM")

@@ -4,11 +4,10 @@ import ctypes
 import os
 import platform
 import resource
-import statistics
 import sys
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness.package import build, mkl_is_held_back
 from benchmarks.harness.results import Limits
-from benchmarks.harness.timing import wall_seconds
+from benchmarks.harness.timing import in_turns, wall_seconds
 
 ROWS = 2**16  # rows read at once: as many as 512 tokens with 4 heads of 32 hits read
 REPETITIONS = 21
@@ -99,24 +98,22 @@ def cpu_limits(table: Tensor) -> tuple[Limits, bool]:
 
 def _gather_limit(table: Tensor) -> tuple[float, bool]:
     """The bandwidth of random rows in GB/s, and whether with prefetch: the faster of both, measured in turns."""
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(REPETITIONS):
-        for prefetch, measured in seconds.items():
-            # New rows at each call: the same again would be found in the caches, or their page tables would.
-            measured.append(read_rows(table, torch.randint(len(table), (ROWS,)), prefetch))
-    best, prefetch = min((statistics.median(measured), prefetch) for prefetch, measured in seconds.items())
+
+    def sample(prefetch: bool) -> float:
+        # New rows at each call: the same again would be found in the caches, or their page tables would.
+        return read_rows(table, torch.randint(len(table), (ROWS,)), prefetch)
+
+    with_prefetch, without = in_turns(REPETITIONS, partial(sample, True), partial(sample, False))
+    best, prefetch = min((median(with_prefetch), True), (median(without), False))
     return ROWS * table.stride(0) * table.itemsize / best / 1e9, prefetch
 
 
 def _gemm_limit(dtype: torch.dtype) -> tuple[float, str]:
     """GFLOP/s of a product of 2,048 tokens with a weight [1024, 2048], and the library that is the fastest at it."""
     left, right = torch.randn(2048, 1024, dtype=dtype), torch.randn(1024, 2048, dtype=dtype)
-    products: dict[str, Callable[[], Tensor]] = {"torch.mm": lambda: torch.mm(left, right)}
+    products = {"torch.mm": partial(torch.mm, left, right)}
     if dtype == torch.float32 and mkl_is_held_back():
-        products["oneDNN"] = lambda: torch.ops.memcompile.onednn_mm(left, right, None)
-    seconds: dict[str, list[float]] = {name: [] for name in products}
-    for _ in range(REPETITIONS):
-        for name, product in products.items():
-            seconds[name].append(wall_seconds(product))
-    best, name = min((statistics.median(measured), name) for name, measured in seconds.items())
+        products["oneDNN"] = partial(torch.ops.memcompile.onednn_mm, left, right, None)
+    seconds = in_turns(REPETITIONS, *(partial(wall_seconds, product) for product in products.values()))
+    best, name = min(zip(map(median, seconds), products, strict=True))
     return 2 * 2048 * 1024 * 2048 / best / 1e9, name

@@ -12,7 +12,7 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 _KILLED_FIRST = Path("/proc/self/oom_score_adj")
 _PATIENCE = 2.0  # seconds for a worker to end by itself
@@ -22,15 +22,8 @@ class WorkerError(Exception):
     """A worker has ended; the message is what it said last, a traceback where it had one."""
 
 
-class Worker(Protocol):
-    """What `Local` and `Remote` have in common."""
-
-    def ask(self, method: str, *arguments: Any) -> Any: ...
-    def close(self) -> None: ...
-
-
 class Local:
-    """`build(*arguments)` in this process, made at the first question; its memory is that of the whole process."""
+    """As `Remote`, in this process: built at the first question, with the memory of the whole process."""
 
     def __init__(self, build: Callable[..., Any], *arguments: Any) -> None:
         self._build, self._arguments = build, arguments

@@ -92,6 +92,11 @@ def wall_seconds(call: Callable[..., object], *arguments: object) -> float:
     return seconds
 
 
+def in_turns(rounds: int, *samples: Callable[[], float]) -> list[tuple[float, ...]]:
+    """What each sample returned in each round."""
+    return [*zip(*([sample() for sample in samples] for _ in range(rounds)), strict=True)]
+
+
 def _busy_seconds() -> float | None:
     """Of all processors and processes since the machine started, None where Linux's /proc is not there."""
     if not _STAT.exists():

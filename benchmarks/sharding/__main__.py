@@ -1,19 +1,17 @@
-"""Measures a sharded memory layer on 1, 2 and 4 processes, and models it on 8 to 1,024 GPUs.
+"""A sharded memory layer on 1, 2 and 4 processes, and by the cost model on 8 to 1,024 GPUs.
 
 python -m benchmarks.sharding [--quick] [--output DIR] [--rounds N]
 """
 
+import argparse
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from benchmarks.harness.machine import machine
 from benchmarks.harness.package import Hardware, Job, load_kernels
-from benchmarks.harness.results import Results
-from benchmarks.harness.session import command_line, conduct, exit_code, positive
+from benchmarks.harness.session import Benchmark, Session, positive
 from benchmarks.sharding.cases import Sizes, all_cases
 from benchmarks.sharding.measure import measure, predict
 from benchmarks.sharding.plot import draw
@@ -24,31 +22,38 @@ JOB = Job(slots=2**24, value_dim=2048, gpus=8)  # the largest power of two that 
 ROUNDS, FEW_ROUNDS = 15, 2
 
 
-def benchmark(sizes: Sizes, rounds: int, output: Path) -> Results:
-    prediction = predict(JOB, Hardware())
-    results = Results(machine() | {"cores": len(os.sched_getaffinity(0)), "threads": 1})
-    results.more = {"sizes": asdict(sizes), "rounds": rounds, "predicted": prediction.content()}
-    return conduct(
-        "sharding",
-        output,
-        results,
-        len(all_cases(sizes)) + rounds,
-        partial(measure, sizes, rounds),
-        partial(report, sizes, rounds, prediction),
-        draw=partial(draw, sizes, prediction),
-    )
+class Sharding(Benchmark):
+    module, name, figure = "benchmarks.sharding", "sharding", "sharding.png"
+    about = "Measures a sharded memory layer on 1, 2 and 4 processes, and models it on 8 to 1,024 GPUs."
+    quick = "a tiny layer on two processes, in some seconds: to try the benchmark"
 
+    def __init__(self, sizes: Sizes, rounds: int) -> None:
+        super().__init__(
+            machine() | {"cores": len(os.sched_getaffinity(0)), "threads": 1}, len(all_cases(sizes)) + rounds
+        )
+        self.sizes, self.rounds, self.prediction = sizes, rounds, predict(JOB, Hardware())
+        self.results.more = {"sizes": asdict(sizes), "rounds": rounds, "predicted": self.prediction.content()}
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = command_line("benchmarks.sharding", __doc__, "a tiny layer on two processes, to try the benchmark")
-    parser.add_argument("--rounds", type=positive, help=f"[{ROUNDS}; {FEW_ROUNDS} with --quick]")
-    args = parser.parse_args(arguments)
-    if sys.platform != "linux":
-        parser.error("received bytes are counted by Linux: run it there")
-    load_kernels()
-    rounds = args.rounds or (FEW_ROUNDS if args.quick else ROUNDS)
-    return exit_code(benchmark(QUICK if args.quick else Sizes(), rounds, args.output))
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--rounds", type=positive, help=f"[{ROUNDS}; {FEW_ROUNDS} with --quick]")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Sharding":
+        if sys.platform != "linux":
+            raise SystemExit("received bytes are counted by Linux: run it there")
+        load_kernels()
+        return cls(QUICK if args.quick else Sizes(), args.rounds or (FEW_ROUNDS if args.quick else ROUNDS))
+
+    def measure(self, session: Session) -> None:
+        measure(self.sizes, self.rounds, session)
+
+    def report(self) -> str:
+        return report(self.sizes, self.rounds, self.prediction, self.results)
+
+    def draw(self, path: Path) -> bool:
+        return draw(self.sizes, self.prediction, self.results, path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Sharding.main())

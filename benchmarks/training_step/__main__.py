@@ -1,26 +1,22 @@
-"""Measures a training step of a layer with a large table against its peers, and how it grows with the slots.
+"""A whole training step: python -m benchmarks.training_step [--quick] [--output DIR] [--threads N]"""
 
-python -m benchmarks.training_step [--quick] [--output DIR] [--threads N]
-"""
-
+import argparse
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from benchmarks.harness.machine import machine
 from benchmarks.harness.package import load_kernels
-from benchmarks.harness.processes import Local, Remote, Worker
-from benchmarks.harness.results import Results
-from benchmarks.harness.session import Session, command_line, conduct, exit_code, positive
+from benchmarks.harness.processes import Local, Remote
+from benchmarks.harness.results import Goal
+from benchmarks.harness.session import Benchmark, Session
 from benchmarks.harness.timing import Rounds
-from benchmarks.training_step import cases, worker
+from benchmarks.training_step import cases
 from benchmarks.training_step.cases import Case, Group
 from benchmarks.training_step.measure import Run
 from benchmarks.training_step.report import draw, judge, report
+from benchmarks.training_step.worker import Worker
 
 CURVE = (cases.OURS, cases.DENSE, cases.SPARSE_ADAM, cases.FBGEMM, cases.HARDWARE)
 ALL = (
@@ -41,45 +37,48 @@ def groups(quick: bool) -> tuple[Group, Group]:
     return Group(256, 64, (128, 256, 512, 1024, 2048), CURVE), Group(1024, 512, (1024,), ALL)
 
 
-def here(case: Case) -> Worker:
-    return Local(worker.Worker, case)
+def here(case: Case) -> Local:
+    return Local(Worker, case)
 
 
-def elsewhere(case: Case) -> Worker:
+def elsewhere(case: Case) -> Remote:
     # Inductor's own processes would share the processors with what is timed.
-    return Remote(worker.Worker, case, environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"})
+    return Remote(Worker, case, environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"})
 
 
-def benchmark(
-    curve: Group, main: Group, threads: int, output: Path, start: Callable[[Case], Worker], rounds: Rounds = ROUNDS
-) -> Results:
-    results = Results(machine())
-    if cases.FBGEMM in curve.names + main.names and find_spec("fbgemm_gpu") is None:
-        curve, main = (group.without(cases.FBGEMM) for group in (curve, main))
-        results.miss("all", cases.FBGEMM, "fbgemm-gpu-cpu is not installed")
+class TrainingStep(Benchmark):
+    module, name, figure, threads = "benchmarks.training_step", "training-step", "training-step.png", 0
+    about = "Measures a training step of a layer with a large table against its peers, and how it grows with the slots."
+    quick = "tiny layers in one process, not compiled, in some seconds: whether all of it runs, nothing about the goals"
 
-    def measure(session: Session) -> None:
-        Run(start, threads, rounds, session).measure((main, curve))
+    def __init__(
+        self, curve: Group, main: Group, threads: int, start: Callable[[Case], Local | Remote], rounds: Rounds = ROUNDS
+    ) -> None:
+        without = cases.FBGEMM in curve.names + main.names and find_spec("fbgemm_gpu") is None
+        self.curve, self.main_group = (group.without(cases.FBGEMM) if without else group for group in (curve, main))
+        self.worker_threads, self.start, self.rounds = threads, start, rounds
+        super().__init__(machine(), sum(len(group.cases(threads)) for group in (self.main_group, self.curve)))
+        if without:
+            self.results.miss("all", cases.FBGEMM, "fbgemm-gpu-cpu is not installed")
 
-    total = sum(len(group.cases(threads)) for group in (main, curve))
-    drawing = partial(draw, curve.width)
-    return conduct("training-step", output, results, total, measure, report, partial(judge, curve, main), drawing)
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "TrainingStep":
+        load_kernels()
+        how = (here, FEW_ROUNDS) if args.quick else (elsewhere, ROUNDS)
+        return cls(*groups(args.quick), args.threads, *how)
 
+    def measure(self, session: Session) -> None:
+        Run(self.start, self.worker_threads, self.rounds, session).measure((self.main_group, self.curve))
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    short = "tiny layers in one process, not compiled, in some seconds: whether all of it runs"
-    parser = command_line("benchmarks.training_step", __doc__, short)
-    parser.add_argument("--threads", type=positive, help=f"[{torch.get_num_threads()}; 1 with --quick]")
-    args = parser.parse_args(arguments)
-    # On a busy machine tiny layers wait for their second thread, and not for their work.
-    threads = args.threads or (1 if args.quick else torch.get_num_threads())
-    torch.set_num_threads(threads)
-    load_kernels()
-    if args.quick:
-        print("tiny layers in one process, not compiled: whether all of it runs, and nothing about the goals")
-    how = (here, FEW_ROUNDS) if args.quick else (elsewhere, ROUNDS)
-    return exit_code(benchmark(*groups(args.quick), threads, args.output, *how))
+    def judge(self) -> list[Goal]:
+        return judge(self.curve, self.main_group, self.results)
+
+    def report(self) -> str:
+        return report(self.results)
+
+    def draw(self, path: Path) -> bool:
+        return draw(self.curve.width, self.results, path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(TrainingStep.main())

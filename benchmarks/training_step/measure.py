@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.harness.layers import agreed_error
 from benchmarks.harness.machine import free_bytes
-from benchmarks.harness.processes import Worker, WorkerError
+from benchmarks.harness.processes import Local, Remote, WorkerError
 from benchmarks.harness.session import Session
 from benchmarks.harness.timing import Rounds, medians_in_turns
 from benchmarks.training_step.cases import FFN, Case, Group, fit, lineups
@@ -41,10 +41,10 @@ class Run:
     start: makes the worker of a case, without waiting for it.
     """
 
-    def __init__(self, start: Callable[[Case], Worker], threads: int, rounds: Rounds, session: Session) -> None:
+    def __init__(self, start: Callable[[Case], Local | Remote], threads: int, rounds: Rounds, session: Session) -> None:
         self._start, self._threads, self._rounds = start, threads, rounds
         self._session, self._results = session, session.results
-        self._alive: dict[Case, Worker] = {}
+        self._alive: dict[Case, Local | Remote] = {}
         self._losses: dict[tuple[int, int], float] = {}
 
     def measure(self, groups: Sequence[Group]) -> None:

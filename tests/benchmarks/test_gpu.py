@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import measure
-from benchmarks.gpu.__main__ import benchmark, main
+from benchmarks.gpu.__main__ import GpuBenchmark
 from benchmarks.gpu.goals import judge
 from benchmarks.gpu.measure import LAYER
 from benchmarks.gpu.parts import FUSED, GATHER, SCORED_SEARCH, SEARCH, SPARSE, STALE, UPDATE
@@ -67,7 +67,7 @@ def names(content, **wanted):
 
 
 def test_a_whole_run(tmp_path, capsys):
-    benchmark(Host(), PLAN, tmp_path)
+    GpuBenchmark(Host(), PLAN).run(tmp_path)
     content, printed = written(tmp_path), capsys.readouterr().out
     assert content["complete"] and not content["missing"]
     assert content["limits"]["bfloat16"]["gb_s"] > 0 and content["limits"]["bfloat16"]["gflop_s"] > 0
@@ -91,7 +91,7 @@ def test_a_contestant_that_fails_is_recorded_and_the_rest_is_measured(tmp_path, 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB.")
 
     monkeypatch.setattr(measure, "naive", naive)
-    benchmark(Host(), replace(PLAN, groups=PLAN.groups[:1]), tmp_path)
+    GpuBenchmark(Host(), replace(PLAN, groups=PLAN.groups[:1])).run(tmp_path)
     content = written(tmp_path)
     assert {(m["name"], m["reason"]) for m in content["missing"]} == {
         ("eager", "out of memory"),
@@ -111,7 +111,7 @@ def test_a_failure_between_two_rounds(tmp_path, monkeypatch):
         return measure.naive(values, slots, weights)
 
     monkeypatch.setattr(measure, "bag", bag)
-    benchmark(Host(), replace(PLAN, groups=(Group(32, 8, (12,), ()),)), tmp_path)
+    GpuBenchmark(Host(), replace(PLAN, groups=(Group(32, 8, (12,), ()),))).run(tmp_path)
     content = written(tmp_path)
     failed = {(m["name"], m["reason"]) for m in content["missing"]}
     assert ("eager, F.embedding_bag", "RuntimeError: CUDA error: an illegal memory access") in failed
@@ -120,7 +120,7 @@ def test_a_failure_between_two_rounds(tmp_path, monkeypatch):
 
 def test_who_computes_something_else_has_no_times(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "naive", lambda values, slots, weights: values[slots].sum(dim=1))
-    benchmark(Host(), replace(PLAN, groups=(Group(32, 8, (12,), ()),)), tmp_path)
+    GpuBenchmark(Host(), replace(PLAN, groups=(Group(32, 8, (12,), ()),))).run(tmp_path)
     content = written(tmp_path)
     assert names(content, kind=LAYER) == PEERS - {"eager", "Inductor"}
     assert all(m["reason"].startswith("differs from eager, F.embedding_bag by") for m in content["missing"])
@@ -129,10 +129,10 @@ def test_who_computes_something_else_has_no_times(tmp_path, monkeypatch):
 def test_what_does_not_fit_or_comes_too_late_is_skipped(tmp_path):
     device = Host()
     device.memory = 2**10
-    benchmark(device, PLAN, tmp_path)
+    GpuBenchmark(device, PLAN).run(tmp_path)
     assert {m["case"] for m in written(tmp_path)["missing"]} == {"d = 32, n = 8", "d = 64, n = 8"}
     assert not written(tmp_path)["medians"]
-    benchmark(Host(), replace(PLAN, minutes=0), tmp_path)
+    GpuBenchmark(Host(), replace(PLAN, minutes=0)).run(tmp_path)
     content = written(tmp_path)
     assert not content["medians"] and len(content["missing"]) == 4 + 4 + 1
     assert {g["reached"] for g in content["goals"]} == {"not measured"} and not any(g["met"] for g in content["goals"])
@@ -148,7 +148,7 @@ def test_ctrl_c_writes_what_was_measured(tmp_path, monkeypatch):
         return Host().seconds(call)
 
     monkeypatch.setattr(device, "seconds", seconds)
-    benchmark(device, PLAN, tmp_path)
+    GpuBenchmark(device, PLAN).run(tmp_path)
     content = written(tmp_path)
     assert not content["complete"] and content["medians"] and not content["missing"]
 
@@ -199,5 +199,5 @@ def test_goals_are_judged(ours, met):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run the benchmark")
 def test_without_a_gpu_one_line_says_so(capsys):
-    assert main(["--quick"]) == 0
+    assert GpuBenchmark.main(["--quick"]) == 0
     assert capsys.readouterr().out == "skipped: no CUDA device\n"

@@ -11,8 +11,8 @@ from torch import nn
 
 from benchmarks import compile_time, planning
 from benchmarks.harness.processes import Remote, WorkerError, ask_all, fresh_medians
-from benchmarks.harness.results import Results, at_least, at_most, judged, short
-from benchmarks.harness.session import conduct
+from benchmarks.harness.results import at_least, at_most, judged, short
+from benchmarks.harness.session import Benchmark
 from benchmarks.harness.timing import Rounds, medians_in_turns
 from tests.benchmarks.asked import Asked, figures
 
@@ -78,6 +78,19 @@ def test_medians_of_new_processes_with_empty_caches():
     assert found == [{"x": 1.0, "caches": 0}, {"x": 2.0, "caches": 0}]
 
 
+class Some(Benchmark):
+    name = "some"
+
+    def __init__(self, measure):
+        super().__init__({}, cases=1)
+        self.measure = measure
+
+    def report(self):
+        return str(self.results.medians)
+
+    of = measure = None
+
+
 def test_ctrl_c_ends_a_run_with_what_was_measured(tmp_path, capsys):
     def measure(session):
         session.results.medians.append({"x": 1})
@@ -88,7 +101,7 @@ def test_ctrl_c_ends_a_run_with_what_was_measured(tmp_path, capsys):
         session.results.medians.append({"x": 2})
 
     handler, cache = signal.getsignal(signal.SIGINT), os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    results = conduct("some", tmp_path / "new", Results({}), 1, measure, lambda results: f"{results.medians}")
+    results = Some(measure).run(tmp_path / "new")
     content = json.loads((tmp_path / "new" / "some.json").read_text())
     assert content["medians"] == [{"x": 1}] and not content["complete"] and not results.complete
     assert "interrupted after 1 medians" in capsys.readouterr().out
@@ -100,7 +113,7 @@ def test_an_error_is_raised_and_nothing_is_written(tmp_path):
         raise ValueError("wrong")
 
     with pytest.raises(ValueError, match="wrong"):
-        conduct("some", tmp_path, Results({}), 1, measure, str)
+        Some(measure).run(tmp_path)
     assert not [*tmp_path.iterdir()]
 
 
@@ -128,8 +141,8 @@ def test_planning_and_compile_time_print_their_tables(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(planning, "MODELS", {"three layers": layers})
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    for benchmark in (planning, compile_time):
-        monkeypatch.setattr(benchmark, "fresh_medians", in_this_process)
+    for file, benchmark in ((planning, planning.Planning), (compile_time, compile_time.CompileTime)):
+        monkeypatch.setattr(file, "fresh_medians", in_this_process)
         assert benchmark.main(["--quick", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "| three layers |" in printed and "| Llama, 1 layer of 256 |" in printed

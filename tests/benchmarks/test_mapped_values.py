@@ -12,7 +12,7 @@ def test_it_runs(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "folder"
     folder.mkdir()
     sizes = ["--gib", "0.001", "--directory", str(folder)]
-    assert mapped_values.main(["--quick", *sizes, "--output", str(tmp_path)]) == 0
+    assert mapped_values.Mapped.main(["--quick", *sizes, "--output", str(tmp_path)]) == 0
     content = json.loads((tmp_path / "mapped-values.json").read_text())
     assert (content["slots"], content["dim"]) == (22**2, 512)
     assert [m["tokens"] for m in content["medians"]] == [1, 3]
@@ -27,5 +27,5 @@ def test_it_runs(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("option", "value"), [("--repeats", "0"), ("--gib", "-1")])
 def test_options_that_make_no_sense(capsys, option, value):
     with pytest.raises(SystemExit):
-        mapped_values.main([option, value])
+        mapped_values.Mapped.main([option, value])
     assert f"{option}: must be" in capsys.readouterr().err

@@ -28,7 +28,7 @@ SIZES = command.QUICK
 
 @linux
 def test_a_whole_run(tmp_path, capsys):
-    assert command.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert command.Sharding.main(["--quick", "--output", str(tmp_path)]) == 0
     content, printed = json.loads((tmp_path / "sharding.json").read_text()), capsys.readouterr().out
     assert {(m["ranks"], m["by"], m["tokens"]) for m in content["medians"]} == {
         (1, "columns", 32),
@@ -61,7 +61,7 @@ def test_a_whole_run(tmp_path, capsys):
 
 def test_a_rank_that_fails_is_told(tmp_path):
     with pytest.raises(WorkerError, match=r"(?s)rank \d.*top_k"):
-        command.benchmark(Sizes(width=32, n_keys=4, heads=1, top_k=8, tokens=4, ranks=(1,)), 1, tmp_path)
+        command.Sharding(Sizes(width=32, n_keys=4, heads=1, top_k=8, tokens=4, ranks=(1,)), 1).run(tmp_path)
 
 
 def test_cases_of_both_curves():

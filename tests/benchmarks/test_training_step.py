@@ -35,7 +35,7 @@ def not_drawn(monkeypatch):
 
 
 def run(tmp_path, curve=CURVE, main=MAIN, start=command.here):
-    command.benchmark(curve, main, torch.get_num_threads(), tmp_path, start, command.FEW_ROUNDS)
+    command.TrainingStep(curve, main, torch.get_num_threads(), start, command.FEW_ROUNDS).run(tmp_path)
     return json.loads((tmp_path / "training-step.json").read_text())
 
 
@@ -166,5 +166,5 @@ def test_a_process_answers_and_its_failure_is_told():
 
 def test_a_wrong_option_is_a_clear_error(capsys):
     with pytest.raises(SystemExit):
-        command.main(["--threads", "0"])
+        command.TrainingStep.main(["--threads", "0"])
     assert "--threads: must be at least 1" in capsys.readouterr().err
