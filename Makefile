@@ -45,8 +45,9 @@ bench-gpu:
 	$(PYTHON) -m benchmarks.gpu
 
 bench-compile: $(VENV)/.test
-	$(BIN)/python benchmarks/planning.py
-	$(BIN)/python benchmarks/compile_time.py
+	$(BIN)/python -m benchmarks.import_time
+	$(BIN)/python -m benchmarks.planning
+	$(BIN)/python -m benchmarks.compile_time
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,30 +1,29 @@
-"""Planning's own cost on large models: seconds, and how much the process grew at its peak.
+"""Planning's own cost on large models: seconds, and how much the process grows at its peak.
 
-    python benchmarks/planning.py [--repeats 3] [--json FILE]
+python -m benchmarks.planning [--quick] [--output DIR] [--repeats N]
 
 Every measurement is a process of its own. A model on the meta device has shapes and no memory; planning it computes and
 allocates nothing, so what the process grows by is planning's own.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
-import resource
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import transformers
 from torch import nn
+
+from benchmarks.harness.machine import own_bytes
+from benchmarks.harness.processes import fresh_medians
+from benchmarks.harness.session import Benchmark, Session
+from benchmarks.harness.tables import table
 
 
 def llama_8b() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         num_hidden_layers=32,
         hidden_size=4096,
         intermediate_size=14336,
@@ -32,66 +31,68 @@ def llama_8b() -> nn.Module:
         num_key_value_heads=8,
         vocab_size=128256,
     )
-    return LlamaForCausalLM(config).bfloat16()
+    return transformers.LlamaForCausalLM(config).bfloat16()
 
 
 def swin() -> nn.Module:
-    from transformers import Swinv2Config, Swinv2ForImageClassification
-
-    return Swinv2ForImageClassification(Swinv2Config(embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48]))
+    config = transformers.Swinv2Config(embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48])
+    return transformers.Swinv2ForImageClassification(config)
 
 
 def vit() -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    return ViTForImageClassification(
-        ViTConfig(num_hidden_layers=48, hidden_size=1024, intermediate_size=4096, num_attention_heads=16)
+    config = transformers.ViTConfig(
+        num_hidden_layers=48, hidden_size=1024, intermediate_size=4096, num_attention_heads=16
     )
+    return transformers.ViTForImageClassification(config)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"Llama 8B": llama_8b, "Swin v2 L": swin, "ViT, 48 layers": vit}
 
 
-def measure(name: str) -> dict[str, float]:
+def plan(name: str) -> dict[str, float]:
     """Seconds and MiB of one plan in this process."""
     import memcompile
 
     with torch.device("meta"):
         warm_up, model = nn.TransformerEncoderLayer(8, 1), MODELS[name]()
     memcompile.find_ffns(warm_up)  # imports
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = own_bytes(peak=True)
     start = time.perf_counter()
     explanation = memcompile.plan(model, memory_layers=3)
     seconds = time.perf_counter() - start
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = (own_bytes(peak=True) - before) / 2**20
     modules = sum(1 for _ in model.modules())
     return {"seconds": seconds, "mib": grown, "modules": modules, "ffns": len(explanation.rows)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="processes a model; the median is shown")
-    parser.add_argument("--json", help="also write the figures to this file")
-    parser.add_argument("--measure", metavar="MODEL", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure(args.measure)))
-        return
-    if args.repeats < 1:
-        parser.error("--repeats must be at least 1")
-    print(f"torch {torch.__version__}, on the meta device, median of {args.repeats} processes\n")
-    print(f"{'model':16}{'modules':>9}{'FFNs':>6}{'plan':>9}{'memory':>11}")
-    results = {}
-    for name in MODELS:
-        command = [sys.executable, __file__, "--measure", name]
-        runs = [json.loads(subprocess.check_output(command, text=True).splitlines()[-1]) for _ in range(args.repeats)]
-        results[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        r = results[name]
-        print(f"{name:16}{r['modules']:>9.0f}{r['ffns']:>6.0f}{r['seconds']:>7.2f} s{r['mib']:>7.0f} MiB", flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+class Planning(Benchmark):
+    module, name, repeats = "benchmarks.planning", "planning", (3, 1)
+    about = "Planning's own cost on large models: seconds, and how much the process grows at its peak."
+    quick = "one model in one process"
+
+    def __init__(self, names: list[str], repeats: int) -> None:
+        super().__init__({"torch": torch.__version__, "processes": repeats}, len(names))
+        self.names = names
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Planning":
+        return cls([*MODELS][: 1 if args.quick else None], args.repeats)
+
+    def measure(self, session: Session) -> None:
+        for name in self.names:
+            session.say(name)
+            (figures,) = fresh_medians(self.results.machine["processes"], partial(plan, name))
+            self.results.medians.append({"model": name} | figures)
+            session.advance()
+
+    def report(self) -> str:
+        rows = [
+            [r["model"], f"{r['modules']:.0f}", f"{r['ffns']:.0f}", f"{r['seconds']:.2f} s", f"{r['mib']:.0f} MiB"]
+            for r in self.results.medians
+        ]
+        about = f"torch {torch.__version__}, meta device, median of {self.results.machine['processes']} processes"
+        return f"{about}\n\n{table(['model', 'modules', 'FFNs', 'plan', 'memory'], rows)}"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(Planning.main())

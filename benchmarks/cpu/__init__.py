@@ -1,1 +1,1 @@
-"""A memory layer against its peers on the CPU: `python -m benchmarks.cpu`."""
+"""A memory layer against its peers on a CPU: `python -m benchmarks.cpu`."""

@@ -1,39 +1,76 @@
-"""Who takes part in a group of cases: layers of one width and dtype, over one table."""
+"""Who takes part: memory layers, the FFNs that they replace, and a mixture of experts as large as the table."""
 
 import dataclasses
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from benchmarks.common.setting import Contestant, Setting
-from benchmarks.cpu.dense import ffn_contestants, mixture_contestants
 from benchmarks.cpu.libraries import library_contestants
-from benchmarks.cpu.memory import memory_contestants
+from benchmarks.harness.layers import (
+    OURS,
+    Contestant,
+    Setting,
+    Work,
+    bag,
+    draw,
+    gelu_ffn,
+    memory_layers,
+    naive,
+    swiglu_ffn,
+)
+from benchmarks.harness.package import compile_options, mkl_is_held_back
 
+OUR_GEMMS = "SwiGLU, our GEMMs"
+EAGER, INDUCTOR, NAIVE = "eager", "Inductor", "Inductor, naive gather"
+SAME = frozenset((OURS, EAGER, INDUCTOR, NAIVE))  # that compute the same
+HIDDEN_MULTIPLE = 32
 MOST_TOKENS = 512  # for those that take seconds for more
 
 
-@dataclass(frozen=True)
-class Group:
-    """Cases measured together: memory layers of several sizes, each in the first rows of the largest one's table."""
-
-    width: int
-    dtype: torch.dtype
-    n_keys: tuple[int, ...]  # ascending
-    tokens: tuple[int, ...]
-
-    @property
-    def largest(self) -> Setting:
-        return Setting(self.width, self.n_keys[-1], self.dtype)
-
-
-def contestants(group: Group, table: Tensor) -> list[Contestant]:
-    """All of a group. The peers are many and slow, and run beside the largest memory only; FFNs have no table."""
+def contestants(settings: list[Setting], table: Tensor) -> list[list[Contestant]]:
+    """For each setting, memory layers in the first rows of the table, and FFNs. The other peers are many and slow, and
+    take part only where the memory is as large as the table.
+    """
+    ffns = ffn_contestants(settings[-1])
     found = []
-    for n_keys in group.n_keys:
-        setting = Setting(group.width, n_keys, group.dtype)
-        found += memory_contestants(setting, table, MOST_TOKENS if setting == group.largest else None)
-    others = library_contestants(group.largest, table) + mixture_contestants(group.largest, table)
-    found += [dataclasses.replace(other, most_tokens=MOST_TOKENS) for other in others]
-    return found + ffn_contestants(group.largest)
+    for setting in settings:
+        values, largest = table[: setting.num_slots], setting == settings[-1]
+        gathers = {INDUCTOR: bag} | ({NAIVE: naive} if largest else {})
+        present = memory_layers(setting, values, {EAGER: bag}, gathers)
+        if largest:
+            present += library_contestants(setting, table) + mixture_contestants(setting, table)
+        unlimited = (OURS, EAGER, INDUCTOR)
+        present = [c if c.name in unlimited else dataclasses.replace(c, most_tokens=MOST_TOKENS) for c in present]
+        found.append(present + ffns)
+    return found
+
+
+def ffn_contestants(setting: Setting) -> list[Contestant]:
+    """On AMD, where memcompile takes its fp32 products from oneDNN, also an FFN that does: the same GEMMs for both."""
+    found = [gelu_ffn(setting), swiglu_ffn(setting, HIDDEN_MULTIPLE)]
+    if mkl_is_held_back() and setting.dtype == torch.float32:
+        found.append(swiglu_ffn(setting, HIDDEN_MULTIPLE, OUR_GEMMS, compile_options()))
+    return found
+
+
+def mixture_contestants(setting: Setting, table: Tensor) -> list[Contestant]:
+    """One top-1 mixture, or none where the table is smaller than an expert."""
+    width, hidden = setting.width, 4 * setting.width
+    num_experts = setting.num_slots * width // (2 * width * hidden)
+    if num_experts == 0:
+        return []
+    experts = table[: num_experts * 2 * hidden].view(num_experts, 2, hidden, width)
+    up, down = experts.unbind(1)  # [experts, hidden, width] each
+    router: nn.Parameter = draw(setting, num_experts, width)
+
+    def layer(x: Tensor) -> Tensor:
+        weight, expert = F.linear(x, router).float().softmax(dim=-1).max(dim=-1)  # [tokens]
+        order = expert.argsort()
+        parts = x[order].split(expert.bincount(minlength=num_experts).tolist())
+        y = torch.cat([F.gelu(part @ up[e].T) @ down[e] for e, part in enumerate(parts) if len(part)])
+        return y[order.argsort()] * weight.to(x.dtype).unsqueeze(-1)
+
+    flops = 2 * num_experts * width + 4 * width * hidden
+    work = Work(flops, num_experts * width, 1, 2 * hidden * width, num_experts)
+    return [Contestant("MoE", layer, (router,), work)]

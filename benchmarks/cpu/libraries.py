@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.common.setting import Contestant, Layer, Setting, Work, trained
+from benchmarks.harness.layers import Contestant, Layer, Setting, Work, trained
 
 
 def _with_parameters(module: nn.Module, setting: Setting) -> None:
@@ -43,7 +43,7 @@ def product_key_memory(package: ModuleType, setting: Setting, table: Tensor) -> 
     _with_parameters(module, setting)
     weights, hits = _search_weights(setting, n_keys), heads * top_k
     work = Work(2 * weights + 2 * hits * width, weights, hits, width, setting.num_slots)
-    return Contestant("product-key-memory", _batch_of_one(module), trained(module.parameters()), work, n_keys)
+    return Contestant("product-key-memory", _batch_of_one(module), trained(module.parameters()), work)
 
 
 def peer(package: ModuleType, setting: Setting, table: Tensor) -> Contestant:
@@ -66,7 +66,7 @@ def peer(package: ModuleType, setting: Setting, table: Tensor) -> Contestant:
     _with_parameters(module, setting)
     weights, hits = _search_weights(setting, m), heads * top_k
     work = Work(2 * weights + 4 * hits * width, weights, hits, 2 * width, m * m)
-    return Contestant("PEER-pytorch", _batch_of_one(module), trained(module.parameters()), work, setting.n_keys)
+    return Contestant("PEER-pytorch", _batch_of_one(module), trained(module.parameters()), work)
 
 
 _CONTESTANTS: dict[tuple[str, str], Callable[[ModuleType, Setting, Tensor], Contestant]] = {

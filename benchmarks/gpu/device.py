@@ -8,21 +8,15 @@ from typing import Any, Protocol
 
 import torch
 
+from benchmarks.harness.compare import Device
 
-class Device(Protocol):
+
+class Gpu(Device, Protocol):
     """What the benchmark asks of a device; its tests have one without a GPU."""
 
     torch_device: torch.device
 
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Of one call that finds nothing of its inputs in the caches."""
-        ...
-
     def free_bytes(self) -> int: ...
-
-    def tidy(self) -> None:
-        """Gives back the memory of what is not used any more."""
-        ...
 
     def about(self) -> dict[str, Any]: ...
 

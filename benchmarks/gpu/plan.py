@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.common.setting import Setting
+from benchmarks.harness.layers import Setting
 
 SHARE_OF_MEMORY = 0.6  # of what is free, for a table and its dense gradient
 NARROWEST = 64
@@ -17,9 +17,16 @@ class Group:
     width: int
     n_keys: int
     tokens: tuple[int, ...]  # of the forward, the most first: Inductor chooses its kernels for that
-    backward_tokens: tuple[int, ...]  # nobody trains on one token
-    parts: bool = False  # gather, search and an optimizer's update on their own, too
+    backward_tokens: tuple[int, ...]  # without one token, on which no training runs
+    parts: bool = False  # gather, search and an optimizer's update alone, too
     frozen: bool = False  # the backward without the values' gradient, too
+
+    @property
+    def cases(self) -> int:
+        return 4 * self.parts + len(self.tokens) + len(self.backward_tokens) + self.frozen
+
+    def __str__(self) -> str:
+        return f"d = {self.width}, n = {self.n_keys}"
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The benchmark of a sharded memory layer: its traffic against the formulas, and where its steps' time goes."""
+"""A memory layer whose table processes share: `python -m benchmarks.sharding`."""

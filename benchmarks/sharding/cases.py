@@ -46,7 +46,7 @@ def scaling(sizes: Sizes) -> dict[str, list[Case]]:
 
 
 def rows_case(sizes: Sizes) -> Case:
-    """By rows, beside two ranks by columns."""
+    """By rows, to compare with two ranks by columns."""
     return Case(2, "rows", sizes.tokens)
 
 

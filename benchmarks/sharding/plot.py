@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from benchmarks.sharding.cases import STRONG, WEAK, rows_case, scaling
-from benchmarks.sharding.results import Prediction, Results
-from benchmarks.sharding.split import COMMUNICATION, GATHER, OPTIMIZER, PARTS, REST, SEARCH
+from benchmarks.harness.plots import new_figure
+from benchmarks.harness.results import Results
+from benchmarks.sharding.cases import STRONG, WEAK, Sizes, rows_case, scaling
+from benchmarks.sharding.measure import Prediction
+from benchmarks.sharding.report import crowded, line_of
+from benchmarks.sharding.trainee import COMMUNICATION, GATHER, OPTIMIZER, PARTS, REST, SEARCH
 
 _OF_REPLICAS = "communication of replicas (modelled)"
 _WORK = "processor time of a rank's own thread"
@@ -24,38 +25,39 @@ _COLOURS = {
 _TITLES = {WEAK: "weak: {:,} tokens a rank", STRONG: "strong: {:,} tokens in all"}
 
 
-def draw(results: Results, path: Path) -> None:
-    figure = Figure(figsize=(13, 5.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    _measured(left, results)
-    _modelled(right, results.prediction)
+def draw(sizes: Sizes, prediction: Prediction, results: Results, path: Path) -> bool:
+    """Returns whether there was anything to draw."""
+    if not results.medians:
+        return False
+    figure, (left, right) = new_figure(2, (13, 5.6), sharey=False)
+    _measured(left, results, sizes)
+    _modelled(right, prediction)
     named = {
         name: handle for axes in (left, right) for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     order = [*_COLOURS, _WORK]
     figure.legend([named[name] for name in order], order, fontsize=10, ncols=4, loc="outside lower center")
     figure.savefig(path)
+    return True
 
 
-def _measured(axes: Axes, results: Results) -> None:
-    sizes, cores = results.sizes, results.machine["cores"]
-    curves = scaling(sizes)
+def _measured(axes: Axes, results: Results, sizes: Sizes) -> None:
+    curves, many = scaling(sizes), crowded(results, sizes)
     places: list[float] = []
     cases, labels = [], []
     for cases_of_curve in (curves[WEAK], curves[STRONG], [rows_case(sizes)]):
         start = places[-1] + 1.7 if places else 0.0
         places += [start + i for i in range(len(cases_of_curve))]
         cases += cases_of_curve
-        labels += [f"{case.ranks}{'*' * (case.ranks in results.crowded)}" for case in cases_of_curve]
-    measured = [results.lines[case] for case in cases]
+        labels += [f"{case.ranks}{'*' * (case.ranks in many)}" for case in cases_of_curve]
+    measured = [line_of(results, case) for case in cases]
     top = _stack(axes, places, {part: [line.parts[part] for line in measured] for part in PARTS})
     work = [line.work for line in measured]
     axes.plot(places, work, "D", color="black", markeredgecolor="white", markersize=9, label=_WORK)
     axes.set_xticks(places, labels)
     axes.set_ylim(0, 1.12 * top)
     axes.set_ylabel("ms a step")
-    starred = f" (* more than the {cores} cores: contention)" if results.crowded else ""
+    starred = f" (* more than the {results.machine['cores']} cores: contention)" if many else ""
     axes.set_xlabel(f"processes{starred}")
     names = [_TITLES[WEAK].format(sizes.tokens), _TITLES[STRONG].format(sizes.all_tokens), "by rows"]
     ends = [0, len(curves[WEAK]), len(curves[WEAK]) + len(curves[STRONG]), len(cases)]

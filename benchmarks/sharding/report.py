@@ -1,15 +1,14 @@
-"""The results as tables."""
+"""How the results read: tables of times, of bytes, and of what the cost model predicts for GPUs."""
 
-from benchmarks.common.tables import milliseconds, table
-from benchmarks.cpu.neighbours import QUIET
-from benchmarks.sharding.cases import STRONG, WEAK, Case, rows_case, scaling
-from benchmarks.sharding.results import Results
-from benchmarks.sharding.split import PARTS
+from benchmarks.harness.results import Results
+from benchmarks.harness.tables import milliseconds, remarks, table
+from benchmarks.sharding.cases import STRONG, WEAK, Case, Sizes, rows_case, scaling
+from benchmarks.sharding.measure import Line, Prediction
 from benchmarks.sharding.traffic import Received
+from benchmarks.sharding.trainee import PARTS
 from benchmarks.sharding.worker import WHOLE_STEP
-from memcompile.cost.report import GIB, MIB
 
-_KIB = 1024
+_KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 _TOLERANCE = 0.1  # of bytes that were measured, of the formula's
 
 
@@ -17,12 +16,22 @@ def of_processes(ranks: int) -> str:
     return f"{ranks} process{'es' * (ranks > 1)}"
 
 
-def _times(results: Results) -> str:
-    curves = scaling(results.sizes)
+def line_of(results: Results, case: Case) -> Line:
+    (line,) = results.where(ranks=case.ranks, by=case.by, tokens=case.tokens)
+    return line
+
+
+def crowded(results: Results, sizes: Sizes) -> list[int]:
+    """Numbers of processes of which not each had a core of its own."""
+    return [ranks for ranks in sizes.ranks if ranks > results.machine["cores"]]
+
+
+def _times(results: Results, sizes: Sizes) -> str:
+    curves = scaling(sizes)
     listed = [
         (f"{curve}, {of_processes(case.ranks)}", case, cases[0]) for curve, cases in curves.items() for case in cases
     ]
-    rows = rows_case(results.sizes)
+    rows = rows_case(sizes)
     listed.append((f"by rows, {of_processes(rows.ranks)}", rows, curves[WEAK][0]))
     body = [[name, *_cells(results, case, first)] for name, case, first in listed]
     header = ["by columns", "tokens a rank", "step, ms", "of one", *PARTS, "work, ms", "of one", "MiB a rank"]
@@ -30,7 +39,7 @@ def _times(results: Results) -> str:
 
 
 def _cells(results: Results, case: Case, first: Case) -> list[str]:
-    line, one = results.lines[case], results.lines[first]
+    line, one = line_of(results, case), line_of(results, first)
     all_parts = sum(line.parts.values())
     return [
         f"{case.tokens:,}",
@@ -39,14 +48,14 @@ def _cells(results: Results, case: Case, first: Case) -> list[str]:
         *(f"{line.parts[part] / all_parts:.0%}" for part in PARTS),
         milliseconds(line.work),
         f"{line.work / one.work:.2f}",
-        f"{sum(line.memory.values()) / MIB:,.1f}",
+        f"{sum(line.memory.values()) / _MIB:,.1f}",
     ]
 
 
 def _traffic(results: Results) -> str:
     body = []
-    for case, line in results.lines.items():
-        name = f"{of_processes(case.ranks)} by {case.by}, {case.tokens:,} tokens each"
+    for line in results.medians:
+        name = f"{of_processes(line.ranks)} by {line.by}, {line.tokens:,} tokens each"
         for one in line.traffic:
             counts = [one.formula_bytes, one.measured_bytes]
             what = [one.name, one.operation, *(f"{count / _KIB:,.1f}" for count in counts)]
@@ -58,7 +67,7 @@ def _traffic(results: Results) -> str:
 def _verdict(results: Results) -> str:
     """Which collectives bring what the formula says, and which do not."""
     found: dict[str, list[Received]] = {}
-    for line in results.lines.values():
+    for line in results.medians:
         for one in line.traffic:
             found.setdefault(one.operation or WHOLE_STEP, []).append(one)
     lines = []
@@ -70,44 +79,43 @@ def _verdict(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _predicted(results: Results) -> str:
+def _predicted(prediction: Prediction) -> str:
     body = []
-    for gpus, candidate in results.prediction.best.items():
+    for gpus, candidate in prediction.best.items():
         if candidate is None:
             body.append([f"{gpus:,}", "no fit", *[""] * 7])
             continue
         t = candidate.times
         seconds = (t.search, t.gather, t.layers_wire, t.step_wire, t.update, t.total)
         cells = [milliseconds(s * 1e3) for s in seconds]
-        body.append([f"{gpus:,}", f"{candidate.ranks:,}", *cells, f"{candidate.memory.total / GIB:.1f}"])
+        body.append([f"{gpus:,}", f"{candidate.ranks:,}", *cells, f"{candidate.memory.total / _GIB:.1f}"])
     header = ["GPUs", "ranks of the best group", "search, ms", "gather", "communication", "of replicas", "optimizer"]
     return table([*header, "step", "GiB a rank"], body)
 
 
-def render(results: Results) -> str:
-    """Everything."""
-    about, sizes, job = results.machine, results.sizes, results.prediction.job
+def report(sizes: Sizes, rounds: int, prediction: Prediction, results: Results) -> str:
+    about, job = results.machine, prediction.job
     parts = [
         f"{about['cpu']}, {about['capability']}, {about['cores']} cores, torch {about['torch']}, gloo on the loopback "
         f"interface, a thread a process\nd = {sizes.width}, {sizes.slots:,} slots, {sizes.heads} heads x top "
-        f"{sizes.top_k}, float32, AdamW of rows; eager; medians of {results.rounds} rounds",
-        _times(results),
-        f"{WEAK}: tokens of a rank are fixed; {STRONG}: those of all ranks. Of one: of one process; by rows, of the\n"
-        "weak one. Parts are shares of the step's time; communication lasts until all ranks have come. Work is the\n"
-        "processor time of a rank's own thread, which waiting does not add to. MiB are values and states.",
+        f"{sizes.top_k}, float32, AdamW of rows; eager; medians of {rounds} rounds"
     ]
-    if results.crowded:
-        crowded = " and ".join(map(str, results.crowded))
-        parts.append(
-            f"{crowded} processes on {about['cores']} cores: their steps measure contention, not scaling. Work hardly "
-            "depends on it; bytes and memory do not."
-        )
-    if any(line.traffic for line in results.lines.values()):
-        parts += [_traffic(results), _verdict(results)]
-    parts += [
+    if results.medians:
+        parts += [
+            _times(results, sizes),
+            f"{WEAK}: tokens of a rank are fixed; {STRONG}: those of all ranks. Of one: of one process; by rows, of "
+            "the\nweak one. Parts are shares of the step's time; communication lasts until all ranks have come. Work "
+            "is the\nprocessor time of a rank's own thread, which waiting does not add to. MiB are values and states.",
+        ]
+        if many := crowded(results, sizes):
+            parts.append(
+                f"{' and '.join(map(str, many))} processes on {about['cores']} cores: their steps measure contention, "
+                "not scaling. Work hardly depends on it; bytes and memory do not."
+            )
+        if any(line.traffic for line in results.medians):
+            parts += [_traffic(results), _verdict(results)]
+    parts.append(
         f"modelled, not measured: {job.slots:,} slots x {job.value_dim:,} in {job.dtype}, {job.layers} layers, "
-        f"{job.tokens:,} tokens a rank, memcompile.cost's hardware\n\n{_predicted(results)}"
-    ]
-    if results.share_of_others > QUIET:
-        parts.append(f"Other processes took {results.share_of_others:.0%} of the processors while steps were timed.")
-    return "\n\n".join(parts)
+        f"{job.tokens:,} tokens a rank, memcompile.cost's hardware\n\n{_predicted(prediction)}"
+    )
+    return "\n\n".join(parts + remarks(results))

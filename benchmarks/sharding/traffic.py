@@ -1,4 +1,4 @@
-"""Bytes that really came over the network, of each collective of a step, beside what the formulas say.
+"""Bytes that really came over the network, of each collective of a step, and what the formulas say.
 
 Counted by the kernel: TCP_INFO of every TCP socket of this process has the bytes of payload that came in by it. These
 are this process's alone, whatever else the machine sends meanwhile, without headers of TCP and IP; gloo's own headers
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.harness.package import Collective, backward_collectives, forward_collectives
 from benchmarks.sharding.cases import Case, Sizes
-from benchmarks.sharding.split import FUNCTIONAL
-from memcompile.cost.wire import Collective, backward_collectives, forward_collectives
 
+FUNCTIONAL = "_c10d_functional"
 _BYTES_RECEIVED = 128  # where it is in Linux's struct tcp_info, since 4.2
 _OPERATIONS = {
     "all_gather_into_tensor": "all_gather",
@@ -26,9 +26,7 @@ _OPERATIONS = {
     "all_to_all_single": "all_to_all",
     "all_reduce": "all_reduce",
 }
-
-
-_ON_THE_CPU = {"reduce_scatter": "all_to_all"}  # what runs in its place: `lowering.collectives`
+_ON_THE_CPU = {"reduce_scatter": "all_to_all"}  # what memcompile runs instead on a CPU
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def formulas(case: Case, sizes: Sizes, rank: int, element_bytes: int = 4) -> tup
 
 
 def beside(expected: tuple[Collective, ...], found: list[tuple[str, int]]) -> list[Received]:
-    """What came beside the formula of each.
+    """What came of each, with its formula.
 
     Raises:
         ValueError: other collectives than the formulas know.

@@ -1,97 +1,76 @@
 """What every process does: it builds the layers of all groups that it is in, and runs them in turns with the others."""
 
-import random
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import datetime
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from benchmarks.cpu.neighbours import Neighbours
-from benchmarks.sharding.cases import Case, Sizes, all_cases
-from benchmarks.sharding.split import Step, timed
+from benchmarks.sharding.cases import Case, Sizes
 from benchmarks.sharding.traffic import Alone, Received, beside, formulas, received_between
-from benchmarks.sharding.trainee import Trainee
+from benchmarks.sharding.trainee import Step, Trainee, timed
 
+WHOLE_STEP = "whole step"
+_TIMEOUT = datetime.timedelta(minutes=10)  # of a collective, the turns of other cases included
 _WARM_UPS = 2
 _STEPS = 3  # whose bytes are counted together
-WHOLE_STEP = "whole step"
 
 
-@dataclass
-class Told:
-    """By one rank, of the cases that it is in."""
+class Rank:
+    """One of as many gloo processes on the loopback interface as the largest case has. All are asked the same at the
+    same time; those that a case does not have answer None.
+    """
 
-    steps: dict[Case, list[Step]] = field(default_factory=dict)  # by round
-    traffic: dict[Case, list[Received]] = field(default_factory=dict)  # of each collective, and of all of a step
-    memory: dict[Case, dict[str, int]] = field(default_factory=dict)  # bytes
-    others: float = 0.0  # share of the processors that other processes took while steps were timed
+    def __init__(self, rank: int, sizes: Sizes, store: str) -> None:
+        torch.set_num_threads(1)
+        world = sizes.ranks[-1]
+        file_store = dist.FileStore(store, world)
+        dist.init_process_group("gloo", store=file_store, rank=rank, world_size=world, timeout=_TIMEOUT)
+        self._rank, self._sizes = rank, sizes
+        self._meshes = {n: DeviceMesh("cpu", torch.arange(n), mesh_dim_names=("memory",)) for n in sizes.ranks}
+        self._trainees: dict[tuple[int, str], Trainee] = {}
 
-
-def work(rank: int, sizes: Sizes, rounds: int, say: Callable[[str], None]) -> Told:
-    """Measures all cases. Called on all ranks at once, of which there are as many as the largest case has."""
-    meshes = {ranks: DeviceMesh("cpu", torch.arange(ranks), mesh_dim_names=("memory",)) for ranks in sizes.ranks}
-    cases, told = all_cases(sizes), Told()
-    trainees: dict[tuple[int, str], Trainee] = {}
-    for case in cases:
-        key = case.ranks, case.by
-        say(f"{case.ranks} by {case.by}: gets ready")
-        if rank < case.ranks:
-            if key not in trainees:
-                trainees[key] = Trainee(sizes, meshes[case.ranks], case.by)
-            _train(trainees[key], case, _WARM_UPS)
-            told.memory[case] = trainees[key].memory()
-            if case.ranks > 1:
-                told.traffic[case] = _traffic(trainees[key], case, sizes, rank, meshes[case.ranks])
+    def prepare(self, case: Case) -> tuple[dict[str, int], list[Received]] | None:
+        """Bytes of memory, and the traffic of each collective and of all of a step."""
+        found = None
+        if self._rank < case.ranks:
+            key = case.ranks, case.by
+            if key not in self._trainees:
+                self._trainees[key] = Trainee(self._sizes, self._meshes[case.ranks], case.by)
+            self._train(case, _WARM_UPS)
+            found = self._trainees[key].memory(), self._traffic(case) if case.ranks > 1 else []
         dist.barrier()
-    neighbours, shuffle = Neighbours(_everyones_seconds), random.Random(0).shuffle
-    with neighbours.watched():
-        for turn in range(rounds):
-            say(f"round {turn + 1} of {rounds}")
-            shuffle(cases)  # the same order on all ranks
-            for case in cases:
-                dist.barrier()
-                if rank < case.ranks:
-                    step = _time(trainees[case.ranks, case.by], case, meshes[case.ranks])
-                    told.steps.setdefault(case, []).append(step)
-    told.others = neighbours.share
-    return told
+        return found
 
+    def step(self, case: Case) -> Step | None:
+        """The second of two steps: other cases had the caches before."""
+        dist.barrier()
+        if self._rank >= case.ranks:
+            return None
+        trainee = self._trainees[case.ranks, case.by]
+        self._train(case, 1)
+        dist.barrier(self._meshes[case.ranks].get_group())
+        return timed(lambda: trainee.forward_backward(case.tokens), trainee.step)
 
-def _train(trainee: Trainee, case: Case, steps: int) -> None:
-    for _ in range(steps):
-        trainee.forward_backward(case.tokens)
+    def _train(self, case: Case, steps: int) -> None:
+        trainee = self._trainees[case.ranks, case.by]
+        for _ in range(steps):
+            trainee.forward_backward(case.tokens)
+            trainee.step()
+
+    def _traffic(self, case: Case) -> list[Received]:
+        """Of each collective alone, and of whole steps as they are in training."""
+        trainee, group = self._trainees[case.ranks, case.by], self._meshes[case.ranks].get_group()
+
+        def meet() -> None:
+            dist.barrier(group)
+
+        with Alone(meet) as alone:
+            trainee.forward_backward(case.tokens)
         trainee.step()
-
-
-def _time(trainee: Trainee, case: Case, mesh: DeviceMesh) -> Step:
-    """Of the second of two steps: other cases had the caches before."""
-    _train(trainee, case, 1)
-    dist.barrier(mesh.get_group())
-    return timed(lambda: trainee.forward_backward(case.tokens), trainee.step)
-
-
-def _traffic(trainee: Trainee, case: Case, sizes: Sizes, rank: int, mesh: DeviceMesh) -> list[Received]:
-    """Of each collective alone, and of whole steps as they are in training."""
-
-    def meet() -> None:
-        dist.barrier(mesh.get_group())
-
-    with Alone(meet) as alone:
-        trainee.forward_backward(case.tokens)
-    trainee.step()
-    expected = formulas(case, sizes, rank)
-    before = received_between(meet)
-    _train(trainee, case, _STEPS)
-    measured = (received_between(meet) - before) / _STEPS
-    whole = Received(WHOLE_STEP, "", sum(c.received_bytes for c in expected), measured)
-    return [*beside(expected, alone.found), whole]
-
-
-def _everyones_seconds() -> float:
-    """Of processors that all ranks have taken. A collective."""
-    seconds = torch.tensor(time.process_time(), dtype=torch.float64)
-    dist.all_reduce(seconds)
-    return seconds.item()
+        expected = formulas(case, self._sizes, self._rank)
+        before = received_between(meet)
+        self._train(case, _STEPS)
+        measured = (received_between(meet) - before) / _STEPS
+        whole = Received(WHOLE_STEP, "", sum(c.received_bytes for c in expected), measured)
+        return [*beside(expected, alone.found), whole]

@@ -1,33 +1,26 @@
-"""Measures a training step of a layer with a large table against its peers, and how it grows with the slots.
-
-python -m benchmarks.training_step [--quick] [--output DIR] [--threads N]
-"""
+"""A whole training step: python -m benchmarks.training_step [--quick] [--output DIR] [--threads N]"""
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
-from benchmarks.common.session import Stop, interruptible
-from benchmarks.common.timing import Rounds
-from benchmarks.cpu.results import machine
+from benchmarks.harness.machine import machine
+from benchmarks.harness.package import load_kernels
+from benchmarks.harness.processes import Local, Remote
+from benchmarks.harness.results import Goal
+from benchmarks.harness.session import Benchmark, Session
+from benchmarks.harness.timing import Rounds
 from benchmarks.training_step import cases
 from benchmarks.training_step.cases import Case, Group
-from benchmarks.training_step.goals import judge
-from benchmarks.training_step.measure import Contestant, Run
-from benchmarks.training_step.plot import draw
-from benchmarks.training_step.processes import Here, Process
-from benchmarks.training_step.report import render
-from benchmarks.training_step.results import Missing, Results
-from memcompile.lowering import cpu
+from benchmarks.training_step.measure import Run
+from benchmarks.training_step.report import draw, judge, report
+from benchmarks.training_step.worker import Worker
 
 CURVE = (cases.OURS, cases.DENSE, cases.SPARSE_ADAM, cases.FBGEMM, cases.HARDWARE)
 ALL = (
-    *(cases.OURS, cases.FUSED, cases.LAZY_ADAM, cases.ROW_WISE_ADAGRAD, cases.ROW_SGD),
+    *(cases.OURS, cases.LAZY_ADAM, cases.ROW_WISE_ADAGRAD, cases.ROW_SGD),
     *(cases.FBGEMM, cases.DENSE, cases.DENSE_LOOP, cases.SPARSE_ADAM),
 )
 
@@ -44,52 +37,48 @@ def groups(quick: bool) -> tuple[Group, Group]:
     return Group(256, 64, (128, 256, 512, 1024, 2048), CURVE), Group(1024, 512, (1024,), ALL)
 
 
-def benchmark(
-    curve: Group, main: Group, threads: int, output: Path, start: Callable[[Case], Contestant], rounds: Rounds = ROUNDS
-) -> Results:
-    """Measures, prints the report and writes `training-step.json` and `training-step.png` to `output`."""
-    begin, stop = time.perf_counter(), Stop()
-    output.mkdir(parents=True, exist_ok=True)
-    results = Results(machine())
-    if cases.FBGEMM in curve.names + main.names and find_spec("fbgemm_gpu") is None:
-        curve, main = (group.without(cases.FBGEMM) for group in (curve, main))
-        results.missing.append(Missing(cases.FBGEMM, main.width, "fbgemm-gpu-cpu is not installed"))
-    with interruptible(stop):
-        Run(start, (main, curve), threads, rounds, results, stop).all()
-    if stop.requested:
-        print(f"\ninterrupted after {len(results.medians)} medians: what follows is a part")
-    results.goals = judge(results, curve, main)
-    print(f"\n{render(results)}\n")
-    written = [output / "training-step.json"]
-    results.write(written[0])
-    if draw(results, curve.width, output / "training-step.png"):
-        written.append(output / "training-step.png")
-    print(f"{time.perf_counter() - begin:.0f} s; wrote {' and '.join(map(str, written))}")
-    return results
+def here(case: Case) -> Local:
+    return Local(Worker, case)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny layers in one process, to try the benchmark")
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("benchmark-results"), help="[%(default)s]")
-    parser.add_argument("--threads", type=int, help=f"[{torch.get_num_threads()}; 1 with --quick]")
-    args = parser.parse_args(arguments)
-    if args.threads is None:  # on a busy machine tiny layers wait for their second thread, and not for their work
-        args.threads = 1 if args.quick else torch.get_num_threads()
-    if args.threads < 1:
-        parser.error("--threads must be at least 1")
-    torch.set_num_threads(args.threads)
-    if not cpu.load():
-        print(
-            "memcompile's kernels could not be built (the log says why): its operators run as PyTorch's",
-            file=sys.stderr,
-        )
-    if args.quick:
-        print("tiny layers in one process, not compiled: whether all of it runs, and nothing about the goals")
-    how = (Here, FEW_ROUNDS) if args.quick else (Process, ROUNDS)
-    results = benchmark(*groups(args.quick), args.threads, args.output, *how)
-    return 0 if results.complete else 130
+def elsewhere(case: Case) -> Remote:
+    # Inductor's own processes would share the processors with what is timed.
+    return Remote(Worker, case, environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"})
+
+
+class TrainingStep(Benchmark):
+    module, name, figure, threads = "benchmarks.training_step", "training-step", "training-step.png", 0
+    about = "Measures a training step of a layer with a large table against its peers, and how it grows with the slots."
+    quick = "tiny layers in one process, not compiled, in some seconds: whether all of it runs, nothing about the goals"
+
+    def __init__(
+        self, curve: Group, main: Group, threads: int, start: Callable[[Case], Local | Remote], rounds: Rounds = ROUNDS
+    ) -> None:
+        without = cases.FBGEMM in curve.names + main.names and find_spec("fbgemm_gpu") is None
+        self.curve, self.main_group = (group.without(cases.FBGEMM) if without else group for group in (curve, main))
+        self.worker_threads, self.start, self.rounds = threads, start, rounds
+        super().__init__(machine(), sum(len(group.cases(threads)) for group in (self.main_group, self.curve)))
+        if without:
+            self.results.miss("all", cases.FBGEMM, "fbgemm-gpu-cpu is not installed")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "TrainingStep":
+        load_kernels()
+        how = (here, FEW_ROUNDS) if args.quick else (elsewhere, ROUNDS)
+        return cls(*groups(args.quick), args.threads, *how)
+
+    def measure(self, session: Session) -> None:
+        Run(self.start, self.worker_threads, self.rounds, session).measure((self.main_group, self.curve))
+
+    def judge(self) -> list[Goal]:
+        return judge(self.curve, self.main_group, self.results)
+
+    def report(self) -> str:
+        return report(self.results)
+
+    def draw(self, path: Path) -> bool:
+        return draw(self.curve.width, self.results, path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(TrainingStep.main())

@@ -1,25 +1,22 @@
-"""What is measured: one model and its optimizer at one size each, and how many of them fit in memory side by side."""
+"""What is measured: one model and its optimizer at one size each, and how many of them fit in memory together."""
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from benchmarks.common.setting import HEADS, TOP_K, Setting
+from benchmarks.harness.layers import HEADS, OURS, TOP_K, Setting
 
-OURS, FUSED = "memcompile", "memcompile, fused"
 LAZY_ADAM, ROW_WISE_ADAGRAD, ROW_SGD = (f"memcompile, {name}" for name in ("lazy_adam", "row_wise_adagrad", "row_sgd"))
 DENSE, DENSE_LOOP = "dense AdamW, fused", "dense AdamW"
 SPARSE_ADAM = "SparseAdam"
 FBGEMM = "FBGEMM, row-wise Adagrad"
-FFN = "SwiGLU FFN"  # beside everything: what all times are compared with
+FFN = "SwiGLU FFN"  # what all times are compared with
 HARDWARE = "rows read and written"
 
 # Copies of the table that a step holds: the values, their states, a dense gradient, what the optimizer allocates.
-_TABLES = {OURS: 3, FUSED: 3, LAZY_ADAM: 3, ROW_WISE_ADAGRAD: 1, ROW_SGD: 1, DENSE: 4, DENSE_LOOP: 6, SPARSE_ADAM: 3}
+_TABLES = {OURS: 3, LAZY_ADAM: 3, ROW_WISE_ADAGRAD: 1, ROW_SGD: 1, DENSE: 4, DENSE_LOOP: 6, SPARSE_ADAM: 3}
 _TABLES |= {FBGEMM: 1, HARDWARE: 3, FFN: 0}
 _PROCESS = 7e8  # bytes of PyTorch, what it compiled, and the other parameters
 _ROWS = 6  # copies of the touched rows: gathered, gradients sorted and summed, and the optimizer's
@@ -92,7 +89,7 @@ def fit(cases: Iterable[Case], free: float) -> bool:
 
 
 def lineups(cases: Iterable[Case], reference: Case, free: float) -> list[list[Case]]:
-    """Cases in order, cut where no more fit beside each other and the reference. One that does not fit is alone."""
+    """Cases in order, cut where no more fit together with the reference. One that does not fit is alone."""
     found: list[list[Case]] = []
     for case in cases:
         if found and len(found[-1]) < _SIDE_BY_SIDE and fit([reference, *found[-1], case], free):
@@ -100,12 +97,3 @@ def lineups(cases: Iterable[Case], reference: Case, free: float) -> list[list[Ca
         else:
             found.append([case])
     return found
-
-
-def free_bytes() -> float:
-    """What new processes can take: on Linux as the kernel estimates it, elsewhere half of the memory."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2

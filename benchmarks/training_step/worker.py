@@ -1,26 +1,23 @@
-"""One case in a process of its own, whose peak memory is its own: it is told what to time, and answers in JSON."""
+"""One case, which is built and timed in a process whose peak memory is its own."""
 
-import json
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common.layer import layer_parameters
-from benchmarks.cpu.timing import wake_threads
+from benchmarks.harness.layers import layer_parameters
+from benchmarks.harness.machine import own_bytes, update_rows
+from benchmarks.harness.package import advise_huge_pages
+from benchmarks.harness.timing import wake_threads
 from benchmarks.training_step.cases import FFN, HARDWARE, Case
-from benchmarks.training_step.contestants import TRAINEES, search
-from benchmarks.training_step.hardware import new_tables, update_rows
+from benchmarks.training_step.trainees import TRAINEES, search
 
 STEP, TABLE = "step", "table"
-_STATUS, _KILLED_FIRST = Path("/proc/self/status"), Path("/proc/self/oom_score_adj")
+_TABLES = 3  # that are updated where only the hardware is measured: the values and Adam's moments
 _WARM_UPS = 2
 _TURN, _MOST = 0.03, 9  # seconds and calls that are timed in a turn
 _LONG = 0.3  # seconds of a call that needs no other before it to fill the caches
@@ -39,13 +36,14 @@ class Worker:
     """Builds a case and times it; the same inputs in the same order for every contestant, each of them once."""
 
     def __init__(self, case: Case) -> None:
+        torch.set_num_threads(case.threads)
         self.case = case
-        self._before = memory("VmRSS")
+        self._before = own_bytes(peak=False)
         self._generator = torch.Generator().manual_seed(0)
         self._samples: dict[str, Callable[[], float]] = {}
         self._loss: float | None = None
         if case.name == HARDWARE:
-            self._tables = new_tables(case.setting.num_slots, case.width * 4)
+            self._tables = [_empty_table(case) for _ in range(_TABLES)]
             self._samples[TABLE] = self._update
         else:
             self._trainee = TRAINEES[case.name](case)
@@ -58,7 +56,10 @@ class Worker:
         if case.name not in (FFN, HARDWARE):
             self._trainee.age(touched)
         self._seconds = {what: min(sample() for _ in range(_WARM_UPS)) for what, sample in self._samples.items()}
-        self.facts = Facts(self._seconds, touched, self._loss)
+        self._facts = Facts(self._seconds, touched, self._loss)
+
+    def facts(self) -> Facts:
+        return self._facts
 
     def turn(self, what: str) -> float:
         """The median seconds of one call, of some that follow on each other as in training."""
@@ -69,7 +70,7 @@ class Worker:
 
     def peak(self) -> float:
         """Bytes at most, above what the process had before there was a model."""
-        return memory("VmHWM") - self._before
+        return own_bytes(peak=True) - self._before
 
     def _input(self) -> Tensor:
         return torch.randn(self.case.tokens, self.case.width, generator=self._generator)
@@ -111,37 +112,16 @@ class Worker:
         return slots[torch.randperm(count, generator=self._generator)]
 
 
+def _empty_table(case: Case) -> Tensor:
+    """In huge pages, with which a walk through page tables costs least."""
+    table = torch.empty(case.setting.num_slots, case.width * 4, dtype=torch.uint8)
+    advise_huge_pages(table)
+    return table.zero_()
+
+
 @torch.no_grad()
 def touched_rows(case: Case, x: Tensor) -> int:
     """How many rows the block reads for x [tokens, width]."""
     hidden = F.rms_norm(x, (case.width,))
     _, slots = search(hidden, layer_parameters(case.setting), case.heads, case.top_k)
     return len(slots.unique())
-
-
-def memory(field: str) -> float:
-    """Bytes of this process: VmRSS now, VmHWM at most. Elsewhere than on Linux, at most for both."""
-    if _STATUS.exists():
-        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-        return int(lines[field].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def main() -> None:
-    case = Case(**json.loads(sys.argv[1]))
-    if _KILLED_FIRST.exists():
-        _KILLED_FIRST.write_text("1000")  # where others come to need the memory, this goes, and the report says so
-    torch.set_num_threads(case.threads)
-    worker = Worker(case)
-
-    def answer(content: object) -> None:
-        print(json.dumps({"answer": content, "cpu": time.process_time()}), flush=True)
-
-    answer(asdict(worker.facts))
-    for line in sys.stdin:
-        asked = line.strip()
-        answer(worker.peak() if asked == "peak" else worker.turn(asked))
-
-
-if __name__ == "__main__":
-    main()

@@ -9,18 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.common.dense import GELU, SWIGLU
-from benchmarks.common.results import BACKWARD, FORWARD
-from benchmarks.common.setting import Setting
-from benchmarks.common.timing import Rounds, medians_in_turns
-from benchmarks.gpu import layers, measure
-from benchmarks.gpu.__main__ import benchmark, main
-from benchmarks.gpu.case import FROZEN, GATHER, LAYER, OURS, SCORED_SEARCH, SEARCH, UPDATE
+from benchmarks.gpu import measure
+from benchmarks.gpu.__main__ import GpuBenchmark
 from benchmarks.gpu.goals import judge
-from benchmarks.gpu.limits import Limits
+from benchmarks.gpu.measure import LAYER
+from benchmarks.gpu.parts import FUSED, GATHER, SCORED_SEARCH, SEARCH, SPARSE, STALE, UPDATE
 from benchmarks.gpu.plan import Group, Plan, fitting_setting, full_plan, quick_plan
-from benchmarks.gpu.results import Median, Results
-from benchmarks.gpu.update import FUSED, SPARSE
+from benchmarks.harness.layers import GELU, OURS, SWIGLU, Setting
+from benchmarks.harness.results import BACKWARD, FORWARD, FROZEN, Limits, Median, Results
+from benchmarks.harness.timing import Rounds
 
 PLAN = Plan(
     (Group(32, 8, (12, 1), (12,), parts=True, frozen=True), Group(64, 8, (12,), ())),
@@ -70,15 +67,15 @@ def names(content, **wanted):
 
 
 def test_a_whole_run(tmp_path, capsys):
-    benchmark(Host(), PLAN, tmp_path)
+    GpuBenchmark(Host(), PLAN).run(tmp_path)
     content, printed = written(tmp_path), capsys.readouterr().out
-    assert content["complete"] and not content["failures"] and not content["skipped"]
-    assert content["limits"]["copy_gb_s"] > 0 and content["limits"]["gemm_tflop_s"] > 0
+    assert content["complete"] and not content["missing"]
+    assert content["limits"]["bfloat16"]["gb_s"] > 0 and content["limits"]["bfloat16"]["gflop_s"] > 0
     assert names(content, kind=GATHER) == {OURS, "memcompile, eager", "F.embedding_bag", "Inductor, naive gather"}
     for kind in (SEARCH, SCORED_SEARCH):
         expected = {OURS, "memcompile, eager", "torch.topk + merge", "torch.topk + merge, Inductor"}
         assert names(content, kind=kind) == expected
-    assert names(content, kind=UPDATE) == {OURS, "memcompile, rows that are late", SPARSE, FUSED}
+    assert names(content, kind=UPDATE) == {OURS, STALE, SPARSE, FUSED}
     cases = [(32, 12, FORWARD), (32, 1, FORWARD), (32, 12, BACKWARD), (32, 12, FROZEN), (64, 12, FORWARD)]
     for width, tokens, direction in cases:
         assert names(content, kind=LAYER, width=width, tokens=tokens, direction=direction) == PEERS
@@ -93,10 +90,10 @@ def test_a_contestant_that_fails_is_recorded_and_the_rest_is_measured(tmp_path, 
     def naive(values, slots, weights):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB.")
 
-    monkeypatch.setattr(layers, "naive", naive)
-    benchmark(Host(), replace(PLAN, groups=PLAN.groups[:1]), tmp_path)
+    monkeypatch.setattr(measure, "naive", naive)
+    GpuBenchmark(Host(), replace(PLAN, groups=PLAN.groups[:1])).run(tmp_path)
     content = written(tmp_path)
-    assert {(f["name"], f["error"]) for f in content["failures"]} == {
+    assert {(m["name"], m["reason"]) for m in content["missing"]} == {
         ("eager", "out of memory"),
         ("Inductor", "out of memory"),
     }
@@ -111,33 +108,33 @@ def test_a_failure_between_two_rounds(tmp_path, monkeypatch):
         calls.append(1)
         if len(calls) > 7:  # two contestants are warm, with three calls each, and one was timed
             raise RuntimeError("CUDA error: an illegal memory access\nmore lines")
-        return layers.naive(values, slots, weights)
+        return measure.naive(values, slots, weights)
 
-    monkeypatch.setattr(layers, "bag", bag)
-    benchmark(Host(), replace(PLAN, groups=(Group(32, 8, (12,), ()),)), tmp_path)
+    monkeypatch.setattr(measure, "bag", bag)
+    GpuBenchmark(Host(), replace(PLAN, groups=(Group(32, 8, (12,), ()),))).run(tmp_path)
     content = written(tmp_path)
-    failed = {(f["name"], f["error"]) for f in content["failures"]}
+    failed = {(m["name"], m["reason"]) for m in content["missing"]}
     assert ("eager, F.embedding_bag", "RuntimeError: CUDA error: an illegal memory access") in failed
     assert names(content, kind=LAYER) == PEERS - {"eager, F.embedding_bag", "Inductor, F.embedding_bag"}
 
 
 def test_who_computes_something_else_has_no_times(tmp_path, monkeypatch):
-    monkeypatch.setattr(layers, "naive", lambda values, slots, weights: values[slots].sum(dim=1))
-    benchmark(Host(), replace(PLAN, groups=(Group(32, 8, (12,), ()),)), tmp_path)
+    monkeypatch.setattr(measure, "naive", lambda values, slots, weights: values[slots].sum(dim=1))
+    GpuBenchmark(Host(), replace(PLAN, groups=(Group(32, 8, (12,), ()),))).run(tmp_path)
     content = written(tmp_path)
     assert names(content, kind=LAYER) == PEERS - {"eager", "Inductor"}
-    assert all(f["error"].startswith("differs from eager, F.embedding_bag by") for f in content["failures"])
+    assert all(m["reason"].startswith("differs from eager, F.embedding_bag by") for m in content["missing"])
 
 
 def test_what_does_not_fit_or_comes_too_late_is_skipped(tmp_path):
     device = Host()
     device.memory = 2**10
-    benchmark(device, PLAN, tmp_path)
-    assert {s["case"] for s in written(tmp_path)["skipped"]} == {"d = 32, n = 8", "d = 64, n = 8"}
+    GpuBenchmark(device, PLAN).run(tmp_path)
+    assert {m["case"] for m in written(tmp_path)["missing"]} == {"d = 32, n = 8", "d = 64, n = 8"}
     assert not written(tmp_path)["medians"]
-    benchmark(Host(), replace(PLAN, minutes=0), tmp_path)
+    GpuBenchmark(Host(), replace(PLAN, minutes=0)).run(tmp_path)
     content = written(tmp_path)
-    assert not content["medians"] and len(content["skipped"]) == 4 + 4 + 1
+    assert not content["medians"] and len(content["missing"]) == 4 + 4 + 1
     assert {g["reached"] for g in content["goals"]} == {"not measured"} and not any(g["met"] for g in content["goals"])
 
 
@@ -151,9 +148,9 @@ def test_ctrl_c_writes_what_was_measured(tmp_path, monkeypatch):
         return Host().seconds(call)
 
     monkeypatch.setattr(device, "seconds", seconds)
-    benchmark(device, PLAN, tmp_path)
+    GpuBenchmark(device, PLAN).run(tmp_path)
     content = written(tmp_path)
-    assert not content["complete"] and content["medians"] and not content["failures"]
+    assert not content["complete"] and content["medians"] and not content["missing"]
 
 
 def test_the_table_is_narrowed_until_it_fits_with_its_gradient():
@@ -184,7 +181,7 @@ def median(kind, setting, name, milliseconds, direction=FORWARD, moved=0.0):
 def test_goals_are_judged(ours, met):
     plan = quick_plan()
     main_setting = Setting(plan.main.width, plan.main.n_keys, plan.dtype)
-    results = Results({}, limits=Limits(copy_gb_s=100.0, gemm_tflop_s=1.0), main=main_setting)
+    results = Results({}, limits={"bfloat16": Limits(100.0, "large copy", 1000.0, "GEMM")})
     results.medians = [
         median(LAYER, main_setting, OURS, ours),
         median(LAYER, main_setting, SWIGLU, 1.0),
@@ -195,26 +192,12 @@ def test_goals_are_judged(ours, met):
         median(SEARCH, main_setting, OURS, ours),
         median(SEARCH, main_setting, "torch.topk + merge", 0.7 * 3),
     ]
-    goals = judge(results, plan)
+    goals = judge(plan, results)
     assert [g.reached == "not measured" for g in goals] == [False, False, False, True, False, False]
     assert [g.met for g in goals if g.reached != "not measured"] == [met] * 5
 
 
-def test_turns_are_shared_out_by_the_length_of_a_call():
-    calls = []
-
-    def timed(name, seconds):
-        return lambda: calls.append(name) or seconds
-
-    rounds = Rounds(seconds=1.0, fewest=2, most=4, slow=100.0)
-    found = medians_in_turns(
-        [timed("fast", 0.1), timed("long", 3.0), timed("slow", 200.0)], [0.1, 3.0, 200.0], rounds, str
-    )
-    assert found == [0.1, 3.0, 200.0]
-    assert [calls.count(name) for name in ("fast", "long", "slow")] == [4, 1, 0]  # long ones count from the first call
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run the benchmark")
 def test_without_a_gpu_one_line_says_so(capsys):
-    assert main(["--quick"]) == 0
+    assert GpuBenchmark.main(["--quick"]) == 0
     assert capsys.readouterr().out == "skipped: no CUDA device\n"

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.harness.processes import WorkerError
+from benchmarks.harness.results import Results
 from benchmarks.sharding import __main__ as command
 from benchmarks.sharding.cases import STRONG, WEAK, Case, Sizes, all_cases, rows_case, scaling
-from benchmarks.sharding.processes import run
-from benchmarks.sharding.report import render
-from benchmarks.sharding.results import Results, lines, predict
-from benchmarks.sharding.split import COMMUNICATION, GATHER, OPTIMIZER, PARTS, REST, SEARCH, Step, split, timed
+from benchmarks.sharding.measure import line, predict
+from benchmarks.sharding.report import report
 from benchmarks.sharding.traffic import beside, formulas, received_bytes
-from benchmarks.sharding.worker import WHOLE_STEP, Told
+from benchmarks.sharding.trainee import COMMUNICATION, GATHER, OPTIMIZER, PARTS, REST, SEARCH, Step, split, timed
+from benchmarks.sharding.worker import WHOLE_STEP
 from memcompile.cost.job import Job
 from memcompile.cost.memory import memory_of
 from memcompile.cost.plot import NUMBERS_OF_GPUS
@@ -27,34 +28,40 @@ SIZES = command.QUICK
 
 @linux
 def test_a_whole_run(tmp_path, capsys):
-    assert command.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert command.Sharding.main(["--quick", "--output", str(tmp_path)]) == 0
     content, printed = json.loads((tmp_path / "sharding.json").read_text()), capsys.readouterr().out
-    assert {(m["ranks"], m["by"], m["tokens"]) for m in content["measured"]} == {
+    assert {(m["ranks"], m["by"], m["tokens"]) for m in content["medians"]} == {
         (1, "columns", 32),
         (2, "columns", 32),
         (1, "columns", 64),
         (2, "rows", 32),
     }
-    for line in content["measured"]:
-        parts = {part for part, ms in line["parts"].items() if ms > 0}
-        assert parts == set(PARTS) - ({COMMUNICATION} if line["ranks"] == 1 else set())
-        assert bool(line["traffic"]) == (line["ranks"] > 1)
-        for one in line["traffic"]:
+    for one_case in content["medians"]:
+        parts = {part for part, ms in one_case["parts"].items() if ms > 0}
+        assert parts == set(PARTS) - ({COMMUNICATION} if one_case["ranks"] == 1 else set())
+        assert bool(one_case["traffic"]) == (one_case["ranks"] > 1)
+        for one in one_case["traffic"]:
             assert one["formula_bytes"] <= one["measured_bytes"] <= one["formula_bytes"] + 2**12  # headers and barriers
         job = Job(
-            slots=SIZES.slots, value_dim=SIZES.width, gpus=line["ranks"], dtype="fp32", top_k=8, layers=1, by=line["by"]
+            slots=SIZES.slots,
+            value_dim=SIZES.width,
+            gpus=one_case["ranks"],
+            dtype="fp32",
+            top_k=8,
+            layers=1,
+            by=one_case["by"],
         )
-        modelled = memory_of(job, line["ranks"])
-        assert line["memory"]["values"] == modelled.values
-        assert 0 <= line["memory"]["states"] - modelled.states <= 1024  # the history of learning rates
+        modelled = memory_of(job, one_case["ranks"])
+        assert one_case["memory"]["values"] == modelled.values
+        assert 0 <= one_case["memory"]["states"] - modelled.states <= 1024  # the history of learning rates
     assert [best["gpus"] for best in content["predicted"]["best"]] == list(NUMBERS_OF_GPUS)
     assert all(text in printed for text in (WEAK, STRONG, WHOLE_STEP, "modelled, not measured"))
     assert (tmp_path / "sharding.png").stat().st_size > 10_000
 
 
-def test_a_rank_that_fails_is_told():
-    with pytest.raises(RuntimeError, match=r"(?s)rank \d.*top_k"):
-        run(Sizes(width=32, n_keys=4, heads=1, top_k=8, tokens=4, ranks=(1,)), 1, lambda _: None)
+def test_a_rank_that_fails_is_told(tmp_path):
+    with pytest.raises(WorkerError, match=r"(?s)rank \d.*top_k"):
+        command.Sharding(Sizes(width=32, n_keys=4, heads=1, top_k=8, tokens=4, ranks=(1,)), 1).run(tmp_path)
 
 
 def test_cases_of_both_curves():
@@ -111,24 +118,23 @@ def test_a_process_without_connections_receives_nothing():
     assert received_bytes() == before >= 0
 
 
-def told(case: Case, clocks: list[float]) -> Told:
-    steps = [Step(dict.fromkeys(PARTS, clock), clock / 2) for clock in clocks]
-    return Told(steps={case: steps}, memory={case: {"values": 1, "states": int(clocks[0] * 1e3)}})
+def steps(clocks: list[float]) -> list[Step]:
+    return [Step(dict.fromkeys(PARTS, clock), clock / 2) for clock in clocks]
 
 
 def test_medians_of_rounds_are_of_the_mean_of_ranks():
-    case = Case(2, "columns", 8)
-    (line,) = lines([told(case, [1e-3, 5e-3, 3e-3]), told(case, [3e-3, 1e-3, 7e-3])], [case]).values()
-    assert line.parts == pytest.approx(dict.fromkeys(PARTS, 3.0)) and line.milliseconds == pytest.approx(15.0)
-    assert line.work == pytest.approx(1.5) and line.memory["states"] == 3
+    rounds = [*zip(steps([1e-3, 5e-3, 3e-3]), steps([3e-3, 1e-3, 7e-3]), strict=True)]
+    found = line(Case(2, "columns", 8), rounds, [{"values": 1, "states": 1}, {"values": 1, "states": 3}], [[], []])
+    assert found.parts == pytest.approx(dict.fromkeys(PARTS, 3.0)) and found.milliseconds == pytest.approx(15.0)
+    assert found.work == pytest.approx(1.5) and found.memory["states"] == 3 and found.tokens == 8
 
 
 @pytest.mark.parametrize(("cores", "crowded"), [(4, False), (2, True)])
 def test_more_processes_than_cores_are_told(cores, crowded):
     sizes = Sizes()
-    measured = {case: next(iter(lines([told(case, [1e-3])], [case]).values())) for case in all_cases(sizes)}
-    machine = {"cpu": "a processor", "capability": "none", "cores": cores, "torch": torch.__version__}
-    results = Results(machine, sizes, 1, measured, predict(command.JOB, Hardware()), 0.5)
-    printed = render(results)
+    results = Results({"cpu": "a processor", "capability": "none", "cores": cores, "torch": torch.__version__})
+    results.medians = [line(case, [steps([1e-3])], [{"values": 1}], [[]]) for case in all_cases(sizes)]
+    results.others.available, results.others.taken = 2.0, 1.0
+    printed = report(sizes, 1, predict(command.JOB, Hardware()), results)
     assert ("their steps measure contention, not scaling" in printed) == crowded
     assert "Other processes took 50%" in printed and f"by rows, {rows_case(sizes).ranks} processes" in printed

@@ -11,16 +11,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, SparseAdam
 
 import memcompile
-from benchmarks.common.layer import layer_parameters
-from benchmarks.common.setting import Layer, fill_table
+from benchmarks.harness.layers import Block, Layer, fill_table, gated, layer_parameters
+from benchmarks.harness.package import Table, advise_huge_pages, operator
 from benchmarks.training_step import cases
 from benchmarks.training_step.cases import Case
-from memcompile.lowering import cpu
-from memcompile.lowering.register.schema import operator
-from memcompile.runtime.optim.row_optimizer import MOMENTS
-from memcompile.runtime.pool import MemoryPool, pool_of
 
-HIDDEN_MULTIPLE = 32
 LONG = 10_000  # steps
 Lookup = Callable[[Tensor, Tensor], Tensor]  # slots and weights [tokens, hits] -> [tokens, value_dim]
 
@@ -32,7 +27,7 @@ class Trainee:
     model: Layer  # x [tokens, width] -> [tokens, width]
     optimizers: tuple[Optimizer, ...]
     lookup: Lookup | None = None  # None: it has no table
-    pool: MemoryPool | None = None  # of a planned model
+    table: Table | None = None  # of a planned model
 
     def finish(self) -> None:
         """What follows on a backward."""
@@ -41,45 +36,9 @@ class Trainee:
             optimizer.zero_grad()
 
     def age(self, touched: int) -> None:
-        """Makes states those of a long training, of which each step touched so many rows at random.
-
-        Rows that were never touched have all missed the same steps and have moments of zero, which is too easy. What
-        dense optimizers do takes as long with any state.
-        """
-        if self.pool is None or self.pool.stepper is None:
-            return
-        state = self.pool.stepper.rows.state[self.pool.values]
-        state["step"] = LONG
-        if "last_step" in state:  # int32 [slots]: rows can be behind
-            missed = torch.empty(len(state["last_step"])).geometric_(touched / len(state["last_step"])) - 1
-            state["last_step"].copy_(LONG - missed.clamp(max=LONG - 1))
-        for moment in MOMENTS & state.keys():
-            fill_table(state[moment])
-            state[moment].abs_()
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        hidden = -(-8 * width // (3 * HIDDEN_MULTIPLE)) * HIDDEN_MULTIPLE
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Block(nn.Module):
-    """What is replaced, and no more of a model than makes it an FFN: attention beside it would dilute the figures."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(width)
-        self.ffn = SwiGLU(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.ffn(self.norm(x))
+        """Makes the state of the rows that of a long training, of which each step touched so many of them."""
+        if self.table is not None:
+            self.table.age(LONG, touched, fill_table)
 
 
 class PeerBlock(nn.Module):
@@ -95,9 +54,7 @@ class PeerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         p, hidden = self.p, self.norm(x)
         weights, slots = search(hidden, p, self.heads, self.top_k)
-        y = self.lookup(slots, weights)
-        y = y * F.silu(F.linear(hidden, p["gate_weight"], p["gate_bias"]))
-        return x + F.linear(y, p["out_weight"], p["out_bias"])
+        return x + gated(hidden, self.lookup(slots, weights), p)
 
 
 def search(hidden: Tensor, p: Any, heads: int, top_k: int) -> tuple[Tensor, Tensor]:
@@ -110,7 +67,7 @@ def search(hidden: Tensor, p: Any, heads: int, top_k: int) -> tuple[Tensor, Tens
 def filled_table(case: Case) -> nn.Parameter:
     """Values, the same ones for each contestant."""
     values = torch.empty(case.setting.num_slots, case.width)
-    cpu.advise_huge_pages(values)
+    advise_huge_pages(values)
     return nn.Parameter(fill(values))
 
 
@@ -125,13 +82,6 @@ def embedding(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """With `F.embedding_bag` in its place the gradient is the same, and takes as long."""
     rows = F.embedding(slots, values, sparse=True)  # [tokens, hits, value_dim]
     return torch.bmm(weights.unsqueeze(1), rows).squeeze(1)
-
-
-def planned_lookup(pool: MemoryPool, slots: Tensor, weights: Tensor) -> Tensor:
-    """What a planned model's memory layers do with their slots."""
-    if pool.values_grad == "dense":
-        return operator("weighted_gather")(pool.values, slots, weights)
-    return operator("table_gather")(pool.values, slots, weights, pool.values_grad)
 
 
 def _compiled(case: Case, model: nn.Module) -> Layer:
@@ -164,10 +114,9 @@ def ours(case: Case, values_grad: str, values_optimizer: str | None = None, fuse
         for name, parameter in model.named_parameters():
             if name.split(".")[-1] in own:
                 parameter.copy_(own[name.split(".")[-1]])
-    fill(model.memory_values)
-    pool = pool_of(model)
-    assert pool is not None
-    return Trainee(trained, (AdamW(model.parameters(), fused=fused),), partial(planned_lookup, pool), pool)
+    table = Table(model)
+    fill(table.values)
+    return Trainee(trained, (AdamW(model.parameters(), fused=fused),), table.lookup, table)
 
 
 def sparse_adam(case: Case) -> Trainee:
@@ -206,7 +155,6 @@ def fbgemm(case: Case) -> Trainee:
 TRAINEES: dict[str, Callable[[Case], Trainee]] = {
     cases.FFN: ffn,
     cases.OURS: partial(ours, values_grad="sparse"),
-    cases.FUSED: partial(ours, values_grad="fused"),
     cases.LAZY_ADAM: partial(ours, values_grad="sparse", values_optimizer="lazy_adam"),
     cases.ROW_WISE_ADAGRAD: partial(ours, values_grad="sparse", values_optimizer="row_wise_adagrad"),
     cases.ROW_SGD: partial(ours, values_grad="sparse", values_optimizer="row_sgd"),

@@ -1,4 +1,6 @@
-"""Draws how far under a machine's two roofs each contestant stays: bytes on the left, arithmetic on the right."""
+"""Figures: panels side by side, and the roofline, which shows how far each contestant is below the limits:
+bytes on the left, arithmetic on the right.
+"""
 
 import itertools
 import math
@@ -13,38 +15,45 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
 
-from benchmarks.common.results import Rate
+from benchmarks.harness.layers import OURS
+from benchmarks.harness.results import Limits, Median
+from benchmarks.harness.tables import product_unit
 
-OURS, SAME_LAYER, LIBRARY, DENSE = "#c1272d", "#e68a2e", "#2a6fb0", "#4d4d4d"
+MEMCOMPILE, SAME_LAYER, LIBRARY, DENSE = "#c1272d", "#e68a2e", "#2a6fb0", "#4d4d4d"
 Style = tuple[str, str]  # colour and marker
 
-_UNITS = {1.0: "GFLOP/s", 1e3: "TFLOP/s"}
+
+def new_figure(
+    columns: int, size: tuple[float, float], title: str = "", sharey: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure of panels side by side; `size` in inches."""
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12)
+    return figure, [*figure.subplots(1, columns, sharey=sharey, squeeze=False)[0]]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of roofs and who stands under it. Rates are drawn in GFLOP/s, or in TFLOP/s where all are large."""
+    """One pair of limits, and who is drawn under them."""
 
     title: str
-    bandwidth: float  # GB/s
-    bandwidth_name: str
-    rate: float  # GFLOP/s
-    rate_name: str
-    points: Sequence[Rate]
+    limits: Limits
+    medians: Sequence[Median]
 
 
-def _roofs(axes: Axes, panel: Panel, unit: float, left: float, right: float) -> list[Bbox]:
-    """Draws the slope of the bandwidth and the level of the GEMMs. Returns the pixels that they take."""
-    bandwidth, rate = panel.bandwidth / unit, panel.rate / unit
+def _roofs(axes: Axes, limits: Limits, unit: float, unit_name: str, left: float, right: float) -> list[Bbox]:
+    """Draws the slope of the bandwidth and the level of the products. Returns the pixels that they take."""
+    bandwidth, rate = limits.gb_s / unit, limits.gflop_s / unit
     corners = [(left, left * bandwidth), (rate / bandwidth, rate), (right, rate)]
     axes.plot(*zip(*corners, strict=True), color="black", linewidth=1.5, zorder=1)
     axes.fill_between(*zip(*corners, strict=True), 1e6, color="0.93", linewidth=0, zorder=0)
     pixels = axes.transData.transform(corners)
     slope = math.degrees(math.atan2(*(pixels[1] - pixels[0])[::-1]))
     above = {"textcoords": "offset points", "fontsize": 9, "rotation_mode": "anchor"}
-    slope_name = f"{panel.bandwidth_name}: {panel.bandwidth:.0f} GB/s"
+    slope_name = f"{limits.bandwidth}: {limits.gb_s:.0f} GB/s"
     axes.annotate(slope_name, corners[0], xytext=(4, 9), rotation=slope, **above)
-    level_name = f"{panel.rate_name}: {rate:.0f} {_UNITS[unit]}"
+    level_name = f"{limits.product}: {rate:.0f} {unit_name}"
     level = axes.annotate(level_name, corners[2], xytext=(-5, 4), ha="right", **above)
     steps = [i / 100 for i in range(101)]
     taken = [a + (b - a) * step for a, b in itertools.pairwise(pixels) for step in steps]
@@ -57,16 +66,16 @@ def _renderer(axes: Axes) -> RendererAgg:
     return canvas.get_renderer()
 
 
-def _mark(axes: Axes, rates: Iterable[Rate], unit: float, styles: Mapping[str, Style], taken: list[Bbox]) -> None:
+def _mark(axes: Axes, medians: Iterable[Median], unit: float, styles: Mapping[str, Style], taken: list[Bbox]) -> None:
     """A marker each, and its name at the nearest place that is not taken by a roof, a marker or another name."""
     renderer = _renderer(axes)
     points = []
-    for rate in rates:
-        colour, marker = styles.get(rate.name, (DENSE, "^"))
-        x, y = rate.flops / rate.bytes, rate.gflop_s / unit
+    for median in medians:
+        colour, marker = styles.get(median.name, (DENSE, "^"))
+        x, y = median.flops / median.bytes, median.gflop_s / unit
         size = 16 if marker == "*" else 8
         axes.plot(x, y, marker=marker, color=colour, markeredgecolor="white", markersize=size, zorder=3)
-        points.append((rate.name, colour, x, y))
+        points.append((median.name, colour, x, y))
     pixels = [axes.transData.transform((x, y)) for _, _, x, y in points]
     taken = taken + [Bbox.from_bounds(x - 10, y - 10, 20, 20) for x, y in pixels]
     shifts = sorted(itertools.product((1, -1), range(-90, 91, 6)), key=lambda shift: (abs(shift[1]), -shift[0]))
@@ -82,7 +91,7 @@ def _mark(axes: Axes, rates: Iterable[Rate], unit: float, styles: Mapping[str, S
                 va="center",
                 fontsize=9,
                 color=colour,
-                fontweight="bold" if name == "memcompile" else "normal",
+                fontweight="bold" if name == OURS else "normal",
                 arrowprops={**line, "relpos": (side < 0, 0.5)} if shift else None,
                 zorder=4,
             )
@@ -95,23 +104,23 @@ def _mark(axes: Axes, rates: Iterable[Rate], unit: float, styles: Mapping[str, S
             label.remove()
 
 
-def draw_roofline(panels: Sequence[Panel], title: str, styles: Mapping[str, Style], path: Path) -> None:
-    """Panels side by side.
+def draw_roofline(panels: Sequence[Panel], title: str, styles: Mapping[str, Style], path: Path) -> bool:
+    """Panels side by side, without those that are empty. Returns whether there was anything to draw.
 
     Args:
         styles: of contestants by name; the others are dense layers.
     """
-    drawn = [*itertools.chain(*(panel.points for panel in panels))]
-    unit = 1e3 if min(panel.rate for panel in panels) > 1e5 else 1.0
-    intensities = [rate.flops / rate.bytes for rate in drawn]
+    panels = [panel for panel in panels if panel.medians]
+    drawn = [*itertools.chain(*(panel.medians for panel in panels))]
+    if not drawn:
+        return False
+    unit, unit_name = product_unit(min((panel.limits for panel in panels), key=lambda limits: limits.gflop_s))
+    intensities = [median.flops / median.bytes for median in drawn]
     left, right = min(intensities) / 3, max(intensities) * 8  # room for names
-    lowest = min(rate.gflop_s for rate in drawn) / unit / 2
-    highest = max(panel.rate for panel in panels) / unit * 2
+    lowest = min(median.gflop_s for median in drawn) / unit / 2
+    highest = max(panel.limits.gflop_s for panel in panels) / unit * 2
 
-    figure = Figure(figsize=(7 * len(panels), 6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12)
-    all_axes: list[Axes] = [*figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]]
+    figure, all_axes = new_figure(len(panels), (7 * len(panels), 6), title)
     for axes, panel in zip(all_axes, panels, strict=True):
         axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(lowest, highest))
         axes.set_title(panel.title)
@@ -119,8 +128,9 @@ def draw_roofline(panels: Sequence[Panel], title: str, styles: Mapping[str, Styl
         axes.grid(which="major", color="0.88", linewidth=0.6)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    all_axes[0].set_ylabel(_UNITS[unit])
+    all_axes[0].set_ylabel(unit_name)
     figure.canvas.draw()  # lays the panels out: from here on pixels hold
     for axes, panel in zip(all_axes, panels, strict=True):
-        _mark(axes, panel.points, unit, styles, _roofs(axes, panel, unit, left, right))
+        _mark(axes, panel.medians, unit, styles, _roofs(axes, panel.limits, unit, unit_name, left, right))
     figure.savefig(path)
+    return True

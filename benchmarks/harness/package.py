@@ -1,0 +1,111 @@
+"""All that the benchmarks take from inside memcompile: where a name there changes, this file alone follows."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memcompile.cost.groups import Candidate as Candidate
+from memcompile.cost.job import Job as Job
+from memcompile.cost.report import assumptions as assumptions
+from memcompile.cost.time import Hardware as Hardware
+from memcompile.cost.wire import Collective as Collective
+from memcompile.cost.wire import backward_collectives as backward_collectives
+from memcompile.cost.wire import forward_collectives as forward_collectives
+from memcompile.lowering import cpu
+from memcompile.lowering import memory_lookup as memory_lookup
+from memcompile.lowering import operator as operator
+from memcompile.lowering.cpu.build import build as build
+from memcompile.lowering.inductor.gemm import mkl_is_held_back as mkl_is_held_back
+from memcompile.lowering.update.row_adam import moments_of
+from memcompile.runtime._torch import local_part
+from memcompile.runtime.optim.row_optimizer import MOMENTS
+from memcompile.runtime.pool import pool_of
+from memcompile.runtime.storage.mapped_values import open_values as open_values
+from memcompile.runtime.storage.values_file import write
+
+advise_huge_pages, write_values = cpu.advise_huge_pages, write
+
+
+def load_kernels() -> None:
+    """Builds the C++ kernels where this machine has none yet, and says so where that fails."""
+    if not cpu.load():
+        message = "memcompile's kernels could not be built (the log says why): its operators run as PyTorch's"
+        print(message, file=sys.stderr)
+
+
+def compile_options() -> dict[str, Any]:
+    """Options of torch.compile with which Inductor lowers memcompile's operators."""
+    from memcompile.lowering import inductor_patches  # imports Inductor, which eager workers do not need
+
+    return inductor_patches("benchmark")
+
+
+def best_by_gpus(job: Job, hardware: Hardware) -> dict[int, Candidate | None]:
+    """The best group of ranks for each number of GPUs, None where none fits."""
+    from memcompile.cost import plot  # imports matplotlib, which workers do not need
+
+    return plot.best_by_gpus(job, hardware)
+
+
+class Table:
+    """The table of a planned model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        pool = pool_of(model)
+        assert pool is not None
+        self._pool = pool
+
+    @property
+    def values(self) -> Tensor:
+        """[slots, value_dim]; of a sharded table, the part of this rank."""
+        return local_part(self._pool.values)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the optimizer of its rows keeps; nothing before the first step or with a dense gradient."""
+        stepper = self._pool.stepper
+        return {} if stepper is None else next(iter(stepper.rows.state.values()), {})
+
+    def lookup(self, slots: Tensor, weights: Tensor) -> Tensor:
+        """What the memory layers do with slots and weights [tokens, hits]."""
+        if self._pool.values_grad == "dense":
+            return operator("weighted_gather")(self._pool.values, slots, weights)
+        return operator("table_gather")(self._pool.values, slots, weights, self._pool.values_grad)
+
+    def age(self, steps: int, touched: int, fill: Callable[[Tensor], None]) -> None:
+        """Makes the state that of a training of so many steps, each of which touched so many rows at random.
+
+        Rows that were never touched have all missed the same steps and have moments of zero, which is too easy. What
+        dense optimizers do takes as long with any state.
+        """
+        if not self.state:
+            return
+        self.state["step"] = steps
+        if "last_step" in self.state:  # int32 [slots]
+            last_step: Tensor = self.state["last_step"]
+            missed = torch.empty(len(last_step)).geometric_(touched / len(last_step)) - 1
+            last_step.copy_(steps - missed.clamp(max=steps - 1))
+        for moment in MOMENTS:
+            if moment in self.state:
+                fill(self.state[moment])
+                self.state[moment].abs_()
+
+
+def adam_steps(values: Tensor) -> tuple[Callable[[Tensor, Tensor], None], Callable[[Tensor, Tensor], None]]:
+    """Two ways to step rows int64 [n] of values by gradients [n, dim]: rows that missed no step, and rows that did."""
+    moments = [torch.zeros_like(values) for _ in range(2)]
+    numbers = torch.tensor([1.0, 0.9, 0.999, 1e-3, 1.0, 1e-8], dtype=torch.float64)
+    decays = torch.full((1, 3), 0.9, dtype=torch.float64, device=values.device)
+    panels = torch.full((1, 1, 1 + moments_of(values.dtype)), 1e-3, dtype=torch.float64, device=values.device)
+
+    def current(rows: Tensor, grad: Tensor) -> None:
+        operator("row_adam")(values, None, *moments, rows, grad, None, None, None, numbers, 0)
+
+    def stale(rows: Tensor, grad: Tensor) -> None:
+        missed = torch.zeros_like(rows), decays, panels
+        operator("row_adam")(values, None, *moments, rows, grad, *missed, numbers, 0)
+
+    return current, stale

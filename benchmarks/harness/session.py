@@ -1,0 +1,163 @@
+"""A benchmark as a command: its options, Ctrl-C that ends it with what was measured so far, and what it writes."""
+
+import argparse
+import signal
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.harness.processes import environment_variables
+from benchmarks.harness.results import Goal, Results
+
+
+class Session:
+    """What a measurement reports to while it runs."""
+
+    def __init__(self, results: Results, cases: int) -> None:
+        self.results = results
+        self.interrupted = False  # what is being compiled may swallow the exception, or fail in another way
+        self._progress = tqdm(total=cases, unit="case", dynamic_ncols=True, disable=None)
+
+    def say(self, what: str) -> None:
+        self.check()
+        self._progress.set_description(what)
+
+    def advance(self, cases: int = 1) -> None:
+        self._progress.update(cases)
+
+    def check(self) -> None:
+        """Ends the run where Ctrl-C was pressed."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def miss(self, case: str, name: str, error: BaseException | str) -> None:
+        """Keeps why a contestant, or with no name a whole case, has no figures."""
+        self.check()  # a compiler may have made another error of Ctrl-C
+        self.results.miss(case, name, error)
+
+    def _interrupt(self, *_: object) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more ends it immediately
+        raise KeyboardInterrupt
+
+    def __enter__(self) -> "Session":
+        self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, frames: TracebackType | None) -> bool:
+        signal.signal(signal.SIGINT, self._handler)
+        self._progress.close()
+        return self.interrupted
+
+
+class Benchmark(ABC):
+    """What is measured, and how it reads.
+
+    Attributes:
+        module: after `python -m`.
+        about, quick: what the command and its short form do.
+        name: of the JSON file.
+        figure: its file, where it draws one.
+        threads: the default of --threads, 0 for as many as PyTorch has; None: there is no such option.
+        repeats: the defaults of --repeats, in full and in short; None: there is no such option.
+        cases: how many the measurement advances by.
+    """
+
+    module: ClassVar[str]
+    about: ClassVar[str]
+    quick: ClassVar[str]
+    name: ClassVar[str]
+    figure: ClassVar[str] = ""
+    threads: ClassVar[int | None] = None
+    repeats: ClassVar[tuple[int, int] | None] = None
+
+    def __init__(self, machine: dict[str, Any], cases: int) -> None:
+        self.results = Results(machine)
+        self.cases = cases
+
+    @classmethod
+    @abstractmethod
+    def of(cls, args: argparse.Namespace) -> "Benchmark":
+        """As the command line asks for it."""
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """Those that no other benchmark has."""
+
+    @abstractmethod
+    def measure(self, session: Session) -> None: ...
+
+    @abstractmethod
+    def report(self) -> str: ...
+
+    def judge(self) -> list[Goal]:
+        """By what was measured until the end or Ctrl-C."""
+        return []
+
+    def draw(self, path: Path) -> bool:
+        """Returns whether there was anything to draw."""
+        return False
+
+    def run(self, output: Path) -> Results:
+        """Measures, prints the report and writes the files.
+
+        Inductor's cache is this run's own: Ctrl-C can leave an empty library there, on which every later run would
+        fail.
+        """
+        begin, results = time.perf_counter(), self.results
+        output.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
+            environment_variables({"TORCHINDUCTOR_CACHE_DIR": cache}),
+            Session(results, self.cases) as session,
+        ):
+            self.measure(session)
+            results.complete = True
+        if not results.complete:
+            print(f"\ninterrupted after {len(results.medians)} medians: what follows is a part")
+        results.goals += self.judge()
+        print(f"\n{self.report()}\n")
+        written = [output / f"{self.name}.json"]
+        results.write(written[0])
+        if self.figure and self.draw(output / self.figure):
+            written.append(output / self.figure)
+        print(f"{time.perf_counter() - begin:.0f} s; wrote {' and '.join(map(str, written))}")
+        return results
+
+    @classmethod
+    def main(cls, arguments: Sequence[str] | None = None) -> int:
+        """Returns the exit code."""
+        parser = argparse.ArgumentParser(prog=f"python -m {cls.module}", description=cls.about)
+        parser.add_argument("--quick", action="store_true", help=cls.quick)
+        output = Path("benchmark-results")
+        parser.add_argument("--output", metavar="DIR", type=Path, default=output, help="[%(default)s]")
+        if cls.threads is not None:
+            threads = cls.threads or torch.get_num_threads()
+            parser.add_argument("--threads", type=positive, help=f"[{threads}; 1 with --quick]")
+        if cls.repeats is not None:
+            shown = f"samples, of which the median is shown [{cls.repeats[0]}; {cls.repeats[1]} with --quick]"
+            parser.add_argument("--repeats", type=positive, help=shown)
+        cls.add_options(parser)
+        args = parser.parse_args(arguments)
+        if cls.threads is not None:
+            # On a busy machine small layers wait for their second thread, and not for their work.
+            args.threads = args.threads or (1 if args.quick else threads)
+            torch.set_num_threads(args.threads)
+        if cls.repeats is not None:
+            args.repeats = args.repeats or cls.repeats[args.quick]
+        return 0 if cls.of(args).run(args.output).complete else 130
+
+
+def positive(text: str) -> int:
+    """For options that count something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
