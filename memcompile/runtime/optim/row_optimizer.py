@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from memcompile.errors import OptionError
 from memcompile.runtime.optim.saved_state import loaded_exactly
+from memcompile.runtime.table.rules.adamw import forget
 from memcompile.runtime.table.rules.rule import DTYPES, Options, Rule, flush_rows, new_state, require, step_rows
 from memcompile.runtime.table.touched_rows import distinct_rows
 
@@ -97,6 +98,8 @@ class RowOptimizer(Optimizer):
         state = self.state.get(parameter)
         if state and flush_rows(parameter, state, self.rule, group, rows):
             torch.autograd.graph.increment_version(parameter)
+        if state and rows is None:
+            forget(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, with every tensor in the dtype that it was saved in.

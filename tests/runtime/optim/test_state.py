@@ -66,8 +66,8 @@ def test_save_and_load_in_the_middle(name, form, sequence, at, lower):
     restored.load_state_dict(saved)
     for one, its in ((optimizer, parameter), (restored, again)):
         steps(one, its, run[at:])
-        if hasattr(one, "catch_up"):
-            one.catch_up(its)
+        if hasattr(one, "flush"):
+            one.flush(its)
     assert torch.equal(parameter, again)
     first, second = optimizer.state_dict(), restored.state_dict()
     assert first["param_groups"] == second["param_groups"]
@@ -164,8 +164,8 @@ def test_goes_on_from_pytorch(name):
     optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
     go_on(run[40:])
     steps(optimizer, ours, run[40:])
-    if hasattr(optimizer, "catch_up"):
-        optimizer.catch_up(ours)
+    if hasattr(optimizer, "flush"):
+        optimizer.flush(ours)
     assert largest_error(ours, dense) <= 1e-12
 
 
@@ -206,7 +206,7 @@ def test_memory_values_step_by_their_own_rate():
     optimizer.step()
     assert optimizer.state[values]["rates"][0, :2].tolist() == [1, pool_of(model).config.values_lr]
     assert [group["lr"] for group in optimizer.param_groups] == [0.5]
-    optimizer.catch_up(values)
+    optimizer.flush(values)
     assert (optimizer.state[values]["last_step"] == 1).all()
 
 

@@ -84,10 +84,11 @@ def bound_history(table: Tensor, state: State, rule: Rule, options: Options, sha
 
 
 def forget(state: State) -> None:
-    """Starts the history again: all rows are up to date."""
-    history = RateHistory(state["history"])
-    history.forget()
-    state["history"] = history.tensor
+    """Starts the history again, where there is one: all rows are up to date."""
+    if "history" in state:
+        history = RateHistory(state["history"])
+        history.forget()
+        state["history"] = history.tensor
 
 
 def _flush(table: Tensor, state: State, rows: Tensor, options: Options, shards: Shards | None) -> None:
