@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from memcompile.errors import OptionError
-from memcompile.runtime.optim.saved_state import loaded_exactly
+from memcompile.runtime.optimizer_state import load_exactly
+from memcompile.runtime.table.rules.adamw import forget
 from memcompile.runtime.table.rules.rule import DTYPES, Options, Rule, flush_rows, new_state, require, step_rows
 from memcompile.runtime.table.touched_rows import distinct_rows
 
@@ -97,6 +98,8 @@ class RowOptimizer(Optimizer):
         state = self.state.get(parameter)
         if state and flush_rows(parameter, state, self.rule, group, rows):
             torch.autograd.graph.increment_version(parameter)
+        if state and rows is None:
+            forget(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, with every tensor in the dtype that it was saved in.
@@ -106,7 +109,7 @@ class RowOptimizer(Optimizer):
         Raises:
             OptionError: an option that was saved is not served, or a state is of another optimizer.
         """
-        loaded_exactly(self, super().load_state_dict, state_dict)
+        load_exactly(self, super().load_state_dict, state_dict)
         for group in self.param_groups:
             self._check(group)
             for parameter in group["params"]:

@@ -90,7 +90,7 @@ def train(
     dense: bool = False,
     after_step: Callable[[Optimizer, nn.Parameter, int], None] | None = None,
 ) -> tuple[nn.Parameter, Optimizer]:
-    """The parameter after the run, and its optimizer, caught up where it can be behind."""
+    """The parameter after the run, and its optimizer, flushed where its rows can miss steps."""
     parameter = nn.Parameter(sequence.initial(dtype))
     optimizer = make(parameter)
     for step, (grad, lr) in enumerate(sequence.gradients(dtype)):
@@ -99,6 +99,6 @@ def train(
         optimizer.step()
         if after_step is not None:
             after_step(optimizer, parameter, step)
-    if hasattr(optimizer, "catch_up"):
-        optimizer.catch_up(parameter)
+    if hasattr(optimizer, "flush"):
+        optimizer.flush(parameter)
     return parameter, optimizer

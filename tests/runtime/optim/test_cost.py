@@ -1,4 +1,4 @@
-"""A step and a catch-up cost what they touch: elements that each operation reads and writes are counted, not time."""
+"""A step and a flush cost what they touch: elements that each operation reads and writes are counted, not time."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ class Elements(TorchDispatchMode):
 
 
 def counted(make, slots, touched, read=False, repeats=1):
-    """Elements of the 40th step of 20 or 40 `touched` rows, or of a catch-up of as many. Rows r and r + 40 are always
+    """Elements of the 40th step of 20 or 40 `touched` rows, or of a flush of as many. Rows r and r + 40 are always
     touched together before, so 40 rows have missed the same steps as 20."""
     parameter = nn.Parameter(torch.zeros(slots, 16))
     optimizer = make(parameter)
@@ -64,7 +64,7 @@ def counted(make, slots, touched, read=False, repeats=1):
     gradient(rows)
     with Elements() as elements:
         if read:
-            optimizer.catch_up(parameter, rows)
+            optimizer.flush(parameter, rows)
         else:
             optimizer.step()
     return elements.total

@@ -85,7 +85,7 @@ def test_bf16_moments(make):
     assert abs(state["exp_avg_sq"].double().mean() - expected) < 0.01 * expected
 
 
-def test_bf16_moments_catch_up():
+def test_bf16_moments_of_skipped_steps():
     """The same decay where the steps are skipped, and rounded once."""
     ours = nn.Parameter(torch.ones(32, 256))
     optimizer = RowAdamW([ours], state_dtype=torch.bfloat16)
@@ -94,6 +94,6 @@ def test_bf16_moments_catch_up():
     for _ in range(200):
         ours.grad = torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, 256), (32, 256))
         optimizer.step()
-    optimizer.catch_up(ours)
+    optimizer.flush(ours)
     expected = 0.001 * 0.999**200
     assert abs(optimizer.state[ours]["exp_avg_sq"].double().mean() - expected) < 0.002 * expected

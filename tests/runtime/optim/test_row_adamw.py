@@ -11,6 +11,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from memcompile.errors import OptionError
+from memcompile.lowering.update.rate_history import RateHistory
 from memcompile.runtime.optim import RowAdamW
 from tests.runtime.optim.sequences import ExactSequence, Sequence, sequences, train
 from tests.tolerance import assert_as_accurate, largest_error
@@ -56,7 +57,7 @@ def test_as_accurate_as_dense_in_fp32(sequence, betas, eps):
 @settings(max_examples=15, deadline=None)
 @given(sequences(steps=120), st.integers(0, 2**32))
 def test_rows_that_are_read_are_up_to_date(sequence, seed):
-    """Rows caught up before a read, in any step, have the dense values, and asking changes nothing later."""
+    """Rows flushed before a read, in any step, have the dense values, and a flush changes nothing later."""
     snapshots = []
     make = functools.partial(AdamW, weight_decay=sequence.weight_decay)
     theirs, _ = train(
@@ -70,11 +71,11 @@ def test_rows_that_are_read_are_up_to_date(sequence, seed):
 
     def read(optimizer, parameter, step):
         rows = torch.randint(0, sequence.slots, (2, 3), generator=generator).int()
-        optimizer.catch_up(parameter, rows)
+        optimizer.flush(parameter, rows)
         rows = rows.long()
         assert largest_error(parameter[rows], snapshots[step][rows]) <= 1e-10
         if step % 41 == 40:
-            optimizer.catch_up(parameter)
+            optimizer.flush(parameter)
             assert largest_error(parameter, snapshots[step]) <= 1e-10
 
     ours, _ = train(
@@ -95,7 +96,7 @@ def test_a_row_untouched_for_long():
         dense.grad = ours.grad.to_dense()
         row.step()
         full.step()
-    row.catch_up(ours, torch.tensor([1]))
+    row.flush(ours, torch.tensor([1]))
     assert largest_error(ours, dense) <= 1e-12
 
 
@@ -114,7 +115,7 @@ def test_dense_gradients_touch_all_rows():
 
 
 def test_one_cycle_changes_the_betas_too():
-    """OneCycleLR cycles beta1 with the learning rate: a row catches up with the betas that each step had."""
+    """OneCycleLR cycles beta1 with the learning rate: a row makes up for a step with the betas that it had."""
     sequence = Sequence(3, 200, 20, 4, "constant", 0.01)
     results = []
     for make, dense in ((RowAdamW, False), (AdamW, True)):
@@ -127,7 +128,7 @@ def test_one_cycle_changes_the_betas_too():
             scheduler.step()
         results.append((parameter, optimizer))
     (ours, row), (dense, _) = results
-    row.catch_up(ours)
+    row.flush(ours)
     assert largest_error(ours, dense) <= 1e-10
 
 
@@ -146,18 +147,19 @@ def test_history_is_bounded():
     """A constant rate takes one entry; a new rate in every step never more than 1,024 for so small a table."""
     parameter = nn.Parameter(torch.zeros(3, 2))
     optimizer = RowAdamW([parameter])
-    state = optimizer.state[parameter]
     longest = 0
     for step in range(2500):
         if step >= 400:
             optimizer.param_groups[0]["lr"] = 1e-3 + 1e-6 * step
         parameter.grad = torch.sparse_coo_tensor(torch.tensor([[step % 2]]), torch.ones(1, 2), (3, 2))
         optimizer.step()
-        assert step >= 400 or state["changes"] == 1
-        longest = max(longest, state["changes"])
-    assert longest == 1024 and len(state["rates"]) <= 2048
-    optimizer.catch_up(parameter)
-    assert state["changes"] == 0 and len(state["rates"]) == 8
+        history = RateHistory(optimizer.state[parameter]["history"])
+        assert step >= 400 or len(history) == 1
+        longest = max(longest, len(history))
+    assert longest == 1024 and len(history.tensor) <= 2049
+    optimizer.flush(parameter)
+    history = RateHistory(optimizer.state[parameter]["history"])
+    assert len(history) == 0 and len(history.tensor) == 9 and history.step == 2500
 
 
 def test_refusals():
@@ -174,21 +176,25 @@ def test_refusals():
     ):
         with pytest.raises(OptionError, match=message):
             RowAdamW([parameter], **options)
-    optimizer = RowAdamW([parameter], lr=1.0, weight_decay=1.0)
+    with pytest.raises(OptionError, match=r"lr \* weight_decay below 1"):
+        RowAdamW([parameter], lr=1.0, weight_decay=1.0)
+    optimizer = RowAdamW([parameter], lr=1.0)
+    optimizer.param_groups[0]["weight_decay"] = 1.0  # as a scheduler may
     parameter.grad = torch.ones(3, 2)
-    with pytest.raises(ValueError, match="lr \\* weight_decay must be below 1"):
+    with pytest.raises(OptionError, match=r"weight_decay: expected lr \* weight_decay below 1"):
         optimizer.step()
+    assert not optimizer.state and torch.equal(parameter, torch.zeros(3, 2))
     with pytest.raises(ValueError, match="not in this optimizer"):
-        optimizer.catch_up(nn.Parameter(torch.zeros(3, 2)))
+        optimizer.flush(nn.Parameter(torch.zeros(3, 2)))
     optimizer.param_groups[0]["weight_decay"] = 0.1
     optimizer.step()
     with pytest.raises(IndexError, match="rows 1 to 3 of a table of 3"):
-        optimizer.catch_up(parameter, torch.tensor([1, 3]))
+        optimizer.flush(parameter, torch.tensor([1, 3]))
 
 
 def test_nothing_is_missed_before_the_first_step():
     parameter = nn.Parameter(torch.ones(3, 2))
     optimizer = RowAdamW([parameter])
-    optimizer.catch_up(parameter)
-    optimizer.catch_up(parameter, torch.tensor([0]))
+    optimizer.flush(parameter)
+    optimizer.flush(parameter, torch.tensor([0]))
     assert torch.equal(parameter, torch.ones(3, 2)) and not optimizer.state

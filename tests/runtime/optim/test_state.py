@@ -13,6 +13,7 @@ from torch.optim import SGD, Adagrad, AdamW, SparseAdam
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from memcompile.errors import OptionError
+from memcompile.lowering.update.rate_history import RateHistory
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
 from memcompile.runtime.pool import pool_of
 from tests.planned import batch, planned_gpt
@@ -66,8 +67,8 @@ def test_save_and_load_in_the_middle(name, form, sequence, at, lower):
     restored.load_state_dict(saved)
     for one, its in ((optimizer, parameter), (restored, again)):
         steps(one, its, run[at:])
-        if hasattr(one, "catch_up"):
-            one.catch_up(its)
+        if hasattr(one, "flush"):
+            one.flush(its)
     assert torch.equal(parameter, again)
     first, second = optimizer.state_dict(), restored.state_dict()
     assert first["param_groups"] == second["param_groups"]
@@ -126,7 +127,7 @@ def test_closures_hooks_and_schedulers():
         scheduler.step()
     assert seen == [[0.1, 0.01], [0.05, 0.005]]
     assert list(optimizer.state) == [parameter]
-    assert optimizer.state[parameter]["changes"] == 2
+    assert len(RateHistory(optimizer.state[parameter]["history"])) == 2
 
 
 def test_learning_rate_in_a_tensor():
@@ -164,8 +165,8 @@ def test_goes_on_from_pytorch(name):
     optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
     go_on(run[40:])
     steps(optimizer, ours, run[40:])
-    if hasattr(optimizer, "catch_up"):
-        optimizer.catch_up(ours)
+    if hasattr(optimizer, "flush"):
+        optimizer.flush(ours)
     assert largest_error(ours, dense) <= 1e-12
 
 
@@ -175,10 +176,50 @@ def test_what_was_saved_may_be_refused():
         (RowAdamW([parameter]), AdamW([parameter], amsgrad=True), "amsgrad"),
         (LazyAdam([parameter]), AdamW([parameter], amsgrad=True), "amsgrad"),
         (RowSGD([parameter]), SGD([parameter], momentum=0.9), "momentum"),
-        (RowwiseAdagrad([parameter]), Adagrad([parameter], eps=1e-8), "sum: expected one number a row"),
     ):
         with pytest.raises(OptionError, match=message):
             ours.load_state_dict(theirs.state_dict())
+
+
+def test_a_state_of_another_optimizer_is_refused():
+    parameter = nn.Parameter(torch.zeros(3, 2))
+    parameter.grad = torch.ones(3, 2)
+    saved = {}
+    for make in (SGD, RowSGD, Adagrad, RowwiseAdagrad, AdamW, RowAdamW):
+        optimizer = make([parameter], eps=1e-8) if make is Adagrad else make([parameter])
+        optimizer.step()
+        saved[make] = {"state": optimizer.state_dict()["state"]}
+    for ours, others, message in (
+        (RowAdamW([parameter]), (SGD, RowSGD, Adagrad, RowwiseAdagrad), "row_adamw: it has no exp_avg, exp_avg_sq"),
+        (LazyAdam([parameter]), (SGD, RowSGD, Adagrad, RowwiseAdagrad), "lazy_adam: it has no exp_avg, exp_avg_sq"),
+        (RowwiseAdagrad([parameter]), (RowSGD, AdamW, RowAdamW), "row_wise_adagrad: it has no sum"),
+    ):
+        for other in others:
+            state = saved[other] | {"param_groups": ours.state_dict()["param_groups"]}
+            if state["state"]:  # SGD of PyTorch has none
+                with pytest.raises(OptionError, match=f"the state is of another optimizer than {message}"):
+                    ours.load_state_dict(state)
+    wrong = copy.deepcopy(saved[RowwiseAdagrad]["state"])
+    wrong[0]["sum"] = torch.zeros(2)
+    ours = RowwiseAdagrad([parameter])
+    with pytest.raises(OptionError, match=r"sum: expected one number a row, \[3\]; got \[2\]"):
+        ours.load_state_dict({"state": wrong, "param_groups": ours.state_dict()["param_groups"]})
+
+
+def test_sums_of_elements_become_their_mean_over_a_row():
+    """The sum of a row's mean squares is the mean of its elements' sums: PyTorch's Adagrad goes on as FBGEMM's."""
+    sequence = Sequence(7, 60, 20, 5, "constant", 0.0)
+    run = list(sequence.gradients(torch.float64))
+    dense, ours = (nn.Parameter(sequence.initial(torch.float64)) for _ in range(2))
+    elementwise, by_row = Adagrad([dense], eps=1e-8, initial_accumulator_value=0.1), RowwiseAdagrad([ours])
+    by_row.param_groups[0]["initial_accumulator_value"] = 0.1
+    steps(elementwise, dense, [(gradient.to_dense(), lr) for gradient, lr in run])
+    steps(by_row, ours, run)
+    restored = RowwiseAdagrad([dense])
+    restored.load_state_dict(copy.deepcopy(elementwise.state_dict()))
+    found, expected = restored.state[dense], by_row.state[ours]
+    assert found["sum"].shape == (20,) and found["step"] == expected["step"] == 60
+    torch.testing.assert_close(found["sum"], expected["sum"], rtol=1e-12, atol=0)
 
 
 def test_scaled_gradients():
@@ -197,17 +238,18 @@ def test_scaled_gradients():
 
 
 def test_memory_values_step_by_their_own_rate():
-    """The values of a planned model learn at `values_lr`, which their history then holds; a read needs no rate."""
-    model = planned_gpt()
-    values = pool_of(model).values
-    optimizer = RowAdamW([values], lr=0.5)
-    model(*batch()).backward()
-    values.grad = values.grad.to_sparse(1)
-    optimizer.step()
-    assert optimizer.state[values]["rates"][0, :2].tolist() == [1, pool_of(model).config.values_lr]
-    assert [group["lr"] for group in optimizer.param_groups] == [0.5]
-    optimizer.catch_up(values)
-    assert (optimizer.state[values]["last_step"] == 1).all()
+    """The values of a planned model learn at `values_lr`, whatever the rate of the group that holds them."""
+    moved = []
+    for lr, options in ((0.5, {"values_lr": 1e-3}), (1e-3, {"values_lr": None})):
+        model = planned_gpt(**options)
+        values = pool_of(model).values
+        before = values.detach().clone()
+        optimizer = RowAdamW([values], lr=lr)
+        model(*batch()).backward()
+        optimizer.step()
+        moved.append(values.detach() - before)
+        assert [group["lr"] for group in optimizer.param_groups] == [lr]
+    assert moved[0].any() and torch.equal(*moved)
 
 
 def test_in_place_changes_are_seen_by_autograd():

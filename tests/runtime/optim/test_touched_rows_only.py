@@ -114,7 +114,7 @@ def test_without_weight_decay_sgd_has_no_state():
     optimizer = RowSGD([parameter])
     parameter.grad = torch.ones(3, 2).to_sparse(1)
     optimizer.step()
-    optimizer.catch_up(parameter)
+    optimizer.flush(parameter)
     assert optimizer.state[parameter] == {"step": 1}
 
 

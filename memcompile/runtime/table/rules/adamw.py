@@ -52,6 +52,8 @@ def start_misses(table: Tensor, state: State, eps: float = 0.0) -> None:
     if "last_step" not in state:
         state["last_step"] = torch.full((table.shape[0],), state["step"], dtype=torch.int32, device=table.device)
         state["history"] = RateHistory.new(state["step"], eps).tensor
+    else:
+        state["last_step"], state["history"] = state["last_step"].to(table.device), state["history"].cpu()
 
 
 def _step(table: Tensor, state: State, rows: Tensor, grad: Tensor, options: Options, shards: Shards | None) -> None:
@@ -84,10 +86,11 @@ def bound_history(table: Tensor, state: State, rule: Rule, options: Options, sha
 
 
 def forget(state: State) -> None:
-    """Starts the history again: all rows are up to date."""
-    history = RateHistory(state["history"])
-    history.forget()
-    state["history"] = history.tensor
+    """Starts the history again, where there is one: all rows are up to date."""
+    if "history" in state:
+        history = RateHistory(state["history"])
+        history.forget()
+        state["history"] = history.tensor
 
 
 def _flush(table: Tensor, state: State, rows: Tensor, options: Options, shards: Shards | None) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from memcompile.errors import OptionError
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
-from memcompile.runtime.optim.gradients import touched_rows
+from memcompile.runtime.table.touched_rows import touched_rows
 from tests.runtime.optim.sequences import Sequence, train
 from tests.tolerance import assert_as_accurate, largest_error
 
@@ -92,12 +92,12 @@ def test_real_embeddings():
     ours, theirs = RowAdamW(sparse.parameters()), torch.optim.AdamW(dense.parameters())
     for _ in range(40):
         words = torch.randint(0, 50, (2, 6))
-        ours.catch_up(sparse.weight, words)
+        ours.flush(sparse.weight, words)
         for table, optimizer in ((sparse, ours), (dense, theirs)):
             optimizer.zero_grad()
             table(words).square().sum().backward()
             optimizer.step()
-    ours.catch_up(sparse.weight)
+    ours.flush(sparse.weight)
     assert largest_error(sparse.weight, dense.weight) <= 1e-12
 
 

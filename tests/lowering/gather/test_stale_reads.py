@@ -48,7 +48,7 @@ def test_reads(name, schedule):
         twin = torch.nn.Parameter(parameter.detach().clone())
         other = copy.deepcopy(optimizer)
         other.param_groups[0]["params"], other.state = [twin], {twin: copy.deepcopy(optimizer.state[parameter])}
-        other.catch_up(twin, slots)
+        other.flush(twin, slots)
         rows = twin.detach()[slots.long()].double()
         assert gathered.dtype is dtype and dots.dtype is torch.float32
         close(gathered, weights.double().unsqueeze(1), rows, dtype)
