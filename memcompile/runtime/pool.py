@@ -75,6 +75,11 @@ class MemoryPool:
         return copied
 
     @property
+    def root(self) -> nn.Module:
+        """The module that holds the table."""
+        return self.owner
+
+    @property
     def adds(self) -> bool:
         """Whether the FFNs stay and the memory is added to their outputs."""
         return self.config.placement == "add"

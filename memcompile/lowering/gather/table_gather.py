@@ -20,6 +20,8 @@ hold these operators whole, and `merge_scatters` sums those of the layers that s
 derivative.
 """
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,9 +37,23 @@ from memcompile.lowering.update.rate_history import RateHistory
 
 RowState = Sequence[Tensor]
 
+# Between the rows of a table and their state there is no step and no flush of another thread.
+TABLE_LOCK = threading.RLock()
+
+
+def _alone(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Tensor:
+        with TABLE_LOCK:
+            return kernel(*args)
+
+    return run
+
+
 _HITS_A_ROW = 4  # from which a copy of a table is cheaper than to correct each hit
 
 
+@_alone
 def _gather(values: Tensor, slots: Tensor, weights: Tensor, row_state: RowState, gradient: str) -> Tensor:
     values, stale = _stale(values, slots, row_state)
     if stale is None:
@@ -52,6 +68,7 @@ def _gather_fake(values: Tensor, slots: Tensor, weights: Tensor, row_state: RowS
     return values.new_empty(slots.shape[0], values.shape[1])
 
 
+@_alone
 def _dot(values: Tensor, slots: Tensor, grad: Tensor, row_state: RowState) -> Tensor:
     values, stale = _stale(values, slots, row_state)
     if stale is not None and stale.moments is not None:
@@ -87,16 +104,22 @@ def _stale(values: Tensor, slots: Tensor, row_state: RowState) -> tuple[Tensor, 
     """The table to read, and what the rows of these slots [tokens, hits] have missed; None where that is nothing."""
     if not row_state or row_state[1].numel() == 0:
         return values, None
-    history, last_step = RateHistory(row_state[0]), row_state[1]
-    if values.dtype is torch.float16 or (
-        slots.numel() >= _HITS_A_ROW * values.shape[0] and values.dtype is not torch.bfloat16  # it would be rounded
-    ):
+    history, last_step, moment = RateHistory(row_state[0]), row_state[1], row_state[2]
+    is_cast = values.dtype is torch.float16 or (moment.numel() > 0 and moment.dtype not in _moment_dtypes(values))
+    # A copy of bf16 would be rounded.
+    is_small = slots.numel() >= _HITS_A_ROW * values.shape[0] and values.dtype is not torch.bfloat16
+    if is_cast or is_small:
         return current_table(values, row_state), None
     last = last_step.index_select(0, slots.reshape(-1)).view(slots.shape)
     if not bool((last != history.step).any()):
         return values, None
     moments = (row_state[2], row_state[3]) if row_state[2].numel() else None
     return values, _Stale(history, last, moments)
+
+
+def _moment_dtypes(values: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes of moments beside these values; others are of values that were cast since their last step."""
+    return (torch.float64,) if values.dtype is torch.float64 else (torch.float32, torch.bfloat16)
 
 
 def current_table(values: Tensor, row_state: RowState) -> Tensor:
@@ -112,6 +135,7 @@ def current_table(values: Tensor, row_state: RowState) -> Tensor:
     else:
         own = torch.arange(len(rows), device=rows.device).unsqueeze(1)  # a hit a row, of weight 1
         of_rows = [moment[rows] for moment in moments]
+        of_rows = [moment if moment.dtype in _moment_dtypes(some) else moment.to(some.dtype) for moment in of_rows]
         ones = torch.ones_like(own, dtype=some.dtype)
         current = operator("stale_gather")(some, *of_rows, own, ones, *stale.missed(some))
     return values.index_copy(0, rows, current.to(values.dtype))

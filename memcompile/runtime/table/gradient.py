@@ -36,6 +36,9 @@ def watch_gradient(table: ValueTable) -> None:
 def _added_up(table: ValueTable, part: Tensor) -> None:
     grad = part.grad
     assert grad is not None
+    if part is not table.part:  # other values that were read in the place of the table's, inside `functional_call`
+        part.grad = sum_of_rows(grad) if grad.is_sparse else grad
+        return
     if table.sharded is not None:  # a part, whose gradient joins that of the whole
         part.grad, before = None, table.grad
         grad = grad if before is None else before + grad if before.is_sparse else before.add_(grad)

@@ -14,6 +14,7 @@ from memcompile.common.sites import VALUES_NAME
 from memcompile.config import MemoryConfig
 from memcompile.lowering.distributed.sharded_table import Shards
 from memcompile.lowering.gather.hits import sum_dtype
+from memcompile.lowering.gather.table_gather import TABLE_LOCK
 from memcompile.runtime._torch import at_once, local_part
 from memcompile.runtime.table.gradient import watch_gradient
 from memcompile.runtime.table.row_state import HeldRowState, row_state_arguments
@@ -55,6 +56,7 @@ class ValueTable:
         self._state: State | None = None
         self._rule, self._options = ADAMW, ADAMW.defaults
         self._stepped: nn.Parameter | None = None  # what the state is of
+        self._dtype = torch.float32  # of the values when they were stepped last
         self._shown = ShownState()
         self._optimizer: weakref.finalize | None = None
         self._row_state = HeldRowState(self)
@@ -111,7 +113,16 @@ class ValueTable:
         if self._state is None and self._stepped is not self.part:
             self._stepped = self.part
             self._row_state.put(self._no_row_state())
+        elif self._state is not None and self._moved_or_cast():
+            self._rule.start(_local(self.part), self._state, self._options)
+            self._dtype = self.part.dtype
+            self._put_row_state()
         watch_gradient(self)
+
+    def _moved_or_cast(self) -> bool:
+        """Whether the values are of another device or dtype than their state, since their last step."""
+        row_state = self._row_state.get()
+        return bool(row_state) and (row_state[1].device, self._dtype) != (self.part.device, self.part.dtype)
 
     def layers(self) -> Iterator[nn.Module]:
         """The memory layers that read the table."""
@@ -130,6 +141,10 @@ class ValueTable:
         """Makes all rows do, in place, what they have missed. Who reads the table with its state reads the same numbers
         before and after: autograd need not know, and a backward whose forward came before goes on.
         """
+        with TABLE_LOCK:
+            self._flush()
+
+    def _flush(self) -> None:
         if self._stepped is None or self._state is None or "last_step" not in self._state:
             return
         table = _local(self._stepped)
@@ -150,8 +165,11 @@ class ValueTable:
         optimizer that holds them.
         """
         grad = self.grad
-        if grad is None or not _unscaled(optimizer, grad):
-            return
+        if grad is not None and _unscaled(optimizer, grad):
+            with TABLE_LOCK:
+                self._step(optimizer, rule, options, grad)
+
+    def _step(self, optimizer: Optimizer, rule: Rule, options: Options, grad: Tensor) -> None:
         self._go_on(optimizer, rule, options)
         assert self._state is not None
         table = _local(self.part)
@@ -174,6 +192,7 @@ class ValueTable:
             self._follow(optimizer)
         assert self._state is not None
         self._stepped, self._rule, self._options = self.part, rule, options
+        self._dtype = self.part.dtype
         rule.start(_local(self.part), self._state, options)  # moves the state with values that were moved or cast
 
     def _follow(self, optimizer: Optimizer) -> None:
