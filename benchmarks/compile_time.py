@@ -6,19 +6,17 @@ Every measurement is a process of its own with empty compile caches; the two bac
 """
 
 import argparse
-import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import transformers
 from torch import nn
 
-from benchmarks.harness.processes import fresh_medians
-from benchmarks.harness.session import Benchmark, Session
-from benchmarks.harness.tables import table
+import memcompile
+from benchmarks.harness.session import FreshProcesses
 
 TOKENS, VOCABULARY, THREADS = 64, 1024, 2
 
@@ -46,15 +44,14 @@ def bert(layers: int) -> nn.Module:
     return transformers.BertForMaskedLM(config)
 
 
-Model = tuple[str, Callable[[int], nn.Module], int]  # and its layers
-MODELS: list[Model] = [("Llama, 12 layers of 256", llama, 12), ("BERT, 6 layers of 384", bert, 6)]
-QUICK: list[Model] = [("Llama, 1 layer of 256", llama, 1)]
+Model = tuple[Callable[[int], nn.Module], int]  # and its layers
+MODELS: dict[str, Model] = {"Llama, 12 layers of 256": (llama, 12), "BERT, 6 layers of 384": (bert, 6)}
+QUICK: dict[str, Model] = {"Llama, 1 layer of 256": (llama, 1)}
+BACKENDS = "inductor", "memcompile"
 
 
 def cold(build: Callable[[int], nn.Module], layers: int, backend: str) -> dict[str, float]:
     """Seconds of one cold compilation in this process: the plan, then the first forward and backward."""
-    import memcompile
-
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     model = build(layers)
@@ -70,38 +67,25 @@ def cold(build: Callable[[int], nn.Module], layers: int, backend: str) -> dict[s
     return {"plan": planned - start, "total": end - start}
 
 
-class CompileTime(Benchmark):
-    module, name, repeats = "benchmarks.compile_time", "compile-time", (3, 1)
+class CompileTime(FreshProcesses):
+    module, name = "benchmarks.compile_time", "compile-time"
     about = "Cold compile time of memcompile and of plain Inductor, forward and backward, and planning's share."
     quick = "one small model, once with each backend"
-
-    def __init__(self, models: Sequence[Model], repeats: int) -> None:
-        super().__init__({"torch": torch.__version__, "threads": THREADS, "processes": repeats}, len(models))
-        self.models = models
+    header = "model", "Inductor", "memcompile", "ratio", "of which plan", "plan / Inductor"
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "CompileTime":
-        return cls(QUICK if args.quick else MODELS, args.repeats)
+        models = QUICK if args.quick else MODELS
+        return cls(
+            {name: [partial(cold, *model, backend) for backend in BACKENDS] for name, model in models.items()},
+            args.repeats,
+        )
 
-    def measure(self, session: Session) -> None:
-        for name, build, layers in self.models:
-            session.say(name)
-            backends = [partial(cold, build, layers, backend) for backend in ("inductor", "memcompile")]
-            inductor, ours = fresh_medians(self.results.machine["processes"], *backends)
-            figures = {"inductor": inductor["total"], "memcompile": ours["total"], "plan": ours["plan"]}
-            self.results.medians.append({"model": name} | figures)
-            session.advance()
-
-    def report(self) -> str:
-        rows = []
-        for r in self.results.medians:
-            inductor, total, plan = r["inductor"], r["memcompile"], r["plan"]
-            seconds = f"{inductor:.1f} s", f"{total:.1f} s", f"{total / inductor:.2f}", f"{plan:.2f} s"
-            rows.append([r["model"], *seconds, f"{plan / inductor:.1%}"])
-        processes = self.results.machine["processes"]
-        about = f"torch {torch.__version__}, {platform.machine()}, {THREADS} threads, median of {processes} processes"
-        header = ["model", "Inductor", "memcompile", "ratio", "of which plan", "plan / Inductor"]
-        return f"{about}\n\n{table(header, rows)}"
+    def row(self, *figures: dict[str, float]) -> list[str]:
+        inductor, ours = (r["total"] for r in figures)
+        plan = figures[1]["plan"]
+        seconds = f"{inductor:.1f} s", f"{ours:.1f} s", f"{ours / inductor:.2f}", f"{plan:.2f} s"
+        return [*seconds, f"{plan / inductor:.1%}"]
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ import torch
 import transformers
 from torch import nn
 
+import memcompile
 from benchmarks.harness.machine import own_bytes
-from benchmarks.harness.processes import fresh_medians
-from benchmarks.harness.session import Benchmark, Session
-from benchmarks.harness.tables import table
+from benchmarks.harness.session import FreshProcesses
 
 
 def llama_8b() -> nn.Module:
@@ -51,8 +50,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"Llama 8B": llama_8b, "Swin v2 L":
 
 def plan(name: str) -> dict[str, float]:
     """Seconds and MiB of one plan in this process."""
-    import memcompile
-
     with torch.device("meta"):
         warm_up, model = nn.TransformerEncoderLayer(8, 1), MODELS[name]()
     memcompile.find_ffns(warm_up)  # imports
@@ -65,33 +62,20 @@ def plan(name: str) -> dict[str, float]:
     return {"seconds": seconds, "mib": grown, "modules": modules, "ffns": len(explanation.rows)}
 
 
-class Planning(Benchmark):
-    module, name, repeats = "benchmarks.planning", "planning", (3, 1)
+class Planning(FreshProcesses):
+    module, name = "benchmarks.planning", "planning"
     about = "Planning's own cost on large models: seconds, and how much the process grows at its peak."
     quick = "one model in one process"
-
-    def __init__(self, names: list[str], repeats: int) -> None:
-        super().__init__({"torch": torch.__version__, "processes": repeats}, len(names))
-        self.names = names
+    header = "model", "modules", "FFNs", "plan", "memory"
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Planning":
-        return cls([*MODELS][: 1 if args.quick else None], args.repeats)
+        names = [*MODELS][: 1 if args.quick else None]
+        return cls({name: [partial(plan, name)] for name in names}, args.repeats)
 
-    def measure(self, session: Session) -> None:
-        for name in self.names:
-            session.say(name)
-            (figures,) = fresh_medians(self.results.machine["processes"], partial(plan, name))
-            self.results.medians.append({"model": name} | figures)
-            session.advance()
-
-    def report(self) -> str:
-        rows = [
-            [r["model"], f"{r['modules']:.0f}", f"{r['ffns']:.0f}", f"{r['seconds']:.2f} s", f"{r['mib']:.0f} MiB"]
-            for r in self.results.medians
-        ]
-        about = f"torch {torch.__version__}, meta device, median of {self.results.machine['processes']} processes"
-        return f"{about}\n\n{table(['model', 'modules', 'FFNs', 'plan', 'memory'], rows)}"
+    def row(self, *figures: dict[str, float]) -> list[str]:
+        (r,) = figures
+        return [f"{r['modules']:.0f}", f"{r['ffns']:.0f}", f"{r['seconds']:.2f} s", f"{r['mib']:.0f} MiB"]
 
 
 if __name__ == "__main__":

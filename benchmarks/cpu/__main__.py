@@ -6,24 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
 
-from benchmarks.cpu.contestants import EAGER, INDUCTOR, NAIVE, SAME, contestants
-from benchmarks.cpu.goals import gather_goal, layer_goals, search_goal
+from benchmarks.cpu.contestants import EAGER, INDUCTOR, NAIVE, OUR_GEMMS, SAME, contestants
 from benchmarks.harness import tables
 from benchmarks.harness.compare import Comparison, layer_case
-from benchmarks.harness.layers import OURS, Setting, fill_table
-from benchmarks.harness.machine import cpu_limits, machine
+from benchmarks.harness.layers import OURS, SWIGLU, Setting, fill_table
+from benchmarks.harness.machine import cpu_limits, machine, read_rows
 from benchmarks.harness.package import advise_huge_pages, load_kernels
 from benchmarks.harness.plots import LIBRARY, MEMCOMPILE, SAME_LAYER, Panel, Style, draw_roofline
-from benchmarks.harness.results import BACKWARD, FORWARD, Goal, dtype_name
+from benchmarks.harness.results import BACKWARD, FORWARD, Goal, Verdict, at_least, at_most, dtype_name, judged
 from benchmarks.harness.session import Benchmark, Session
-from benchmarks.harness.timing import Rounds, wall_seconds
+from benchmarks.harness.timing import Rounds, in_turns, wall_seconds
 
 ROUNDS = Rounds(seconds=0.3, fewest=3, most=30, slow=1.5)
+REPETITIONS = 25  # of an operator alone
 LAYER = "layer"
 STYLES: dict[str, Style] = {
     OURS: (MEMCOMPILE, "*"),
@@ -53,6 +54,39 @@ def full() -> list[Group]:
     dtypes = torch.float32, torch.bfloat16
     large = [Group(1024, dtype, (128, 512, 1024), (512, 1, 64, 2048)) for dtype in dtypes]
     return large + [Group(256, dtype, (256,), (512,)) for dtype in dtypes]
+
+
+def gather_goal(setting: Setting, table: Tensor, tokens: int, prefetch: bool) -> Goal:
+    """`weighted_gather` alone, against rows that are only read; the median of the rounds' ratios."""
+    weights = torch.rand(tokens, setting.hits).softmax(dim=-1)
+
+    def read() -> float:
+        return read_rows(table, torch.randint(setting.num_slots, (tokens * setting.hits,)), prefetch)
+
+    def gather() -> float:
+        slots = torch.randint(setting.num_slots, (tokens, setting.hits), dtype=torch.int32)
+        return wall_seconds(torch.ops.memcompile.weighted_gather, table, slots, weights)
+
+    reads, gathers = in_turns(REPETITIONS, read, gather)
+    share = median(least / ours for least, ours in zip(reads, gathers, strict=True))
+    gigabytes = tokens * setting.hits * setting.width * table.itemsize / 1e9
+    reached = f"{share:.0%} ({gigabytes / median(gathers):.1f} of {gigabytes / median(reads):.1f} GB/s)"
+    name = "weighted_gather of the measured random-row bandwidth"
+    return Goal(name, ">= 90 %", dtype_name(table.dtype), reached, 0.9 <= share < 1.2)
+
+
+def search_goal(setting: Setting, tokens: int) -> Goal:
+    """`product_key_topk` against `torch.topk` of the same size, which only begins the search."""
+
+    def sample(search: Callable[..., object]) -> float:
+        return wall_seconds(search, torch.randn(2, tokens, setting.heads, setting.n_keys), setting.top_k)
+
+    ours, topk = in_turns(
+        REPETITIONS, partial(sample, torch.ops.memcompile.product_key_topk), partial(sample, torch.topk)
+    )
+    ratio = median(theirs / our for our, theirs in zip(ours, topk, strict=True))
+    reached = f"{ratio:.1f} x ({median(ours) * 1e3:.2f} against {median(topk) * 1e3:.1f} ms)"
+    return Goal("product_key_topk, times as fast as torch.topk", ">= 4 x", "float32", reached, ratio >= 4)
 
 
 class Cpu:
@@ -110,7 +144,25 @@ class CpuBenchmark(Benchmark):
                 self.results.goals.append(search_goal(main, self.tokens))
 
     def judge(self) -> list[Goal]:
-        return layer_goals(self.results, self.mains, self.tokens) if self.judged else []
+        """The whole layer's time in the main settings."""
+        goals: list[Goal] = []
+
+        def add(main: Setting, name: str, asked: str, direction: str, count: int, other: str, verdict: Verdict) -> None:
+            dtype = dtype_name(main.dtype)
+            case = self.results.by_name(
+                width=main.width, n_keys=main.n_keys, dtype=dtype, tokens=count, direction=direction
+            )
+            if other != OUR_GEMMS or other in case:  # which it is on AMD alone
+                goals.append(judged(name, asked, dtype, (case.get(OURS), case.get(other)), verdict))
+
+        for main in self.mains if self.judged else []:
+            add(main, "forward, times as fast as eager", ">= 1.8 x", FORWARD, self.tokens, EAGER, at_least(1.8))
+            for ffn in (SWIGLU, OUR_GEMMS):
+                multiple = f"time as a multiple of {ffn}"
+                add(main, f"forward, {multiple}", "<= 1.0 x", FORWARD, self.tokens, ffn, at_most(1.0))
+                add(main, f"forward of 1 token, {multiple}", "<= 1.0 x", FORWARD, 1, ffn, at_most(1.0))
+                add(main, f"forward+backward, {multiple}", "<= 1.2 x", BACKWARD, self.tokens, ffn, at_most(1.2))
+        return goals
 
     def report(self) -> str:
         results, main = self.results, self.mains[0]

@@ -53,6 +53,11 @@ def _softmaxed(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return found[0].softmax(dim=-1), found[1]
 
 
+def _search(ours: Run, peer: Run, all_peers: bool) -> dict[str, Run]:
+    runs = {OURS: compiled(ours, compile_options(), dynamic=False), OURS_EAGER: ours, TOPK: peer}
+    return runs | ({TOPK_INDUCTOR: compiled(peer, dynamic=False)} if all_peers else {})
+
+
 def search_case(setting: Setting, device: torch.device, tokens: int, all_peers: bool) -> Case:
     """Scores [2, tokens, heads, n] in fp32 -> weights and slots [tokens, heads, k]."""
     heads, top_k = setting.heads, setting.top_k
@@ -61,13 +66,7 @@ def search_case(setting: Setting, device: torch.device, tokens: int, all_peers: 
     def draw_scores(count: int) -> tuple[Tensor, ...]:
         return (torch.randn(2, count, heads, setting.n_keys, device=device),)
 
-    runs: dict[str, Run] = {
-        OURS: compiled(lambda s: _softmaxed(search(s, top_k)), compile_options(), dynamic=False),
-        OURS_EAGER: lambda s: _softmaxed(search(s, top_k)),
-        TOPK: lambda s: _softmaxed(plain_topk(s, top_k)),
-    }
-    if all_peers:
-        runs[TOPK_INDUCTOR] = compiled(lambda s: _softmaxed(plain_topk(s, top_k)), dynamic=False)
+    runs = _search(lambda s: _softmaxed(search(s, top_k)), lambda s: _softmaxed(plain_topk(s, top_k)), all_peers)
     entries = _entries(runs, 0.0, tokens * heads * (2 * setting.n_keys + 2 * top_k) * 4)
     return Case(SEARCH, setting, tokens, FORWARD, draw_scores, entries, frozenset(runs), TOPK)
 
@@ -82,16 +81,10 @@ def scored_search_case(setting: Setting, device: torch.device, tokens: int, all_
     def draw_queries(count: int) -> tuple[Tensor, ...]:
         return (torch.randn(count, heads, key_dim, device=device).to(setting.dtype),)
 
-    def topk(q: Tensor) -> tuple[Tensor, Tensor]:
+    def peer(q: Tensor) -> tuple[Tensor, Tensor]:
         return _softmaxed(plain_topk(plain_scores(q, keys), top_k))
 
-    runs: dict[str, Run] = {
-        OURS: compiled(lambda q: search(q, keys, top_k), compile_options(), dynamic=False),
-        OURS_EAGER: lambda q: search(q, keys, top_k),
-        TOPK: topk,
-    }
-    if all_peers:
-        runs[TOPK_INDUCTOR] = compiled(topk, dynamic=False)
+    runs = _search(lambda q: search(q, keys, top_k), peer, all_peers)
     moved = keys.nbytes + tokens * heads * (key_dim * setting.dtype.itemsize + 2 * top_k * 4)
     entries = _entries(runs, 2.0 * tokens * heads * key_dim * n_keys, moved)
     return Case(SCORED_SEARCH, setting, tokens, FORWARD, draw_queries, entries, frozenset(runs), TOPK)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from memcompile.cost.groups import Candidate as Candidate
 from memcompile.cost.job import Job as Job
@@ -20,8 +21,6 @@ from memcompile.lowering import operator as operator
 from memcompile.lowering.cpu.build import build as build
 from memcompile.lowering.inductor.gemm import mkl_is_held_back as mkl_is_held_back
 from memcompile.lowering.update.row_adam import moments_of
-from memcompile.runtime._torch import local_part
-from memcompile.runtime.optim.row_optimizer import MOMENTS
 from memcompile.runtime.pool import pool_of
 from memcompile.runtime.storage.mapped_values import open_values as open_values
 from memcompile.runtime.storage.values_file import write
@@ -56,42 +55,47 @@ class Table:
     def __init__(self, model: nn.Module) -> None:
         pool = pool_of(model)
         assert pool is not None
-        self._pool = pool
+        self._table = pool.table
 
     @property
     def values(self) -> Tensor:
         """[slots, value_dim]; of a sharded table, the part of this rank."""
-        return local_part(self._pool.values)
+        return self._table.part
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the optimizer of its rows keeps; nothing before the first step or with a dense gradient."""
-        stepper = self._pool.stepper
-        return {} if stepper is None else next(iter(stepper.rows.state.values()), {})
+        """Of its rows; nothing before the first step or with a dense gradient."""
+        return self._table._state or {}
 
     def lookup(self, slots: Tensor, weights: Tensor) -> Tensor:
         """What the memory layers do with slots and weights [tokens, hits]."""
-        if self._pool.values_grad == "dense":
-            return operator("weighted_gather")(self._pool.values, slots, weights)
-        return operator("table_gather")(self._pool.values, slots, weights, self._pool.values_grad)
+        values, gradient = self.values, self._table.gradient
+        if gradient == "dense":
+            return operator("weighted_gather")(values, slots, weights)
+        return operator("table_gather")(values, slots, weights, self._table.row_state(values), gradient)
 
-    def age(self, steps: int, touched: int, fill: Callable[[Tensor], None]) -> None:
+    def age(self, optimizer: Optimizer, steps: int, touched: int, fill: Callable[[Tensor], None]) -> None:
         """Makes the state that of a training of so many steps, each of which touched so many rows at random.
 
         Rows that were never touched have all missed the same steps and have moments of zero, which is too easy. What
         dense optimizers do takes as long with any state.
+
+        Args:
+            optimizer: what holds the values, and has stepped them once.
         """
-        if not self.state:
+        state = self.state
+        if not state:
             return
-        self.state["step"] = steps
-        if "last_step" in self.state:  # int32 [slots]
-            last_step: Tensor = self.state["last_step"]
-            missed = torch.empty(len(last_step)).geometric_(touched / len(last_step)) - 1
-            last_step.copy_(steps - missed.clamp(max=steps - 1))
-        for moment in MOMENTS:
-            if moment in self.state:
-                fill(self.state[moment])
-                self.state[moment].abs_()
+        state["step"] = steps
+        optimizer.state[self._table.values]["step"].fill_(steps)
+        if "last_step" in state:  # int32 [slots]
+            state["history"][0, 0] = steps  # with the rates of the first one
+            missed = torch.empty(len(state["last_step"])).geometric_(touched / len(state["last_step"])) - 1
+            state["last_step"].copy_(steps - missed.clamp(max=steps - 1))
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in state:
+                fill(state[moment])
+                state[moment].abs_()
 
 
 def adam_steps(values: Tensor) -> tuple[Callable[[Tensor, Tensor], None], Callable[[Tensor, Tensor], None]]:
@@ -102,10 +106,10 @@ def adam_steps(values: Tensor) -> tuple[Callable[[Tensor, Tensor], None], Callab
     panels = torch.full((1, 1, 1 + moments_of(values.dtype)), 1e-3, dtype=torch.float64, device=values.device)
 
     def current(rows: Tensor, grad: Tensor) -> None:
-        operator("row_adam")(values, None, *moments, rows, grad, None, None, None, numbers, 0)
+        operator("row_adam")(values, None, rows, grad, 0, *moments, None, None, None, numbers)
 
     def stale(rows: Tensor, grad: Tensor) -> None:
         missed = torch.zeros_like(rows), decays, panels
-        operator("row_adam")(values, None, *moments, rows, grad, *missed, numbers, 0)
+        operator("row_adam")(values, None, rows, grad, 0, *moments, *missed, numbers)
 
     return current, stale

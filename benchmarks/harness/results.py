@@ -123,22 +123,16 @@ def judged(name: str, asked: str, dtype: str, medians: Sequence[Any], verdict: V
 
 def at_most(most: float) -> Verdict:
     """Of our time as a multiple of another's."""
-
-    def verdict(ours: Median, other: Median) -> tuple[str, bool]:
-        ratio = ours.milliseconds / other.milliseconds
-        return f"{ratio:.2f} x ({ours.milliseconds:.3f} against {other.milliseconds:.3f} ms)", ratio <= most
-
-    return verdict
+    return lambda ours, other: _told(ratio := ours.milliseconds / other.milliseconds, ours, other, ratio <= most)
 
 
 def at_least(least: float) -> Verdict:
     """Times as fast as another."""
+    return lambda ours, other: _told(ratio := other.milliseconds / ours.milliseconds, ours, other, ratio >= least)
 
-    def verdict(ours: Median, other: Median) -> tuple[str, bool]:
-        ratio = other.milliseconds / ours.milliseconds
-        return f"{ratio:.2f} x ({ours.milliseconds:.3f} against {other.milliseconds:.3f} ms)", ratio >= least
 
-    return verdict
+def _told(ratio: float, ours: Median, other: Median, met: bool) -> tuple[str, bool]:
+    return f"{ratio:.2f} x ({ours.milliseconds:.3f} against {other.milliseconds:.3f} ms)", met
 
 
 def short(error: BaseException) -> str:

@@ -1,11 +1,12 @@
 """A benchmark as a command: its options, Ctrl-C that ends it with what was measured so far, and what it writes."""
 
 import argparse
+import platform
 import signal
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -13,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness.processes import environment_variables
+from benchmarks.harness.processes import environment_variables, fresh_medians
 from benchmarks.harness.results import Goal, Results
+from benchmarks.harness.tables import table
 
 
 class Session:
@@ -87,7 +89,7 @@ class Benchmark(ABC):
     def of(cls, args: argparse.Namespace) -> "Benchmark":
         """As the command line asks for it."""
 
-    @classmethod
+    @classmethod  # noqa: B027 (most have none)
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """Those that no other benchmark has."""
 
@@ -153,6 +155,32 @@ class Benchmark(ABC):
         if cls.repeats is not None:
             args.repeats = args.repeats or cls.repeats[args.quick]
         return 0 if cls.of(args).run(args.output).complete else 130
+
+
+class FreshProcesses(Benchmark):
+    """Medians over processes that start with empty caches, one row of a table for each case."""
+
+    repeats = (3, 1)
+    header: ClassVar[tuple[str, ...]]
+
+    def __init__(self, cases: Mapping[str, Sequence[Callable[[], dict[str, float]]]], processes: int) -> None:
+        super().__init__({"torch": torch.__version__, "processes": processes}, len(cases))
+        self._calls, self._processes = cases, processes
+
+    @abstractmethod
+    def row(self, *figures: dict[str, float]) -> list[str]:
+        """Of what each call of a case returned."""
+
+    def measure(self, session: Session) -> None:
+        for case, calls in self._calls.items():
+            session.say(case)
+            self.results.medians.append({"case": case, "figures": fresh_medians(self._processes, *calls)})
+            session.advance()
+
+    def report(self) -> str:
+        rows = [[m["case"], *self.row(*m["figures"])] for m in self.results.medians]
+        about = f"torch {torch.__version__}, {platform.machine()}, median of {self._processes} processes"
+        return f"{about}\n\n{table(self.header, rows)}"
 
 
 def positive(text: str) -> int:

@@ -14,8 +14,7 @@ from benchmarks.harness.package import Hardware, Job, load_kernels
 from benchmarks.harness.session import Benchmark, Session, positive
 from benchmarks.sharding.cases import Sizes, all_cases
 from benchmarks.sharding.measure import measure, predict
-from benchmarks.sharding.plot import draw
-from benchmarks.sharding.report import report
+from benchmarks.sharding.report import draw, report
 
 QUICK = Sizes(width=64, n_keys=32, heads=2, top_k=8, tokens=32, ranks=(1, 2))
 JOB = Job(slots=2**24, value_dim=2048, gpus=8)  # the largest power of two that eight GPUs hold

@@ -38,7 +38,7 @@ class Trainee:
     def age(self, touched: int) -> None:
         """Makes the state of the rows that of a long training, of which each step touched so many of them."""
         if self.table is not None:
-            self.table.age(LONG, touched, fill_table)
+            self.table.age(self.optimizers[0], LONG, touched, fill_table)
 
 
 class PeerBlock(nn.Module):

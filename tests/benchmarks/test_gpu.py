@@ -9,14 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.gpu import measure
-from benchmarks.gpu.__main__ import GpuBenchmark
-from benchmarks.gpu.goals import judge
-from benchmarks.gpu.measure import LAYER
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu.__main__ import LAYER, GpuBenchmark
 from benchmarks.gpu.parts import FUSED, GATHER, SCORED_SEARCH, SEARCH, SPARSE, STALE, UPDATE
 from benchmarks.gpu.plan import Group, Plan, fitting_setting, full_plan, quick_plan
+from benchmarks.harness import layers
 from benchmarks.harness.layers import GELU, OURS, SWIGLU, Setting
-from benchmarks.harness.results import BACKWARD, FORWARD, FROZEN, Limits, Median, Results
+from benchmarks.harness.results import BACKWARD, FORWARD, FROZEN, Limits, Median
 from benchmarks.harness.timing import Rounds
 
 PLAN = Plan(
@@ -54,7 +53,7 @@ class Host:
 @pytest.fixture(autouse=True)
 def _uncompiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(measure, "ROUNDS", Rounds(seconds=1, fewest=2, most=2))
+    monkeypatch.setattr(command, "ROUNDS", Rounds(seconds=1, fewest=2, most=2))
 
 
 def written(path):
@@ -90,7 +89,7 @@ def test_a_contestant_that_fails_is_recorded_and_the_rest_is_measured(tmp_path, 
     def naive(values, slots, weights):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB.")
 
-    monkeypatch.setattr(measure, "naive", naive)
+    monkeypatch.setattr(layers, "naive", naive)
     GpuBenchmark(Host(), replace(PLAN, groups=PLAN.groups[:1])).run(tmp_path)
     content = written(tmp_path)
     assert {(m["name"], m["reason"]) for m in content["missing"]} == {
@@ -108,9 +107,9 @@ def test_a_failure_between_two_rounds(tmp_path, monkeypatch):
         calls.append(1)
         if len(calls) > 7:  # two contestants are warm, with three calls each, and one was timed
             raise RuntimeError("CUDA error: an illegal memory access\nmore lines")
-        return measure.naive(values, slots, weights)
+        return layers.naive(values, slots, weights)
 
-    monkeypatch.setattr(measure, "bag", bag)
+    monkeypatch.setattr(layers, "bag", bag)
     GpuBenchmark(Host(), replace(PLAN, groups=(Group(32, 8, (12,), ()),))).run(tmp_path)
     content = written(tmp_path)
     failed = {(m["name"], m["reason"]) for m in content["missing"]}
@@ -119,7 +118,7 @@ def test_a_failure_between_two_rounds(tmp_path, monkeypatch):
 
 
 def test_who_computes_something_else_has_no_times(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "naive", lambda values, slots, weights: values[slots].sum(dim=1))
+    monkeypatch.setattr(layers, "naive", lambda values, slots, weights: values[slots].sum(dim=1))
     GpuBenchmark(Host(), replace(PLAN, groups=(Group(32, 8, (12,), ()),))).run(tmp_path)
     content = written(tmp_path)
     assert names(content, kind=LAYER) == PEERS - {"eager", "Inductor"}
@@ -181,8 +180,9 @@ def median(kind, setting, name, milliseconds, direction=FORWARD, moved=0.0):
 def test_goals_are_judged(ours, met):
     plan = quick_plan()
     main_setting = Setting(plan.main.width, plan.main.n_keys, plan.dtype)
-    results = Results({}, limits={"bfloat16": Limits(100.0, "large copy", 1000.0, "GEMM")})
-    results.medians = [
+    benchmark = GpuBenchmark(Host(), plan)
+    benchmark.results.limits = {"bfloat16": Limits(100.0, "large copy", 1000.0, "GEMM")}
+    benchmark.results.medians = [
         median(LAYER, main_setting, OURS, ours),
         median(LAYER, main_setting, SWIGLU, 1.0),
         median(LAYER, main_setting, OURS, ours + 0.3, BACKWARD),
@@ -192,7 +192,7 @@ def test_goals_are_judged(ours, met):
         median(SEARCH, main_setting, OURS, ours),
         median(SEARCH, main_setting, "torch.topk + merge", 0.7 * 3),
     ]
-    goals = judge(plan, results)
+    goals = benchmark.judge()
     assert [g.reached == "not measured" for g in goals] == [False, False, False, True, False, False]
     assert [g.met for g in goals if g.reached != "not measured"] == [met] * 5
 

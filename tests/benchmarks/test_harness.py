@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import compile_time, planning
+from benchmarks.harness import session
 from benchmarks.harness.processes import Remote, WorkerError, ask_all, fresh_medians
 from benchmarks.harness.results import at_least, at_most, judged, short
 from benchmarks.harness.session import Benchmark
@@ -92,13 +93,13 @@ class Some(Benchmark):
 
 
 def test_ctrl_c_ends_a_run_with_what_was_measured(tmp_path, capsys):
-    def measure(session):
-        session.results.medians.append({"x": 1})
+    def measure(run):
+        run.results.medians.append({"x": 1})
         try:
             os.kill(os.getpid(), signal.SIGINT)
         except KeyboardInterrupt:  # as a compiler may
-            session.say("what follows")
-        session.results.medians.append({"x": 2})
+            run.say("what follows")
+        run.results.medians.append({"x": 2})
 
     handler, cache = signal.getsignal(signal.SIGINT), os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     results = Some(measure).run(tmp_path / "new")
@@ -109,7 +110,7 @@ def test_ctrl_c_ends_a_run_with_what_was_measured(tmp_path, capsys):
 
 
 def test_an_error_is_raised_and_nothing_is_written(tmp_path):
-    def measure(session):
+    def measure(run):
         raise ValueError("wrong")
 
     with pytest.raises(ValueError, match="wrong"):
@@ -141,12 +142,13 @@ def test_planning_and_compile_time_print_their_tables(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(planning, "MODELS", {"three layers": layers})
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    for file, benchmark in ((planning, planning.Planning), (compile_time, compile_time.CompileTime)):
-        monkeypatch.setattr(file, "fresh_medians", in_this_process)
+    monkeypatch.setattr(session, "fresh_medians", in_this_process)
+    for benchmark in (planning.Planning, compile_time.CompileTime):
         assert benchmark.main(["--quick", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "| three layers |" in printed and "| Llama, 1 layer of 256 |" in printed
     (plan,) = json.loads((tmp_path / "planning.json").read_text())["medians"]
-    assert plan["ffns"] == 3 and plan["seconds"] > 0
+    assert plan["figures"][0]["ffns"] == 3 and plan["figures"][0]["seconds"] > 0
     (compiled,) = json.loads((tmp_path / "compile-time.json").read_text())["medians"]
-    assert 0 < compiled["plan"] < compiled["memcompile"] and compiled["inductor"] > 0
+    inductor, ours = compiled["figures"]
+    assert inductor["plan"] < ours["plan"] < ours["total"] and inductor["total"] > 0

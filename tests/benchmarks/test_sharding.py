@@ -80,7 +80,7 @@ def test_time_is_split_by_operator():
 
     def forward_backward():
         weights, slots = operator("product_key_search")(query, half_keys, 2)
-        operator("table_gather")(table, slots.flatten(1), weights.flatten(1), "sparse").relu()
+        operator("table_gather")(table, slots.flatten(1), weights.flatten(1), (), "sparse").relu()
 
     step = timed(forward_backward, lambda: optimized.append(1))
     assert optimized == [1] and set(step.parts) == set(PARTS) and step.processor > 0
