@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 
 from memcompile.checkpoint._torch import local_part
-from memcompile.checkpoint.asynchronous import wait
+from memcompile.checkpoint.asynchronous import ready
 from memcompile.checkpoint.formats.exporting import INDEX, PLANS
 from memcompile.checkpoint.formats.reading import Part
-from memcompile.checkpoint.ranks import all_ranks
 from memcompile.checkpoint.state.mapped import check_mapped
 from memcompile.checkpoint.state.model_state import (
     Plans,
@@ -53,9 +52,7 @@ def import_safetensors(
         CheckpointError: on all ranks: a file is missing or cut off, or names or sizes are not those of the model.
         PlanError: on all ranks: the model has another memory, or none.
     """
-    ranks = all_ranks()
-    ranks.each("finish the save before", wait)
-    bar = Progress(progress if ranks.rank == 0 else False)
+    ranks, bar = ready(progress)
     source = Path(path)
 
     def prepare() -> tuple[nn.Module, dict[str, Any], dict[str, Pieces], dict[str, Tensor]]:
