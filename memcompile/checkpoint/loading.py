@@ -20,7 +20,6 @@ from memcompile.checkpoint.state.model_state import (
     check_entries,
     check_plans,
     model_state,
-    moved_tables,
     root_of,
     run_load_hooks,
     targets,
@@ -85,9 +84,8 @@ def load(
 
     def prepare() -> tuple[StepReader, nn.Module, dict[str, Any], OptimizerState | None, dict[str, Part]]:
         reader, root = StepReader(source), root_of(model)
-        check_plans(manifest.plans, root, _config_call(path, step))
+        moved = check_plans(manifest.plans, root, _config_call(path, step))
         own = model_state(root)
-        moved = moved_tables(reader.tensors(MODEL), own)
         reader.rename({MODEL + old: MODEL + new for old, new in moved.items()})
         saved = reader.tensors(MODEL)
         check_entries(saved, reader.objects(MODEL), own, strict, source)

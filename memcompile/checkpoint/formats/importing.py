@@ -22,12 +22,12 @@ from memcompile.checkpoint.state.model_state import (
     check_entries,
     check_plans,
     model_state,
-    moved_tables,
     root_of,
     run_load_hooks,
     targets,
 )
 from memcompile.common.progress import Progress
+from memcompile.common.sites import VALUES_NAME
 from memcompile.errors import CheckpointError
 from memcompile.runtime.state_dicts import plan_in
 from memcompile.runtime.storage.safetensors_format import FormatError, mapped, read_header, tensor_in
@@ -57,10 +57,8 @@ def import_safetensors(
 
     def prepare() -> tuple[nn.Module, dict[str, Any], dict[str, Pieces], dict[str, Tensor]]:
         root, export = root_of(model), Export(source)
-        check_plans(export.plans, root, f"memcompile.checkpoint.config({str(source)!r})")
-        own, pieces = model_state(root), export.pieces()
-        moved = moved_tables(pieces, own)
-        pieces = {moved.get(name, name): found for name, found in pieces.items()}
+        moved = check_plans(export.plans, root, f"memcompile.checkpoint.config({str(source)!r})")
+        own, pieces = model_state(root), {moved.get(name, name): found for name, found in export.pieces().items()}
         saved = {name: _metadata(found) for name, found in pieces.items()}
         check_entries(saved, [], own, strict, source)
         check_mapped(root, saved, lambda name, part: _read(part, pieces[name], Progress(False)), source, bar)
@@ -83,7 +81,7 @@ class Export:
 
     Attributes:
         tensors: by their names in the files.
-        plans: of every planned module, by its name in the model.
+        plans: of every memory, by the name of the module that has its table.
 
     Raises:
         CheckpointError: a file is missing, is no safetensors file, or was cut off.
@@ -95,10 +93,11 @@ class Export:
         self.plans: Plans = {}
         for file in _files(path):
             self._add(file)
-        if not self.plans:
-            # Of a state dict of the model itself, as `safetensors.torch.save_file` stores it: the layers have the plan.
-            found = plan_in(self.tensors)
-            self.plans = {} if found is None else {"": found}
+        if not self.plans:  # a state dict, as `safetensors.torch.save_file` stores it: the layers have the plan
+            tables = [name for name in self.tensors if f".{name}".endswith(f".{VALUES_NAME}")] or [VALUES_NAME]
+            for prefix in (name.removesuffix(VALUES_NAME) for name in tables):
+                found = plan_in({name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)})
+                self.plans.update({} if found is None else {prefix.removesuffix("."): found})
 
     def pieces(self) -> dict[str, Pieces]:
         """Of each tensor its pieces in order.
