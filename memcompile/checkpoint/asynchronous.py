@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from memcompile.checkpoint.ranks import Ranks, all_ranks
+from memcompile.common.progress import Progress
+
 log = logging.getLogger(__name__)
 
 
@@ -66,3 +69,10 @@ def wait() -> None:
     last, _last = _last, None
     if last is not None:
         last.wait()
+
+
+def ready(progress: bool | None) -> tuple[Ranks, Progress]:
+    """All ranks of the job, when the save before has ended on each, and a bar, which rank 0 alone shows."""
+    ranks = all_ranks()
+    ranks.each("finish the save before", wait)
+    return ranks, Progress(progress if ranks.rank == 0 else False)

@@ -20,7 +20,7 @@ def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") 
     Args:
         path: a folder of checkpoints, or safetensors.
         step: of a folder of checkpoints; None is the last one that was saved.
-        part: the name of the planned module, where that is a part of the model.
+        part: the name of a part of the model, where several have a memory.
 
     Raises:
         CheckpointError: there is no such step, its manifest is damaged, or it has no memory.
@@ -31,10 +31,12 @@ def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") 
     else:
         step = folders.latest_step(source) if step is None else step
         plans = Manifest.read(folders.step_folder(source, step)).plans
-    if part not in plans:
-        others = f": it has one in {', '.join(map(repr, plans))}, give part=" if plans else ""
-        raise CheckpointError(f"what {source} has saved has no memory{f' in {part!r}' if part else ''}{others}")
-    return config_of(decoded(plans[part]))
+    inside = [name for name in plans if not part or f"{name}.".startswith(f"{part}.")]
+    if len(inside) != 1:
+        where, has = f" in {part!r}" if part else "", ", ".join(map(repr, plans))
+        problem = f"several memories{where}" if inside else f"no memory{where}"
+        raise CheckpointError(f"{source} has {problem}" + (f": it has one in each of {has}, give part=" if has else ""))
+    return config_of(decoded(plans[inside[0]]))
 
 
 def steps(folder: str | os.PathLike) -> list[int]:

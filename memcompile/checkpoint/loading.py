@@ -12,16 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memcompile.checkpoint._torch import local_part
-from memcompile.checkpoint.asynchronous import wait
+from memcompile.checkpoint.asynchronous import ready
 from memcompile.checkpoint.formats.reading import Part, StepReader
-from memcompile.checkpoint.ranks import all_ranks
 from memcompile.checkpoint.saving import EXTRA, MODEL, OPTIMIZER, OPTIMIZER_REST, optimizers_in
 from memcompile.checkpoint.state.mapped import check_mapped
 from memcompile.checkpoint.state.model_state import (
     check_entries,
     check_plans,
     model_state,
-    moved_tables,
     root_of,
     run_load_hooks,
     targets,
@@ -29,7 +27,6 @@ from memcompile.checkpoint.state.model_state import (
 from memcompile.checkpoint.state.optimizer_state import OptimizerState, unpacked
 from memcompile.checkpoint.steps import folders
 from memcompile.checkpoint.steps.whole_steps import whole_step
-from memcompile.common.progress import Progress
 from memcompile.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -77,21 +74,18 @@ def load(
             model or optimizer.
         PlanError: on all ranks: the model has another memory, or none.
     """
-    ranks = all_ranks()
-    ranks.each("finish the save before", wait)
+    ranks, bar = ready(progress)
     path = Path(folder)
     asked = {"step": step, "folder": str(path), "strict": strict, "fall_back": fall_back}
     ranks.agree("load", lambda: {**asked, "optimizers": len(optimizers_in(optimizer))})
     optimizers = optimizers_in(optimizer)
-    bar = Progress(progress if ranks.rank == 0 else False)
     manifest = whole_step(ranks, path, step, fall_back, bar)
     source = folders.step_folder(path, manifest.step)
 
     def prepare() -> tuple[StepReader, nn.Module, dict[str, Any], OptimizerState | None, dict[str, Part]]:
         reader, root = StepReader(source), root_of(model)
-        check_plans(manifest.plans, root, _config_call(path, step))
+        moved = check_plans(manifest.plans, root, _config_call(path, step))
         own = model_state(root)
-        moved = moved_tables(reader.tensors(MODEL), own)
         reader.rename({MODEL + old: MODEL + new for old, new in moved.items()})
         saved = reader.tensors(MODEL)
         check_entries(saved, reader.objects(MODEL), own, strict, source)

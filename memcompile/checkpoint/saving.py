@@ -14,15 +14,13 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
-from memcompile.checkpoint.asynchronous import SaveHandle, wait
+from memcompile.checkpoint.asynchronous import SaveHandle, ready
 from memcompile.checkpoint.formats.dcp_files import write_files
-from memcompile.checkpoint.ranks import all_ranks
 from memcompile.checkpoint.state.model_state import Plans, mapped_in, model_state, plans_of, root_of
 from memcompile.checkpoint.state.optimizer_state import OptimizerState, packed
 from memcompile.checkpoint.steps import folders
 from memcompile.checkpoint.steps.manifest import NAME, Manifest
 from memcompile.common.files import write_text
-from memcompile.common.progress import Progress
 from memcompile.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -63,13 +61,11 @@ def save(
     Raises:
         CheckpointError: on all ranks, where one failed; earlier checkpoints are as they were.
     """
-    ranks = all_ranks()
-    ranks.each("finish the save before", wait)
+    ranks, bar = ready(False if asynchronous and progress is None else progress)
     path = Path(folder)
     ranks.agree("save", lambda: _checked(step, path, keep, asynchronous))
     state: dict[str, Any] = {}
     plans = ranks.each("collect the state", lambda: _collect(state, model, optimizer, extra, ranks.rank))
-    bar = Progress(False if ranks.rank != 0 or (asynchronous and progress is None) else progress)
     if asynchronous:
         start = time.perf_counter()
         state = ranks.each("copy the state", lambda: _copied(state))

@@ -17,23 +17,9 @@ _STATES = {
     "row_wise_adagrad": "sum fp32 [slots]",
     "sgd": "none",
 }
-_HEADER = [
-    "ranks",
-    "replicas",
-    "values",
-    "gradient",
-    "states",
-    "buffers",
-    "total",
-    "layers",
-    "step",
-    "layers",
-    "step",
-    "search",
-    "gather",
-    "update",
-    "total",
-]
+_HEADER = (
+    "ranks replicas values gradient states buffers total layers step layers step search gather update total".split()
+)
 _SECTIONS = ((2, "group"), (5, "GiB a rank"), (2, "MiB received"), (6, "ms a step"))
 
 

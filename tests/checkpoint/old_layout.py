@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import memcompile
-from tests.planned import batch
 
 DATA = Path(__file__).parent / "data" / "format_1"
 STEP, WIDTH, WORDS = 7, 8, 10
@@ -82,10 +81,3 @@ def expected(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
             found[f"optimizer.{name}.{entry}"] = numbers(f"{name}.{entry}", parameter.shape)
         found[f"optimizer.{name}.step"] = torch.tensor(float(STEP))
     return found
-
-
-def train(model: nn.Module, optimizer: Optimizer, steps: int) -> None:
-    for step in range(steps):
-        optimizer.zero_grad()
-        model(*batch(step)).backward()
-        optimizer.step()

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 import memcompile
-from memcompile import CheckpointError
-from memcompile.checkpoint import config, import_safetensors, load, save, saving, steps
+from memcompile import PlanError
+from memcompile.checkpoint import config, export_safetensors, import_safetensors, load, save, saving, steps
+from memcompile.checkpoint.formats import exporting
+from memcompile.checkpoint.state import model_state
 from memcompile.checkpoint.state.model_state import moved_tables
 from tests.checkpoint import old_layout
 from tests.checkpoint.old_layout import DATA, STEP, LanguageModel, expected, planned
-from tests.checkpoint.trainings import everything
-from tests.planned import assert_same, planned_gpt
+from tests.checkpoint.trainings import everything, train
+from tests.models import tiny_gpt
+from tests.planned import MEMORY, assert_same, batch
 
 
 def test_what_an_earlier_version_saved():
@@ -47,92 +54,107 @@ def test_a_model_planned_from_it(path):
 # --- a table that lies further inside than where it was saved -----------------------------------------------------
 
 
-def test_names_of_tables_that_moved():
-    def moved(saved: str, own: str) -> dict[str, str]:
-        return moved_tables(saved.split(), own.split())
+def test_modules_of_tables_that_moved():
+    def moved(saved: list[str], own: list[str]) -> dict[str, str]:
+        return moved_tables(saved, own)
 
-    assert moved("memory_values head", "model.decoder.memory_values head") == {
-        "memory_values": "model.decoder.memory_values"
-    }
-    assert moved("a.memory_values b.memory_values", "a.m.memory_values b.m.memory_values") == {
-        "a.memory_values": "a.m.memory_values",
-        "b.memory_values": "b.m.memory_values",
-    }
-    assert moved("memory_values a.memory_values", "a.b.memory_values") == {"a.memory_values": "a.b.memory_values"}
-    assert moved("memory_values a.memory_values", "memory_values a.b.memory_values") == {
-        "a.memory_values": "a.b.memory_values"
-    }
-    for own in ("memory_values", "other", "a.not_memory_values", "a.memory_values.weight"):
-        assert moved("memory_values", own) == {}
-    assert moved("a.memory_values", "memory_values") == {}
-    assert moved("a.memory_values", "b.memory_values") == {}
+    assert moved([""], ["model.decoder"]) == {"": "model.decoder"}
+    assert moved(["a", "b"], ["a.m", "b.m"]) == {"a": "a.m", "b": "b.m"}
+    assert moved(["", "a"], ["a.b"]) == {"a": "a.b"}
+    assert moved(["", "a"], ["", "a.b"]) == {"a": "a.b"}
+    for own in ("", "ab", "b"):
+        assert moved(["", "a"][bool(own) :], [own]) == {}
+    assert moved(["a"], [""]) == {}
 
 
-class Whole(nn.Module):
-    """A model whose decoder has the table."""
+class Wrapped(nn.Module):
+    """What earlier versions saved is of the wrapper, and none of it tells which part runs the layers."""
 
-    def __init__(self, seed: int, **options: object) -> None:
+    def __init__(self, seed: int, **options: Any) -> None:
         super().__init__()
-        self.decoder = planned_gpt(seed=seed, **{"n_keys": 16, "values_grad": "sparse", **options})
-        self.scale = nn.Parameter(torch.ones(1))
+        torch.manual_seed(seed)
+        self.inner, self.scale = tiny_gpt(layers=2), nn.Parameter(torch.ones(1))
+        memcompile.plan(self, memory_layers=1, **MEMORY | {"n_keys": 16} | options)
 
-    def forward(self, *batch: Tensor) -> Tensor:
-        return self.decoder(*batch) * self.scale
+    def forward(self, *tokens: Tensor) -> Tensor:
+        return self.inner(*tokens) * self.scale
 
 
-def training(seed: int, **options: object) -> tuple[Whole, AdamW]:
-    model = Whole(seed, **options)
-    values = model.decoder.memory_values
+def training(seed: int, **options: Any) -> tuple[Wrapped, AdamW]:
+    model = Wrapped(seed, **options)
+    values = model.inner.memory_values
     rest = [parameter for parameter in model.parameters() if parameter is not values]
     return model, AdamW([{"params": rest}, {"params": [values], "weight_decay": 0.5}], lr=1e-2)
 
 
+def outer(name: str) -> str:
+    """A name of the table, or of an entry of its state, where earlier versions had it."""
+    return name.replace("inner.memory_values", "memory_values")
+
+
 @pytest.fixture
-def outside(monkeypatch):
-    """Has `save` name the table as if it were a parameter of the whole model."""
+def as_before(monkeypatch) -> Iterator[None]:
+    """Has `save` and `export_safetensors` write names and plans as earlier versions did."""
+    of, state_of, plans_of = saving.OptimizerState.of, model_state.model_state, model_state.plans_of
 
-    def outer(name: str) -> str:
-        return name.replace("decoder.memory_values", "memory_values")
-
-    collect, of = saving._collect, saving.OptimizerState.of
-
-    def collected(state, *args):
-        plans = collect(state, *args)
-        renamed = {outer(name): value for name, value in state.items()}
-        state.clear()
-        state.update(renamed)
-        return plans
-
-    def of_optimizers(optimizers, root):
+    def of_optimizers(optimizers: Any, root: nn.Module) -> Any:
         state = of(optimizers, root)
         groups = [{**group, "params": [outer(name) for name in group["params"]]} for group in state.groups]
-        entries, others = ({outer(name): v for name, v in part.items()} for part in (state.entries, state.others))
-        return saving.OptimizerState(state.tensors, groups, entries, others)
+        tensors, entries, others = (
+            {outer(name): value for name, value in part.items()}
+            for part in (state.tensors, state.entries, state.others)
+        )
+        return saving.OptimizerState(tensors, groups, entries, others)
+
+    def plans(root: nn.Module) -> model_state.Plans:
+        (plan,) = plans_of(root).values()
+        layers = [f"inner.{name}" for name in plan["layers"]]
+        return {"": {**plan, "layers": layers, "config": {**plan["config"], "memory_layers": layers}}}
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "_collect", collected)
         patch.setattr(saving.OptimizerState, "of", of_optimizers)
+        for module in (saving, exporting):
+            patch.setattr(module, "plans_of", plans)
+            patch.setattr(module, "model_state", lambda root: {outer(k): v for k, v in state_of(root).items()})
         yield
 
 
 @pytest.mark.parametrize("values_grad", ["sparse", "dense"])
-def test_a_table_that_was_saved_outside(values_grad, outside, tmp_path):
+def test_a_training_goes_on(values_grad, as_before, tmp_path):
     (model, optimizer), (other, new) = (training(seed, values_grad=values_grad) for seed in (0, 1))
-    old_layout.train(model, optimizer, 3)
+    train(model, optimizer, range(3))
     save(tmp_path, model, optimizer, step=3)
     load(tmp_path, other, new)
     assert_same(everything(other, new), everything(model, optimizer))
     for each in ((model, optimizer), (other, new)):
-        old_layout.train(*each, 2)
+        train(*each, range(3, 5))
     assert_same(everything(other, new), everything(model, optimizer))
 
 
-def test_it_is_not_taken_from_another_place(outside, tmp_path):
-    model, optimizer = training(0)
-    save(tmp_path, model, optimizer, step=1)
-    other, new = training(1)
-    other.memory_values = nn.Parameter(torch.zeros(256, 32))  # of the whole model, which has one too
+def test_an_export(as_before, tmp_path):
+    (model, _), (other, _) = (training(seed) for seed in (0, 1))
+    export_safetensors(model, tmp_path, max_shard_size=10_000)
+    assert "memory_values[0:78]" in (tmp_path / exporting.INDEX).read_text()
+    import_safetensors(tmp_path, other)
+    assert_same(everything(other), everything(model))
+
+
+def test_a_file_of_a_state_dict(tmp_path):
+    """As others write it, without our metadata: the table's name tells where it lies, now and before."""
+    (model, _), (other, _), (third, _) = (training(seed) for seed in range(3))
+    state = dict(model.state_dict())
+    for number, (into, rename) in enumerate(((other, str), (third, outer))):
+        path = tmp_path / f"{number}.safetensors"
+        safetensors.torch.save_file({rename(name): tensor for name, tensor in state.items()}, path)
+        assert config(path).n_keys == 16
+        import_safetensors(path, into)
+        assert_same(everything(into), everything(model))
+
+
+def test_another_memory_is_still_refused(as_before, tmp_path):
+    save(tmp_path, *training(0), step=1)
+    other, new = training(1, n_keys=8)
     before = everything(other)
-    with pytest.raises(CheckpointError, match=r"not in the checkpoint: decoder\.memory_values"):
+    with pytest.raises(PlanError, match=r"saved with another memory: n_keys=16 \(here 8\)"):
         load(tmp_path, other, new)
     assert_same(everything(other), before)

@@ -165,9 +165,16 @@ def test_a_dense_model_and_a_planned_part(tmp_path):
     save(tmp_path / "part", whole, step=1)
     load(tmp_path / "part", others)
     assert_same(everything(others), everything(whole))
-    assert config(tmp_path / "part", part="encoder").n_keys == 8
-    with pytest.raises(CheckpointError, match=r"no memory: it has one in 'encoder', give part="):
-        config(tmp_path / "part")
+    assert config(tmp_path / "part", part="encoder").n_keys == config(tmp_path / "part").n_keys == 8
+    with pytest.raises(CheckpointError, match=r"no memory in 'decoder': it has one in each of 'encoder', give part="):
+        config(tmp_path / "part", part="decoder")
+    with pytest.raises(CheckpointError, match=r"dense has no memory$"):
+        config(tmp_path / "dense")
+    several = nn.ModuleDict({"encoder": planned_gpt(), "decoder": planned_gpt(n_keys=4)})
+    save(tmp_path / "several", several, step=1)
+    with pytest.raises(CheckpointError, match=r"several memories: it has one in each of 'encoder', 'decoder', give"):
+        config(tmp_path / "several")
+    assert config(tmp_path / "several", part="decoder").n_keys == 4
 
 
 def test_a_model_that_is_planned_from_the_checkpoint(tmp_path):

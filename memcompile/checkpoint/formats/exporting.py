@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from memcompile.checkpoint._torch import is_first_copy, local_part
-from memcompile.checkpoint.asynchronous import wait
+from memcompile.checkpoint.asynchronous import ready
 from memcompile.checkpoint.formats.dcp_files import PIECE
 from memcompile.checkpoint.formats.reading import Part, StepReader
-from memcompile.checkpoint.ranks import Ranks, all_ranks
+from memcompile.checkpoint.ranks import Ranks
 from memcompile.checkpoint.saving import MODEL
 from memcompile.checkpoint.state.model_state import Plans, model_state, plans_of, root_of
 from memcompile.checkpoint.steps import folders
@@ -26,7 +26,7 @@ from memcompile.checkpoint.steps.whole_steps import whole_step
 from memcompile.common.files import sync_folder, write_text
 from memcompile.common.progress import Progress
 from memcompile.errors import CheckpointError
-from memcompile.runtime.storage.safetensors_format import NAMES, Entry, in_order, new_file, write_tensor
+from memcompile.runtime.storage.safetensors_format import NAMES, Entry, new_file, write_tensor
 
 INDEX = "model.safetensors.index.json"
 PLANS = "memcompile"  # in the metadata of each file
@@ -37,20 +37,14 @@ class Piece(NamedTuple):
     """Rows of a tensor that are one tensor of a file: all of them, unless it is larger than a file may be.
 
     Attributes:
-        name: in the file; `values[1000:2000]` where it is not the whole tensor.
-        source: the tensor's.
+        entry: of the file; its name is `values[1000:2000]` where it is not the whole tensor.
+        source: the name of the whole tensor.
         start: the first row.
     """
 
-    name: str
+    entry: Entry
     source: str
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def entry(self) -> Entry:
-        return Entry(self.name, self.shape, self.dtype)
+    start: int = 0
 
 
 def export_safetensors(
@@ -77,9 +71,7 @@ def export_safetensors(
     Raises:
         CheckpointError: on all ranks: the step is damaged, a dtype has no safetensors, the folder has some already.
     """
-    ranks = all_ranks()
-    ranks.each("finish the save before", wait)
-    bar = Progress(progress if ranks.rank == 0 else False)
+    ranks, bar = ready(progress)
     if not isinstance(max_shard_size, int) or max_shard_size < 1:
         raise CheckpointError(f"max_shard_size must be a number of bytes, as 5 * 10**9, got {max_shard_size!r}")
     rows: _SavedRows | _ModelRows
@@ -108,17 +100,16 @@ def _write_shard(
 ) -> None:
     """All ranks go through the same rows at the same time; rank 0 writes what it reads, or what they send."""
     metadata = {"format": "pt", PLANS: json.dumps(plans)}
-    by_name = {piece.name: piece for piece in shard}
-    entries = in_order([piece.entry for piece in shard])
+    pieces = sorted(shard, key=lambda piece: -piece.entry.dtype.itemsize)  # so that each tensor is aligned
+    entries = [piece.entry for piece in pieces]
     with contextlib.ExitStack() as opened:
         file: list[Any] = []
         ranks.first("open a file", lambda: file.append(opened.enter_context(new_file(path, entries, metadata))))
-        for entry in entries:
-            piece = by_name[entry.name]
-            for first, last in _blocks(piece):
+        for piece in pieces:
+            for first, last in _blocks(piece.entry):
                 block = rows.block(piece, first, last)
                 ranks.first("write", lambda block=block: write_tensor(file[0], block()))  # type: ignore[misc]
-                bar.add(entry.nbytes * (last - first) // max(1, _rows(piece.shape)))
+                bar.add(piece.entry.nbytes * (last - first) // max(1, _rows(piece.entry)))
         ranks.first("write", opened.close)
 
 
@@ -134,9 +125,10 @@ class _SavedRows:
         """What gives rank 0 some rows of a piece."""
 
         def read() -> Tensor:
-            shape = (last - first, *piece.shape[1:]) if piece.shape else ()
-            tensor = torch.empty(shape, dtype=piece.dtype, device="cpu")
-            offsets = (piece.start + first, *(0 for _ in piece.shape[1:])) if piece.shape else ()
+            dims = piece.entry.shape[1:]
+            shape = (last - first, *dims) if piece.entry.shape else ()
+            offsets = (piece.start + first, *(0 for _ in dims)) if piece.entry.shape else ()
+            tensor = torch.empty(shape, dtype=piece.entry.dtype, device="cpu")
             self._reader.read({MODEL + piece.source: Part(offsets, tensor)})
             return tensor
 
@@ -154,9 +146,9 @@ class _ModelRows:
     def block(self, piece: Piece, first: int, last: int) -> Callable[[], Tensor]:
         """What gives rank 0 some rows of a piece; all ranks call this."""
         tensor = self._state[piece.source]
-        if not piece.shape:
-            return lambda: local_part(tensor)[1]
         offsets, local = local_part(tensor)
+        if not piece.entry.shape:
+            return lambda: local
         if not isinstance(tensor, DTensor):
             return lambda: local[piece.start + first : piece.start + last]
         start = piece.start + first - offsets[0]  # in the local part
@@ -165,7 +157,7 @@ class _ModelRows:
         everyones = self._gathered(mine)
 
         def assembled() -> Tensor:
-            whole = torch.empty(last - first, *piece.shape[1:], dtype=piece.dtype, device="cpu")
+            whole = torch.empty(last - first, *piece.entry.shape[1:], dtype=piece.entry.dtype, device="cpu")
             for at, others, part in (each for each in everyones if each is not None):
                 target = whole
                 for dim, offset in enumerate((at, *others)):
@@ -202,24 +194,23 @@ def _shards(entries: Sequence[Entry], most: int) -> list[list[Piece]]:
 
 
 def _pieces(entry: Entry, most: int) -> Iterator[Piece]:
-    name, shape = entry.name, tuple(entry.shape)
+    name, shape, dtype = entry
     if entry.nbytes <= most or not shape:
-        yield Piece(name, name, 0, shape, entry.dtype)
+        yield Piece(entry, name)
         return
-    step = max(1, most * shape[0] // entry.nbytes)
-    for first in range(0, shape[0], step):
-        last = min(first + step, shape[0])
-        yield Piece(f"{name}[{first}:{last}]", name, first, (last - first, *shape[1:]), entry.dtype)
+    for first, last in _blocks(entry, most):
+        yield Piece(Entry(f"{name}[{first}:{last}]", (last - first, *shape[1:]), dtype), name, first)
 
 
-def _blocks(piece: Piece) -> Iterator[tuple[int, int]]:
-    rows = _rows(piece.shape)
-    step = max(1, BUFFER * rows // max(1, piece.entry.nbytes))
+def _blocks(entry: Entry, most: int = 0) -> Iterator[tuple[int, int]]:
+    """First row and end of blocks of at most so many bytes, or of one row."""
+    rows = _rows(entry)
+    step = max(1, (most or BUFFER) * rows // max(1, entry.nbytes))
     return ((first, min(first + step, rows)) for first in range(0, rows, step))
 
 
-def _rows(shape: tuple[int, ...]) -> int:
-    return shape[0] if shape else 1
+def _rows(entry: Entry) -> int:
+    return entry.shape[0] if entry.shape else 1
 
 
 def _check_no_objects(names: list[str]) -> None:
@@ -255,7 +246,7 @@ def _finish(path: Path, shards: list[list[Piece]]) -> None:
     for number, name in enumerate(names):
         _temporary(path, number, len(shards)).rename(path / name)
     if len(shards) > 1:
-        files = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
+        files = {piece.entry.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
         total = sum(piece.entry.nbytes for shard in shards for piece in shard)
         write_text(path / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2))
     sync_folder(path)

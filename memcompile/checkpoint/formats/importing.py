@@ -13,22 +13,21 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 
 from memcompile.checkpoint._torch import local_part
-from memcompile.checkpoint.asynchronous import wait
+from memcompile.checkpoint.asynchronous import ready
 from memcompile.checkpoint.formats.exporting import INDEX, PLANS
 from memcompile.checkpoint.formats.reading import Part
-from memcompile.checkpoint.ranks import all_ranks
 from memcompile.checkpoint.state.mapped import check_mapped
 from memcompile.checkpoint.state.model_state import (
     Plans,
     check_entries,
     check_plans,
     model_state,
-    moved_tables,
     root_of,
     run_load_hooks,
     targets,
 )
 from memcompile.common.progress import Progress
+from memcompile.common.sites import VALUES_NAME
 from memcompile.errors import CheckpointError
 from memcompile.runtime.state_dicts import plan_in
 from memcompile.runtime.storage.safetensors_format import FormatError, mapped, read_header, tensor_in
@@ -53,17 +52,13 @@ def import_safetensors(
         CheckpointError: on all ranks: a file is missing or cut off, or names or sizes are not those of the model.
         PlanError: on all ranks: the model has another memory, or none.
     """
-    ranks = all_ranks()
-    ranks.each("finish the save before", wait)
-    bar = Progress(progress if ranks.rank == 0 else False)
+    ranks, bar = ready(progress)
     source = Path(path)
 
     def prepare() -> tuple[nn.Module, dict[str, Any], dict[str, Pieces], dict[str, Tensor]]:
         root, export = root_of(model), Export(source)
-        check_plans(export.plans, root, f"memcompile.checkpoint.config({str(source)!r})")
-        own, pieces = model_state(root), export.pieces()
-        moved = moved_tables(pieces, own)
-        pieces = {moved.get(name, name): found for name, found in pieces.items()}
+        moved = check_plans(export.plans, root, f"memcompile.checkpoint.config({str(source)!r})")
+        own, pieces = model_state(root), {moved.get(name, name): found for name, found in export.pieces().items()}
         saved = {name: _metadata(found) for name, found in pieces.items()}
         check_entries(saved, [], own, strict, source)
         check_mapped(root, saved, lambda name, part: _read(part, pieces[name], Progress(False)), source, bar)
@@ -86,7 +81,7 @@ class Export:
 
     Attributes:
         tensors: by their names in the files.
-        plans: of every planned module, by its name in the model.
+        plans: of every memory, by the name of the module that has its table.
 
     Raises:
         CheckpointError: a file is missing, is no safetensors file, or was cut off.
@@ -98,10 +93,11 @@ class Export:
         self.plans: Plans = {}
         for file in _files(path):
             self._add(file)
-        if not self.plans:
-            # Of a state dict of the model itself, as `safetensors.torch.save_file` stores it: the layers have the plan.
-            found = plan_in(self.tensors)
-            self.plans = {} if found is None else {"": found}
+        if not self.plans:  # a state dict, as `safetensors.torch.save_file` stores it: the layers have the plan
+            tables = [name for name in self.tensors if f".{name}".endswith(f".{VALUES_NAME}")] or [VALUES_NAME]
+            for prefix in (name.removesuffix(VALUES_NAME) for name in tables):
+                found = plan_in({name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)})
+                self.plans.update({} if found is None else {prefix.removesuffix("."): found})
 
     def pieces(self) -> dict[str, Pieces]:
         """Of each tensor its pieces in order.

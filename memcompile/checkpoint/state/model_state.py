@@ -46,30 +46,52 @@ def is_plan(name: str) -> bool:
 
 
 def plans_of(root: nn.Module) -> Plans:
-    """The plans of the model and of planned parts of it, by the names of these."""
+    """The plans of the model and of planned parts of it, by the names of the modules that have their tables."""
     pools = {id(pool.owner): pool for pool in live_pools()}
     return {name: plan_of(pools[id(m)]) for name, m in root.named_modules() if id(m) in pools}
 
 
-def check_plans(saved: Plans, root: nn.Module, config: str) -> None:
-    """Raises PlanError unless the model has the memories that were saved.
+def check_plans(saved: Plans, root: nn.Module, config: str) -> dict[str, str]:
+    """Compares the memories of the model with those that were saved.
 
     Args:
         config: the expression that reads the saved options, for the message.
+
+    Returns:
+        The names of saved tables that have another one in the model, and that one.
+
+    Raises:
+        PlanError: they differ.
     """
     own = plans_of(root)
-    if saved.keys() - own.keys():
+    moved = moved_tables(saved, own)
+    if saved.keys() - own.keys() - moved.keys():
         raise PlanError(
             f"the checkpoint holds a memory, but {type(root).__name__} has none"
             f"{_where(saved.keys() - own.keys())}: plan it first, memcompile.plan(model, memory={config})"
         )
-    if own.keys() - saved.keys():
+    if own.keys() - saved.keys() - {*moved.values()}:
         raise PlanError(
             f"{type(root).__name__} has a memory{_where(own.keys() - saved.keys())}, but the checkpoint holds none: "
             f"load it into the model before memcompile.plan()"
         )
     for name, plan in saved.items():
-        check_same_plan(decoded(plan), own[name], config)
+        check_same_plan(decoded(plan), own[moved.get(name, name)], config)
+    return {_table(old): _table(new) for old, new in moved.items()}
+
+
+def moved_tables(saved: Collection[str], own: Collection[str]) -> dict[str, str]:
+    """The modules that saved tables are of, and those further inside that have them in the model. Earlier versions had
+    the table on the module that was planned, and not on the part of it that runs the layers.
+    """
+    moved = {}
+    for name in own:
+        path = name.split(".")
+        outer = (".".join(path[:depth]) for depth in reversed(range(len(path))))
+        old = next((each for each in outer if each in saved and each not in own), None)
+        if name not in saved and old is not None:
+            moved[old] = name
+    return moved
 
 
 def decoded(plan: Any) -> dict[str, Any]:
@@ -82,21 +104,6 @@ def decoded(plan: Any) -> dict[str, Any]:
         return checked_plan(plan)
     except (KeyError, TypeError) as error:
         raise PlanError(f"the plan in the checkpoint is damaged: {error}") from error
-
-
-def moved_tables(saved: Collection[str], own: Collection[str]) -> dict[str, str]:
-    """The saved names of tables that the model has on a module further inside, and their names there.
-
-    Earlier versions had the table on the module that was planned, and not on the part of it that has the layers.
-    """
-    found = {}
-    for name in own:
-        *path, last = name.split(".")
-        outer = (".".join([*path[:depth], last]) for depth in reversed(range(len(path))))
-        if last == VALUES_NAME and name not in saved:
-            old = next((old for old in outer if old in saved and old not in own), None)
-            found.update({} if old is None else {old: name})
-    return found
 
 
 def check_entries(
@@ -149,6 +156,10 @@ def run_load_hooks(root: nn.Module, state: dict[str, Any], strict: bool) -> None
     with torch.no_grad():
         wrapped = {name.replace("_orig_mod.", ""): name for name in root.state_dict()}
         root.load_state_dict({wrapped.get(name, name): value for name, value in state.items()}, strict=strict)
+
+
+def _table(owner: str) -> str:
+    return f"{owner}.{VALUES_NAME}" if owner else VALUES_NAME
 
 
 def _place(value: Any) -> tuple[Any, ...] | None:

@@ -27,7 +27,7 @@ class Manifest:
         number: of the save in its folder: a later one has a higher number, even if its step is lower.
         save_id: of the save; DCP's metadata have it too.
         world_size: how many ranks wrote it.
-        plans: of every planned module, by its name in the model ("" is the model itself).
+        plans: of every memory, by the name of the module that has its table ("" is the model).
         files: by name.
         versions: of torch and memcompile.
     """

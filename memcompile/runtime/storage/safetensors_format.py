@@ -69,13 +69,9 @@ class Header(NamedTuple):
     size: int
 
 
-def in_order(entries: Sequence[Entry]) -> list[Entry]:
-    """Wide dtypes first, so that each tensor is aligned."""
-    return sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
-
-
 def encoded_header(entries: Sequence[Entry], metadata: Mapping[str, str], size: int = 0) -> bytes:
-    """All of a file before its tensors, which follow in the order of the entries.
+    """All of a file before its tensors, which follow in the order of the entries; wide dtypes come first, so that each
+    tensor is aligned.
 
     Args:
         size: how many bytes it has at least; they are filled up with spaces.

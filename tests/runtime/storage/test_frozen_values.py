@@ -6,9 +6,11 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 
 import memcompile
 from memcompile import PlanError
+from memcompile.runtime.storage.frozen_values import holder_of, keep_in_place
 from memcompile.runtime.storage.mapped_values import MappedValues
 from tests.models import tiny_gpt
 from tests.planned import batch, planned_gpt
@@ -102,6 +104,21 @@ def test_optimizers_of_before_do_not_get_them(path):
 
 def test_ddp_passes_them_by(model):
     assert model._ddp_params_and_buffers_to_ignore == ["memory_values"]
+
+
+def test_values_of_a_part_of_the_model():
+    """They are a parameter of the module that has the layers, which need not be the one that is planned."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    holder = model[0][1]
+    holder.memory_values = nn.Parameter(torch.ones(4, 2), requires_grad=False)
+    assert holder_of(model) == ("0.1", holder)
+    keep_in_place(model)
+    values = holder.memory_values
+    model.double()
+    assert holder.memory_values is values and values.dtype is torch.float32
+    assert {holder.weight.dtype, model[0][0].weight.dtype} == {torch.float64}
+    ignored = [module._ddp_params_and_buffers_to_ignore for module in (model, model[0], holder)]
+    assert ignored == [["0.1.memory_values"], ["1.memory_values"], ["memory_values"]]
 
 
 def test_values_in_the_hosts_memory_are_drawn_and_loaded(caplog):
