@@ -219,6 +219,16 @@ def _forward(*args: Any) -> Any:
         return operator("table_gather")(*args)
 
 
+def _without_derivative(name: str) -> Callable[..., Any]:
+    """The Autograd kernel of an operator whose results require no gradient: those of what it calls would be wrong."""
+
+    def kernel(*args: Any) -> Any:
+        with below_autograd():
+            return operator(name)(*args)
+
+    return kernel
+
+
 def _no_forward_mode(ctx: Any, *tangents: Any) -> Any:
     raise NotImplementedError(f"{NAMESPACE}::table_gather has no forward-mode derivative: use backward()")
 
@@ -235,3 +245,5 @@ _derivative = autograd_kernel(
     "TableGather", forward=_forward, setup_context=_setup_context, backward=_backward, jvp=_no_forward_mode
 )
 LIBRARY.impl("table_gather", _derivative, "Autograd")  # type: ignore[no-untyped-call]
+for _name in ("table_dot", "sparse_scatter"):
+    LIBRARY.impl(_name, _without_derivative(_name), "Autograd")  # type: ignore[no-untyped-call]

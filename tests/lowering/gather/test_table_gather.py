@@ -6,7 +6,7 @@ from hypothesis import given
 from torch import Tensor
 
 from memcompile.lowering import memory_lookup, operator
-from memcompile.lowering.gather import table_gather as sparse_table
+from memcompile.lowering.gather import table_gather as module
 from tests.lowering.cases import VARIANTS, Case, cases, gradients, leaves
 from tests.lowering.gather.test_weighted_gather import DTYPES, inputs, largest_allocation, make
 
@@ -23,7 +23,7 @@ def assert_coalesced(sparse: Tensor, rows: Tensor) -> None:
 def test_values_and_gradients_bit_for_bit(drawn):
     values, slots, weights, grad = drawn
     found = []
-    for gather, more in ((table_gather, ("sparse",)), (weighted_gather, ())):
+    for gather, more in ((table_gather, ([], "sparse")), (weighted_gather, ())):
         x, w = values.detach().requires_grad_(), weights.detach().requires_grad_()
         y = gather(x, slots, w, *more)
         found.append((y.detach(), *torch.autograd.grad(y, (x, w), grad)))
@@ -58,31 +58,12 @@ def test_the_layer_in_every_form(case):
 def test_what_is_frozen_costs_nothing(frozen, monkeypatch):
     values, slots, weights, grad = make()
     called = []
-    monkeypatch.setattr(sparse_table, "operator", lambda name: called.append(name) or operator(name))
+    monkeypatch.setattr(module, "operator", lambda name: called.append(name) or operator(name))
     thawed = (weights if frozen == "values" else values).requires_grad_()
-    table_gather(values, slots, weights, "sparse").backward(grad)
+    table_gather(values, slots, weights, [], "sparse").backward(grad)
     assert thawed.grad is not None
     assert ("table_dot" in called) == (frozen == "values")
     assert ("sparse_scatter" in called) == (frozen == "weights")
-
-
-def test_the_stepper_of_a_table_is_asked(monkeypatch):
-    values, slots, weights, grad = make()
-    values.requires_grad_()
-    weights.requires_grad_()
-
-    class Stepper:
-        def gather(self, slots, weights):
-            return weighted_gather(2 * values.detach(), slots, weights)
-
-        def dot(self, slots, grad):
-            return gather_dot(2 * values.detach(), slots, grad)
-
-    monkeypatch.setattr(sparse_table, "_stepper_of", lambda table: Stepper() if table.shape == values.shape else None)
-    y = table_gather(values, slots, weights, "sparse")
-    torch.testing.assert_close(y, 2 * weighted_gather(values, slots, weights))
-    (dots,) = torch.autograd.grad(y, weights, grad)
-    torch.testing.assert_close(dots, 2 * gather_dot(values, slots, grad))
 
 
 def test_torch_func_is_dense():
@@ -111,15 +92,7 @@ def test_there_is_no_second_derivative():
             torch.autograd.grad(loss, wanted, create_graph=True)
     values, slots, weights, _ = make()
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        table_gather(torch.autograd.forward_ad.make_dual(values, values), slots, weights, "sparse")
-
-
-def test_opcheck():
-    values, slots, weights, grad = make(dtype=torch.float32)
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    for frozen in (values, values.clone().requires_grad_()):
-        torch.library.opcheck(table_gather, (frozen, slots, weights, "sparse"), test_utils=tests)
-    torch.library.opcheck(table_dot, (values, slots, grad), test_utils=tests)
+        table_gather(torch.autograd.forward_ad.make_dual(values, values), slots, weights, [], "sparse")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,7 +104,7 @@ def test_nothing_of_the_tables_size(dtype):
         call(values.requires_grad_(), slots, weights.requires_grad_(), *more).backward(grad)
         values.grad = None
 
-    assert largest_allocation(lambda: step(table_gather, "sparse")) <= table / 8
+    assert largest_allocation(lambda: step(table_gather, [], "sparse")) <= table / 8
     assert largest_allocation(lambda: step(weighted_gather)) >= table  # the measure sees it
 
 
@@ -144,7 +117,7 @@ def test_errors():
         (lambda: sparse_scatter(values, [slots], [weights[:2]], [grad]), "weights"),
         (lambda: sparse_scatter(values, [slots, slots], [weights] * 2, [grad, grad[:2]]), r"grad.*\[tokens"),
         (lambda: sparse_scatter(values, [slots + 100], [weights], [grad]), "out of range"),
-        (lambda: table_gather(values, slots + 100, weights, "sparse"), "out of range"),
+        (lambda: table_gather(values, slots + 100, weights, [], "sparse"), "out of range"),
     ):
         with pytest.raises((ValueError, IndexError, RuntimeError), match=message):
             call()
