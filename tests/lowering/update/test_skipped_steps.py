@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from memcompile.lowering import operator
 from memcompile.lowering.update import skipped_steps
+from memcompile.lowering.update.missed_steps import factors_of_step
 from memcompile.lowering.update.rate_history import RateHistory
 from memcompile.lowering.update.row_adam import steps_a_moment
-from memcompile.runtime.optim.skipped_steps import factors_of_step
 
 BETAS = [(0.9, 0.999), (0.97, 0.98), (0.3, 0.1), (0.85, 0.99), (0.0, 0.9), (0.95, 0.9999)]
 
@@ -18,10 +18,10 @@ def history_of(steps, betas, change, seed=0):
     """Rates that change now and then, betas after every `change` steps."""
     generator = torch.Generator().manual_seed(seed)
     lrs = (10 ** -(4 * torch.rand(steps, generator=generator))).tolist()
-    history = RateHistory({}, 3)
+    history = RateHistory.new(0)
     for step in range(steps):
         lr = lrs[step // 7 * 7]
-        history.record(step + 1, lr, factors_of_step(lr, 0.01, betas[step // change % len(betas)]))
+        history.record(lr, factors_of_step(lr, 0.01, betas[step // change % len(betas)]))
     return history
 
 
