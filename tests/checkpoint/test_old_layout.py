@@ -21,7 +21,7 @@ from tests.checkpoint import old_layout
 from tests.checkpoint.old_layout import DATA, STEP, LanguageModel, expected, planned
 from tests.checkpoint.trainings import everything, train
 from tests.models import tiny_gpt
-from tests.planned import MEMORY, assert_same, batch
+from tests.planned import MEMORY, assert_same
 
 
 def test_what_an_earlier_version_saved():

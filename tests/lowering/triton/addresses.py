@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from tests.lowering.triton.offline import Compiled
 from tests.lowering.triton.ranges import ARITHMETIC, PASSED_ON, UNSIGNED, Range
+from tests.lowering.triton.ttir_text import element, result_type, results, split_types
 
 
 def overflowing_offsets(
@@ -198,7 +199,7 @@ class _Program:
             self._read_block(line)
         elif line.startswith("%") and " = " in line:
             left, _, right = line.partition(" = ")
-            self._read_operation(_results(left), right, line)
+            self._read_operation(results(left), right, line)
         elif line.endswith("{"):
             self._read_operation([], line, line)
 
@@ -233,7 +234,7 @@ class _Program:
             self._regions.append(_Region(operation))
         else:
             values, _, types = right.rpartition(" : ")
-            node_type = _result_type(operation, types)
+            node_type = result_type(operation, types)
             for result in results:
                 node = _Node(operation, self._uses(values), node_type, line, self._known(operation, right))
                 self._define(result, node)
@@ -273,8 +274,8 @@ class _Program:
         carried = self._carried(right, "scf.while ") if operation == "scf.while" else []
         types = re.search(r"-> \(?(.*?)\)? (?:attributes .*)?\{$", right)
         made = [
-            self._define(result, _Node("join", [], _element(dtype), f"{result} = {right}"))
-            for result, dtype in zip(results, _split_types(types.group(1)) if types else [], strict=False)
+            self._define(result, _Node("join", [], element(dtype), f"{result} = {right}"))
+            for result, dtype in zip(results, split_types(types.group(1)) if types else [], strict=False)
         ]
         if operation == "scf.while":
             self._regions.append(_Region(operation, made, carried))
@@ -313,7 +314,7 @@ class _Program:
             if region.operation == "scf.while":
                 self._named[name] = region.results[index]
             else:
-                self._define(name, _Node("block argument", [], _element(dtype), line))
+                self._define(name, _Node("block argument", [], element(dtype), line))
 
 
 def _backwards(start: _Node, follow: Callable[[_Node], bool]) -> Iterator[_Node]:
@@ -326,45 +327,3 @@ def _backwards(start: _Node, follow: Callable[[_Node], bool]) -> Iterator[_Node]
             seen.add(node)
             left += node.operands
             yield node
-
-
-# --- Text -------------------------------------------------------------------------------------------------------------
-
-
-def _results(left: str) -> list[str]:
-    """``%a:2`` is ``%a#0`` and ``%a#1``; ``%a, %b`` is both."""
-    names = []
-    for part in left.split(", "):
-        name, _, count = part.partition(":")
-        names += [f"{name}#{index}" for index in range(int(count))] if count else [name]
-    return names
-
-
-def _result_type(operation: str, types: str) -> str:
-    """Of an element of the result, from what an operation says of types: ``a -> b``, ``a to b``, ``a, b`` or ``a``."""
-    if operation in ("arith.cmpi", "arith.cmpf") or types in ("arith.constant true", "arith.constant false"):
-        return "i1"
-    made = re.split(r" -> | to ", types)[-1]
-    parts = [_element(part) for part in _split_types(made)] or [""]
-    if operation == "tt.load":
-        pointee = re.match(r"!tt\.ptr<([^,>]*)", parts[0])
-        return pointee.group(1) if pointee else parts[0]
-    return parts[0] if operation == "tt.addptr" else parts[-1]
-
-
-def _split_types(text: str) -> list[str]:
-    """At the commas that are not inside angle brackets."""
-    parts, depth = [""], 0
-    for character in text.replace("->", ""):
-        depth += {"<": 1, ">": -1}.get(character, 0)
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _element(dtype: str) -> str:
-    """``tensor<4x8xi32>`` is i32, a tensor of pointers their pointer."""
-    match = re.fullmatch(r"tensor<(?:\d+x)*(.*)>", dtype.strip())
-    return match.group(1) if match else dtype.strip()

@@ -11,16 +11,14 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import memcompile
 from memcompile.lowering import inductor_patches, memory_lookup, operator
-from memcompile.lowering.triton import configs, cost, support
-from tests.lowering.triton.addresses import overflowing_offsets
-from tests.lowering.triton.fake_gpu import Sources, first_choice, generated_sources
-from tests.lowering.triton.generated import allocations, compile_kernels, extern_calls, launches, triton_kernels
+from memcompile.lowering.triton import cost, support
+from tests.lowering.triton.fake_gpu import Sources, generated_sources
+from tests.lowering.triton.generated import allocations, extern_calls, launches, triton_kernels
 from tests.models import Block, plain_ffn
 
 # Each number tells what it counts: heads * key_dim is 512 + 128, chunks of hits are 4,096.
@@ -276,110 +274,3 @@ def test_a_planned_model():
     assert len(templates(sources.forward)) == len(templates(sources.backward)) == 1
     for source in (sources.forward, sources.backward):
         assert_no_detours(source)
-
-
-def test_the_cpu_runs_what_it_ran():
-    """Where `is_gpu` is not patched the graphs hold the operators, and the CPU calls its own kernels of them."""
-    source = generated_sources(
-        lambda values, slots, weights, gate: gated(values, slots, weights, gate),
-        [
-            torch.empty(64, 24),
-            torch.empty(5, 6, dtype=torch.int32),
-            torch.empty(5, 6, requires_grad=True),
-            torch.empty(5, 24),
-        ],
-        config_patches=inductor_patches(""),
-        gpu=False,
-    )
-    assert extern_calls(source.forward) == ["torch.ops.memcompile.weighted_gather.default"]
-    assert extern_calls(source.backward) == ["torch.ops.memcompile.gather_dot.default"]
-    assert not triton_kernels(source.forward) and not triton_kernels(source.backward)
-
-
-# --- The template -------------------------------------------------------------------------------------------------
-
-
-def gated(values: Tensor, slots: Tensor, weights: Tensor, gate: Tensor) -> Tensor:
-    return operator("weighted_gather")(values, slots, weights) * F.silu(gate)
-
-
-def gather_inputs(
-    tokens: int = TOKENS, slots: int = SLOTS, value_dim: int = VALUE_DIM, dtype: torch.dtype = torch.bfloat16
-) -> list[Tensor]:
-    hits = 128
-    return [
-        meta(slots, value_dim, dtype=dtype),
-        meta(tokens, hits, dtype=torch.int32),
-        meta(tokens, hits, dtype=torch.float32),
-        meta(tokens, value_dim, dtype=dtype),
-    ]
-
-
-def block_sizes(choice: Any) -> tuple[int, int]:
-    found = re.search(
-        r"BLOCK_COLUMNS=(\d+).*BLOCK_HITS=(\d+)|BLOCK_HITS=(\d+).*BLOCK_COLUMNS=(\d+)", choice.description
-    )
-    columns, hits, hits_, columns_ = found.groups()
-    return int(hits or hits_), int(columns or columns_)
-
-
-def autotuned(index: int) -> tuple[str, list[tuple[int, int]]]:
-    """The source with choice `index` of those that are offered, and the blocks of all of them."""
-    blocks: list[tuple[int, int]] = []
-
-    def choose(name: str, choices: Any) -> Any:
-        assert name == "memcompile_weighted_gather"
-        blocks.extend(map(block_sizes, choices))
-        return choices[index]
-
-    sources = gpu_sources(gated, gather_inputs(), config_patches={"max_autotune": True}, choose=choose)
-    return sources.forward, blocks
-
-
-@pytest.mark.parametrize("index", range(len(configs.GATHERING)))
-def test_max_autotune_offers_every_configuration(index):
-    """Each compiles without spills, and its rows are addressed in 64 bits."""
-    source, blocks = autotuned(index)
-    wanted = [(config.block_hits, config.block_columns) for config in configs.gather_configs(TOKENS, VALUE_DIM)]
-    assert blocks == wanted and len(wanted) == len(configs.GATHERING)
-    target = ("sm_90", "sm_80", "sm_100", "gfx942")[index % 4]
-    for where in {"sm_90", target}:
-        (kernel,) = compile_kernels(source, where)
-        assert kernel.compiled.resources.spills == 0
-        assert kernel.compiled.resources.registers <= 128
-        assert overflowing_offsets(kernel.compiled, ["arg_values", "arg_slots", "arg_weights"]) == []
-
-
-def test_without_max_autotune_nothing_is_measured():
-    def choose(name: str, choices: Any) -> Any:
-        raise AssertionError(f"{name} had {len(choices)} choices")
-
-    (template,) = templates(gpu_sources(gated, gather_inputs(), choose=choose).forward)
-    best = configs.gather_configs(TOKENS, VALUE_DIM)[0]
-    assert f"BLOCK_HITS : tl.constexpr = {best.block_hits}" in template
-    assert f"BLOCK_COLUMNS : tl.constexpr = {best.block_columns}" in template
-
-
-@pytest.mark.parametrize(
-    ("tokens", "slots", "value_dim"), [(TOKENS, 2**20, 1000), (2**22, 2**20, 1024), (TOKENS, 2**31, 4096)]
-)
-def test_the_templates_addresses(tokens, slots, value_dim):
-    """Rows of a table, and of outputs and a gate of 2**32 numbers."""
-    source = gpu_sources(gated, gather_inputs(tokens, slots, value_dim), choose=first_choice).forward
-    (kernel,) = compile_kernels(source)
-    pointers = re.findall(r"%(\w+): !tt\.ptr", kernel.compiled.asm["ttir"].partition("{\n")[2].splitlines()[0])
-    largest = {"arg_slots": slots - 1, "program_id(0)": tokens - 1, "program_id(1)": -(-value_dim // 8) - 1}
-    names = pointers or ["arg_values", "arg_slots", "arg_weights"]
-    assert len(names) >= 5
-    assert overflowing_offsets(kernel.compiled, names, largest) == []
-
-
-def test_a_choice_is_measured_on_a_part_of_the_table(monkeypatch):
-    """Inputs to measure on: a table of a terabyte has no second copy."""
-    from memcompile.lowering.triton import _inductor
-
-    made: list[dict[int, Any]] = []
-    autotune = _inductor.autotune
-    monkeypatch.setattr(_inductor, "autotune", lambda *args: made.append(args[4]) or autotune(*args))
-    gpu_sources(gated, gather_inputs(slots=2**31), config_patches={"max_autotune": True})
-    assert made and {*made[0]} == {0, 1}

@@ -1,21 +1,145 @@
-"""A version of PyTorch whose Inductor is not known: said once, and graphs hold the kernel in the template's place."""
+"""The template of `weighted_gather`: what Inductor makes of it; and where its Inductor is not known, which is said
+once, graphs hold the kernel in its place.
+"""
 
 import importlib
 import logging
+import re
 import sys
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import memcompile.lowering.triton as folder
-from memcompile.lowering import inductor_patches
-from memcompile.lowering.triton import load, template
-from tests.lowering.triton import test_generated_code as known
-from tests.lowering.triton.fake_gpu import generated_sources
-from tests.lowering.triton.generated import allocations, extern_calls, launches
+from memcompile.lowering import inductor_patches, operator
+from memcompile.lowering.triton import configs, load, template
+from tests.lowering.triton.addresses import overflowing_offsets
+from tests.lowering.triton.fake_gpu import first_choice, generated_sources
+from tests.lowering.triton.generated import allocations, compile_kernels, extern_calls, launches, triton_kernels
+from tests.lowering.triton.test_generated_code import (
+    SLOTS,
+    TOKENS,
+    VALUE_DIM,
+    WIDTH,
+    Lookup,
+    assert_no_detours,
+    gpu_sources,
+    meta,
+    ours,
+    templates,
+)
 
 _inductor: Any = importlib.import_module("memcompile.lowering.triton._inductor")
+
+
+def gated(values: Tensor, slots: Tensor, weights: Tensor, gate: Tensor) -> Tensor:
+    return operator("weighted_gather")(values, slots, weights) * F.silu(gate)
+
+
+def gather_inputs(
+    tokens: int = TOKENS, slots: int = SLOTS, value_dim: int = VALUE_DIM, dtype: torch.dtype = torch.bfloat16
+) -> list[Tensor]:
+    hits = 128
+    return [
+        meta(slots, value_dim, dtype=dtype),
+        meta(tokens, hits, dtype=torch.int32),
+        meta(tokens, hits, dtype=torch.float32),
+        meta(tokens, value_dim, dtype=dtype),
+    ]
+
+
+def block_sizes(choice: Any) -> tuple[int, int]:
+    found = re.search(
+        r"BLOCK_COLUMNS=(\d+).*BLOCK_HITS=(\d+)|BLOCK_HITS=(\d+).*BLOCK_COLUMNS=(\d+)", choice.description
+    )
+    columns, hits, hits_, columns_ = found.groups()
+    return int(hits or hits_), int(columns or columns_)
+
+
+def autotuned(index: int) -> tuple[str, list[tuple[int, int]]]:
+    """The source with choice `index` of those that are offered, and the blocks of all of them."""
+    blocks: list[tuple[int, int]] = []
+
+    def choose(name: str, choices: Any) -> Any:
+        assert name == "memcompile_weighted_gather"
+        blocks.extend(map(block_sizes, choices))
+        return choices[index]
+
+    sources = gpu_sources(gated, gather_inputs(), config_patches={"max_autotune": True}, choose=choose)
+    return sources.forward, blocks
+
+
+@pytest.mark.parametrize("index", range(len(configs.GATHERING)))
+def test_max_autotune_offers_every_configuration(index):
+    """Each compiles without spills, and its rows are addressed in 64 bits."""
+    source, blocks = autotuned(index)
+    wanted = [(config.block_hits, config.block_columns) for config in configs.gather_configs(TOKENS, VALUE_DIM)]
+    assert blocks == wanted and len(wanted) == len(configs.GATHERING)
+    target = ("sm_90", "sm_80", "sm_100", "gfx942")[index % 4]
+    for where in {"sm_90", target}:
+        (kernel,) = compile_kernels(source, where)
+        assert kernel.compiled.resources.spills == 0
+        assert kernel.compiled.resources.registers <= 128
+        assert overflowing_offsets(kernel.compiled, ["arg_values", "arg_slots", "arg_weights"]) == []
+
+
+def test_without_max_autotune_nothing_is_measured():
+    def choose(name: str, choices: Any) -> Any:
+        raise AssertionError(f"{name} had {len(choices)} choices")
+
+    (template,) = templates(gpu_sources(gated, gather_inputs(), choose=choose).forward)
+    best = configs.gather_configs(TOKENS, VALUE_DIM)[0]
+    assert f"BLOCK_HITS : tl.constexpr = {best.block_hits}" in template
+    assert f"BLOCK_COLUMNS : tl.constexpr = {best.block_columns}" in template
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "value_dim"), [(TOKENS, 2**20, 1000), (2**22, 2**20, 1024), (TOKENS, 2**31, 4096)]
+)
+def test_the_templates_addresses(tokens, slots, value_dim):
+    """Rows of a table, and of outputs and a gate of 2**32 numbers."""
+    source = gpu_sources(gated, gather_inputs(tokens, slots, value_dim), choose=first_choice).forward
+    (kernel,) = compile_kernels(source)
+    pointers = re.findall(r"%(\w+): !tt\.ptr", kernel.compiled.asm["ttir"].partition("{\n")[2].splitlines()[0])
+    largest = {"arg_slots": slots - 1, "program_id(0)": tokens - 1, "program_id(1)": -(-value_dim // 8) - 1}
+    names = pointers or ["arg_values", "arg_slots", "arg_weights"]
+    assert len(names) >= 5
+    assert overflowing_offsets(kernel.compiled, names, largest) == []
+
+
+def test_a_choice_is_measured_on_a_part_of_the_table(monkeypatch):
+    """Inputs to measure on: a table of a terabyte has no second copy."""
+    from memcompile.lowering.triton import _inductor
+
+    made: list[dict[int, Any]] = []
+    autotune = _inductor.autotune
+    monkeypatch.setattr(_inductor, "autotune", lambda *args: made.append(args[4]) or autotune(*args))
+    gpu_sources(gated, gather_inputs(slots=2**31), config_patches={"max_autotune": True})
+    assert made and {*made[0]} == {0, 1}
+
+
+def test_the_cpu_runs_what_it_ran():
+    """Where `is_gpu` is not patched the graphs hold the operators, and the CPU calls its own kernels of them."""
+    source = generated_sources(
+        lambda values, slots, weights, gate: gated(values, slots, weights, gate),
+        [
+            torch.empty(64, 24),
+            torch.empty(5, 6, dtype=torch.int32),
+            torch.empty(5, 6, requires_grad=True),
+            torch.empty(5, 24),
+        ],
+        config_patches=inductor_patches(""),
+        gpu=False,
+    )
+    assert extern_calls(source.forward) == ["torch.ops.memcompile.weighted_gather.default"]
+    assert extern_calls(source.backward) == ["torch.ops.memcompile.gather_dot.default"]
+    assert not triton_kernels(source.forward) and not triton_kernels(source.backward)
+
+
+# --- An Inductor that is not known ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -71,17 +195,17 @@ def test_it_is_said_once(monkeypatch, warnings):
 
 def test_graphs_then_hold_the_kernel(unregistered):
     """The same kernels but for the template; the gate is one more. The numbers are those of the same loop."""
-    module = known.Lookup()
-    sources = known.gpu_sources(module, [known.meta(known.TOKENS, known.WIDTH, requires_grad=True)])
-    assert known.ours(sources.forward)[1:] == ["rank_candidates", "weighted_gather_rows"]
+    module = Lookup()
+    sources = gpu_sources(module, [meta(TOKENS, WIDTH, requires_grad=True)])
+    assert ours(sources.forward)[1:] == ["rank_candidates", "weighted_gather_rows"]
     gathered = ["gather_dot_rows", *["join_chunks"] * 2, *["sum_chunks"] * 2, "weighted_gather_rows"]
-    assert sorted(known.ours(sources.backward)) == gathered
+    assert sorted(ours(sources.backward)) == gathered
     gates = [name for name in launches(sources.forward) if "silu" in name]
     assert len(gates) == 1 and gates[0].startswith("triton_poi")
     for source in (sources.forward, sources.backward):
-        assert not known.templates(source)
-        known.assert_no_detours(source)
-    table = ((known.SLOTS, known.VALUE_DIM), torch.bfloat16)
+        assert not templates(source)
+        assert_no_detours(source)
+    table = ((SLOTS, VALUE_DIM), torch.bfloat16)
     assert table not in allocations(sources.forward)
     assert allocations(sources.backward).count(table) == 1
 
@@ -89,7 +213,7 @@ def test_graphs_then_hold_the_kernel(unregistered):
 def test_a_choice_that_cannot_be_made_leaves_a_call(monkeypatch, warnings):
     """Known only where a graph is lowered, too late for the kernel: the operator itself is called."""
     monkeypatch.setattr(_inductor.TritonTemplate, "maybe_append_choice", moved)
-    source = known.gpu_sources(known.gated, known.gather_inputs()).forward
+    source = gpu_sources(gated, gather_inputs()).forward
     assert extern_calls(source) == ["torch.ops.memcompile.weighted_gather.default"]
     assert len(warnings()) == 1
 
@@ -97,7 +221,7 @@ def test_a_choice_that_cannot_be_made_leaves_a_call(monkeypatch, warnings):
 def test_the_lowering_of_a_device_that_is_not_served_is_a_call():
     """The CPU's graph holds the operator too, in the same process."""
     source = generated_sources(
-        known.gated,
+        gated,
         [
             torch.empty(64, 24, dtype=torch.float64),
             torch.empty(5, 6, dtype=torch.int32),

@@ -50,12 +50,12 @@ def arguments(name, form="fp32", count=5, dim=21, slots=40, seed=0, grad=True, l
     if name == "row_adagrad":
         squares = table(sums, 1)[:, 0].square().contiguous()
         return [*first, squares, 0.1, 1e-8, 0.3, decoupled]
-    history = RateHistory.new(0)
+    history = RateHistory.new(0, 1e-8)
     for _ in range(300):
         history.record(1e-2, factors_of_step(1e-2, 0.1, (0.9, 0.999)))
     last = torch.randint(0, 301, (count,), generator=generator, dtype=torch.int32)
     missed = missed_steps(history, last, 300, sums) if lags else None
-    parts = (missed.plan_of_row, missed.decays, missed.panels) if missed else (None, None, None)
+    parts = (missed.entries, missed.decays, missed.panels) if missed else (None, None, None)
     numbers = torch.tensor([0.999, 0.9, 0.999, 1e-2, 2.0, 1e-8], dtype=torch.float64)
     moments = table(state), table(state).square()
     return [*first, *moments, *parts, numbers]

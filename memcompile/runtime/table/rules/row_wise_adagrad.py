@@ -56,8 +56,8 @@ def _step(table: Tensor, state: State, rows: Tensor, grad: Tensor, options: Opti
     update = RowUpdate(*tables(table, state), rows, grad, seed)
     lr, eps = float(options["lr"]), float(options["eps"])
     if shards is None or not shards.by_columns or shards.ranks == 1:
-        given = (update.param, update.master, rows, grad, seed)
-        operator("row_adagrad")(*given, state["sum"], lr, eps, weight_decay, decoupled)
+        parameters = update.param, update.master
+        operator("row_adagrad")(*parameters, rows, grad, seed, state["sum"], lr, eps, weight_decay, decoupled)
         return
     # Each rank has some columns, and a row's mean is over all of them. Every rank of the group has the same rows, since
     # each has the hits of all. One all-reduce of a number a row.
