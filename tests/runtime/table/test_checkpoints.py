@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from memcompile.runtime.pool import pool_of
 from tests.planned import assert_same, batch, planned_gpt
-from tests.runtime.stepping import SIZES, adamw, assert_as_dense, evaluate, model_of, snapshot, train
+from tests.runtime.table.stepping import SIZES, adamw, assert_as_dense, evaluate, model_of, snapshot, train
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
