@@ -34,7 +34,10 @@ __all__ = [
 def at_once() -> Iterator[None]:
     """Run operators on the tensors themselves, whatever traces or transforms what the program does."""
     with torch._C._DisableFuncTorch(), _disable_current_modes(), torch.inference_mode(False):
-        yield
+        with torch._C._PreserveDispatchKeyGuard():
+            # The collector may call us while FakeTensorMode has every operator run on the meta device.
+            torch._C._set_meta_in_tls_dispatch_include(False)
+            yield
 
 
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 import memcompile
 from tests.models import tiny_gpt
 from tests.planned import MEMORY, batch
-from tests.runtime.test_steps import VALUES_LR, backward, layout, step_sizes
+from tests.runtime.table.test_hooks import VALUES_LR, backward, layout, step_sizes
 
 # --- adoption ---------------------------------------------------------------------------------------------------
 

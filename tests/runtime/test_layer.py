@@ -53,7 +53,7 @@ def test_parameters_and_forward_of_each_variant(name):
     assert {n: tuple(p.shape) for n, p in layer.named_parameters()} == {n: shapes[n] for n in names}
 
     def reference(dtype: torch.dtype) -> torch.Tensor:
-        tensors = [None if t is None else t.to(dtype) for t in layer.tensors()]
+        tensors = [None if t is None else t.to(dtype) for t in layer.tensors(model.memory_values)]
         return memory_lookup_reference(x.to(dtype), *tensors, heads=2, top_k=4)
 
     assert_as_accurate(layer(x), reference(torch.float32), reference(torch.float64))

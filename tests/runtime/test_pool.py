@@ -24,7 +24,7 @@ def test_the_values_are_one_parameter_of_the_root():
     pool = pool_of(model)
     assert pool.values is model.memory_values
     assert pool.values.shape == (64, 32)
-    assert all(layer.tensors()[3] is model.memory_values for layer in pool.layers.values())
+    assert all(layer.tensors(pool.values)[3] is model.memory_values for layer in pool.layers.values())
 
 
 def test_memory_parameters_have_readable_names():
@@ -78,7 +78,7 @@ def test_a_copy_is_a_planned_model_of_its_own(duplicate):
     twin = duplicate(model)
     pool = pool_of(twin)
     assert pool is not pool_of(model)
-    assert pool.root is twin
+    assert pool.owner is twin
     assert pool in set(live_pools())
     assert pool.values is twin.memory_values is not model.memory_values
     assert all(layer.pool is pool for layer in pool.layers.values())

@@ -32,7 +32,7 @@ def test_wrappers_without_a_process_group(wrap):
     wrapped = wrap(model)
     assert unwrap(wrapped) == (model, [])
     explanation = memcompile.plan(wrapped, memory_layers=1, **MEMORY)
-    assert pool_of(model).root is model
+    assert pool_of(model).owner is model
     assert explanation.model == "Transformer"
     assert "memory_values" in model.state_dict()
 

@@ -17,7 +17,8 @@ def tables_in(optimizer: Optimizer) -> list[tuple[ValueTable, dict[str, Any]]]:
     """The tables whose values an optimizer holds, each with its group."""
     mine = {}
     for table in live_tables:
-        values = table.owner._parameters.get(VALUES_NAME)  # a deep copy that failed half way has none
+        # A deep copy that failed half way has none, or not even parameters.
+        values = table.owner.__dict__.get("_parameters", {}).get(VALUES_NAME)
         if values is not None:
             mine[id(values)] = table
     groups = getattr(optimizer, "param_groups", ())

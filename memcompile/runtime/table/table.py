@@ -56,7 +56,7 @@ class ValueTable:
         self._state: State | None = None
         self._rule, self._options = ADAMW, ADAMW.defaults
         self._stepped: nn.Parameter | None = None  # what the state is of
-        self._dtype = torch.float32  # of the values when they were stepped last
+        self._lay: tuple[torch.device, torch.dtype] | None = None  # where and how, in the last step
         self._shown = ShownState()
         self._optimizer: weakref.finalize | None = None
         self._row_state = HeldRowState(self)
@@ -110,19 +110,11 @@ class ValueTable:
 
     def watch_gradient(self) -> None:
         """Sees every gradient that the values get from here on. Idempotent: values that were replaced are watched."""
+        self._move_state()
         if self._state is None and self._stepped is not self.part:
             self._stepped = self.part
             self._row_state.put(self._no_row_state())
-        elif self._state is not None and self._moved_or_cast():
-            self._rule.start(_local(self.part), self._state, self._options)
-            self._dtype = self.part.dtype
-            self._put_row_state()
         watch_gradient(self)
-
-    def _moved_or_cast(self) -> bool:
-        """Whether the values are of another device or dtype than their state, since their last step."""
-        row_state = self._row_state.get()
-        return bool(row_state) and (row_state[1].device, self._dtype) != (self.part.device, self.part.dtype)
 
     def layers(self) -> Iterator[nn.Module]:
         """The memory layers that read the table."""
@@ -147,6 +139,7 @@ class ValueTable:
     def _flush(self) -> None:
         if self._stepped is None or self._state is None or "last_step" not in self._state:
             return
+        self._move_state()
         table = _local(self._stepped)
         if table.dtype is torch.float16:
             table = table.float()
@@ -192,8 +185,21 @@ class ValueTable:
             self._follow(optimizer)
         assert self._state is not None
         self._stepped, self._rule, self._options = self.part, rule, options
-        self._dtype = self.part.dtype
         rule.start(_local(self.part), self._state, options)  # moves the state with values that were moved or cast
+        self._lay = (self.part.device, self.part.dtype)
+
+    def _move_state(self) -> None:
+        """Moves the state with values that were moved or cast since the last step, in the optimizer too."""
+        values, state = self._stepped, self._state
+        if values is None or state is None or self._lay == (values.device, values.dtype):
+            return
+        optimizer = self._optimizer.peek() if self._optimizer is not None else None
+        shown = optimizer is not None and self._shown.is_in(optimizer[0], self.values, state)
+        self._rule.start(_local(values), state, self._options)
+        self._lay = (values.device, values.dtype)
+        self._put_row_state()
+        if optimizer is not None and shown:
+            self._shown.show(optimizer[0], self, state)
 
     def _follow(self, optimizer: Optimizer) -> None:
         """When the optimizer is gone, the values stay as its last step has them, and the state goes."""

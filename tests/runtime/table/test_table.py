@@ -16,7 +16,7 @@ from memcompile.runtime import steps
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
 from memcompile.runtime.pool import pool_of
 from tests.planned import assert_same, batch, planned_gpt
-from tests.runtime.stepping import adamw, assert_as_dense, evaluate, model_of, snapshot, train
+from tests.runtime.table.stepping import adamw, assert_as_dense, evaluate, model_of, snapshot, train
 
 # --- who steps ----------------------------------------------------------------------------------------------------
 

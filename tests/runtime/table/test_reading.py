@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler as schedulers
 import memcompile
 from memcompile.runtime.pool import pool_of
 from tests.planned import assert_same, batch
-from tests.runtime.stepping import adamw, assert_as_dense, evaluate, model_of, snapshot, train
+from tests.runtime.table.stepping import adamw, assert_as_dense, evaluate, model_of, snapshot, train
 
 # --- reading ------------------------------------------------------------------------------------------------------
 

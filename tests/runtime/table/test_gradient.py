@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from memcompile.runtime.values_gradient import sum_of_rows
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memcompile.config import SPARSE_FROM
 from memcompile.lowering.gather import table_gather as sparse_table
 from memcompile.runtime.pool import pool_of
-from memcompile.runtime.values_gradient import sum_of_rows
 from tests.models import Block
 from tests.planned import batch, planned_gpt
 from tests.tolerance import assert_as_accurate

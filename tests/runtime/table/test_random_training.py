@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW
 from torch.optim import lr_scheduler as schedulers
 
 from tests.planned import batch
-from tests.runtime.stepping import evaluate, model_of, snapshot
+from tests.runtime.table.stepping import evaluate, model_of, snapshot
 
 # --- random training ----------------------------------------------------------------------------------------------
 
