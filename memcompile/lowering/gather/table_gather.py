@@ -20,9 +20,13 @@ hold these operators whole, and `merge_scatters` sums those of the layers that s
 derivative.
 """
 
+<<<<<<< HEAD
 import functools
 import threading
 from collections.abc import Callable, Sequence
+=======
+from collections.abc import Sequence
+>>>>>>> tests-optim
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +35,7 @@ from torch import Tensor
 
 from memcompile.lowering._torch import autograd_kernel, below_autograd, is_keyed, is_traced
 from memcompile.lowering.gather.hits import check_hits, sum_dtype
+from memcompile.lowering.register.operators import register_for_graphs
 from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
 from memcompile.lowering.update.missed_steps import missed_decays, missed_steps
 from memcompile.lowering.update.rate_history import RateHistory
@@ -219,31 +224,15 @@ def _forward(*args: Any) -> Any:
         return operator("table_gather")(*args)
 
 
-def _without_derivative(name: str) -> Callable[..., Any]:
-    """The Autograd kernel of an operator whose results require no gradient: those of what it calls would be wrong."""
-
-    def kernel(*args: Any) -> Any:
-        with below_autograd():
-            return operator(name)(*args)
-
-    return kernel
-
-
 def _no_forward_mode(ctx: Any, *tangents: Any) -> Any:
     raise NotImplementedError(f"{NAMESPACE}::table_gather has no forward-mode derivative: use backward()")
 
 
-_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "table_gather": (_gather, _gather_fake),
-    "table_dot": (_dot, _dot_fake),
-    "sparse_scatter": (_sparse_scatter, _scatter_fake),
-}
-for _name, (_kernel, _fake) in _KERNELS.items():
-    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIBRARY)
+register_for_graphs("table_dot", _dot, _dot_fake, "CompositeExplicitAutograd")
+register_for_graphs("sparse_scatter", _sparse_scatter, _scatter_fake, "CompositeExplicitAutograd")
+LIBRARY.impl("table_gather", _gather, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake(f"{NAMESPACE}::table_gather", _gather_fake, lib=LIBRARY)
 _derivative = autograd_kernel(
     "TableGather", forward=_forward, setup_context=_setup_context, backward=_backward, jvp=_no_forward_mode
 )
 LIBRARY.impl("table_gather", _derivative, "Autograd")  # type: ignore[no-untyped-call]
-for _name in ("table_dot", "sparse_scatter"):
-    LIBRARY.impl(_name, _without_derivative(_name), "Autograd")  # type: ignore[no-untyped-call]

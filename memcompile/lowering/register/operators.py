@@ -38,7 +38,7 @@ def register_operator(
 
 
 def register_for_graphs(name: str, kernel: Callable[..., Any], fake: Callable[..., Any], key: str) -> None:
-    """Registers an operator that a pass puts into graphs whose derivatives are traced: it has none, and one kernel, for
+    """Registers an operator of graphs in which derivatives are there already: it has none itself, and one kernel, for
     the dispatch key `key`.
     """
     LIBRARY.impl(name, torch.no_grad()(kernel), key)  # type: ignore[no-untyped-call]

@@ -98,10 +98,10 @@ def test_moments_of_zero_move_nothing():
     missed = missed_steps(
         history_of([(1e-3, 0.1)] * 50), torch.tensor([0, 20, 0], dtype=torch.int32), 50, torch.float32
     )
-    moments = missed.panels[missed.plan_of_row, :, 1:]
+    moments = missed.panels[missed.entries, :, 1:]
     assert not moments[[0, 2]].any() and moments[1].any()
-    assert missed.decays[missed.plan_of_row, 1:][[0, 2]].eq(1).all(), "row_adam need not read them"
-    decays = missed.decays[missed.plan_of_row, 0]
+    assert missed.decays[missed.entries, 1:][[0, 2]].eq(1).all(), "row_adam need not read them"
+    decays = missed.decays[missed.entries, 0]
     assert decays.tolist() == pytest.approx([(1 - 1e-4) ** 50, (1 - 1e-4) ** 30, (1 - 1e-4) ** 50])
 
 
@@ -113,5 +113,5 @@ def test_rows_that_are_up_to_date_have_missed_nothing():
     assert missed_steps(history, untouched, 0, torch.float32) is None
     assert missed_steps(history, untouched, 3, torch.float32).panels.shape[1] == 0, "they miss their decay alone"
     both = missed_steps(history, torch.tensor([3, 1], dtype=torch.int32), 3, torch.float32)
-    up_to_date = both.plan_of_row[0]
+    up_to_date = both.entries[0]
     assert both.decays[up_to_date].tolist() == [1, 1, 1] and not both.panels[up_to_date, :, 1:].any()
