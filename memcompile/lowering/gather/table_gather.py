@@ -20,13 +20,9 @@ hold these operators whole, and `merge_scatters` sums those of the layers that s
 derivative.
 """
 
-<<<<<<< HEAD
 import functools
 import threading
 from collections.abc import Callable, Sequence
-=======
-from collections.abc import Sequence
->>>>>>> tests-optim
 from dataclasses import dataclass
 from typing import Any
 
