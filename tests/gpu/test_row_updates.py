@@ -101,14 +101,14 @@ def test_optimizers_as_on_the_cpu(optimizer, schedule, device):
         for step, (batch, target) in enumerate(zip(batches.to(device), targets.to(device), strict=True)):
             if schedule:
                 steps.param_groups[0]["lr"] = 1e-2 / (1 + step)
-            if hasattr(steps, "catch_up"):
-                steps.catch_up(table.weight, batch)
+            if hasattr(steps, "flush"):
+                steps.flush(table.weight, batch)
             loss = (table(batch) - target).square().sum()
             loss.backward()
             steps.step()
             steps.zero_grad()
-        if hasattr(steps, "catch_up"):
-            steps.catch_up(table.weight)
+        if hasattr(steps, "flush"):
+            steps.flush(table.weight)
         return table.weight.detach().cpu()
 
     torch.testing.assert_close(trained(device), trained("cpu"), rtol=1e-4, atol=1e-5)

@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memcompile.lowering import memory_lookup
-from memcompile.lowering.distributed.sharded_table import SAME_TOKENS, Shards, chunk_sizes, most_tokens
+from memcompile.lowering import memory_lookup, operator
+from memcompile.lowering.distributed.sharded_table import SAME_TOKENS, Shards, chunk_sizes, most_tokens, sharded_gather
 from tests.lowering.cases import TENSOR_NAMES, Case
+from tests.lowering.gather.stepped import MISSING, stepped
+from tests.lowering.gather.test_weighted_gather import make
 from tests.runtime.distributed.processes import run_on_ranks
 from tests.tolerance import largest_error
 
@@ -175,6 +177,29 @@ def test_more_tokens_than_agreed_upon_raise_on_every_rank(ranks):
 def test_parts_are_those_of_chunk(total, number):
     chunks = [len(chunk) for chunk in torch.arange(total).chunk(number)] if total else []
     assert chunk_sizes(total, number) == (*chunks, *([0] * (number - len(chunks))))
+
+
+@pytest.mark.parametrize("gradient", ["dense", "sparse"])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("rule", MISSING)
+def test_a_part_is_read_with_the_state_of_its_rows(rule, dim, gradient):
+    table = stepped(rule, torch.float64)
+    _, slots, weights, grad = make()
+    found = []
+    for read in (
+        lambda x, w: sharded_gather(x, slots, w, Shards("", (x.shape[dim],), 0, dim), 5, gradient, table.row_state),
+        lambda x, w: operator("table_gather")(x, slots, w, table.row_state, gradient),
+    ):
+        x, w = table.values.clone().requires_grad_(), weights.clone().requires_grad_()
+        out = read(x, w)
+        found.append((out.detach(), *(g.to_dense() for g in torch.autograd.grad(out, (x, w), grad, retain_graph=True))))
+        with torch.no_grad():
+            x.mul_(2)  # as a step would
+        with pytest.raises(RuntimeError, match=r"call backward\(\) before step\(\)"):
+            out.sum().backward()
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+    assert largest_error(found[0][0], operator("weighted_gather")(table.values, slots, weights)) > 1e-6
 
 
 def test_torch_func_is_refused():

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from memcompile.lowering.gather import row_sums
-from memcompile.lowering.update import row_adagrad, row_adam, row_sgd, skipped_steps
+from memcompile.lowering.register.kernels import IN_PYTORCH
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
 
 aten = torch.ops.aten
@@ -17,8 +16,6 @@ BY_ROW |= {aten.index_fill_.int_Scalar}
 VIEWS = {aten.view.default, aten.detach.default, aten.alias.default, aten.select.int, aten.slice.Tensor}
 VIEWS |= {aten.unsqueeze.default, aten._indices.default, aten._values.default, aten.expand.default}
 VIEWS |= {aten.is_coalesced.default, aten.t.default}
-KERNELS = {"row_adam": row_adam._kernel, "row_adagrad": row_adagrad._kernel, "row_sgd": row_sgd._kernel}
-KERNELS |= {"hits_by_row": row_sums._hits, "skipped_steps": skipped_steps._kernel}
 
 TABLE = 100_000 * 16  # elements of the large one
 
@@ -31,7 +28,7 @@ class Elements(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "memcompile":
             with self:
-                return KERNELS[func._schema.name.split("::")[1]](*args)
+                return IN_PYTORCH[func._schema.name.split("::")[1]].kernel(*args)
         out = func(*args, **(kwargs or {}))
         if func not in VIEWS:
             operands = [*args[1:], *(args[:1] if func not in BY_ROW else ())]
