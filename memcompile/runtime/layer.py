@@ -15,6 +15,7 @@ from memcompile.lowering.parameters import draw_layer, new_layer
 from memcompile.runtime.distributed.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.state_dicts import encode_plan
+from memcompile.runtime.table.live_tables import flush_while_traced
 
 _Optional = Tensor | None
 LayerTensors = tuple[Tensor, Tensor, Tensor, Tensor, _Optional, _Optional, _Optional, _Optional, _Optional]
@@ -84,8 +85,8 @@ class MemoryLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         table = self.pool.table
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
-                table.flush()  # the program is saved with the values
+            if torch.compiler.is_exporting():
+                flush_while_traced(table.name)  # the program is saved with the values, and not with their state
             return self._look_up(x, table.part_in_graphs)
         table.watch_gradient()  # of values of a copy, or that were loaded with assign=True
         if functorch_is_active():

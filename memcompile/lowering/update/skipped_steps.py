@@ -79,7 +79,7 @@ def _kernel(rates: Tensor, starts: Tensor, until: int, terms: int, moments: int)
     parts = [some for some in torch.split(moved, _STARTS) if len(some)]
     filled = [_panels(history, starts[some, None], until, terms, moments) for some in parts]
     most = max((part.shape[1] for part in filled), default=0)
-    panels = torch.zeros(len(starts), most, 1 + moments, dtype=torch.float64)
+    panels = rates.new_zeros(len(starts), most, 1 + moments)
     for some, part in zip(parts, filled, strict=True):
         panels[some, : part.shape[1]] = part
     return decays, panels
@@ -104,13 +104,13 @@ def _panels(history: RateHistory, starts: Tensor, until: int, terms: int, moment
     highest = log_a.amax(1, keepdim=True)  # [plans, 1]
     panel = ((highest - log_a) / _RATIO).long()  # [plans, terms]
     count = int(panel.max()) + 1
-    log_top = highest - torch.arange(count) * _RATIO
+    log_top = highest - torch.arange(count, device=highest.device) * _RATIO
     centres = log_top.exp() / (1 + _HALF_WIDTH)  # [plans, count]
     minus_d = 1 - log_a.exp() / centres.gather(1, panel)
-    into = (panel + torch.arange(len(starts)).unsqueeze(1) * count).view(-1)
+    into = (panel + torch.arange(len(starts), device=starts.device).unsqueeze(1) * count).view(-1)
     columns = [centres]
     for _ in range(moments):
-        moment = torch.zeros(len(starts) * count, dtype=torch.float64).index_add_(0, into, c.reshape(-1))
+        moment = c.new_zeros(len(starts) * count).index_add_(0, into, c.reshape(-1))
         columns.append(moment.view(len(starts), count))
         c = c * minus_d
     return torch.stack(columns, 2)
@@ -120,7 +120,7 @@ def _windows(starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """The steps that are among the `length` after any of the ascending starts, and where those of each start begin."""
     gaps = starts.diff().clamp(max=length)
     windows = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)])
-    place = torch.arange(int(windows[-1]) + length)
+    place = torch.arange(int(windows[-1]) + length, device=windows.device)
     start = torch.searchsorted(windows, place, right=True) - 1
     return starts[start] + 1 + place - windows[start], windows
 

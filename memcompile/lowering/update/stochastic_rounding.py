@@ -22,9 +22,9 @@ def _mix(x: Tensor) -> Tensor:
 
 def seed_of_step(seed: int, step: int) -> int:
     """One 32-bit word of a seed (any integer of 64 bits) and the number of a step."""
-    words = torch.tensor([seed & _WORD, (seed >> 32) & _WORD])
+    words = torch.tensor([seed & _WORD, (seed >> 32) & _WORD], device="cpu")
     low, high = _mix(words).tolist()
-    return int(_mix(torch.tensor([(low + high * _GOLDEN + step * _TABLE) & _WORD])))
+    return int(_mix(torch.tensor([(low + high * _GOLDEN + step * _TABLE) & _WORD], device="cpu")))
 
 
 def round_rows(x: Tensor, rows: Tensor, seed: int, table: int) -> Tensor:

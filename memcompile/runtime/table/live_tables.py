@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from memcompile.common.sites import VALUES_NAME
@@ -23,3 +24,12 @@ def tables_in(optimizer: Optimizer) -> list[tuple[ValueTable, dict[str, Any]]]:
             mine[id(values)] = table
     groups = getattr(optimizer, "param_groups", ())
     return [(mine[id(p)], group) for group in groups for p in group["params"] if id(p) in mine]
+
+
+@torch.compiler.assume_constant_result
+def flush_while_traced(name: str) -> bool:
+    """Flushes the table of this name when a program is traced, and not when it runs."""
+    for table in live_tables:
+        if table.name == name:
+            table.flush()
+    return True

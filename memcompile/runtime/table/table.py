@@ -70,6 +70,11 @@ class ValueTable:
         self.__init__(state["owner"], state["config"])  # type: ignore[misc]
         self.sharded = state["sharded"]
 
+    @property
+    def name(self) -> str:
+        """Of no other table of the process."""
+        return self._row_state.name
+
     # --- the values ----------------------------------------------------------------------------------------
 
     @property
@@ -126,7 +131,9 @@ class ValueTable:
         """What rows of these values have missed, as `memory_lookup` takes it. Rows of other values than those that are
         stepped have missed nothing: inside `functional_call`, or of a parameter that was replaced.
         """
-        return self._row_state.get() if self._stepped is None or values is self._stepped else ()
+        if torch.compiler.is_exporting() or (self._stepped is not None and values is not self._stepped):
+            return ()
+        return self._row_state.get()
 
     @at_once()  # whatever traces or transforms what the program does
     def flush(self) -> None:
