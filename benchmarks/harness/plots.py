@@ -116,7 +116,8 @@ def draw_roofline(panels: Sequence[Panel], title: str, styles: Mapping[str, Styl
         return False
     unit, unit_name = product_unit(min((panel.limits for panel in panels), key=lambda limits: limits.gflop_s))
     intensities = [median.flops / median.bytes for median in drawn]
-    left, right = min(intensities) / 3, max(intensities) * 8  # room for names
+    corners = [panel.limits.gflop_s / panel.limits.gb_s for panel in panels]
+    left, right = min(intensities + corners) / 3, max(intensities + corners) * 8  # room for names
     lowest = min(median.gflop_s for median in drawn) / unit / 2
     highest = max(panel.limits.gflop_s for panel in panels) / unit * 2
 

@@ -17,7 +17,7 @@ FORWARD, BACKWARD, FROZEN = "forward", "forward+backward", "forward+backward, va
 
 @dataclass(frozen=True, kw_only=True)
 class Median:
-    """Of one contestant in one case. An FFN's n_keys and value_dim are those of the memory that it ran beside."""
+    """Of one contestant in one case. An FFN's n_keys and value_dim are those of the memory that it ran with."""
 
     name: str
     kind: str

@@ -115,7 +115,7 @@ def formulas(case: Case, sizes: Sizes, rank: int, element_bytes: int = 4) -> tup
     return forward_collectives(*numbers) + backward_collectives(*numbers)
 
 
-def beside(expected: tuple[Collective, ...], found: list[tuple[str, int]]) -> list[Received]:
+def with_formulas(expected: tuple[Collective, ...], found: list[tuple[str, int]]) -> list[Received]:
     """What came of each, with its formula.
 
     Raises:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.sharding.cases import Case, Sizes
-from benchmarks.sharding.traffic import Alone, Received, beside, formulas, received_between
+from benchmarks.sharding.traffic import Alone, Received, formulas, received_between, with_formulas
 from benchmarks.sharding.trainee import Step, Trainee, timed
 
 WHOLE_STEP = "whole step"
@@ -73,4 +73,4 @@ class Rank:
         self._train(case, _STEPS)
         measured = (received_between(meet) - before) / _STEPS
         whole = Received(WHOLE_STEP, "", sum(c.received_bytes for c in expected), measured)
-        return [*beside(expected, alone.found), whole]
+        return [*with_formulas(expected, alone.found), whole]

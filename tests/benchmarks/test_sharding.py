@@ -13,7 +13,7 @@ from benchmarks.sharding import __main__ as command
 from benchmarks.sharding.cases import STRONG, WEAK, Case, Sizes, all_cases, rows_case, scaling
 from benchmarks.sharding.measure import line, predict
 from benchmarks.sharding.report import report
-from benchmarks.sharding.traffic import beside, formulas, received_bytes
+from benchmarks.sharding.traffic import formulas, received_bytes, with_formulas
 from benchmarks.sharding.trainee import COMMUNICATION, GATHER, OPTIMIZER, PARTS, REST, SEARCH, Step, split, timed
 from benchmarks.sharding.worker import WHOLE_STEP
 from memcompile.cost.job import Job
@@ -106,10 +106,10 @@ def test_other_collectives_than_the_formulas_know_are_an_error():
     expected = formulas(case, SIZES, 0)
     operations = ["all_gather", "all_to_all", "all_to_all", "all_to_all"]  # a reduce-scatter on a CPU is one
     found = [(name, c.received_bytes) for name, c in zip(operations, expected, strict=True)]
-    received = beside(expected, found)
+    received = with_formulas(expected, found)
     assert [one.of_formula for one in received] == [1] * 4
     with pytest.raises(ValueError, match=r"the step has the collectives \['all_to_all'"):
-        beside(expected, found[1:])
+        with_formulas(expected, found[1:])
 
 
 @linux

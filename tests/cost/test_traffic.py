@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.sharding.cases import Case, Sizes
-from benchmarks.sharding.traffic import Alone, beside, formulas
+from benchmarks.sharding.traffic import Alone, formulas, with_formulas
 from benchmarks.sharding.trainee import Trainee
 from tests.runtime.distributed.processes import run_on_ranks
 from tests.runtime.distributed.sharded import memory_mesh
@@ -36,7 +36,7 @@ def received(rank: int) -> dict[str, dict[str, float]]:
         with Alone(dist.barrier) as alone:
             trainee.forward_backward(TOKENS)
         expected = formulas(Case(2, by, TOKENS), sizes, rank, dtype.itemsize)
-        found[name] = {one.name: one.of_formula for one in beside(expected, alone.found)}
+        found[name] = {one.name: one.of_formula for one in with_formulas(expected, alone.found)}
     return found
 
 
