@@ -123,7 +123,7 @@ def sharded_gather(
         RuntimeError: more tokens than the capacity.
     """
     if functorch_is_active():
-        raise NotImplementedError("sharded memory values serve no torch.func transform: use an unsharded model")
+        raise NotImplementedError("torch.func transforms do not work on sharded memory values: use an unsharded model")
     if capacity is None and not shards.same_tokens:
         if is_traced(slots):
             raise NotImplementedError(
