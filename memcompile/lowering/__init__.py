@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from memcompile.lowering import cpu, sparse_clipping
-from memcompile.lowering.gather import prefetch_rows, row_sums, stale_rows, weighted_gather
-from memcompile.lowering.gather import table_gather as sparse_table
+from memcompile.lowering.gather import prefetch_rows, row_sums, stale_rows, table_gather, weighted_gather
 from memcompile.lowering.inductor import caches
 from memcompile.lowering.memory_lookup import memory_lookup
 from memcompile.lowering.reference import memory_lookup_reference, product_key_topk_reference
@@ -42,8 +41,8 @@ __all__ = [
     "row_sums",
     "skipped_steps",
     "sparse_clipping",
-    "sparse_table",
     "stale_rows",
+    "table_gather",
     "weighted_gather",
 ]
 

@@ -27,7 +27,6 @@ __all__ = [
     "graph_pass_base",
     "has_kernel",
     "has_onednn_linear",
-    "in_backward",
     "is_keyed",
     "is_traced",
     "onednn_linear",
@@ -85,11 +84,6 @@ class KeyedPass:
 def is_keyed() -> bool:
     """Whether the compilation that runs has a `KeyedPass`; without, caches would return code of other settings."""
     return any(isinstance(graph_pass, KeyedPass) for graph_pass in configured_pre_passes())
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward in this thread."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def is_traced(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from memcompile.config import MemoryConfig
 from memcompile.lowering import cpu
 
-# A layer's own parameters, in the order of the operator's arguments; `values` stands behind `half_keys` there.
+# A layer's own parameters, in the order of the operator's arguments; `values` follows `half_keys` there.
 LAYER_PARAMETERS = (
     "query_weight", "query_bias", "half_keys", "gate_weight", "gate_bias", "out_weight", "out_bias", "temperature",
 )  # fmt: skip
@@ -74,8 +74,8 @@ def draw_values(
 ) -> None:
     """Draws ``values [slots, value_dim]`` from N(0, value_dim**-1/2), in place.
 
-    Blocks of the table have generators of their own, so that any part of it can be drawn by itself: whoever holds which
-    part, the table is the same, on devices of one kind.
+    Blocks of the table have generators of their own, so that any part of it can be drawn by itself: the table is the
+    same however it is divided, on devices of one kind.
 
     Args:
         values: the table, or a part of it.

@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 
 from memcompile.lowering import memory_lookup
 from memcompile.lowering._torch import functorch_is_active
-from memcompile.lowering.distributed.sharded_table import ASK
 from memcompile.lowering.parameters import draw_layer, new_layer
 from memcompile.runtime.distributed.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
@@ -107,7 +106,7 @@ class MemoryLayer(nn.Module):
             values_grad=table.gradient,
             values_storage=self.pool.config.values_storage,
             shards=None if sharded is None else sharded.shards,
-            capacity=ASK if sharded is None else sharded.capacity(x),
+            capacity=None if sharded is None else sharded.capacity(x),
             row_state=table.row_state(values),
         )
 

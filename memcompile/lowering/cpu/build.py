@@ -102,7 +102,7 @@ def build(source: Path, flags: Sequence[str], key: str = "") -> Path:
                 with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                     made = Path(scratch) / target.name
                     _run([*command, str(source), "-o", str(made), *flags])
-                    os.replace(made, target)  # whole or not at all, whoever looks
+                    os.replace(made, target)  # another process finds all of it, or nothing
     except OSError as error:
         raise BuildError(f"{target.parent} cannot be written ({error}): set MEMCOMPILE_CACHE_DIR") from error
     return target

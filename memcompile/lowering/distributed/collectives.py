@@ -1,7 +1,7 @@
 """Functional collectives along dim 0: nodes of a graph, which start one and wait for it apart.
 
-The first ones have no derivatives, and whoever calls them has his own. `sum_gradients` and `sum_over_ranks` are each
-other's, for tensor parallelism: where ranks with the same tokens part, and where they meet again.
+The first ones have no derivatives: their callers have. `sum_gradients` and `sum_over_ranks` are each other's, for
+tensor parallelism: the first where ranks with the same tokens part, the second where they meet again.
 """
 
 from collections.abc import Sequence

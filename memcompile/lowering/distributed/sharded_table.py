@@ -35,9 +35,6 @@ from memcompile.lowering.gather.hits import sum_dtype
 from memcompile.lowering.gather.table_gather import check_unchanged
 from memcompile.lowering.register.schema import operator
 
-ASK = -2  # a capacity: the ranks tell each other, in each call, how many tokens they have
-SAME_TOKENS = -1  # a capacity: all ranks of the group have the same tokens
-
 _WORDS = {torch.float32: torch.int32, torch.float64: torch.int64}  # slots as wide as weights travel with them
 
 
@@ -50,12 +47,14 @@ class Shards:
         sizes: the columns, or rows, of each rank.
         rank: of this process in the group.
         dim: 1 where the table lies by columns, 0 by rows.
+        same_tokens: whether all ranks of the group have the same tokens (tensor parallelism), or each has its own.
     """
 
     group: str
     sizes: tuple[int, ...]
     rank: int
     dim: int
+    same_tokens: bool = False
 
     @property
     def ranks(self) -> int:
@@ -80,6 +79,11 @@ class Shards:
     def by_columns(self) -> bool:
         return self.dim == 1
 
+    @property
+    def own_tokens(self) -> bool:
+        """Whether each of several ranks has tokens of its own."""
+        return self.ranks > 1 and not self.same_tokens
+
     def whole(self, part: Tensor) -> tuple[int, int]:
         """The shape [slots, value_dim] of the table that this is a part of."""
         slots, dim = part.shape
@@ -97,7 +101,7 @@ def sharded_gather(
     slots: Tensor,
     weights: Tensor,
     shards: Shards,
-    capacity: int,
+    capacity: int | None,
     gradient: str,
     row_state: Sequence[Tensor] = (),
 ) -> Tensor:
@@ -106,41 +110,33 @@ def sharded_gather(
     Args:
         table: the part that this rank holds, [slots, own columns] or [own rows, value_dim].
         slots: int32 or int64 [tokens, hits], and weights: float32 or float64 [tokens, hits], of this rank.
-        capacity: the most tokens that a rank of the group has in this call; `ASK`, or `SAME_TOKENS`.
+        capacity: the most tokens that a rank of the group has in this call. With None the ranks tell each other. Not
+            read where all ranks have the same tokens.
         gradient: "dense" or "sparse".
         row_state: of the part, as `table_gather` takes it.
 
     Returns:
-        [tokens, value_dim] in the values' dtype; the own columns of it with `SAME_TOKENS`.
+        [tokens, value_dim] in the values' dtype; the own columns of it where all ranks have the same tokens.
 
     Raises:
         NotImplementedError: under torch.func, or in a graph of another backend than memcompile's.
         RuntimeError: more tokens than the capacity.
     """
     if functorch_is_active():
-        raise NotImplementedError("sharded memory values serve no torch.func transform: use an unsharded model")
-    if _is(capacity, ASK):
+        raise NotImplementedError("torch.func transforms do not work on sharded memory values: use an unsharded model")
+    if capacity is None and not shards.same_tokens:
         if is_traced(slots):
             raise NotImplementedError(
                 "sharded memory values are traced without a number of tokens that all ranks agree on: compile the "
                 "model with backend='memcompile' (and export an unsharded model)"
             )
         capacity = most_tokens(slots.shape[0], shards.group, slots.device)
-    if not have_same_tokens(capacity):
+    if capacity is not None:
         torch._check(  # type: ignore[no-untyped-call]
             slots.shape[0] <= capacity,
             lambda: f"capacity: this rank has {slots.shape[0]} tokens, but the ranks agreed on at most {capacity}",
         )
     return _sharded_gather(table, slots, weights, shards, capacity, gradient, row_state)  # type: ignore[no-any-return]
-
-
-def have_same_tokens(capacity: int | torch.SymInt) -> bool:
-    """Whether a capacity says that all ranks of the group have the same tokens."""
-    return _is(capacity, SAME_TOKENS)
-
-
-def _is(capacity: int | torch.SymInt, meaning: int) -> bool:
-    return isinstance(capacity, int) and capacity == meaning  # a symbol is a number of tokens
 
 
 def most_tokens(tokens: int, group: str, device: torch.device) -> int:
@@ -164,16 +160,14 @@ def _forward(
 ) -> Tensor:
     tokens = slots.shape[0]
     with below_autograd():
-        if not have_same_tokens(capacity) and shards.ranks > 1:
+        if shards.own_tokens:
             slots, weights = _gather_hits(slots, weights, capacity, shards)
-        elif not have_same_tokens(capacity):
-            capacity = tokens
         hits, shares = _own_hits(slots, weights, shards)
         if table.numel():
             sums = _gather(table, hits, shares, row_state, gradient)
         else:
             sums = table.new_zeros(slots.shape[0], table.shape[1])
-        if not have_same_tokens(capacity) and shards.ranks > 1:
+        if shards.own_tokens:
             return_sums = _columns_to_tokens if shards.by_columns else _partial_sums_to_tokens
             sums = return_sums(sums, capacity, shards)[:tokens]
     ctx.save_for_backward(slots, weights)  # of all tokens
@@ -244,18 +238,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | Non
     check_unchanged(table, ctx.version)
     shards = ctx.shards
     tokens, capacity = grad.shape[0], ctx.capacity
-    apart = not have_same_tokens(capacity) and shards.ranks > 1  # each rank has tokens of its own
-    if apart:
+    if shards.own_tokens:
         grad = _padded(grad, capacity)
         grad = (_tokens_to_columns if shards.by_columns else _tokens_to_all)(grad, capacity, shards)
     grad_table = grad_weights = None
     if ctx.needs_input_grad[2]:
         grad_weights = _dots(table, slots, grad, ctx.row_state, shards)
-        if apart:
+        if shards.own_tokens:
             grad_weights = collectives.reduce_scatter(grad_weights, shards.ranks, shards.group)[:tokens]
         grad_weights = grad_weights.to(weights.dtype)
     if ctx.needs_input_grad[0]:
-        mean = weights / shards.ranks if apart else weights
+        mean = weights / shards.ranks if shards.own_tokens else weights
         grad_table = _scatter(table, slots, mean, grad, ctx.gradient, shards)
     return grad_table, None, grad_weights, None, None, None, None
 

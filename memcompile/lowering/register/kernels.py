@@ -17,7 +17,7 @@ from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
 
 @dataclass(frozen=True)
 class InPyTorch:
-    """An operator in operations of PyTorch, for the devices, and the arguments, that no other kernel serves.
+    """An operator in operations of PyTorch, for the devices, and the arguments, that no other kernel takes.
 
     Attributes:
         check: raises ValueError for arguments that the operator cannot take.

@@ -11,8 +11,8 @@ SCHEMAS = {
         "(Tensor x, Tensor query_weight, Tensor? query_bias, Tensor half_keys, Tensor values, "
         "Tensor? gate_weight, Tensor? gate_bias, Tensor? out_weight, Tensor? out_bias, "
         'Tensor? temperature, int heads, int top_k, str values_grad="dense", str values_storage="device", '
-        'str group="", int[] parts=[], int part=0, int shard_dim=1, SymInt capacity=-2, '
-        "Tensor[]? row_state=None) -> Tensor"
+        'str group="", int[] parts=[], int part=0, int shard_dim=1, bool same_tokens=False, '
+        "SymInt? capacity=None, Tensor[]? row_state=None) -> Tensor"
     ),
     "prefetch_rows": "(Tensor values, Tensor slots) -> Tensor",
     "product_key_search": "(Tensor query, Tensor half_keys, int top_k) -> (Tensor weights, Tensor slots)",

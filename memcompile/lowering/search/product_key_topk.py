@@ -22,7 +22,7 @@ MAX_SLOTS = 2**31  # slots are int32
 
 
 def check_scores(scores: Tensor, top_k: int) -> None:
-    """Raise ValueError for arguments that `product_key_topk` cannot serve."""
+    """Raise ValueError for arguments that `product_key_topk` cannot take."""
     if scores.dim() != 4 or scores.shape[0] != 2:
         raise ValueError(f"scores: expected [2, tokens, heads, n_keys], got {list(scores.shape)}")
     if scores.dtype not in (torch.float32, torch.float64):

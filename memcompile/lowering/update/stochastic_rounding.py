@@ -34,7 +34,7 @@ def round_rows(x: Tensor, rows: Tensor, seed: int, table: int) -> Tensor:
         x: float32 [n, dim].
         rows: int64 [n], the rows' numbers.
         seed: 32 bits, of `seed_of_step`.
-        table: which of a step's tables this is, so that no two round alike.
+        table: which of a step's tables this is, so that no two are rounded by the same bits.
     """
     columns = torch.arange(x.shape[1], device=x.device) * _GOLDEN
     keys = _mix((rows * _GOLDEN + seed + table * _TABLE) & _WORD)  # [n]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from memcompile.lowering.distributed.sharded_table import ASK, SAME_TOKENS, Shards, chunk_sizes
+from memcompile.lowering.distributed.sharded_table import Shards, chunk_sizes
 from memcompile.runtime._torch import local_part, sized_at_run_time, whole_like
 
 # Its size is what graphs have for the most tokens of a rank, until that is agreed upon. Not an attribute of what a
@@ -45,7 +45,8 @@ class ShardedValues:
         """Of a table [slots, value_dim] that is cut along `dim`."""
         memory = mesh.ndim - 1
         sizes = chunk_sizes(shape[dim], mesh.size(memory))
-        return cls(mesh, Shards(mesh.get_group(memory).group_name, sizes, mesh.get_local_rank(memory), dim), tokens)
+        group, rank = mesh.get_group(memory).group_name, mesh.get_local_rank(memory)
+        return cls(mesh, Shards(group, sizes, rank, dim, same_tokens=tokens == "shared"), tokens)
 
     @property
     def placements(self) -> tuple[Placement, ...]:
@@ -77,13 +78,12 @@ class ShardedValues:
             self.own.data = local.detach()
         return self.own.requires_grad_(values.requires_grad)  # type: ignore[return-value]
 
-    def capacity(self, x: Tensor) -> int:
+    def capacity(self, x: Tensor) -> int | None:
         """The `capacity` of a lookup of the tokens x [..., width]."""
-        if self.tokens == "shared":
-            return SAME_TOKENS
         if self.tokens == "even":
             return x.shape[:-1].numel()
-        return _ROOM.shape[0] if torch.compiler.is_compiling() else ASK
+        is_agreed = self.tokens == "uneven" and torch.compiler.is_compiling()  # before the graph runs
+        return _ROOM.shape[0] if is_agreed else None
 
     def whole(self, part: Tensor, values: nn.Parameter) -> DTensor:
         """A tensor of the values' shape, or of one number a slot, of which this rank holds a part."""

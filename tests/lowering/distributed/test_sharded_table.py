@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memcompile.lowering import memory_lookup, operator
-from memcompile.lowering.distributed.sharded_table import SAME_TOKENS, Shards, chunk_sizes, most_tokens, sharded_gather
+from memcompile.lowering.distributed.sharded_table import Shards, chunk_sizes, most_tokens, sharded_gather
 from tests.lowering.cases import TENSOR_NAMES, Case
 from tests.lowering.gather.stepped import MISSING, stepped
 from tests.lowering.gather.test_weighted_gather import make
@@ -101,13 +101,13 @@ def tensor_parallel(rank: int) -> dict[str, bool]:
             whole[TENSOR_NAMES.index(name)] = whole[TENSOR_NAMES.index(name)] if kept else None
         weight = torch.randn(4, 9 if out else 10, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
         expected = results(whole, weight, "sparse")
-        shards = Shards(dist.group.WORLD.group_name, chunk_sizes(10, RANKS), rank, 1)
+        shards = Shards(dist.group.WORLD.group_name, chunk_sizes(10, RANKS), rank, 1, same_tokens=True)
         cut = {"values": 1, "gate_weight": 0, "gate_bias": 0, "out_weight": 1}
         own = [
             t if t is None or n not in cut else t.narrow(cut[n], shards.offset, shards.own)
             for n, t in zip(TENSOR_NAMES, whole, strict=True)
         ]
-        found = results(own, weight, "sparse", shards, capacity=SAME_TOKENS)
+        found = results(own, weight, "sparse", shards)
         for name, tensor in found.items():
             full = expected[name].narrow(cut[name], shards.offset, shards.own) if name in cut else expected[name]
             close[f"{name}, gate={gate}, out={out}"] = torch.allclose(tensor.double(), full.double(), atol=1e-12)

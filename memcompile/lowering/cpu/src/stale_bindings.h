@@ -19,7 +19,7 @@ void with_stale_rows(const Tensor& values, const Tensor& exp_avg, const Tensor& 
   STD_TORCH_CHECK(values.scalar_type() != ScalarType::Half, "memcompile: values must be float32, float64 or bfloat16");
   STD_TORCH_CHECK(is_table(values, values) && is_table(exp_avg, values) && is_table(exp_avg_sq, values) &&
                       exp_avg_sq.scalar_type() == exp_avg.scalar_type() && is_floating(exp_avg),
-                  "memcompile: values, exp_avg and exp_avg_sq must be contiguous [slots, dim], the last two alike");
+                  "memcompile: values, exp_avg and exp_avg_sq must be contiguous [slots, dim], the last two of one dtype");
   STD_TORCH_CHECK(slots.dim() == 2 && missed_steps.dim() == 2 && missed_steps.size(0) == slots.size(0) &&
                       missed_steps.size(1) == slots.size(1) && missed_steps.scalar_type() == ScalarType::Long,
                   "memcompile: missed_steps must be int64 as slots [tokens, hits]");

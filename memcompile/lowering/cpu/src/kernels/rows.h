@@ -65,7 +65,7 @@ struct RowGroup {
 };
 
 // sums = from + weights[z] * row z, for z < size. Inlined, the group is a copy that stores to the sums cannot change, and its
-// pointers are not read again behind each.
+// pointers are not read again after each.
 template <int64_t size, class Row>
 __attribute__((always_inline)) inline void add_rows(RowGroup<Row, size> group, const Sum<Row>* weights, int64_t dim, const Sum<Row>* from, Sum<Row>* sums) {
   using S = Sum<Row>;
@@ -95,7 +95,7 @@ class RowSums {
 
   explicit RowSums(int64_t dim) : dim_(dim), zeros_(dim), part_(dim), total_(dim) {}
 
-  // out = sum over i < count of weights[i] * table.row(numbers[i]). Of the numbers, `known` are there: those behind count
+  // out = sum over i < count of weights[i] * table.row(numbers[i]). Of the numbers, `known` are there: those after count
   // are of the rows that are wanted next, which are fetched ahead.
   template <class Number>
   void weighted_sum(const Table<Row>& table, const Number* numbers, const S* weights, int64_t count, int64_t known, Row* out) {

@@ -1,4 +1,4 @@
-// Weighted sums of rows, and dots with rows, as they are once they have caught up: stale_rows.py. As in rows.h some
+// Weighted sums of rows, and dots with rows, as they are after the steps that they missed: stale_rows.py. As in rows.h some
 // rows are read side by side, and a little of each ahead; they are corrected a vector at a time, where they are summed. They
 // are four, of three tables each: rows of 4 KiB share the sets of a first-level cache, and eight took 30% longer. Nothing is
 // written but the results.
@@ -23,7 +23,7 @@ class StaleRows {
   int64_t room() const { return (dim_ + kLanes<S> - 1) / kLanes<S> * kLanes<S>; }
 
   // sums[room] = sum over i < count of weights[i] * row numbers[i] by what it has missed. Of the numbers and missed_steps `known` are there:
-  // those behind count are wanted next. Long sums are taken in parts, whose roundings do not add up; part[room] is scratch.
+  // those after count are wanted next. Long sums are taken in parts, whose roundings do not add up; part[room] is scratch.
   template <class Number>
   void weighted_sum(const Number* numbers, const int64_t* missed_steps, const S* weights, int64_t count, int64_t known, S* part, S* sums) const {
     std::fill_n(sums, room(), S(0));
