@@ -14,7 +14,9 @@ from torch._dynamo.decorators import mark_unbacked
 from torch.autograd import Variable
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "OptimizedModule",
@@ -24,6 +26,7 @@ __all__ = [
     "clip_grad",
     "fsdp_init",
     "local_part",
+    "run_first",
     "sized_at_run_time",
     "sparse_parts",
     "whole_like",
@@ -84,6 +87,11 @@ def sized_at_run_time(tensor: Tensor) -> Tensor:
     """The tensor, of whose first size graphs assume nothing."""
     mark_unbacked(tensor, 0)
     return tensor
+
+
+def run_first(optimizer: Optimizer, handle: RemovableHandle) -> None:
+    """Has a hook after the optimizer's step run before those that the user registered earlier; no public way."""
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
 
 
 def fsdp_init() -> Any:

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from memcompile.errors import OptionError
+from memcompile.runtime._torch import run_first
 from memcompile.runtime.storage.frozen_values import refuse_gradient
 from memcompile.runtime.table.live_tables import live_tables, tables_in
 from memcompile.runtime.table.named_states import add_names
@@ -40,8 +41,8 @@ class _Hooked:
     Attributes:
         before: the hook before its step.
         aside: the tables whose gradients are aside, with these.
-        witness: a parameter that kept its gradient, and that gradient: whether a step that raised is tried again.
-        after_closure: whether rows are stepped after the step.
+        witness: a parameter that kept its gradient, and that gradient: whether gradients were dropped since.
+        after_closure: whether rows are to be stepped after the step.
     """
 
     before: RemovableHandle
@@ -68,11 +69,13 @@ def _stop_without_tables() -> None:
 
 
 def meet(optimizer: Optimizer) -> _Hooked:
-    """Gives an optimizer that holds tables its hooks. Those that the user registered before a step run before ours."""
+    """Gives an optimizer that holds tables its hooks. Of the user's hooks, those before a step run before ours, and
+    those after it after ours: all of them see the gradients of the values, and may clear them.
+    """
     hooked = _hooked.get(optimizer)
     if hooked is None:
         hooked = _hooked[optimizer] = _Hooked(optimizer.register_step_pre_hook(_before_step))
-        optimizer.register_step_post_hook(_after_step)
+        run_first(optimizer, optimizer.register_step_post_hook(_after_step))
         optimizer.register_state_dict_pre_hook(flush_tables_of)
         optimizer.register_state_dict_post_hook(add_names)
     else:
@@ -110,7 +113,9 @@ def _steps_others(optimizer: Optimizer) -> bool:
 @torch.compiler.disable
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     hooked = _hooked[optimizer]
-    _put_back_after_error(hooked)
+    _drop_cleared(hooked)
+    if hooked.after_closure:
+        _put_back(hooked)  # no row was stepped yet
     for table, _ in tables_in(optimizer):
         if table.config.frozen:
             refuse_gradient(table.values)
@@ -131,10 +136,9 @@ def _with_gradients(closure: Callable[[], Any], optimizer: Optimizer, hooked: _H
     @functools.wraps(closure)
     def run() -> Any:
         _put_back(hooked)
-        try:
-            return closure()
-        finally:
-            _take_aside(optimizer, hooked)
+        result = closure()  # where it raises, so does the step: the gradients stay in place
+        _take_aside(optimizer, hooked)
+        return result
 
     return run
 
@@ -144,6 +148,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     hooked = _hooked[optimizer]
     _put_back(hooked)
     if hooked.after_closure:
+        hooked.after_closure = False
         _step_tables(optimizer)
 
 
@@ -169,11 +174,12 @@ def _put_back(hooked: _Hooked) -> None:
     hooked.aside, hooked.witness = [], None
 
 
-def _put_back_after_error(hooked: _Hooked) -> None:
-    """After a step that raised, gradients are aside still. They are put back where the step is tried again: the other
-    parameters have the gradients that they had. Otherwise they were dropped, by `zero_grad()` for one.
+def _drop_cleared(hooked: _Hooked) -> None:
+    """Forgets gradients that are aside still and were cleared since, by `zero_grad()` for one, or made anew.
+
+    They are aside where a step raised, and inside a step: that of a subclass, which calls its parent's, has hooks of its
+    own. Their rows are not stepped again, and they are put back after the step.
     """
-    if hooked.aside and hooked.witness is not None and hooked.witness[0].grad is hooked.witness[1]:
-        hooked.aside = [(table, grad) for table, grad in hooked.aside if table.values.grad is None]
-        _put_back(hooked)
-    hooked.aside, hooked.witness = [], None
+    if hooked.witness is not None and hooked.witness[0].grad is not hooked.witness[1]:
+        hooked.aside = []
+    hooked.aside = [(table, grad) for table, grad in hooked.aside if table.values.grad is None]

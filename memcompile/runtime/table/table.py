@@ -125,7 +125,11 @@ class ValueTable:
         """What rows of these values have missed, as `memory_lookup` takes it. Rows of other values than those that are
         stepped have missed nothing: inside `functional_call`, or of a parameter that was replaced.
         """
-        return self._row_state.get() if self._stepped is None or values is self._stepped else ()
+        return self._row_state.get() if self.is_stepped(values) else ()
+
+    def is_stepped(self, values: Tensor) -> bool:
+        """Whether these values are the parameter that steps move, not another in its place."""
+        return self._stepped is None or values is self._stepped
 
     @at_once()  # whatever traces or transforms what the program does
     def flush(self) -> None:
