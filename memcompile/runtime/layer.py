@@ -88,8 +88,8 @@ class MemoryLayer(nn.Module):
                 flush_while_traced(table.name)  # the program is saved with the values, and not with their state
             return self._look_up(x, table.part_in_graphs)
         table.watch_gradient()  # of values of a copy, or that were loaded with assign=True
-        if functorch_is_active():
-            table.flush()  # transforms read the values alone
+        if functorch_is_active() or not table.is_stepped(table.part):
+            table.flush()  # transforms read the values alone, and `functional_call` may have been given views of them
         if table.sharded is None:
             return self._look_up(x, table.part)
         with named_collectives("forward"):

@@ -40,8 +40,8 @@ class _Hooked:
     Attributes:
         before: the hook before its step.
         aside: the tables whose gradients are aside, with these.
-        witness: a parameter that kept its gradient, and that gradient: whether a step that raised is tried again.
-        after_closure: whether rows are stepped after the step.
+        witness: a parameter that kept its gradient, and that gradient: whether gradients were dropped since.
+        after_closure: whether rows are to be stepped after the step.
     """
 
     before: RemovableHandle
@@ -110,7 +110,9 @@ def _steps_others(optimizer: Optimizer) -> bool:
 @torch.compiler.disable
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     hooked = _hooked[optimizer]
-    _put_back_after_error(hooked)
+    _drop_cleared(hooked)
+    if hooked.after_closure:
+        _put_back(hooked)  # no row was stepped yet
     for table, _ in tables_in(optimizer):
         if table.config.frozen:
             refuse_gradient(table.values)
@@ -131,10 +133,9 @@ def _with_gradients(closure: Callable[[], Any], optimizer: Optimizer, hooked: _H
     @functools.wraps(closure)
     def run() -> Any:
         _put_back(hooked)
-        try:
-            return closure()
-        finally:
-            _take_aside(optimizer, hooked)
+        result = closure()  # where it raises, so does the step: the gradients stay in place
+        _take_aside(optimizer, hooked)
+        return result
 
     return run
 
@@ -142,8 +143,10 @@ def _with_gradients(closure: Callable[[], Any], optimizer: Optimizer, hooked: _H
 @torch.compiler.disable
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     hooked = _hooked[optimizer]
+    _drop_cleared(hooked)  # by a hook of the user's that ran first
     _put_back(hooked)
     if hooked.after_closure:
+        hooked.after_closure = False
         _step_tables(optimizer)
 
 
@@ -169,11 +172,12 @@ def _put_back(hooked: _Hooked) -> None:
     hooked.aside, hooked.witness = [], None
 
 
-def _put_back_after_error(hooked: _Hooked) -> None:
-    """After a step that raised, gradients are aside still. They are put back where the step is tried again: the other
-    parameters have the gradients that they had. Otherwise they were dropped, by `zero_grad()` for one.
+def _drop_cleared(hooked: _Hooked) -> None:
+    """Forgets gradients that are aside still and were cleared since, by `zero_grad()` for one, or made anew.
+
+    They are aside where a step raised, and inside a step: that of a subclass, which calls its parent's, has hooks of
+    its own. Their rows are not stepped again, and they are put back after the step.
     """
-    if hooked.aside and hooked.witness is not None and hooked.witness[0].grad is hooked.witness[1]:
-        hooked.aside = [(table, grad) for table, grad in hooked.aside if table.values.grad is None]
-        _put_back(hooked)
-    hooked.aside, hooked.witness = [], None
+    if hooked.witness is not None and hooked.witness[0].grad is not hooked.witness[1]:
+        hooked.aside = []
+    hooked.aside = [(table, grad) for table, grad in hooked.aside if table.values.grad is None]

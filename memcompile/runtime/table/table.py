@@ -131,9 +131,13 @@ class ValueTable:
         """What rows of these values have missed, as `memory_lookup` takes it. Rows of other values than those that are
         stepped have missed nothing: inside `functional_call`, or of a parameter that was replaced.
         """
-        if torch.compiler.is_exporting() or (self._stepped is not None and values is not self._stepped):
+        if torch.compiler.is_exporting() or not self.is_stepped(values):
             return ()
         return self._row_state.get()
+
+    def is_stepped(self, values: Tensor) -> bool:
+        """Whether these values are the parameter that steps move, not another in its place."""
+        return self._stepped is None or values is self._stepped
 
     @at_once()  # whatever traces or transforms what the program does
     def flush(self) -> None:

@@ -1,9 +1,11 @@
-"""Steps of any optimizer: the values go by their own rate, and the groups look untouched."""
+"""Around a step of any optimizer: the table steps at its own rate, and groups and gradients look as before."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import gc
 import pickle
 
 import pytest
@@ -12,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from memcompile.runtime.pool import pool_of
+from memcompile.runtime.table.live_tables import live_tables
 from tests.planned import batch, planned_gpt
+from tests.runtime.table.stepping import stepped_by_pytorch
 
 VALUES_LR = 1e-3
 
@@ -102,7 +107,7 @@ def test_any_distribution_over_groups_is_split_and_joined(data, named, raises):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_step_that_is_interrupted_in_its_middle(error):
-    """The groups are restored by whichever comes first, the next step or a checkpoint."""
+    """Groups and states of the others are as they were. Rows step before the others, and once for a gradient."""
 
     class Interrupted(SGD):
         fails = False
@@ -116,23 +121,57 @@ def test_a_step_that_is_interrupted_in_its_middle(error):
     optimizer = Interrupted(model.parameters(), lr=0.1, momentum=0.9)
     before = layout(optimizer)
     backward(model)
+    gradient = model.memory_values.grad
     optimizer.step()
     expected = copy.deepcopy(optimizer.state_dict())
 
     optimizer.fails = True
-    with pytest.raises(error):
-        optimizer.step()
-    saved = optimizer.state_dict()
-    assert saved["param_groups"] == expected["param_groups"]
-    assert layout(optimizer) == before
-
-    with pytest.raises(error):
-        optimizer.step()
+    for _ in range(2):
+        with pytest.raises(error):
+            optimizer.step()
+        assert layout(optimizer) == before
+        saved = optimizer.state_dict()
+        assert saved["param_groups"] == expected["param_groups"]
+        others = [number for number in expected["state"] if number != 0]  # the values are the first parameter
+        assert all(
+            torch.equal(saved["state"][n]["momentum_buffer"], expected["state"][n]["momentum_buffer"]) for n in others
+        )
     optimizer.fails = False
+    values, head = step_sizes(optimizer, [model.memory_values, model.head.weight])
+    assert head.any() and not values.any()
+    assert optimizer.state[model.memory_values]["step"] == 2
+    assert model.memory_values.grad is gradient
     optimizer.step()
+    assert optimizer.state[model.memory_values]["step"] == 3
     assert layout(optimizer) == before
     fresh = SGD(model.parameters(), lr=0.1, momentum=0.9)
     fresh.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("clear", [lambda m, o: m.zero_grad(), lambda m, o: o.zero_grad()])
+def test_zero_grad_after_a_step_that_raised_drops_the_gradient(clear):
+    model = planned_gpt()
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def failing(*_: object) -> None:
+        raise ValueError
+
+    backward(model)
+    handle = optimizer.register_step_post_hook(failing)
+    with pytest.raises(ValueError):
+        optimizer.step()
+    handle.remove()
+    clear(model, optimizer)
+    (size,) = step_sizes(optimizer, [model.memory_values])
+    assert not size.any()
+    assert model.memory_values.grad is None
+    model(*batch(1)).backward()
+    fresh = planned_gpt()
+    fresh.load_state_dict(model.state_dict())
+    fresh(*batch(1)).backward()
+    torch.testing.assert_close(model.memory_values.grad, fresh.memory_values.grad)
+    (size,) = step_sizes(optimizer, [model.memory_values])
+    torch.testing.assert_close(size, VALUES_LR * fresh.memory_values.grad, rtol=0, atol=1e-7)
 
 
 def test_a_closure_by_position_and_by_keyword():
@@ -163,9 +202,9 @@ def test_a_closure_by_position_and_by_keyword():
         functools.partial(AdamW, lr=0.1, fused=True),
         functools.partial(AdamW, lr=torch.tensor(0.1, dtype=torch.float64), foreach=False),
         functools.partial(AdamW, lr=torch.tensor(0.1, dtype=torch.float64), fused=True),
-        functools.partial(Adam, lr=0.1, amsgrad=True),
+        functools.partial(Adam, lr=0.1),
     ],
-    ids=["plain", "foreach", "fused", "tensor lr", "fused tensor lr", "amsgrad"],
+    ids=["plain", "foreach", "fused", "tensor lr", "fused tensor lr", "Adam"],
 )
 def test_forms_of_adam(make):
     """The first step of Adam is the learning rate itself, whatever the gradient."""
@@ -182,27 +221,40 @@ def test_forms_of_adam(make):
     assert float(lr) == 0.1
 
 
-def test_lbfgs_has_one_rate_for_all():
-    model = planned_gpt(values_lr=123.0)
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=1e-2, max_iter=1)
+def test_values_in_lbfgs_step_once_by_their_own_rate():
+    """LBFGS moves the others, several times; the values' gradient is that of its last closure."""
+    model = planned_gpt(values_lr=VALUES_LR).double()
+    optimizer, start = torch.optim.LBFGS(model.parameters(), lr=1e-2, max_iter=3), model.memory_values.detach().clone()
+    seen: list[Tensor] = []
 
     def closure() -> Tensor:
-        backward(model)
-        return model(*batch()).detach()
+        optimizer.zero_grad()
+        loss = model(*batch())
+        loss.backward()
+        seen.append(model.memory_values.grad.clone())
+        return loss
 
-    (size,) = step_sizes(optimizer, [model.memory_values], closure=closure)
-    assert 0 < size.abs().max() <= 1e-2
-    assert len(optimizer.param_groups) == 1
+    values, head = step_sizes(optimizer, [model.memory_values, model.head.weight], closure=closure)
+    assert len(seen) > 1 and head.any()
+    torch.testing.assert_close(model.memory_values.grad, seen[-1], rtol=0, atol=0)
+    touched = seen[-1] != 0
+    torch.testing.assert_close(  # the first step of AdamW, but for eps
+        values[touched], VALUES_LR * seen[-1].sign()[touched], rtol=0, atol=0.1 * VALUES_LR
+    )
+    torch.testing.assert_close(values[~touched], 1e-2 * VALUES_LR * start[~touched], rtol=1e-9, atol=0)  # weight decay
+    assert optimizer.state[model.memory_values]["step"] == 1
 
 
 def test_state_of_the_values_is_kept_between_steps():
-    model = planned_gpt()
+    """Of the same gradient twice, AdamW's second step is as large as its first."""
+    model = planned_gpt(values_lr=VALUES_LR).double()
     optimizer = SGD(model.parameters(), lr=0.5, momentum=0.9)
     backward(model)
-    gradient = model.memory_values.grad.clone()
-    optimizer.step()
-    (second,) = step_sizes(optimizer, [model.memory_values])
-    torch.testing.assert_close(second, VALUES_LR * 1.9 * gradient, rtol=0, atol=1e-7)
+    first, second = (step_sizes(optimizer, [model.memory_values])[0] for _ in range(2))
+    touched = model.memory_values.grad.abs() > 1e-4
+    assert touched.any()
+    torch.testing.assert_close(second[touched], first[touched], rtol=1e-3, atol=0)
+    assert optimizer.state[model.memory_values]["step"] == 2
 
 
 def test_a_copy_of_the_model_has_the_rate_too():
@@ -253,7 +305,8 @@ def test_hooks_of_the_user_see_the_values_in_their_group(build):
     """A hook before the step sees their gradient, and may change it; after the step they have moved."""
     results = []
     for gradient in ("dense", "sparse"):
-        model = planned_gpt(values_grad=gradient, values_lr=None, n_keys=16).double()
+        with stepped_by_pytorch() if gradient == "dense" else contextlib.nullcontext():
+            model = planned_gpt(values_grad=gradient, values_lr=None, n_keys=16).double()
         start, optimizer = model.memory_values.detach().clone(), build(model)
         for step in range(3):
             if build is clipped_by_a_hook:
@@ -275,3 +328,123 @@ def test_hooks_of_all_optimizers_see_one_step():
     optimizer.step()
     handle.remove()
     assert seen == [optimizer]
+
+
+class Watching(Optimizer):
+    """SGD that notes what it sees of a parameter inside its own step."""
+
+    watched: Tensor
+    seen: list[Tensor | None]
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        self.seen.append(self.watched.grad)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(group["lr"] * parameter.grad)
+        return loss
+
+
+class CallsItsParent(AdamW):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class RunsItsClosure(AdamW):
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("closes", [False, True])
+@pytest.mark.parametrize("make", [CallsItsParent, RunsItsClosure])
+def test_a_subclass_that_calls_its_parents_step_steps_once(make, closes):
+    """PyTorch runs the hooks for both of them."""
+    AdamW([nn.Parameter(torch.ones(1))])  # PyTorch wraps the step of a class when the first is built
+    models = [planned_gpt(values_grad="sparse", n_keys=16).double() for _ in range(2)]
+    optimizers = [kind(model.parameters(), lr=1e-2) for kind, model in zip((make, AdamW), models, strict=True)]
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()  # noqa: B023
+                loss = model(*batch(step))  # noqa: B023
+                loss.backward()
+                return loss
+
+            if closes:
+                assert optimizer.step(closure) is not None
+            else:
+                closure()
+                optimizer.step()
+            assert optimizer.state[model.memory_values]["step"] == step + 1
+            assert model.memory_values.grad.is_sparse
+    for name, value in models[1].state_dict().items():
+        torch.testing.assert_close(models[0].state_dict()[name], value, rtol=0, atol=1e-12)
+
+
+def test_hooks_of_the_user_around_a_step_see_the_gradient_and_the_step_does_not():
+    model = planned_gpt(values_grad="sparse", n_keys=16)
+    optimizer = Watching(model.parameters(), lr=0.1)
+    optimizer.watched, optimizer.seen = model.memory_values, []
+    around: list[Tensor | None] = []
+    note = lambda *_: around.append(model.memory_values.grad)  # noqa: E731
+    optimizer.register_step_pre_hook(note)
+    optimizer.register_step_post_hook(note)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(*batch(step)).backward()
+        gradient = model.memory_values.grad
+        assert gradient.is_sparse
+        optimizer.step()
+        assert optimizer.seen.pop() is None
+        assert all(seen is gradient for seen in around), around
+        assert len(around) == 2 + 2 * bool(step)
+        assert model.memory_values.grad is gradient
+        around.clear()
+        if step == 0:
+            optimizer.register_step_pre_hook(note)  # later than the library's own
+            optimizer.register_step_post_hook(note)
+
+
+def test_an_optimizer_of_the_values_alone_that_is_tried_again():
+    model = planned_gpt()
+    optimizer, fails = SGD([model.memory_values], lr=0.1), [True]
+
+    def closure() -> None:
+        if fails.pop():
+            raise ValueError
+
+    backward(model)
+    with pytest.raises(ValueError):
+        optimizer.step(closure)
+    fails.append(False)
+    (size,) = step_sizes(optimizer, [model.memory_values], closure=closure)
+    assert size.any()
+
+
+# --- when they are there ----------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_ours_is_left_when_models_are_gone():
+    def hooks() -> list[object]:
+        found = torch_optimizer._global_optimizer_pre_hooks.values()
+        return [hook for hook in found if hook.__module__.startswith("memcompile")]
+
+    gc.collect()
+    alive = len(live_tables)
+    model = planned_gpt()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    backward(model)
+    optimizer.step()
+    assert len(hooks()) == 1
+    del model, optimizer
+    gc.collect()
+    assert len(live_tables) == alive
+    if alive == 0:
+        assert not hooks()
