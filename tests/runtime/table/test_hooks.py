@@ -154,11 +154,11 @@ def test_zero_grad_after_a_step_that_raised_drops_the_gradient(clear):
     optimizer = SGD(model.parameters(), lr=0.1)
 
     def failing(*_: object) -> None:
-        raise ValueError
+        raise ValueError("a hook's")
 
     backward(model)
     handle = optimizer.register_step_post_hook(failing)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="a hook's"):
         optimizer.step()
     handle.remove()
     clear(model, optimizer)
@@ -418,7 +418,7 @@ def test_an_optimizer_of_the_values_alone_that_is_tried_again():
 
     def closure() -> None:
         if fails.pop():
-            raise ValueError
+            raise ValueError("a hook's")
 
     backward(model)
     with pytest.raises(ValueError):

@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from memcompile import PlanError
 from memcompile.runtime.pool import pool_of
 from memcompile.runtime.table.loading import load_state
-from tests.planned import assert_same, batch, planned_gpt
+from tests.planned import assert_same, planned_gpt
 from tests.runtime.table.stepping import adamw, assert_as_dense, model_of, snapshot, stepped_by_pytorch, train
 
 PLAN = {"layers": 3, "memory_layers": 2, "n_keys": 32, "values_grad": "sparse"}
