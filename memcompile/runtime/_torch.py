@@ -36,11 +36,15 @@ __all__ = [
 @contextmanager
 def at_once() -> Iterator[None]:
     """Run operators on the tensors themselves, whatever traces or transforms what the program does."""
-    with torch._C._DisableFuncTorch(), _disable_current_modes(), torch.inference_mode(False):
-        with torch._C._PreserveDispatchKeyGuard():
-            # The collector may call us while FakeTensorMode has every operator run on the meta device.
-            torch._C._set_meta_in_tls_dispatch_include(False)
-            yield
+    with (
+        torch._C._DisableFuncTorch(),
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch._C._PreserveDispatchKeyGuard(),
+    ):
+        # The collector may call us while FakeTensorMode has every operator run on the meta device.
+        torch._C._set_meta_in_tls_dispatch_include(False)
+        yield
 
 
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -177,8 +177,8 @@ def _put_back(hooked: _Hooked) -> None:
 def _drop_cleared(hooked: _Hooked) -> None:
     """Forgets gradients that are aside still and were cleared since, by `zero_grad()` for one, or made anew.
 
-    They are aside where a step raised, and inside a step: that of a subclass, which calls its parent's, has hooks of its
-    own. Their rows are not stepped again, and they are put back after the step.
+    They are aside where a step raised, and inside a step: that of a subclass, which calls its parent's, has hooks of
+    its own. Their rows are not stepped again, and they are put back after the step.
     """
     if hooked.witness is not None and hooked.witness[0].grad is not hooked.witness[1]:
         hooked.aside = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -101,7 +101,7 @@ MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 
 
 @pytest.fixture
-def gradients_inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Optimizer, Tensor], Seen]]:
+def gradients_inside(monkeypatch: pytest.MonkeyPatch) -> Callable[[Optimizer, Tensor], Seen]:
     """`watch(optimizer, parameter)` gives the list of the gradients that the parameter has inside of its steps."""
 
     def watch(optimizer: Optimizer, parameter: Tensor) -> Seen:
@@ -110,7 +110,7 @@ def gradients_inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Opti
         optimizer._optimizer_step_code = lambda: seen.append(parameter.grad)
         return seen
 
-    yield watch
+    return watch
 
 
 @pytest.mark.parametrize("values_grad", ["sparse", "dense"])

@@ -1,4 +1,4 @@
-"""Compiled graphs of any backend read rows as they are now, and are compiled once; so do copies of what a forward saved."""
+"""Compiled graphs of any backend read rows as they are now, and are compiled once; other ways to run a forward."""
 
 from __future__ import annotations
 

@@ -421,7 +421,7 @@ def test_an_optimizer_of_the_values_alone_that_is_tried_again():
             raise ValueError("a hook's")
 
     backward(model)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="a closure's"):
         optimizer.step(closure)
     fails.append(False)
     (size,) = step_sizes(optimizer, [model.memory_values], closure=closure)
