@@ -283,7 +283,7 @@ def test_an_optimizer_of_the_values_alone_that_is_tried_again():
 
     def closure() -> None:
         if fails.pop():
-            raise ValueError("a hook's")
+            raise ValueError("a closure's")
 
     backward(model)
     with pytest.raises(ValueError, match="a closure's"):
