@@ -33,8 +33,12 @@ __all__ = [
 @contextmanager
 def at_once() -> Iterator[None]:
     """Run operators on the tensors themselves, whatever traces or transforms what the program does."""
-    off = torch._C._DisableFuncTorch(), _disable_current_modes(), torch.inference_mode(False)
-    with off[0], off[1], off[2], torch._C._PreserveDispatchKeyGuard():
+    with (
+        torch._C._DisableFuncTorch(),
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch._C._PreserveDispatchKeyGuard(),
+    ):
         # The collector may call us while FakeTensorMode has every operator run on the meta device.
         torch._C._set_meta_in_tls_dispatch_include(False)
         yield

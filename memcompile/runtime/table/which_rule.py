@@ -40,6 +40,8 @@ def rule_in(optimizer: Optimizer, group: dict[str, Any], config: MemoryConfig) -
     for name in rule.defaults if known else ("weight_decay", "maximize"):
         if name in group and _are_alike(group[name], rule.defaults[name]):
             options[name] = group[name]
+    if not known and "weight_decay" not in group:
+        options["weight_decay"] = 0.0  # the optimizer decays nothing
     options["lr"] = float(group["lr"] if config.values_lr is None else config.values_lr)
     if config.values_state_dtype == "bfloat16" and "state_dtype" in options:
         options["state_dtype"] = torch.bfloat16

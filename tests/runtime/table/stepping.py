@@ -53,7 +53,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def stepped_by_pytorch() -> Iterator[None]:
     """Models that are planned or copied in here have tables that no hook steps: they are parameters as any other."""
-    with mock.patch("memcompile.runtime.pool.watch_optimizers", return_value=None):
+    with mock.patch("memcompile.runtime.pool.watch_optimizers"):
         yield
 
 

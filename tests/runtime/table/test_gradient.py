@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from memcompile.runtime.values_gradient import sum_of_rows
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memcompile.config import SPARSE_FROM
 from memcompile.lowering.gather import table_gather as sparse_table
 from memcompile.runtime.pool import pool_of
+from memcompile.runtime.table.gradient import sum_of_rows
 from tests.models import Block
 from tests.planned import batch, planned_gpt
 from tests.tolerance import assert_as_accurate
@@ -48,7 +48,7 @@ def test_sparse_from_65536_slots_on():
     assert SPARSE_FROM == 2**16
     for n_keys, values_grad in ((255, "dense"), (256, "sparse")):
         model = planned_gpt(n_keys=n_keys)
-        assert pool_of(model).values_grad == values_grad
+        assert pool_of(model).table.gradient == values_grad
     model(*batch()).backward()
     assert_coalesced(model.memory_values.grad)
 

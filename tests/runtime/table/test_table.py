@@ -1,59 +1,101 @@
-"""Values that are stepped by rows: the training is that of dense gradients, whatever happens around a step."""
+"""The table in a training: it learns as PyTorch's optimizers would have it, whatever happens around a step."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, SparseAdam
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, SparseAdam
 from torch.optim import lr_scheduler as schedulers
 
-from memcompile.runtime import steps
+from memcompile.errors import OptionError
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
-from memcompile.runtime.pool import pool_of
+from memcompile.runtime.table import which_rule
 from tests.planned import assert_same, batch, planned_gpt
-from tests.runtime.table.stepping import adamw, assert_as_dense, evaluate, model_of, snapshot, train
+from tests.runtime.table.stepping import (
+    adamw,
+    assert_as_dense,
+    evaluate,
+    is_oracle,
+    model_of,
+    snapshot,
+    stepped_by_pytorch,
+    train,
+)
 
 # --- who steps ----------------------------------------------------------------------------------------------------
 
-ROW_OPTIMIZERS = {
-    "AdamW": (AdamW, {}, RowAdamW),
-    "fused AdamW": (AdamW, {"fused": True}, RowAdamW),
-    "foreach AdamW": (AdamW, {"foreach": True, "maximize": True}, RowAdamW),
-    "Adam": (Adam, {}, RowAdamW),
-    "SGD": (SGD, {"weight_decay": 0.1}, RowSGD),
-    "Adam with coupled weight decay": (Adam, {"weight_decay": 0.1}, None),
-    "AMSGrad": (AdamW, {"amsgrad": True}, None),
-    "betas whose momentum does not die out": (AdamW, {"betas": (0.95, 0.9)}, None),
-    "SGD with momentum": (SGD, {"momentum": 0.9}, None),
-    "RMSprop": (torch.optim.RMSprop, {}, None),
-    "Adagrad": (Adagrad, {"eps": 1e-6}, None),
-    "Adagrad with weight decay": (Adagrad, {"eps": 1e-6, "weight_decay": 0.1}, None),
+
+# An optimizer, its options, and what steps the values in a training of PyTorch: itself, or another.
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "AdamW": (AdamW, {}, AdamW),
+    "fused AdamW": (AdamW, {"fused": True}, AdamW),
+    "foreach AdamW": (AdamW, {"foreach": True, "maximize": True}, functools.partial(AdamW, maximize=True)),
+    "Adam": (Adam, {}, Adam),
+    "SGD": (SGD, {"weight_decay": 0.1}, functools.partial(SGD, weight_decay=0.1)),
+    "Adam with coupled weight decay": (Adam, {"weight_decay": 0.1}, functools.partial(AdamW, weight_decay=0.1)),
+    "AMSGrad": (AdamW, {"amsgrad": True}, AdamW),
+    "SGD with momentum": (SGD, {"momentum": 0.9}, functools.partial(AdamW, weight_decay=0.0)),
+    "RMSprop": (torch.optim.RMSprop, {"eps": 1e-3}, functools.partial(AdamW, weight_decay=0.0)),
+    "Adagrad": (Adagrad, {"eps": 1e-6}, functools.partial(RowwiseAdagrad, eps=1e-6)),
+    "Adagrad with weight decay": (
+        Adagrad,
+        {"eps": 1e-6, "weight_decay": 0.1},
+        functools.partial(RowwiseAdagrad, eps=1e-6, weight_decay=0.1),
+    ),
 }
 
 
 @pytest.mark.parametrize("values_lr", [None, 2e-3])
-@pytest.mark.parametrize("name", ROW_OPTIMIZERS)
-def test_every_optimizer_trains_as_with_dense_gradients(name, values_lr):
-    make, options, kind = ROW_OPTIMIZERS[name]
-
-    def training(model: nn.Module) -> nn.Module:
-        optimizer = make(model.parameters(), lr=1e-2, **options)
-        scheduler = schedulers.LambdaLR(optimizer, lambda step: 0.8**step)
-        for step in range(5):
-            train(model, optimizer, [step])
-            scheduler.step()
-        stepper = pool_of(model).stepper
-        if pool_of(model).values_grad == "sparse":
-            assert (None if stepper is None else type(stepper.rows)) is kind
-        return model
-
+@pytest.mark.parametrize("values_grad", ["sparse", "dense"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_as_pytorchs(name, values_grad, values_lr):
+    """The oracle holds the values in an optimizer of their own, at their own rate. Gradients may be dense: the rule is
+    the same.
+    """
+    make, options, of_values = OPTIMIZERS[name]
+    model = model_of(values_grad, values_lr=values_lr)
+    optimizers: list[Optimizer] = [make(model.parameters(), lr=1e-2, **options)]
+    schedules = [schedulers.LambdaLR(optimizers[0], lambda step: 0.8**step)]
+    with stepped_by_pytorch():
+        # Row-wise Adagrad leaves rows without a gradient as they are, with weight decay too.
+        oracle = model_of(values_grad if make is Adagrad else "dense", values_lr=values_lr)
+    values, rest = of_values([oracle.memory_values], lr=1e-2 if values_lr is None else values_lr), rest_of(oracle)
+    theirs = [make([p for _, p in rest], lr=1e-2, **options), values]
+    schedules.append(schedulers.LambdaLR(theirs[0], lambda step: 0.8**step))
+    if values_lr is None:
+        schedules.append(schedulers.LambdaLR(values, lambda step: 0.8**step))
+    for step in range(5):
+        for trained, steppers in ((model, optimizers), (oracle, theirs)):
+            trained.zero_grad()
+            trained(*batch(step)).backward()
+            for stepper in steppers:
+                stepper.step()
+        for schedule in schedules:
+            schedule.step()
     # A gradient that is zero but for rounding, 1e-17, counts for 1e-17 / eps in Adam.
-    assert_as_dense(training, values_lr=values_lr)
+    torch.testing.assert_close(snapshot(model), snapshot(oracle), rtol=0, atol=1e-10)
+
+
+def rest_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if name != "memory_values"]
+
+
+def test_options_that_rows_are_not_stepped_with_are_refused_before_anything_moves():
+    model = model_of("sparse")
+    optimizer = AdamW(model.parameters(), betas=(0.95, 0.9))
+    before = snapshot(model)
+    model(*batch()).backward()
+    with pytest.raises(OptionError, match=r"values in AdamW, by row_adamw: betas: expected beta1\*\*2 < beta2"):
+        optimizer.step()
+    assert_same(snapshot(model), before)
+    assert model.memory_values.grad is not None and not optimizer.state
 
 
 def test_sparse_adam_for_the_values_beside_another_optimizer():
@@ -64,7 +106,6 @@ def test_sparse_adam_for_the_values_beside_another_optimizer():
     before = model.memory_values.detach().clone()
     values.step()
     rest.step()
-    assert pool_of(model).stepper is None
     touched = model.memory_values.grad.indices()[0]
     moved = (before - model.memory_values.detach()).abs().amax(1).nonzero()[:, 0]
     assert set(moved.tolist()) <= set(touched.tolist())
@@ -84,8 +125,8 @@ def test_a_chosen_optimizer_steps_as_it_does_alone_and_resumes_bit_for_bit(name,
         train(model, optimizer, [step])
         twin.grad = model.memory_values.grad.clone()
         alone.step()
-    alone.catch_up(twin)
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    alone.flush(twin)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))  # with the rows up to date
     assert torch.equal(model.memory_values, twin)
 
     resumed = model_of("sparse", values_optimizer=name, values_lr=None, seed=1)
@@ -96,7 +137,7 @@ def test_a_chosen_optimizer_steps_as_it_does_alone_and_resumes_bit_for_bit(name,
 
 
 def test_the_log_says_once_who_steps(caplog):
-    steps._say_dense.cache_clear()
+    which_rule._say.cache_clear()
     with caplog.at_level(logging.INFO, "memcompile"):
         model = model_of("sparse")
         caplog.clear()
@@ -104,19 +145,23 @@ def test_the_log_says_once_who_steps(caplog):
         other = torch.optim.RMSprop(model.parameters())
         train(model, other, range(2))
         train(model, other, range(2))
-    said = [(r.levelname, r.getMessage()) for r in caplog.records]
-    assert [level for level, _ in said] == ["INFO", "WARNING"]
-    assert said[0][1] == "RowAdamW steps the memory's values by rows, in AdamW.step()"
-    assert "RMSprop" in said[1][1] and "values_optimizer='row_adamw'" in said[1][1]
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", "memcompile: AdamW.step() steps the table of values by rows, by the rule 'row_adamw'"),
+        (
+            "WARNING",
+            "memcompile: RMSprop.step() steps the table of values by rows, by the rule 'row_adamw', which is not the "
+            "rule of RMSprop (values_optimizer=... chooses another)",
+        ),
+    ]
 
 
 def test_options_that_change_in_mid_training():
-    """Coupled weight decay has no counterpart by rows: rows are brought up to date before the dense step."""
+    """Betas, eps and weight decay are those of the step."""
 
     def training(model: nn.Module) -> nn.Module:
-        optimizer = Adam(model.parameters(), lr=1e-2)
-        for weight_decay in (0.0, 0.1, 0.0):
-            optimizer.param_groups[0]["weight_decay"] = weight_decay
+        optimizer = AdamW(model.parameters(), lr=1e-2)
+        for changed in ({}, {"weight_decay": 0.1}, {"betas": (0.5, 0.9)}, {"eps": 1e-3}, {"weight_decay": 0.0}):
+            optimizer.param_groups[0].update(changed)
             train(model, optimizer, range(3))
         return model
 
@@ -124,31 +169,14 @@ def test_options_that_change_in_mid_training():
 
 
 def test_optimizers_that_take_turns():
+    """Each has a state of its own."""
+
     def training(model: nn.Module) -> nn.Module:
-        parameters = list(model.parameters())
-        turns = [adamw(model), SGD(parameters, lr=0.1, weight_decay=0.1), Adagrad(parameters, lr=1e-2, eps=1e-6)]
-        turns.append(SGD(parameters, lr=0.1, momentum=0.9))
+        turns = [adamw(model), SGD(model.parameters(), lr=0.1, weight_decay=0.1), adamw(model, lr=1e-3)]
         for step in range(9):
-            train(model, turns[step % 4], [step])
+            train(model, turns[step % 3], [step])
+        assert [optimizer.state[model.memory_values].get("step") for optimizer in turns[::2]] == [3, 3]
         return model
-
-    assert_as_dense(training)
-
-
-def test_lbfgs_goes_on_from_rows_that_are_up_to_date():
-    def training(model: nn.Module) -> nn.Module:
-        optimizer = adamw(model)
-        train(model, optimizer, range(3))
-        last = LBFGS(model.parameters(), lr=0.01, max_iter=2)
-
-        def closure() -> Tensor:
-            last.zero_grad()
-            loss = model(*batch())
-            loss.backward()
-            return loss
-
-        last.step(closure)
-        return train(model, optimizer, range(3, 5))
 
     assert_as_dense(training)
 
@@ -156,7 +184,7 @@ def test_lbfgs_goes_on_from_rows_that_are_up_to_date():
 def test_the_users_own_row_optimizer():
     def training(model: nn.Module) -> nn.Module:
         optimizer = adamw(model)
-        if pool_of(model).values_grad == "sparse":
+        if not is_oracle(model):
             optimizer = RowAdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
         train(model, optimizer, range(3))
         model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
@@ -268,7 +296,7 @@ def test_an_optimizer_step_inside_torch_compile():
         each(*batch()).backward()
         call()
     torch.testing.assert_close(snapshot(model), snapshot(twin))
-    assert type(pool_of(model).stepper.rows) is RowSGD
+    assert optimizer.state[model.memory_values]["step"] == other.state[twin.memory_values]["step"] == 1
 
 
 # --- scaling and clipping -----------------------------------------------------------------------------------------
@@ -299,7 +327,7 @@ def test_grad_scaler_and_clipping(fused, clip):
     assert_as_dense(training)
 
 
-# --- optimizers and dtypes without a counterpart ----------------------------------------------------------------------
+# --- optimizers and dtypes that have no rule --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.RMSprop])
@@ -323,7 +351,7 @@ def test_any_optimizer_may_have_its_values_stepped_by_rows(build, name):
 def test_halved_after_training():
     """fp16 is not stepped by rows: what they missed is made up for in fp32, and the gradient is dense from then on."""
     model, twin = (planned_gpt(values_grad=gradient, n_keys=16) for gradient in ("sparse", "dense"))
-    for each in (model, twin):
+    for each in (model, twin):  # at values_lr, both through the table
         optimizer = AdamW(each.parameters(), lr=1e-2, weight_decay=0.1)
         for step in range(4):
             optimizer.zero_grad()

@@ -1,0 +1,105 @@
+"""Compiled graphs of any backend read rows as they are now, and are compiled once; other ways to run a forward."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call
+from torch.optim import SGD, AdamW
+from torch.optim import lr_scheduler as schedulers
+
+from memcompile.runtime.pool import pool_of
+from tests.planned import assert_same, batch, gradients, plain_attention, planned_gpt
+from tests.runtime.table.stepping import SIZES, adamw, evaluate, model_of, snapshot, train
+
+
+@pytest.mark.parametrize("make", [functools.partial(AdamW, eps=1e-2), SGD], ids=["AdamW", "SGD"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_training_is_compiled_once(backend, make):
+    """State appears in the first step, and the history grows in each."""
+    counter = CompileCounterWithBackend(backend)
+    results = []
+    for compiles in (True, False):
+        model = planned_gpt(values_grad="sparse", values_lr=None, **SIZES)
+        optimizer = make(model.parameters(), lr=1e-2, weight_decay=0.1)
+        schedule = schedulers.LambdaLR(optimizer, lambda step: 0.9**step)  # each step has a rate of its own
+        call = torch.compile(model, backend=counter, fullgraph=True) if compiles else model
+        seen = []
+        with plain_attention():
+            for step in range(12):
+                optimizer.zero_grad()
+                loss = call(*batch(step))
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                seen.append(loss.detach())
+        results.append([*seen, *snapshot(model).values()])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_an_evaluation_that_is_compiled_reads_what_rows_have_missed(backend):
+    model = model_of("sparse", values_lr=None)
+    optimizer = adamw(model)
+    call = torch.compile(model, backend=backend, fullgraph=True)
+    for steps in range(3):
+        stored = model.memory_values.detach().clone()
+        with torch.no_grad(), plain_attention():
+            found = call(batch(99)[0])
+        torch.testing.assert_close(found, evaluate(model), rtol=0, atol=1e-12)
+        assert torch.equal(stored, model.memory_values)
+        train(model, optimizer, range(3 * steps, 3 * steps + 3))
+    last_step = pool_of(model).table.row_state(model.memory_values)[1]
+    assert (last_step < last_step.max()).any(), "rows have missed steps"
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_functional_call_with_other_parameters_in_mid_training_reads_those(compiles):
+    model, other = model_of("sparse"), model_of("sparse", seed=1)
+    optimizer = adamw(model)
+
+    def call(parameters: dict[str, Tensor], tokens: Tensor) -> Any:
+        return functional_call(model, parameters, (tokens,))
+
+    if compiles:
+        call = torch.compile(call, backend="eager", fullgraph=True)
+    for step in range(3):
+        train(model, optimizer, [step])
+        parameters = {name: p.detach().clone() for name, p in other.named_parameters()}
+        found = call(parameters, batch(99)[0])
+        torch.testing.assert_close(found.detach(), evaluate(other), rtol=0, atol=1e-12)
+    before = evaluate(model)
+    train(model, optimizer, [])
+    assert torch.equal(evaluate(model), before)
+
+
+def test_hooks_on_saved_tensors_that_copy_change_no_bit():
+    """They offload activations, to the CPU for one."""
+    results = []
+    for copies in (False, True):
+        model = model_of("sparse", values_lr=None)
+        optimizer = adamw(model)
+        train(model, optimizer, range(3))
+        optimizer.zero_grad()
+        if copies:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+                loss = model(*batch(9))
+        else:
+            loss = model(*batch(9))
+        loss.backward()
+        results.append(gradients(model))
+    assert_same(*results)
+
+
+def test_hooks_on_saved_tensors_are_given_no_table():
+    model: nn.Module = model_of("sparse")
+    sizes: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.shape) or t, lambda t: t):
+        model(*batch()).backward()
+    assert sizes and model.memory_values.shape not in sizes
