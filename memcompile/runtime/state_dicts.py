@@ -65,7 +65,8 @@ def install_load_guard() -> None:
         @functools.wraps(original)
         def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
             planned = pool_of(self) is not None or bool(pools_inside(self))
-            if not planned and VALUES_NAME in self._parameters:  # a captured graph has parameters and no extra state
+            if not planned and any(VALUES_NAME in module._parameters for module in self.modules()):
+                # A captured graph has parameters and no extra state.
                 state_dict = {k: v for k, v in state_dict.items() if not (k.endswith(PLAN_KEY) and _is_plan(v))}
             elif not planned and any(map(_is_plan, _entries(state_dict))):
                 raise PlanError(
