@@ -26,7 +26,7 @@ class FfnSite:
         calls: how often one forward of the model runs the block.
         parameters: every parameter that the block alone reads: weights, biases, inner norms. They leave the model
             where the memory replaces the block, and stay where it is added.
-        refusal: None, or the sentence that says why the block is left alone.
+        refusal: None, or the sentence that says why the block cannot get a memory.
     """
 
     name: str
