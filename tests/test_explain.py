@@ -53,7 +53,8 @@ memcompile: Transformer, 4 feed-forward block(s) found, 2 replaced by memory
 2  blocks.3.ffn  linear > gelu > linear  32     128     1      16,384 -> 7,184  yes
 parameters 56,128 -> 48,320
 FLOPs a token in these blocks 65,536 -> 47,136
-memory: 64 slots (8 half-keys a side) x 32 in 2 layer(s), 2 heads x top 4, key_dim 16; values float32 with constant learning rate 0.001""",
+memory: 64 slots (8 half-keys a side) x 32 in 2 layer(s), 2 heads x top 4, key_dim 16; values float32
+values: stepped when the optimizer that holds them steps, by the optimizer's rule where there is one by rows, otherwise row_adamw, at the constant learning rate 0.001""",
     )
 
 
@@ -70,7 +71,8 @@ memcompile: Transformer, 2 feed-forward block(s) found, memory added to 1
 1  blocks.1.ffn  linear > gelu > linear  32     128     1      16,384 -> 23,568  yes
 parameters 30,720 -> 36,192
 FLOPs a token in these blocks 32,768 -> 39,952
-memory: 64 slots (8 half-keys a side) x 32 in 1 layer(s), 2 heads x top 4, key_dim 16; values float32 with constant learning rate 0.001""",
+memory: 64 slots (8 half-keys a side) x 32 in 1 layer(s), 2 heads x top 4, key_dim 16; values float32
+values: stepped when the optimizer that holds them steps, by the optimizer's rule where there is one by rows, otherwise row_adamw, at the constant learning rate 0.001""",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections.abc import Callable, Iterable
 
 VALUES_NAME = "memory_values"  # the parameter of the root that all layers read
 LAYER_NAME = "memory"  # on each module that holds, or held, a chosen FFN's down-projection
@@ -25,7 +26,7 @@ class FfnSite:
         calls: how often one forward of the model runs the block.
         parameters: every parameter that the block alone reads: weights, biases, inner norms. They leave the model
             where the memory replaces the block, and stay where it is added.
-        refusal: None, or the sentence that says why the block is left alone.
+        refusal: None, or the sentence that says why the block cannot get a memory.
     """
 
     name: str
@@ -41,8 +42,8 @@ class FfnSite:
 
     @property
     def replaced(self) -> tuple[str, ...]:
-        """The old name of ``parameters``."""
-        warnings.warn("FfnSite.replaced is now FfnSite.parameters", DeprecationWarning, stacklevel=2)
+        """The former name of ``parameters``."""
+        warnings.warn("FfnSite.replaced is FfnSite.parameters now", FutureWarning, stacklevel=2)
         return self.parameters
 
     @property
@@ -57,3 +58,23 @@ class FfnSite:
         if number is None:
             number = next(reversed(list(re.finditer(r"\d+(?![^.])", self.name))), None)
         return self.name.rpartition(".")[0] if number is None else self.name[: number.start()].rstrip("._")
+
+
+def common_path(paths: Iterable[str]) -> str:
+    """The longest path that all of these start with."""
+    common = []
+    for parts in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+def owner_path(sites: Iterable[FfnSite], runs: Callable[[str], bool]) -> str:
+    """Path of the module that holds the table of these sites: the lowest that contains their stacks and that ``runs``,
+    which a list of modules does not. "" is the model itself.
+    """
+    path = common_path(site.stack for site in sites)
+    while path and not runs(path):
+        path = path.rpartition(".")[0]
+    return path

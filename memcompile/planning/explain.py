@@ -163,17 +163,17 @@ def _memory(pool: MemoryPool) -> str:
     dtype = str(pool.values.dtype).removeprefix("torch.")
     return (
         f"memory: {c.n_keys**2:,} slots ({c.n_keys} half-keys a side) x {c.value_dim} in {len(pool.layers)} layer(s), "
-        f"{c.heads} heads x top {c.top_k}, key_dim {c.key_dim}; values {dtype} {_learning(c)}"
+        f"{c.heads} heads x top {c.top_k}, key_dim {c.key_dim}; values {dtype}{_learning(c)}"
     )
 
 
 def _learning(config: MemoryConfig) -> str:
     if config.frozen:
         where = f"the file {config.values_path}" if config.values_path is not None else "the CPU's memory"
-        return f"for inference, in {where}"
+        return f" for inference, in {where}"
     rule = config.values_optimizer or "the optimizer's rule where there is one by rows, otherwise row_adamw"
     rate = "its learning rate" if config.values_lr is None else f"the constant learning rate {config.values_lr:g}"
-    return f"stepped when the optimizer that holds them steps, by {rule}, at {rate}"
+    return f"\nvalues: stepped when the optimizer that holds them steps, by {rule}, at {rate}"
 
 
 def _cells(row: ExplainedSite) -> list[str]:

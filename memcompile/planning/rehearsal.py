@@ -54,7 +54,7 @@ def _failure(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSi
                 capture.forward.run(root.get_submodule(capture.path))
             except MemcompileError as error:
                 return _Failure(str(error).removeprefix("memcompile: "))
-            except Exception as error:  # the owner's code met an object where it expects a tensor
+            except Exception as error:  # the owner's code has an object where it expects a tensor
                 described = f"{type(error).__name__}: {error}"
                 return _Failure(f"its code does not run with a stand-in for its hidden activation ({described})")
         calls.update({site.down: layer.calls for site, layer in zip(inside, layers, strict=True)})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from memcompile.common.sites import FfnSite
+from memcompile.common.sites import FfnSite, owner_path
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -18,23 +18,16 @@ def owner_of(root: nn.Module, chosen: Sequence[FfnSite]) -> tuple[nn.Module, str
     copies or loads it has the table. It contains the whole stack of blocks that the sites are of, so that the table
     does not lie in a block, which FSDP2 shards by itself.
     """
-    path = []
-    for parts in zip(*(site.stack.split(".") for site in chosen), strict=False):
-        if len(set(parts)) > 1:
-            break
-        path.append(parts[0])
-    while path and not _runs(root, path):
-        path.pop()
-    name = ".".join(path)
+    name = owner_path(chosen, lambda path: _runs(root, path))
     return root.get_submodule(name), f"{name}." if name else ""
 
 
-def _runs(root: nn.Module, path: Sequence[str]) -> bool:
+def _runs(root: nn.Module, path: str) -> bool:
     """Whether there is a module of this path with a forward of its own: a list has none, and a sequence none to speak
     of.
     """
     try:
-        module = root.get_submodule(".".join(path))
+        module = root.get_submodule(path)
     except AttributeError:  # the path of a stack may end within a name, as `block` of `block3`
         return False
     own = type(module).forward is not nn.Module.forward

@@ -1,4 +1,4 @@
-"""FfnSite: the stack that a block sits in, and the old name of its parameters."""
+"""FfnSite: the stack that a block sits in, and the former name of its parameters."""
 
 import dataclasses
 
@@ -38,6 +38,6 @@ def test_the_stack_of_a_block(name, stack):
     assert dataclasses.replace(SITE, name=name).stack == stack
 
 
-def test_the_old_name_of_the_parameters_still_works_with_a_warning():
-    with pytest.warns(DeprecationWarning, match=r"FfnSite\.replaced is now FfnSite\.parameters"):
+def test_the_former_name_of_the_parameters_still_works_with_a_warning():
+    with pytest.warns(FutureWarning, match=r"FfnSite\.replaced is FfnSite\.parameters now"):
         assert SITE.replaced == SITE.parameters

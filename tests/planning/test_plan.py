@@ -148,10 +148,14 @@ def test_planning_otherwise_is_an_error(options):
             memcompile.plan(part, **options)
 
 
-def test_a_planned_part_and_then_the_whole():
+def test_planned_parts_and_then_the_whole():
     model = tiny_gpt()
     memcompile.plan(model.blocks[2], memory_layers=1, **SIZES)
-    with pytest.raises(PlanError, match=r"parts of Transformer already have a memory \('blocks.2'\)"):
+    keys = list(model.state_dict())
+    assert memcompile.plan(model, memory_layers=1, **SIZES).planned  # the part is what is meant
+    assert list(model.state_dict()) == keys
+    memcompile.plan(model.blocks[3], memory_layers=1, **SIZES)
+    with pytest.raises(PlanError, match=r"parts of Transformer have a memory each \('blocks.2', 'blocks.3'\)"):
         memcompile.plan(model, memory_layers=1, **SIZES)
 
 

@@ -4,7 +4,7 @@ Several layers share the values, and their gradients are sums of sparse tensors,
 operator with the factors of all of them sorts the hits once and sums each row once.
 
 Inductor reads strides and storages, which a sparse tensor has not, and a graph only returns the gradient. So the
-operator is told to be opaque: to pass for a strided tensor, whose strides are zero, until it runs.
+operator is told to be opaque: its result is a strided tensor, whose strides are zero, until it runs.
 """
 
 import torch
@@ -14,7 +14,7 @@ from memcompile.lowering.register.schema import operator
 
 
 def merge_scatters(graph: fx.Graph) -> int:
-    """Merges sums of `sparse_scatter`, in place. Returns how many scatters it has met."""
+    """Merges sums of `sparse_scatter`, in place. Returns how many scatters there were."""
     scatter = operator("sparse_scatter")
     parts: dict[fx.Node, list[fx.Node]] = {}  # the scatters that a sparse node sums
     for node in graph.nodes:

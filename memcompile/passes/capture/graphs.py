@@ -91,7 +91,7 @@ def _scopes(
     graph.output(graph.graph_copy(module.graph, copies))
     order = {copy: (*start, index) for index, copy in enumerate(copies.values())}
     bodies = {node: body for node in module.graph.nodes if (body := called_body(node, module)) is not None}
-    for node in bodies:  # what it hands to the body, the body reads
+    for node in bodies:  # parameters are read in the body, not by its call
         copies[node].args = tuple(a for a in copies[node].args if a not in {copies[n] for n in parameters})
     buffers = [n for n in module.graph.find_nodes(op="get_attr") if n not in parameters]
     give_values(module, graph)

@@ -61,7 +61,7 @@ def verify_captured_memory(
 def names_by_identity(layers: Mapping[str, Sequence[torch.Tensor]], inputs: Sequence[object]) -> dict[int, str]:
     """The name that each parameter has in `layers`, by the parameter's identity.
 
-    DDPOptimizer hands over the parts of a graph with fake inputs. A fake mode makes one fake tensor of each real one,
+    DDPOptimizer compiles the parts of a graph with fake inputs. A fake mode makes one fake tensor of each real one,
     so a parameter is also known by that.
     """
     fake = next((value for value in inputs if isinstance(value, FakeTensor)), None)

@@ -18,7 +18,7 @@ _REGION_LIMIT = 120  # nodes; the longest hidden region seen in 354 models has 3
 
 
 class Refusal(Exception):
-    """A failed proof: the sentence says why a candidate is left alone."""
+    """A failed proof: the sentence says why a candidate cannot get a memory."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from memcompile.common.sites import common_path
 from memcompile.passes.capture.sandbox import HOOKS
 
 
@@ -57,13 +58,7 @@ class Registration:
 
 def common_owner(parameters: Sequence[str]) -> str:
     """Path of the innermost module that holds all of them."""
-    paths = [name.split(".")[:-1] for name in parameters]
-    common = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
+    return common_path(name.rpartition(".")[0] for name in parameters)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite
+from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite, owner_path
 from memcompile.common.sizes import resolve
 from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError, PlanError
@@ -82,8 +82,10 @@ def _check(graph_module: object, sites: Sequence[FfnSite]) -> None:
     for site in sites:
         if site.refusal is not None:
             raise PlanError(f"{site.name or site.down!r} cannot become a memory: {site.refusal}")
-    if hasattr(graph_module, VALUES_NAME):
-        raise PlanError(f"the graph has an attribute {VALUES_NAME!r} already: its model was planned before the capture")
+    planned = [path for path, module in graph_module.named_modules() if hasattr(module, VALUES_NAME)]
+    if planned:
+        name = f"{planned[0]}.{VALUES_NAME}".lstrip(".")
+        raise PlanError(f"the graph has an attribute {name!r} already: its model was planned before the capture")
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:
@@ -170,7 +172,8 @@ def _draw(blocks: list[Block], requested: MemoryConfig, module: fx.GraphModule, 
     weights = list(module.parameters()) or [n.meta["val"] for n in scope.capture.parameters]
     count = sum(weight.numel() for weight in weights)
     config = resolve(requested, [block.site for block in blocks], count)
-    parameters = {VALUES_NAME: new_values(config, downs[0].dtype, downs[0].device)}
+    values = f"{_owner(blocks, nodes)}.{VALUES_NAME}".lstrip(".")
+    parameters = {values: new_values(config, downs[0].dtype, downs[0].device)}
     operands: dict[str, list[str | None]] = {}
     holders = [block.site.down.rpartition(".")[0] for block in blocks]
     for block, holder, down in zip(blocks, holders, downs, strict=True):
@@ -180,8 +183,20 @@ def _draw(blocks: list[Block], requested: MemoryConfig, module: fx.GraphModule, 
         layer = new_layer(config, block.site.width, down.dtype, down.device)
         names = [None if layer[name] is None else f"{path}.{name}" for name in LAYER_PARAMETERS]
         parameters |= {f"{path}.{name}": p for name, p in layer.items() if p is not None}
-        operands[block.site.down] = [*names[:3], VALUES_NAME, *names[3:]]
+        operands[block.site.down] = [*names[:3], values, *names[3:]]
     return _Drawn(config, parameters, operands)
+
+
+def _owner(blocks: list[Block], parameters: Collection[str]) -> str:
+    """Path of the module that holds the values in a planned model. A graph tells by the names of its parameters which
+    modules are lists, whose parts are numbered.
+    """
+
+    def runs(path: str) -> bool:
+        parts = {name.removeprefix(f"{path}.").partition(".")[0] for name in parameters if name.startswith(f"{path}.")}
+        return bool(parts) and not any(map(str.isdigit, parts))
+
+    return owner_path((block.site for block in blocks), runs)
 
 
 class _TensorNodes:

@@ -27,7 +27,7 @@ def _guarded(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         entries = plan_entries(state_dict) if isinstance(state_dict, Mapping) else ()
         if any(map(is_plan, entries)) and pool_of(self) is None and not pools_inside(self):
-            if VALUES_NAME not in self._parameters:
+            if not any(VALUES_NAME in module._parameters for module in self.modules()):
                 raise PlanError(
                     f"the checkpoint holds a memory, but {type(self).__name__} has none: plan it first, "
                     f"memcompile.plan(model, memory=memcompile.config_from(state_dict)), then load"

@@ -16,7 +16,7 @@ Features = tuple[int, ...]
 def viewed(sizes: Sequence[Any], tokens: Any, features: Features) -> tuple[Sequence[Any], Features] | None:
     """``view(sizes)`` of ``tokens`` vectors of ``features``: the leading sizes, and the features.
 
-    One of the sizes may be -1. Features are told apart by their product where they hold no -1, because sizes of
+    One of the sizes may be -1. Features are known by their product where they hold no -1, because sizes of
     tokens may be symbolic and each comparison of them is a guard.
     """
     total = math.prod(features)

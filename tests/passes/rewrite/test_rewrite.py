@@ -193,6 +193,32 @@ def test_memory_that_is_added_keeps_the_ffn():
     assert not torch.allclose(result(tokens()), graph_module(tokens()))
 
 
+class Headed(nn.Module):
+    """A model inside another: the table lies on the inner one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = gpt(), nn.Linear(VOCABULARY, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_values_lie_where_a_plan_puts_them(strict):
+    model = Headed()
+    graph_module = torch.export.export(model, (tokens(),), strict=strict).module()
+    sites = memcompile.find_ffns(model)[:2]
+    result, live = rewritten(graph_module, sites), planned(model, sites)
+    assert result.body.memory_values.shape == live.body.memory_values.shape
+    memcompile.reset_parameters(live)
+    result.load_state_dict(live.state_dict())
+    assert_same_parameters(result, live)
+    torch.testing.assert_close(result(tokens()), live(tokens()))
+    with pytest.raises(PlanError, match=r"'body\.memory_values' already"):
+        rewrite(result, sites)
+
+
 def test_loads_the_state_dict_of_the_planned_model():
     model = gpt()
     result = rewritten(exported(model, tokens()), memcompile.find_ffns(model)[:1])
