@@ -3,11 +3,14 @@
     import memcompile
     model = torch.compile(model, backend="memcompile", memory_layers=3)
 
-Importing the package adds the backend to `torch.compile`; every other backend stays as it is.
+Importing the package adds the backend to `torch.compile`, and changes and imports nothing else: what `plan()` needs is
+imported at its first use, so that a process that plans no model (a data loader's worker) does not pay for it.
 """
 
+from __future__ import annotations
+
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memcompile.common.sites import FfnSite
 from memcompile.compile import install_front_door
@@ -20,16 +23,16 @@ from memcompile.errors import (
     OptionError,
     PlanError,
 )
-from memcompile.explain import ExplainedSite, Explanation, explain
-from memcompile.passes.detect.detect import find_ffns
-from memcompile.planning.plan import catch_up, config_from, flush, plan, reset_parameters
-from memcompile.runtime.distributed.gradients_by_mesh import install_by_mesh
-from memcompile.runtime.distributed.replicas import install_replica_hook
-from memcompile.runtime.distributed.sharding import shard
-from memcompile.runtime.state_dicts import install_load_guard
-from memcompile.runtime.storage.store import store_values
-from memcompile.runtime.storage.values_file import verify_values
 from memcompile.version import __version__
+
+if TYPE_CHECKING:
+    from memcompile import checkpoint, lowering, optim, passes
+    from memcompile.passes.detect.detect import find_ffns
+    from memcompile.planning.explain import ExplainedSite, Explanation, explain
+    from memcompile.planning.plan import catch_up, config_from, flush, plan, reset_parameters
+    from memcompile.runtime.distributed.sharding import shard
+    from memcompile.runtime.storage.store import store_values
+    from memcompile.runtime.storage.values_file import verify_values
 
 __all__ = [
     "CaptureError",
@@ -44,10 +47,14 @@ __all__ = [
     "PlanError",
     "__version__",
     "catch_up",
+    "checkpoint",
     "config_from",
     "explain",
     "find_ffns",
     "flush",
+    "lowering",
+    "optim",
+    "passes",
     "plan",
     "reset_parameters",
     "shard",
@@ -55,15 +62,40 @@ __all__ = [
     "verify_values",
 ]
 
+# Where each public name is that is imported at its first use; None is a module of this package.
+_LATER: dict[str, tuple[str, str] | None] = {
+    "ExplainedSite": ("planning.explain", "ExplainedSite"),
+    "Explanation": ("planning.explain", "Explanation"),
+    "catch_up": ("planning.plan", "catch_up"),
+    "checkpoint": None,
+    "config_from": ("planning.plan", "config_from"),
+    "explain": ("planning.explain", "explain"),
+    "find_ffns": ("passes.detect.detect", "find_ffns"),
+    "flush": ("planning.plan", "flush"),
+    "lowering": None,
+    "optim": None,
+    "passes": None,
+    "plan": ("planning.plan", "plan"),
+    "reset_parameters": ("planning.plan", "reset_parameters"),
+    "shard": ("runtime.distributed.sharding", "shard"),
+    "store_values": ("runtime.storage.store", "store_values"),
+    "verify_values": ("runtime.storage.values_file", "verify_values"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    """`memcompile.checkpoint` is imported at the first use: `torch.distributed.checkpoint` takes its time."""
-    if name == "checkpoint":
-        return importlib.import_module("memcompile.checkpoint")
-    raise AttributeError(f"module 'memcompile' has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module 'memcompile' has no attribute {name!r}")
+    place = _LATER[name]
+    if place is None:
+        return importlib.import_module(f"memcompile.{name}")
+    value = getattr(importlib.import_module(f"memcompile.{place[0]}"), place[1])
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 install_front_door()
-install_load_guard()
-install_replica_hook()
-install_by_mesh()

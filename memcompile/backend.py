@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
-from memcompile._torch import OVERLAP, compile_fx
+from memcompile._torch import OVERLAP, compile_fx, list_backends, register_backend
 from memcompile.common.pipeline import Step, run
 from memcompile.errors import PlanError
 from memcompile.lowering import cpu, inductor_patches
@@ -34,17 +35,34 @@ _NOT_PLANNED = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
 class Backend:
     """What ``torch.compile`` calls with each captured graph.
+
+    It does not keep the model alive: Dynamo never drops a backend.
 
     Attributes:
         pool: the memory of the model that is compiled; None for a function, which may run any planned model.
         whole: the graph must hold the whole forward (``fullgraph=True`` on the planned model itself).
     """
 
-    pool: MemoryPool | None
-    whole: bool
+    def __init__(self, pool: MemoryPool | None, whole: bool) -> None:
+        self._pool = None if pool is None else weakref.ref(pool)
+        self.whole = whole
+
+    @property
+    def pool(self) -> MemoryPool | None:
+        pool = None if self._pool is None else self._pool()
+        assert (pool is None) == (self._pool is None), "the model that is compiled is alive"
+        return pool
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Backend) and (self._pool, self.whole) == (other._pool, other.whole)
+
+    def __hash__(self) -> int:
+        return hash((self._pool, self.whole))
+
+    def __reduce__(self) -> tuple[type[Backend], tuple[MemoryPool | None, bool]]:
+        return Backend, (self.pool, self.whole)  # a copied model is compiled with its own pool
 
     @property
     def __name__(self) -> str:
@@ -76,6 +94,15 @@ def memcompile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kw
     if not any(True for _ in live_pools()):
         raise PlanError(_NOT_PLANNED)
     return Backend(None, whole=False)(graph_module, example_inputs, **kwargs)
+
+
+def register() -> None:
+    """Makes the name known to Dynamo, for a `torch.compile` that was kept before it was wrapped. Idempotent: Dynamo
+    knows an installed package by its entry point.
+    """
+    name = memcompile.__name__
+    if name not in list_backends(exclude_tags=()):
+        register_backend(memcompile, name=name)
 
 
 @dataclasses.dataclass

@@ -1,26 +1,21 @@
 """The front door: `torch.compile(model, backend="memcompile", ...)` plans the model, then compiles it.
 
-Importing memcompile wraps `torch.compile` once. Calls for another backend pass through untouched.
+Importing memcompile wraps `torch.compile` once. Calls for another backend pass through untouched. What a call for this
+one needs is imported by that call.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
-from memcompile._torch import inductor_options, list_backends, register_backend
-from memcompile.backend import Backend
-from memcompile.backend import memcompile as named_backend
 from memcompile.config import OPTION_NAMES, check_names
-from memcompile.errors import OptionError, PlanError
-from memcompile.planning.plan import plan
-from memcompile.runtime.pool import live_pools, pool_of
-from memcompile.runtime.wrappers import unwrap
+from memcompile.errors import OptionError
 
 NAME = "memcompile"
 _PLAN_KEYWORDS = ("memory", "example_inputs", "memory_mesh", "shard_by", "shard_tokens")
@@ -28,9 +23,7 @@ _OWN_KEYWORDS = (*OPTION_NAMES, *_PLAN_KEYWORDS)
 
 
 def install_front_door() -> None:
-    """Registers the backend's name and wraps ``torch.compile``. Idempotent."""
-    if NAME not in list_backends(exclude_tags=()):
-        register_backend(named_backend, name=NAME)
+    """Wraps ``torch.compile``. Idempotent."""
     if not isinstance(torch.compile, _Wrapped):
         torch.compile = _Wrapped(torch.compile)
 
@@ -49,12 +42,17 @@ class _Wrapped:
         if model is None:  # the decorator form; torch's own would come back here with our keywords gone
             return lambda decorated: self(decorated, **kwargs)
         ours, rest = _split(kwargs, self.keywords)
-        backend = _plan(model, ours, fullgraph=bool(rest.get("fullgraph")))
+        from memcompile.planning.backend_of import backend_of
+
+        backend = backend_of(model, ours, fullgraph=bool(rest.get("fullgraph")))
         return self.original(model, **{**rest, "backend": backend})
 
 
 def _is_ours(backend: Any) -> bool:
-    return backend == NAME or backend is named_backend or isinstance(backend, Backend)
+    if isinstance(backend, str):
+        return backend == NAME
+    module = sys.modules.get("memcompile.backend")  # nothing of a module that is not imported can be given
+    return module is not None and (backend is module.memcompile or isinstance(backend, module.Backend))
 
 
 def _split(kwargs: dict[str, Any], torch_keywords: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -74,38 +72,6 @@ def _split(kwargs: dict[str, Any], torch_keywords: frozenset[str]) -> tuple[dict
 
 @functools.lru_cache
 def _inductor_names() -> tuple[str, ...]:
+    from memcompile._torch import inductor_options
+
     return tuple({name.split(".")[0] for name in inductor_options()})
-
-
-def _plan(model: Any, ours: dict[str, Any], fullgraph: bool) -> Backend:
-    """Plans what is compiled and returns the backend for it."""
-    if isinstance(model, nn.Module):
-        module = model
-    elif isinstance(getattr(model, "__self__", None), nn.Module):
-        module = model.__self__  # model.forward, or the call that model.compile() hands to torch.compile
-    else:
-        return _function_backend(model, ours)
-    plan(module, **ours)
-    root, wrappers = unwrap(module)
-    pool = pool_of(root)
-    assert pool is not None
-    pool.table.watch_gradient()  # of values that were cast or moved since
-    is_forward = model is module or getattr(model, "__name__", "") in ("forward", "_call_impl")
-    return Backend(pool, whole=fullgraph and is_forward and pool.owner in root.modules() and not wrappers)
-
-
-def _function_backend(function: Any, ours: dict[str, Any]) -> Backend:
-    name = getattr(function, "__name__", type(function).__name__)
-    if ours:
-        raise OptionError(
-            f"{', '.join(sorted(ours))} given for {name!r}, which is no nn.Module: plan the model that it calls, "
-            f"memcompile.plan(model, ...), then compile the function without memory options"
-        )
-    if not any(True for _ in live_pools()):
-        raise PlanError(
-            f"{name!r} is no nn.Module, and no model has a memory yet: call memcompile.plan(model, memory_layers=...) "
-            f"on the model that it calls, then compile it"
-        )
-    for pool in live_pools():
-        pool.table.watch_gradient()  # of values that were cast or moved since
-    return Backend(None, whole=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +20,11 @@ from memcompile.runtime.pool import MemoryPool
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Where a graph has the part of a pool's values, and what that was when it was captured."""
+    """Where a graph has the part of a pool's values, and what that was when it was captured. It does not keep the model
+    alive: Dynamo keeps what was compiled as long as that is.
+    """
 
-    pool: MemoryPool
+    pool_of: weakref.ref[MemoryPool]
     position: int  # among the inputs
     kind: tuple[torch.dtype, torch.Size, torch.device]
 
@@ -31,7 +34,9 @@ class Table:
         Raises:
             CaptureError: it was cast or moved since the graph was captured.
         """
-        table = self.pool.table.part
+        pool = self.pool_of()
+        assert pool is not None, "the model that runs is alive"
+        table = pool.table.part
         _check_kind(table, self.kind)
         return table
 
@@ -47,7 +52,7 @@ def tables_among(inputs: Sequence[object], pools: Sequence[MemoryPool]) -> list[
         captured = pool.table.part_in_graphs
         kind = _kind(captured)
         owner = names_by_identity({"": [captured]}, inputs)
-        found += [Table(pool, at, kind) for at, value in enumerate(inputs) if id(value) in owner]
+        found += [Table(weakref.ref(pool), at, kind) for at, value in enumerate(inputs) if id(value) in owner]
         _check_kind(pool.table.part, kind)
     return found
 

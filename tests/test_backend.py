@@ -1,6 +1,10 @@
 """The backend: what it is called with, what it hands to Inductor, and the keys of Inductor's caches."""
 
+import copy
+import gc
+import pickle
 import types
+import weakref
 from unittest import mock
 
 import pytest
@@ -9,8 +13,10 @@ from torch import nn
 
 import memcompile
 from memcompile import CaptureError, PlanError
+from memcompile.backend import Backend
 from memcompile.backend import memcompile as named_backend
 from memcompile.passes.checks.captured_memory import is_lookup
+from memcompile.runtime.pool import pool_of
 from tests.models import (
     DYNAMO_TRACES_MATMUL_OF_OBJECTS,
     GATED_HIDDEN,
@@ -164,3 +170,23 @@ def test_backends_of_one_plan_are_equal():
     first, second = (call.kwargs["backend"] for call in original.call_args_list)
     assert first == second and hash(first) == hash(second)
     assert first.__name__ == "memcompile"
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_the_backend_of_a_copied_model_is_the_copys(duplicate):
+    model = tiny_gpt(layers=2)
+    memcompile.plan(model, memory_layers=1, **SIZES)
+    twin, backend = duplicate((model, Backend(pool_of(model), whole=True)))
+    assert backend.pool is pool_of(twin) is not pool_of(model)
+    assert backend.whole and backend != Backend(pool_of(model), whole=True)
+
+
+def test_a_compiled_model_is_freed():
+    """Dynamo keeps the backend, and what was compiled."""
+    model = tiny_gpt(layers=2)
+    compiled = torch.compile(model, backend="memcompile", memory_layers=1, **SIZES)
+    compiled(TOKENS).sum().backward()
+    values = weakref.ref(model.memory_values)
+    del model, compiled
+    gc.collect()
+    assert values() is None

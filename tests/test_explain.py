@@ -11,7 +11,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 import memcompile
-from memcompile.explain import explain
+from memcompile.planning.explain import explain
 from tests.models import GATED_HIDDEN, WIDTH, InlineGatedBlock, Transformer, tiny_gpt
 
 SIZES = {"n_keys": 8, "top_k": 4, "heads": 2}

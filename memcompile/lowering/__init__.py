@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from memcompile.lowering import cpu, sparse_clipping
+from memcompile.lowering import cpu
 from memcompile.lowering.gather import prefetch_rows, row_sums, stale_rows, table_gather, weighted_gather
 from memcompile.lowering.inductor import caches
 from memcompile.lowering.memory_lookup import memory_lookup
@@ -40,13 +40,10 @@ __all__ = [
     "row_sgd",
     "row_sums",
     "skipped_steps",
-    "sparse_clipping",
     "stale_rows",
     "table_gather",
     "weighted_gather",
 ]
-
-caches.tag_caches()
 
 if is_interpreted():
     load_for("CPU")

@@ -13,16 +13,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from memcompile.backend import register
 from memcompile.common.pipeline import run
 from memcompile.config import MemoryConfig, check_names
 from memcompile.errors import OptionError, PlanError
-from memcompile.explain import Explanation, explain
 from memcompile.lowering.parameters import draw_values, values_shape
 from memcompile.passes.capture.graphs import is_captured
 from memcompile.passes.detect.place import place
+from memcompile.planning.explain import Explanation, explain
 from memcompile.planning.steps import STEPS, Planning
 from memcompile.runtime.distributed.ddp import check_rebuildable
-from memcompile.runtime.distributed.parallelisms import install_if_distributed
 from memcompile.runtime.distributed.sharding import check_same, cut, draw_part, redraw_layer
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.state_dicts import config_of, plan_in
@@ -69,7 +69,7 @@ def plan(
     if not isinstance(model, nn.Module):
         raise OptionError(f"plan() takes an nn.Module, got {model!r}")
     start = time.perf_counter()
-    install_if_distributed()
+    register()
     requested = _config(memory, options)
     if memory_mesh is None and (shard_by, shard_tokens) != ("columns", "uneven"):
         raise OptionError("shard_by and shard_tokens say how values lie on a memory_mesh: give it, too")

@@ -29,6 +29,7 @@ from memcompile.lowering.parameters import values_shape
 from memcompile.passes.detect.detect import IN_A_MODEL, Detection
 from memcompile.passes.detect.place import place
 from memcompile.planning.rehearsal import rehearse
+from memcompile.runtime import patches
 from memcompile.runtime.adoption import adopt_optimizers
 from memcompile.runtime.distributed.ddp import rebuild
 from memcompile.runtime.distributed.sharding import check_plans_agree, cut
@@ -101,6 +102,7 @@ def _size(planning: Planning) -> int:
 
 
 def _install(planning: Planning) -> int:
+    patches.hold(planning.pool)
     planning.until_planned.enter_context(uninterrupted())  # half a change could not be mended by a second call
     planning.parameters = install(planning.pool, planning.model, planning.chosen)
     return len(planning.pool.layers)

@@ -24,6 +24,7 @@ __all__ = [
     "clip_grad",
     "fsdp_init",
     "local_part",
+    "pipeline_stage",
     "sized_at_run_time",
     "sparse_parts",
     "whole_like",
@@ -91,3 +92,10 @@ def fsdp_init() -> Any:
     from torch.distributed.fsdp._fully_shard import _fsdp_init
 
     return _fsdp_init
+
+
+def pipeline_stage() -> Any:
+    """The class of every stage of a pipeline; slow to import."""
+    from torch.distributed.pipelining.stage import _PipelineStageBase
+
+    return _PipelineStageBase

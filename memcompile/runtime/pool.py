@@ -13,6 +13,7 @@ from torch import nn
 
 from memcompile.common.sites import VALUES_NAME, FfnSite
 from memcompile.config import MemoryConfig
+from memcompile.runtime import patches
 from memcompile.runtime.table.hooks import watch_optimizers
 from memcompile.runtime.table.table import ValueTable
 
@@ -62,6 +63,7 @@ class MemoryPool:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A deep copy or an unpickled model is a planned model of its own."""
         self.__dict__.update(state)
+        patches.hold(self)
         _LIVE.add(self)
         watch_optimizers(self.table)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import weakref
@@ -16,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from memcompile.common.sites import LAYER_NAME, VALUES_NAME
 from memcompile.config import OPTION_NAMES, STORAGE_OPTIONS, TRAINING_OPTIONS, MemoryConfig
 from memcompile.errors import OptionError, PlanError
-from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside, told
+from memcompile.runtime.pool import MemoryPool, pool_of, told
 from memcompile.runtime.storage.mapped_values import MappedValues, keep_mapped
 
 log = logging.getLogger(__name__)
@@ -53,31 +52,6 @@ def watch_part(layer: nn.Module) -> None:
     layer.register_state_dict_pre_hook(_tell_part)  # type: ignore[no-untyped-call]
 
 
-def install_load_guard() -> None:
-    """Makes every module refuse a checkpoint with memory if it has none itself, before anything is copied.
-
-    `load_state_dict(strict=False)` would otherwise leave random dense FFNs where the memory was, and the strict error
-    lists keys without saying that planning first is the fix. Idempotent.
-    """
-    original = nn.Module.load_state_dict
-    if getattr(original, "_memcompile_guard", None) is not original:
-
-        @functools.wraps(original)
-        def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-            planned = pool_of(self) is not None or bool(pools_inside(self))
-            if not planned and VALUES_NAME in self._parameters:  # a captured graph has parameters and no extra state
-                state_dict = {k: v for k, v in state_dict.items() if not (k.endswith(PLAN_KEY) and _is_plan(v))}
-            elif not planned and any(map(_is_plan, _entries(state_dict))):
-                raise PlanError(
-                    f"the checkpoint holds a memory, but {type(self).__name__} has none: plan it first, "
-                    f"memcompile.plan(model, memory=memcompile.config_from(state_dict)), then load"
-                )
-            return original(self, state_dict, *args, **kwargs)
-
-        load_state_dict._memcompile_guard = load_state_dict  # type: ignore[attr-defined]
-        nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
-
-
 def encode_plan(pool: MemoryPool) -> Tensor:
     """The plan as a uint8 tensor of JSON: the extra state of each memory layer.
 
@@ -93,15 +67,16 @@ def plan_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         PlanError: the plan is there, but damaged or of a later version.
     """
-    entry = next(_entries(state_dict), None)
+    entry = next(plan_entries(state_dict), None)
     return None if entry is None else _decode(entry)
 
 
-def _entries(state_dict: Mapping[str, Any]) -> Iterator[Any]:
+def plan_entries(state_dict: Mapping[str, Any]) -> Iterator[Any]:
+    """What a state dict has under the names of encoded plans."""
     return (value for name, value in state_dict.items() if f".{name}".endswith(f".{PLAN_KEY}"))
 
 
-def _is_plan(entry: Any) -> bool:
+def is_plan(entry: Any) -> bool:
     """Whether an entry is ours for certain: a stranger's module named ``memory`` may have extra state too."""
     if not isinstance(entry, Tensor) or entry.dtype != torch.uint8 or entry.is_meta:
         return False

@@ -109,8 +109,8 @@ def test_a_dense_checkpoint_leaves_the_memory_as_it_is(assign, wrapped, caplog):
 
 
 def test_a_checkpoint_with_memory_says_how_to_plan_an_unplanned_model():
-    state, model = planned_gpt().state_dict(), tiny_gpt(layers=2)
-    before = snapshot(model)
+    planned, model = planned_gpt(), tiny_gpt(layers=2)
+    state, before = planned.state_dict(), snapshot(model)
     for strict in (True, False):
         with pytest.raises(PlanError, match=r"plan it first.*memcompile\.config_from\(state_dict\)"):
             model.load_state_dict(state, strict=strict)

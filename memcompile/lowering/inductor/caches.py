@@ -26,9 +26,31 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
+_traced_alone = False  # an operator was compiled while no planned model had tagged the caches
+
+
 def tag_caches() -> None:
     """Adds this package's sources to the tag that all of `torch.compile`'s caches key on, after the user's own."""
-    own = f"memcompile {__version__} {source_digest()}"
     given = torch.compiler.config.cache_key_tag
-    if own not in given:
-        torch.compiler.config.cache_key_tag = f"{given} {own}".strip()
+    if _tag() not in given:
+        torch.compiler.config.cache_key_tag = f"{given} {_tag()}".strip()
+
+
+def untag_caches() -> None:
+    """Takes it out, unless graphs with operators were compiled that are no planned model's: they may be again."""
+    if not _traced_alone:
+        torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag.replace(_tag(), "").strip()
+
+
+def tag_traced() -> None:
+    """Tags the caches when an operator of this package is traced: exported programs and rewritten graphs are compiled
+    where no model is planned.
+    """
+    global _traced_alone
+    if _tag() not in torch.compiler.config.cache_key_tag:
+        _traced_alone = True
+        tag_caches()
+
+
+def _tag() -> str:
+    return f"memcompile {__version__} {source_digest()}"

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from memcompile.lowering._torch import autograd_kernel, below_autograd
+from memcompile.lowering._torch import autograd_kernel, below_autograd, is_traced
+from memcompile.lowering.inductor.caches import tag_traced
 from memcompile.lowering.register.kernels import InPyTorch, register_in_pytorch
 from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
 
@@ -90,6 +91,8 @@ def _register_rules(
     name: str, check: Callable[..., None], fake: Callable[..., Any], vmap: Callable[..., Any] | None
 ) -> None:
     def checked_fake(*args: Any) -> Any:
+        if any(map(is_traced, args)):
+            tag_traced()
         check(*args)
         return fake(*args)
 

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import linecache
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
 
 from memcompile.errors import CollectiveError
 from memcompile.lowering.distributed import collectives
-from memcompile.runtime._torch import autograd
 
 _OPERATION = r"_c10d_functional\.(\w+)\.default"
 _WAIT = re.compile(r"_c10d_functional\.wait_tensor\.default\((\w+)")
 _FAILED = re.compile(r"timed? ?out|connection (closed|reset)|aborted|gloo|nccl", re.IGNORECASE)
-
-
-def install_collective_errors() -> None:
-    """Names the collective that fails in a backward. Idempotent."""
-    module: Any = autograd
-    original = module._engine_run_backward
-    if hasattr(original, "_memcompile_named"):
-        return
-
-    @functools.wraps(original)
-    def run_backward(*args: Any, **kwargs: Any) -> Any:
-        with named_collectives("backward"):
-            return original(*args, **kwargs)
-
-    run_backward._memcompile_named = True  # type: ignore[attr-defined]
-    module._engine_run_backward = run_backward
 
 
 @contextmanager

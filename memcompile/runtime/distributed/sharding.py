@@ -15,10 +15,9 @@ from memcompile.common.sites import VALUES_NAME
 from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError, PlanError
 from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, values_shape
+from memcompile.runtime import patches
 from memcompile.runtime._torch import local_part
 from memcompile.runtime.adoption import live_optimizers
-from memcompile.runtime.distributed.collective_errors import install_collective_errors
-from memcompile.runtime.distributed.parallelisms import install_parallelisms
 from memcompile.runtime.distributed.sharded_values import ShardedValues
 from memcompile.runtime.pool import MemoryPool, pool_of
 from memcompile.runtime.wrappers import is_in_ddp, is_sharded, unwrap
@@ -179,6 +178,7 @@ def put_sharded(pool: MemoryPool, sharded: ShardedValues, values: DTensor) -> No
     """Makes a DTensor the values of a pool."""
     pool.owner._parameters[VALUES_NAME] = nn.Parameter(values, requires_grad=pool.values.requires_grad)
     pool.table.sharded = sharded
+    patches.hold(pool)
     pool.table.watch_gradient()
 
 
@@ -186,8 +186,6 @@ def cut_layers(pool: MemoryPool) -> None:
     """Where all ranks of the group have the same tokens, cuts gates and output projections as the values are, and makes
     the rest of the layers that of the group's first rank. A collective then, unless on the meta device.
     """
-    install_collective_errors()
-    install_parallelisms()
     sharded = pool.table.sharded
     assert sharded is not None
     if sharded.tokens != "shared":

@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from memcompile.lowering import memory_lookup
 from memcompile.lowering.inductor import caches
+from memcompile.version import __version__
 
 ROOT = Path(__file__).parents[3]
 
@@ -73,8 +77,43 @@ sys.modules["memcompile.version"] = module
     assert [run(*of)[0] for of in (("1", "mine"), ("2", "mine"))] == ["hit", "miss"]
 
 
-def test_a_tag_is_added_once():
-    before = torch.compiler.config.cache_key_tag
-    caches.tag_caches()
-    assert torch.compiler.config.cache_key_tag == before
-    assert before.count("memcompile") == 1
+@pytest.fixture
+def tag(monkeypatch):
+    """The tag, with a user's own alone to start with."""
+    monkeypatch.setattr(caches, "_traced_alone", False)
+    with torch.compiler.config.patch(cache_key_tag="mine"):
+        yield lambda: torch.compiler.config.cache_key_tag.split()
+
+
+def test_a_tag_is_added_once_and_taken_out(tag):
+    for _ in range(2):
+        caches.tag_caches()
+        assert tag() == ["mine", "memcompile", __version__, caches.source_digest()]
+    torch.compiler.config.cache_key_tag += " later"
+    for _ in range(2):
+        caches.untag_caches()
+        assert tag() == ["mine", "later"]
+
+
+def lookup_on_fakes():
+    with FakeTensorMode():
+        tensors = [torch.ones(s) for s in ((5, 12), (12, 12), (12,), (2, 2, 7, 3), (49, 10))]
+        memory_lookup(*tensors, heads=2, top_k=4)
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_the_tag_of_what_is_traced_stays_where_no_planned_model_has_it(tag, planned):
+    """A rewritten graph has operators, and no planned model to take the tag out when it is gone."""
+    if planned:
+        caches.tag_caches()
+    lookup_on_fakes()
+    assert "memcompile" in tag()
+    caches.untag_caches()
+    assert ("memcompile" in tag()) is not planned
+
+
+def test_what_is_run_and_not_traced_tags_nothing(tag):
+    for device in ("cpu", "meta"):
+        tensors = [torch.ones(s, device=device) for s in ((5, 12), (12, 12), (12,), (2, 2, 7, 3), (49, 10))]
+        memory_lookup(*tensors, heads=2, top_k=4)
+    assert tag() == ["mine"]

@@ -106,7 +106,7 @@ def wrong_orders(rank: int) -> dict[str, str]:
     told["parallel rows"] = raised(memcompile.shard, planned_gpt(), mesh, by="rows", tokens="shared")
     told["no mesh"] = raised(memcompile.plan, tiny_gpt(), shard_by="rows")
     told["planned, unsharded"] = raised(memcompile.plan, planned_gpt(), memory_mesh=mesh)
-    told["row optimizer"] = raised(memcompile.runtime.optim.RowAdamW, [sharded.memory_values])
+    told["row optimizer"] = raised(memcompile.optim.RowAdamW, [sharded.memory_values])
     return told
 
 

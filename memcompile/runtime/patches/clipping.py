@@ -1,8 +1,11 @@
-"""Clipping and unscaling gradients that lie on different meshes: DTensors of the values among plain tensors, or among
-FSDP's.
+"""Clipping and unscaling of gradients on different meshes: DTensors of sharded values among plain tensors, or FSDP's.
+What `clip_grad_norm_`, `clip_grad_value_` and `GradScaler` are made of: `_get_total_norm`, `_clip_grads_with_norm_`,
+`clip_grad_value_` and `_amp_foreach_non_finite_check_and_unscale_`.
 
-`torch.nn.utils.clip_grad_norm_` stacks the norms of all gradients, and `GradScaler` divides them in one list, which
-DTensors of another mesh refuse. Here each mesh has its own norm, and its own list.
+No public way: they stack the norms of all gradients, or divide them in one list, which DTensors of another mesh refuse.
+Here each mesh has its own norm, and its own list.
+Until: https://github.com/pytorch/pytorch/issues/180346 (`clip_grad_norm_` and several meshes).
+The same: gradients that are all plain tensors, or all on one mesh.
 """
 
 from __future__ import annotations
@@ -17,24 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import utils
 
 from memcompile.runtime._torch import clip_grad, local_part
-
-
-def install_by_mesh() -> None:
-    """Wraps what `clip_grad_norm_`, `clip_grads_with_norm_` and `GradScaler` are made of. Idempotent."""
-    if hasattr(clip_grad._get_total_norm, "_memcompile_by_mesh"):
-        return
-    for private, public, wrap in (
-        ("_get_total_norm", "get_total_norm", _norm_by_mesh),
-        ("_clip_grads_with_norm_", "clip_grads_with_norm_", _clip_by_mesh),
-        ("clip_grad_value_", "clip_grad_value_", _clip_by_mesh),
-    ):
-        wrapped: Any = wrap(getattr(clip_grad, private))
-        wrapped._memcompile_by_mesh = True
-        setattr(clip_grad, private, wrapped)
-        setattr(utils, public, wrapped)
-    torch._amp_foreach_non_finite_check_and_unscale_ = _unscale_by_mesh(
-        torch._amp_foreach_non_finite_check_and_unscale_
-    )
+from memcompile.runtime.patches.patch import Patch, Replaced
 
 
 def _norm_by_mesh(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -83,3 +69,14 @@ def _by_mesh(tensors: list[Tensor], like: list[Any]) -> list[list[Tensor]]:
         mesh = (key.device_mesh, local_part(key).is_sparse) if isinstance(key, DTensor) else None
         groups.setdefault(mesh, []).append(tensor)
     return list(groups.values())
+
+
+PATCH = Patch(
+    Replaced(clip_grad, "_get_total_norm", _norm_by_mesh),
+    Replaced(utils, "get_total_norm", _norm_by_mesh),
+    Replaced(clip_grad, "_clip_grads_with_norm_", _clip_by_mesh),
+    Replaced(utils, "clip_grads_with_norm_", _clip_by_mesh),
+    Replaced(clip_grad, "clip_grad_value_", _clip_by_mesh),
+    Replaced(utils, "clip_grad_value_", _clip_by_mesh),
+    Replaced(torch, "_amp_foreach_non_finite_check_and_unscale_", _unscale_by_mesh),
+)

@@ -1,9 +1,15 @@
-"""DistributedDataParallel that is built around planned models: it leaves the values to `averaging`."""
+"""`DistributedDataParallel.__init__`: replicas of a planned model leave its values alone, and average their rows.
+
+No public way: DDP has no hook for what it is built around, and its list of parameters to ignore is private. It would
+send a whole table, where a gradient is of some rows, and takes no DTensors.
+Until: https://github.com/pytorch/pytorch/issues/43690 (an option that ignores parameters).
+The same: DDP around a module in which nothing is planned.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import nn
@@ -12,17 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from memcompile.errors import PlanError
 from memcompile.runtime.distributed.averaging import Replicas
 from memcompile.runtime.distributed.sharded_values import ShardedValues
+from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.pool import MemoryPool, live_pools
 
 
-def install_replica_hook() -> None:
-    """Has every DDP that is built around planned models average their rows. Idempotent."""
-    original = DistributedDataParallel.__init__
-    if hasattr(original, "_memcompile_replicas"):
-        return
-
+def _around_planned(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def build(self: DistributedDataParallel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def build(self: DistributedDataParallel, module: nn.Module, *args: object, **kwargs: object) -> None:
         pools = _pools_left_alone(module)
         if any(pool.table.sharded is not None and pool.table.sharded.tokens == "shared" for pool in pools):
             raise PlanError(
@@ -39,8 +41,7 @@ def install_replica_hook() -> None:
             else:
                 _check_covered(self, pool.table.sharded)
 
-    build._memcompile_replicas = True  # type: ignore[attr-defined]
-    DistributedDataParallel.__init__ = build  # type: ignore[method-assign]
+    return build
 
 
 def _pools_left_alone(module: nn.Module) -> list[MemoryPool]:
@@ -68,3 +69,6 @@ def _leave_alone(module: nn.Module, pools: list[MemoryPool]) -> None:
         names += [f".{name}" for name in names]
         ignored = [*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *names]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)  # type: ignore[no-untyped-call]
+
+
+PATCH = Patch(Replaced(DistributedDataParallel, "__init__", _around_planned))

@@ -1,6 +1,12 @@
-"""What clipping and unscaling ask of sparse gradients and PyTorch does not have for them: norms (before 2.15), clamps,
-and the division of what is the part of a DTensor, where GradScaler does not see that it is sparse.
+"""Kernels of aten for sparse tensors, by which clipping and unscaling serve the sparse gradient of a table: norms
+(before 2.15), clamps, and the division of the part of a DTensor, where `GradScaler` does not see that it is sparse.
+
+No public way: `clip_grad_norm_` and `clip_grad_value_` call these operators, and have no hook.
+Until: https://github.com/pytorch/pytorch/issues/4829 (clipping of sparse gradients).
+The same: dense tensors, and every operator that has a kernel for sparse tensors already.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memcompile.lowering._torch import has_kernel
-
-_LIBRARY = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+from memcompile.lowering._torch import has_kernel, unregister
+from memcompile.runtime.patches.patch import Patch
 
 
 def _vector_norm(
@@ -59,7 +64,23 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "clamp_min_": _clamp_min_,
     "clamp_max_": _clamp_max_,
 }
-for _name, _kernel in _KERNELS.items():
-    for _key in ("SparseCPU", "SparseCUDA"):
-        if not has_kernel(f"aten::{_name}", _key):
-            _LIBRARY.impl(_name, _kernel, _key)  # type: ignore[no-untyped-call]
+
+
+class _SparseKernels:
+    def __init__(self) -> None:
+        self._library: torch.library.Library | None = None
+
+    def install(self) -> None:
+        self._library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+        for name, kernel in _KERNELS.items():
+            for key in ("SparseCPU", "SparseCUDA"):
+                if not has_kernel(f"aten::{name}", key):
+                    self._library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
+
+    def remove(self) -> None:
+        if self._library is not None:
+            unregister(self._library)
+            self._library = None
+
+
+PATCH = Patch(_SparseKernels())

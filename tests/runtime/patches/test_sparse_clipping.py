@@ -6,7 +6,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import memcompile.lowering  # registers what is tested
+from memcompile.lowering._torch import has_kernel
+from memcompile.runtime.patches import sparse_clipping
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kernels():
+    class Owner:
+        pass
+
+    owner = Owner()
+    sparse_clipping.PATCH.hold(owner)
+    yield
+    del owner
+
 
 ORDERS = (1.0, 2.0, 2.5, math.inf)
 
@@ -72,7 +85,7 @@ def test_what_would_need_the_zeros_is_refused():
 
 
 @pytest.mark.skipif(
-    memcompile.lowering._torch.has_kernel("aten::linalg_vector_norm", "SparseCPU") and torch.__version__ >= "2.15",
+    has_kernel("aten::linalg_vector_norm", "SparseCPU") and torch.__version__ >= "2.15",
     reason="PyTorch's own norms of sparse tensors",
 )
 def test_norms_that_are_refused():

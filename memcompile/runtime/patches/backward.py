@@ -1,0 +1,28 @@
+"""`torch.autograd._engine_run_backward`: the error of a backward names the collective of a sharded table that failed.
+
+No public way: hooks of autograd see tensors and not errors.
+Until: process groups name the operation that timed out on every backend.
+The same: a backward that raises nothing, and every other error.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from memcompile.runtime._torch import autograd
+from memcompile.runtime.distributed.collective_errors import named_collectives
+from memcompile.runtime.patches.patch import Patch, Replaced
+
+
+def _named(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        with named_collectives("backward"):
+            return original(*args, **kwargs)
+
+    return run_backward
+
+
+PATCH = Patch(Replaced(autograd, "_engine_run_backward", _named))

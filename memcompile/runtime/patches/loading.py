@@ -1,0 +1,42 @@
+"""`nn.Module.load_state_dict`: a module without memory refuses a checkpoint that has one, before anything is copied.
+
+`strict=False` would leave random FFNs where the memory was; the strict error lists keys, and does not say that
+planning first is the fix.
+No public way: hooks of loading are of one module, and this module is one that was not planned.
+Until: it stays; a process in which no planned model lives has PyTorch's own behaviour.
+The same: state dicts without a plan; loading into planned models.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from memcompile.common.sites import VALUES_NAME
+from memcompile.errors import PlanError
+from memcompile.runtime.patches.patch import Patch, Replaced
+from memcompile.runtime.pool import pool_of, pools_inside
+from memcompile.runtime.state_dicts import PLAN_KEY, is_plan, plan_entries
+
+
+def _guarded(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        entries = plan_entries(state_dict) if isinstance(state_dict, Mapping) else ()
+        if any(map(is_plan, entries)) and pool_of(self) is None and not pools_inside(self):
+            if VALUES_NAME not in self._parameters:
+                raise PlanError(
+                    f"the checkpoint holds a memory, but {type(self).__name__} has none: plan it first, "
+                    f"memcompile.plan(model, memory=memcompile.config_from(state_dict)), then load"
+                )
+            # a captured graph has the parameters, and no extra state
+            state_dict = {k: v for k, v in state_dict.items() if not (k.endswith(PLAN_KEY) and is_plan(v))}
+        return original(self, state_dict, *args, **kwargs)
+
+    return load_state_dict
+
+
+PATCH = Patch(Replaced(nn.Module, "load_state_dict", _guarded))
