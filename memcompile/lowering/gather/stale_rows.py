@@ -1,12 +1,13 @@
-"""`stale_gather` and `stale_dot`: rows are read as they are once they have caught up, and stay as they are.
+"""`stale_gather` and `stale_dot`: rows are read as they are after the steps that they missed, and are not written.
 
 They are `weighted_gather` and `gather_dot` over the rows that `row_adam` would make, without a gradient, of the values,
-moments and missed steps: x = P * x - m * S(sqrt(v)). No row is written, so what is read changes nothing that comes
-later; and rows are not copied, which would take longer than to correct each hit of a row. Where missed steps have no
-panels, the moments are not read. There is no derivative.
+moments and missed steps: x = P * x - m * S(sqrt(v)). What is read changes nothing that comes later; and rows are not
+copied, which would take longer than to correct each hit of a row. Where missed steps have no panels, the moments are
+not read. There is no derivative.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -19,117 +20,78 @@ from memcompile.lowering.update.row_tables import check_moments, check_table, lo
 _CHUNK_ELEMENTS = {"cpu": 2**20, "accelerator": 2**26}
 
 
-def _check(
-    values: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    slots: Tensor,
-    missed_steps: Tensor,
-    decays: Tensor,
-    panels: Tensor,
-) -> None:
-    check_table("values", values, values)
-    check_moments(exp_avg, exp_avg_sq, values)
-    check_slots(slots)
-    check_missed_steps("slots", slots, values, missed_steps, decays, panels)
+@dataclass(frozen=True)
+class _StaleRows:
+    """The arguments of both operators, in the order of their schemas.
+
+    Attributes:
+        values, exp_avg, exp_avg_sq: [num_slots, dim], contiguous, as in `row_adam`.
+        slots: int32 or int64 [tokens, hits].
+        other: weights [tokens, hits], or a gradient [tokens, dim].
+        missed_steps: int64 [tokens, hits], the entries of `decays` and `panels`, as in `row_adam`.
+    """
+
+    values: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    slots: Tensor
+    other: Tensor
+    missed_steps: Tensor
+    decays: Tensor
+    panels: Tensor
+    eps: float
+
+    def check(self) -> None:
+        check_table("values", self.values, self.values)
+        check_moments(self.exp_avg, self.exp_avg_sq, self.values)
+        check_slots(self.slots)
+        check_missed_steps("slots", self.slots, self.values, self.missed_steps, self.decays, self.panels)
+
+    def check_gather(self) -> None:
+        self.check()
+        check_weights(self.slots, self.other)
+
+    def check_dot(self) -> None:
+        self.check()
+        check_dot(self.values, self.slots, self.other)
+
+    def current(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some tokens after others, and the rows that they hit as they are after all steps: [tokens, hits, dim]."""
+        dtype, dim = sum_dtype(self.values), self.values.shape[1]
+        for part in parts_of_tokens(self.slots, dim, _CHUNK_ELEMENTS):
+            rows, missed = self.slots[part].reshape(-1), self.missed_steps[part].reshape(-1)
+            x, m, v = (load_rows(table, rows) for table in (self.values, self.exp_avg, self.exp_avg_sq))
+            moved = m * steps_a_moment(v.sqrt(), self.panels[missed].to(dtype), self.eps)  # [hits of the part, dim]
+            yield part, (x * self.decays[missed, :1].to(dtype) - moved).view(*self.slots[part].shape, dim)
+
+    def gather(self) -> Tensor:
+        out = self.new_sums()
+        for part, rows in self.current():
+            out[part] = (self.other[part].to(rows.dtype).unsqueeze(1) @ rows).squeeze(1)
+        return out
+
+    def dot(self) -> Tensor:
+        out = self.new_dots()
+        for part, rows in self.current():
+            out[part] = (rows @ self.other[part].to(rows.dtype).unsqueeze(-1)).squeeze(-1)
+        return out
+
+    def new_sums(self) -> Tensor:
+        return self.values.new_empty(self.slots.shape[0], self.values.shape[1])
+
+    def new_dots(self) -> Tensor:
+        return self.values.new_empty(self.slots.shape, dtype=sum_dtype(self.values))
 
 
-def _current_rows(
-    values: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    slots: Tensor,
-    missed_steps: Tensor,
-    decays: Tensor,
-    panels: Tensor,
-    eps: float,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Some tokens after others, and the rows [tokens, hits, dim] that they hit, as they are by now."""
-    dtype, dim = sum_dtype(values), values.shape[1]
-    for part in parts_of_tokens(slots, dim, _CHUNK_ELEMENTS):
-        rows, missed = slots[part].reshape(-1), missed_steps[part].reshape(-1)
-        x, m, v = (load_rows(table, rows) for table in (values, exp_avg, exp_avg_sq))  # [hits of the part, dim]
-        moved = m * steps_a_moment(v.sqrt(), panels[missed].to(dtype), eps)
-        yield part, (x * decays[missed, :1].to(dtype) - moved).view(*slots[part].shape, dim)
-
-
-# --- stale_gather -------------------------------------------------------------------------------
-
-
-def _check_gather(
-    values: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    missed_steps: Tensor,
-    decays: Tensor,
-    panels: Tensor,
-    eps: float,
-) -> None:
-    _check(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels)
-    check_weights(slots, weights)
-
-
-def _gather(
-    values: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    missed_steps: Tensor,
-    decays: Tensor,
-    panels: Tensor,
-    eps: float,
-) -> Tensor:
-    out = values.new_empty(slots.shape[0], values.shape[1])
-    for part, rows in _current_rows(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels, eps):
-        out[part] = (weights[part].to(rows.dtype).unsqueeze(1) @ rows).squeeze(1)
-    return out
-
-
-def _gather_fake(values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, slots: Tensor, *rest: Tensor) -> Tensor:
-    return values.new_empty(slots.shape[0], values.shape[1])
-
-
-# --- stale_dot ----------------------------------------------------------------------------------
-
-
-def _check_dot(
-    values: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    slots: Tensor,
-    grad: Tensor,
-    missed_steps: Tensor,
-    decays: Tensor,
-    panels: Tensor,
-    eps: float,
-) -> None:
-    _check(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels)
-    check_dot(values, slots, grad)
-
-
-def _dot(
-    values: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    slots: Tensor,
-    grad: Tensor,
-    missed_steps: Tensor,
-    decays: Tensor,
-    panels: Tensor,
-    eps: float,
-) -> Tensor:
-    out = values.new_empty(slots.shape, dtype=sum_dtype(values))
-    for part, rows in _current_rows(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels, eps):
-        out[part] = (rows @ grad[part].to(rows.dtype).unsqueeze(-1)).squeeze(-1)
-    return out
-
-
-def _dot_fake(values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, slots: Tensor, *rest: Tensor) -> Tensor:
-    return values.new_empty(slots.shape, dtype=sum_dtype(values))
-
-
-register_operator("stale_gather", check=_check_gather, kernel=_gather, fake=_gather_fake)
-register_operator("stale_dot", check=_check_dot, kernel=_dot, fake=_dot_fake)
+register_operator(
+    "stale_gather",
+    check=lambda *args: _StaleRows(*args).check_gather(),
+    kernel=lambda *args: _StaleRows(*args).gather(),
+    fake=lambda *args: _StaleRows(*args).new_sums(),
+)
+register_operator(
+    "stale_dot",
+    check=lambda *args: _StaleRows(*args).check_dot(),
+    kernel=lambda *args: _StaleRows(*args).dot(),
+    fake=lambda *args: _StaleRows(*args).new_dots(),
+)
