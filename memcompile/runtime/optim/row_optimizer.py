@@ -1,5 +1,6 @@
 """RowOptimizer: a `torch.optim.Optimizer` around a rule of `runtime.table.rules`, for tables of any model."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,11 @@ class RowOptimizer(Optimizer):
             torch.autograd.graph.increment_version(parameter)
         if state and rows is None:
             forget(state)
+
+    def catch_up(self, parameter: Tensor, rows: Tensor | None = None) -> None:
+        """The former name of :meth:`flush`."""
+        warnings.warn("catch_up of optimizers for rows is flush now", FutureWarning, stacklevel=2)
+        self.flush(parameter, rows)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, with every tensor in the dtype that it was saved in.
