@@ -39,7 +39,10 @@ class ShownState:
         """Puts it there; the number of steps as PyTorch has it."""
         self._entries = {name: _whole(value, table) for name, value in state.items() if name not in _MISSED}
         self._entries["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
-        optimizer.state.setdefault(table.values, {}).update(self._entries)
+        shown = optimizer.state.setdefault(table.values, {})
+        for name in _MISSED:
+            shown.pop(name, None)  # of an optimizer for rows, which loads the state that it would have on its own
+        shown.update(self._entries)
 
     def taken_over(self, optimizer: Optimizer, table: ValueTable, rule: Rule) -> State | None:
         """The state to go on from that the optimizer has for the values; None where it has none that the rule knows.

@@ -154,12 +154,12 @@ class ValueTable:
         table = _local(self._stepped)
         if table.dtype is torch.float16:
             table = table.float()
-        flush_rows(table, self._state, self._rule, self._options, shards=self.shards)
+        moved = flush_rows(table, self._state, self._rule, self._options, shards=self.shards)
         if table.data_ptr() != _local(self._stepped).data_ptr():
             _local(self._stepped).data.copy_(table)
         forget(self._state)
         self._put_row_state()
-        self.flushed = True
+        self.flushed = self.flushed or moved
 
     # --- stepping ------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ def test_the_kernels_are_built_before_the_first_step(monkeypatch):
     backend = Backend(pool_of(model), whole=True)
     asked.clear()
     monkeypatch.setattr("memcompile.backend.compile_fx", lambda graph, *_: before.append(len(asked)) or graph.forward)
-    monkeypatch.setattr("memcompile.backend.watch_gradient", lambda _: asked.clear())
+    monkeypatch.setattr("memcompile.runtime.table.table.ValueTable.watch_gradient", lambda _: asked.clear())
     torch.compile(model, backend=backend, fullgraph=True)(tokens(3))
     assert before == [1]
 

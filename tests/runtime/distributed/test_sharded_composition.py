@@ -43,8 +43,11 @@ def ddp(
 def ddp_in_buckets(rank: int) -> Found:
     """Each bucket of DDP's is a graph of its own, and the table is in several."""
     torch._dynamo.reset()
-    lower = mock.Mock(side_effect=backend._lower)
-    with mock.patch("torch.distributed._DEFAULT_FIRST_BUCKET_BYTES", 1), mock.patch.object(backend, "_lower", lower):
+    lower = mock.Mock(side_effect=backend.compile_fx)
+    with (
+        mock.patch("torch.distributed._DEFAULT_FIRST_BUCKET_BYTES", 1),
+        mock.patch.object(backend, "compile_fx", lower),
+    ):
         found = ddp(rank, SPARSE, replicas=1, compiled=True, bucket_mb=0.04)
     assert lower.call_count > 2
     return found

@@ -102,7 +102,6 @@ def wrong_orders(rank: int) -> dict[str, str]:
     told["by"] = raised(memcompile.shard, planned_gpt(), mesh, by="depth")
     told["tokens"] = raised(memcompile.shard, planned_gpt(), mesh, tokens="odd")
     told["mesh"] = raised(memcompile.shard, planned_gpt(), "cuda")
-    told["fused"] = raised(memcompile.shard, planned_gpt(values_grad="fused"), mesh)
     told["parallel rows"] = raised(memcompile.shard, planned_gpt(), mesh, by="rows", tokens="shared")
     told["no mesh"] = raised(memcompile.plan, tiny_gpt(), shard_by="rows")
     told["planned, unsharded"] = raised(memcompile.plan, planned_gpt(), memory_mesh=mesh)
@@ -305,7 +304,6 @@ def test_wrong_options_are_told(ranks):
         "by": "'columns' or 'rows'",
         "tokens": "'uneven', 'even' or 'shared'",
         "mesh": "DeviceMesh",
-        "fused": "values_grad='fused'",
         "parallel rows": "by='columns'",
         "row optimizer": "values_optimizer",
         "no mesh": "memory_mesh",
