@@ -135,7 +135,7 @@ def stderr_of_a_plan(**environment):
     )
     environment = {k: v for k, v in os.environ.items() if k != "TORCH_LOGS"} | environment
     command = [sys.executable, "-c", program]
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=root).stderr
 
 
