@@ -61,7 +61,7 @@ WRONG = [
     ("memory_layers", {1, 2}, r"got \{1, 2\}"),
     ("placement", "beside", "placement must be 'replace' or 'add', got 'beside'"),
     ("placement", None, "placement must be 'replace' or 'add', got None"),
-    ("values_grad", "lazy", "values_grad must be 'auto', 'dense', 'sparse' or 'fused', got 'lazy'"),
+    ("values_grad", "lazy", "values_grad must be 'auto', 'dense' or 'sparse', got 'lazy'"),
     (
         "values_optimizer",
         "adam",
@@ -112,7 +112,6 @@ STORAGES = [{"values_storage": "host"}, {"values_storage": "mmap", "values_path"
 @pytest.mark.parametrize(
     ("option", "value", "default"),
     [
-        ("values_grad", "fused", "'auto'"),
         ("values_grad", "dense", "'auto'"),
         ("values_optimizer", "row_adamw", "None"),
         ("values_state_dtype", "bfloat16", "'float32'"),

@@ -185,14 +185,14 @@ def _config(memory: MemoryConfig | None, options: Mapping[str, Any]) -> MemoryCo
 def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
     """Whether the model, or one that it is part of, has the memory asked for; other options are an error."""
     pool = pool_of(root)
+    inner = pools_inside(root)
+    names = [next(n for n, m in root.named_modules() if m is pool.owner) for pool in inner]
+    if len(inner) > 1 or any(_is_of_many(root, name) for name in names):
+        raise PlanError(
+            f"parts of {type(root).__name__} already have a memory ({', '.join(map(repr, names))}): compile the parts "
+            f"alone, or plan the whole model once"
+        )
     if pool is None:
-        inner = pools_inside(root)
-        if inner:
-            names = [next(n for n, m in root.named_modules() if m is pool.owner) for pool in inner]
-            raise PlanError(
-                f"several parts of {type(root).__name__} have a memory each ({', '.join(map(repr, names))}): compile "
-                f"the parts alone, or plan the whole model once"
-            )
         return False
     differing = {name: value for name, value in given.items() if not _is_as_planned(pool, name, value)}
     if differing:
@@ -202,6 +202,13 @@ def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
             f"build the model anew to plan it otherwise, or leave the options out"
         )
     return True
+
+
+def _is_of_many(root: nn.Module, name: str) -> bool:
+    """Whether a part of the model is one of several blocks, or lies in one, and not in what only wraps it."""
+    parts = name.split(".")
+    above = (root.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+    return any(isinstance(module, nn.ModuleList) and len(module) > 1 for module in above)
 
 
 def _is_as_planned(pool: MemoryPool, name: str, value: Any) -> bool:

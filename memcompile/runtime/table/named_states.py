@@ -53,7 +53,7 @@ def matched(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     for group, size in zip(state_dict["param_groups"], sizes, strict=True):
         groups.append({**group, "params": list(range(first, first + size))})
         first += size
-    return {**state_dict, "state": state, "param_groups": groups}
+    return {**state_dict, "state": state, "param_groups": groups, KEY: own}
 
 
 def _names(optimizer: Optimizer) -> list[str | None]:

@@ -41,7 +41,7 @@ def test_the_model_goes_on_as_it_was(path, gradient):
     before = model.memory_values.clone()
     step(model, optimizer)  # the rest
     assert torch.equal(model.memory_values, before)
-    assert pool_of(model).stepper is None
+    assert not pool_of(model).table.row_state(model.memory_values)
 
 
 def test_the_checkpoint_of_a_stored_model_is_that_of_one_that_learns(path):
