@@ -151,11 +151,10 @@ def test_planning_otherwise_is_an_error(options):
 def test_planned_parts_and_then_the_whole():
     model = tiny_gpt()
     memcompile.plan(model.blocks[2], memory_layers=1, **SIZES)
-    keys = list(model.state_dict())
-    assert memcompile.plan(model, memory_layers=1, **SIZES).planned  # the part is what is meant
-    assert list(model.state_dict()) == keys
+    with pytest.raises(PlanError, match=r"parts of Transformer already have a memory \('blocks.2'\)"):
+        memcompile.plan(model, memory_layers=1, **SIZES)
     memcompile.plan(model.blocks[3], memory_layers=1, **SIZES)
-    with pytest.raises(PlanError, match=r"parts of Transformer have a memory each \('blocks.2', 'blocks.3'\)"):
+    with pytest.raises(PlanError, match=r"parts of Transformer already have a memory \('blocks.2', 'blocks.3'\)"):
         memcompile.plan(model, memory_layers=1, **SIZES)
 
 
