@@ -330,7 +330,7 @@ def test_llama_compiled_in_place_trains_and_is_saved(tmp_path, captured):
     state = load_file(tmp_path / "model.safetensors")
     assert_same(state, dict(model.state_dict()))
     config = memcompile.config_from(state)
-    assert config.memory_layers == ("model.layers.1.mlp.down_proj.weight",)
+    assert config.memory_layers == ("layers.1.mlp.down_proj.weight",)
 
     other = tiny_llama()
     memcompile.plan(other, memory=config)
@@ -363,7 +363,7 @@ def test_hugging_face_trainer(tmp_path, captured):
     after = snapshot(model)
     assert captured
     assert all(not torch.equal(after[name], start[name]) for name in start)
-    moved = (after["memory_values"] - start["memory_values"]).abs().max()
+    moved = (after["model.memory_values"] - start["model.memory_values"]).abs().max()
     assert 0 < moved < 5 * VALUES_LR  # at most about one rate a step of AdamW; the rest moves by ten times that
 
     resumed = tiny_llama()

@@ -87,7 +87,7 @@ def test_ffn_is_gone_and_memory_learns(entry):
     assert gone.isdisjoint(model.state_dict())
     assert gone.isdisjoint(name for name, _ in model.named_parameters())
 
-    memory = dict(pool.memory_parameters())
+    memory = {pool.prefix + name: parameter for name, parameter in pool.memory_parameters()}
     learned = gradients(model, run(model, inputs))
     assert [name for name in memory if name not in learned or not learned[name].any()] == []
 
