@@ -22,6 +22,7 @@ from memcompile.passes.capture.graphs import is_captured
 from memcompile.passes.detect.place import place
 from memcompile.planning.explain import Explanation, explain
 from memcompile.planning.steps import STEPS, Planning
+from memcompile.runtime import patches
 from memcompile.runtime.distributed.ddp import check_rebuildable
 from memcompile.runtime.distributed.sharding import check_same, cut, draw_part, redraw_layer
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
@@ -83,9 +84,10 @@ def plan(
     if memory is None:
         given = {name: given[name] for name in options}
     if _is_planned(root, given):
+        planned = _pool(root)
         if memory_mesh is not None:
-            planned = _pool(root)
             check_same(planned, cut(planned.config, memory_mesh, shard_by, shard_tokens))
+        patches.hold(planned)  # the process may be one of several now
         return explain(model)
     if is_sharded(root):
         raise PlanError(

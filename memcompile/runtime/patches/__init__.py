@@ -54,7 +54,7 @@ _NEEDED: dict[str, Callable[[MemoryPool], bool]] = {
 def hold(pool: MemoryPool) -> None:
     """Puts the patches in force that a planned model needs, as long as it lives. Idempotent.
 
-    To be called again once its values are sharded: it needs more of them then.
+    To be called again once its values are sharded, or the process is one of several: it needs more of them then.
     """
     for name, is_needed in _NEEDED.items():
         if is_needed(pool):

@@ -300,3 +300,25 @@ def test_a_plan_that_fails_leaves_nothing():
         """
     )
     assert printed.split() == ["True"]
+
+
+def test_a_second_plan_adds_what_is_needed_by_then():
+    printed = run(
+        """
+        import os, sys
+        import torch.distributed as dist
+        from torch.distributed.pipelining.stage import _PipelineStageBase
+        original = _PipelineStageBase.__init__
+        import memcompile
+        from tests.planned import planned_gpt
+
+        model = planned_gpt()
+        print(_PipelineStageBase.__init__ is original)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        memcompile.plan(model)
+        print(_PipelineStageBase.__init__ is original)
+        sys.stdout.flush()
+        os._exit(0)
+        """
+    )
+    assert printed.split() == ["True", "False"]
