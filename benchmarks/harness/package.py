@@ -22,7 +22,7 @@ from memcompile.lowering.cpu.build import build as build
 from memcompile.lowering.inductor.gemm import mkl_is_held_back as mkl_is_held_back
 from memcompile.lowering.update.row_adam import moments_of
 from memcompile.runtime.pool import pool_of
-from memcompile.runtime.storage.mapped_values import open_values as open_values
+from memcompile.runtime.storage.frozen_values import open_values as open_values
 from memcompile.runtime.storage.values_file import write
 
 advise_huge_pages, write_values = cpu.advise_huge_pages, write

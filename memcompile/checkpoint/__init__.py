@@ -4,12 +4,9 @@ memcompile.checkpoint.save("run", model, optimizer, step=100, extra=scheduler.st
 step, extra, _ = memcompile.checkpoint.load("run", model, optimizer)
 """
 
-from memcompile.checkpoint.asynchronous import SaveHandle, wait
-from memcompile.checkpoint.formats.exporting import export_safetensors
-from memcompile.checkpoint.formats.importing import import_safetensors
-from memcompile.checkpoint.listing import config, steps
-from memcompile.checkpoint.loading import Loaded, load
-from memcompile.checkpoint.saving import save
+from memcompile.checkpoint.formats.safetensors import export_safetensors, import_safetensors
+from memcompile.checkpoint.loading import Loaded, config, load, steps
+from memcompile.checkpoint.saving import SaveHandle, save, wait
 
 __all__ = [
     "Loaded",

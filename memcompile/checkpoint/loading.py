@@ -1,10 +1,12 @@
-"""load(): reads a saved training into a model and its optimizers, on any number of ranks."""
+"""load() reads a saved training into a model and its optimizers, on any number of ranks; config() and steps() tell what
+was saved, without a model.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,22 +14,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memcompile.checkpoint._torch import local_part
-from memcompile.checkpoint.asynchronous import ready
-from memcompile.checkpoint.formats.reading import Part, StepReader
-from memcompile.checkpoint.saving import EXTRA, MODEL, OPTIMIZER, OPTIMIZER_REST, optimizers_in
-from memcompile.checkpoint.state.mapped import check_mapped
-from memcompile.checkpoint.state.model_state import (
-    check_entries,
-    check_plans,
-    model_state,
-    root_of,
-    run_load_hooks,
-    targets,
-)
+from memcompile.checkpoint.formats.dcp_files import EXTRA, MODEL, OPTIMIZER, OPTIMIZER_REST, Part, StepReader
+from memcompile.checkpoint.formats.safetensors import saved_export
+from memcompile.checkpoint.saving import optimizers_in, ready
+from memcompile.checkpoint.state.model_state import ModelTarget, SavedModel
 from memcompile.checkpoint.state.optimizer_state import OptimizerState, unpacked
 from memcompile.checkpoint.steps import folders
+from memcompile.checkpoint.steps.manifest import Manifest
 from memcompile.checkpoint.steps.whole_steps import whole_step
+from memcompile.common.progress import Progress
+from memcompile.config import MemoryConfig
 from memcompile.errors import CheckpointError
+from memcompile.runtime.state_dicts import checked_plan, config_of
 
 log = logging.getLogger(__name__)
 
@@ -82,37 +80,36 @@ def load(
     manifest = whole_step(ranks, path, step, fall_back, bar)
     source = folders.step_folder(path, manifest.step)
 
-    def prepare() -> tuple[StepReader, nn.Module, dict[str, Any], OptimizerState | None, dict[str, Part]]:
-        reader, root = StepReader(source), root_of(model)
-        moved = check_plans(manifest.plans, root, _config_call(path, step))
-        own = model_state(root)
-        reader.rename({MODEL + old: MODEL + new for old, new in moved.items()})
-        saved = reader.tensors(MODEL)
-        check_entries(saved, reader.objects(MODEL), own, strict, source)
-        check_mapped(root, saved, lambda name, part: reader.read({MODEL + name: part}), source, bar)
-        parts = {MODEL + name: Part(*local_part(tensor)) for name, tensor in targets(saved, own, root).items()}
-        if not optimizers:
-            return reader, root, own, None, parts
-        if OPTIMIZER_REST not in reader.objects(""):
-            raise CheckpointError(f"{source} was saved without an optimizer: load it without one")
-        state = OptimizerState.unpacked(reader.read_object(OPTIMIZER_REST), moved)
-        for old, new in moved.items():
-            entries = state.entries.get(new, ())
-            reader.rename({f"{OPTIMIZER}{old}.{entry}": f"{OPTIMIZER}{new}.{entry}" for entry in entries})
-        state.check(optimizers, root, strict, source)
-        state.make_targets(root, reader.tensors(OPTIMIZER))
-        parts.update({OPTIMIZER + name: Part(*local_part(tensor)) for name, tensor in state.tensors.items()})
-        return reader, root, own, state, parts
+    def prepare() -> tuple[StepReader, ModelTarget, OptimizerState]:
+        reader = StepReader(source)
+        config = f"memcompile.checkpoint.config({str(path)!r}{'' if step is None else f', step={step}'})"
 
-    reader, root, own, state, parts = ranks.each("compare the checkpoint with the model", prepare)
+        def read(parts: Mapping[str, Part], progress: Progress) -> None:
+            reader.read({MODEL + name: part for name, part in parts.items()}, progress)
+
+        saved = SavedModel(source, config, manifest.plans, reader.tensors(MODEL), reader.objects(MODEL), read)
+        target, state = ModelTarget(model, saved, strict, bar), OptimizerState()
+        if optimizers:
+            if OPTIMIZER_REST not in reader.objects(""):
+                raise CheckpointError(f"{source} was saved without an optimizer: load it without one")
+            state = OptimizerState(**unpacked(reader.read_object(OPTIMIZER_REST)))
+            state.check(optimizers, target.names, strict, source)
+            state.make_targets(target.parameters, reader.tensors(OPTIMIZER))
+        return reader, target, state
+
+    reader, target, state = ranks.each("compare the checkpoint with the model", prepare)
 
     def read() -> Any:
+        parts = {MODEL + name: part for name, part in target.parts.items()}
+        parts.update({OPTIMIZER + name: Part(*local_part(tensor)) for name, tensor in state.tensors.items()})
         reader.read(parts, bar)
-        own.update({name: reader.read_object(MODEL + name) for name in reader.objects(MODEL) if name in own})
-        run_load_hooks(root, own, strict)
-        if state is not None:
-            state.put_into(optimizers, root, reader.tensors(MODEL))
-        return _extra(reader, ranks.rank)
+        target.finish({name: reader.read_object(MODEL + name) for name in target.objects})
+        state.put_into(optimizers, target.names, reader.tensors(MODEL))
+        of_ranks = reader.objects(EXTRA)
+        if not of_ranks:
+            return None
+        mine = str(ranks.rank)
+        return unpacked(reader.read_object(EXTRA + (mine if mine in of_ranks else min(of_ranks, key=int))))
 
     extra = ranks.each("read the checkpoint", read)
     if extra is not None and manifest.world_size != ranks.size and ranks.rank == 0:
@@ -125,12 +122,31 @@ def load(
     return Loaded(manifest.step, extra, manifest.world_size)
 
 
-def _config_call(folder: Path, step: int | None) -> str:
-    return f"memcompile.checkpoint.config({str(folder)!r}{'' if step is None else f', step={step}'})"
+def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") -> MemoryConfig:
+    """The options of the memory that was saved, for ``memcompile.plan(model, memory=...)``. One rank may call it alone.
+
+    Args:
+        path: a folder of checkpoints, or safetensors.
+        step: of a folder of checkpoints; None is the last one that was saved.
+        part: the name of a part of the model, where several have a memory.
+
+    Raises:
+        CheckpointError: there is no such step, its manifest is damaged, or it has no memory.
+    """
+    source = Path(path)
+    if step is None and (source.is_file() or next(source.glob("*.safetensors"), None)):
+        plans = saved_export(source).plans
+    else:
+        step = folders.latest_step(source) if step is None else step
+        plans = Manifest.read(folders.step_folder(source, step)).plans
+    inside = [name for name in plans if not part or f"{name}.".startswith(f"{part}.")]
+    if len(inside) != 1:
+        where, has = f" in {part!r}" if part else "", ", ".join(map(repr, plans))
+        problem = f"several memories{where}" if inside else f"no memory{where}"
+        raise CheckpointError(f"{source} has {problem}" + (f": it has one in each of {has}, give part=" if has else ""))
+    return config_of(checked_plan(plans[inside[0]], source))
 
 
-def _extra(reader: StepReader, rank: int) -> Any:
-    ranks = reader.objects(EXTRA)
-    if not ranks:
-        return None
-    return unpacked(reader.read_object(EXTRA + (str(rank) if str(rank) in ranks else min(ranks, key=int))))
+def steps(folder: str | os.PathLike) -> list[int]:
+    """The steps that were saved, the last save first; their files are not read. One rank may call it alone."""
+    return list(folders.saved_steps(Path(folder)))

@@ -39,23 +39,26 @@ class Ranks:
             MemcompileError: `run` raised on some rank: that error, or a CheckpointError of any other that says which
                 rank it was on, and what that rank was `doing`.
         """
-        mine: tuple[T | None, MemcompileError | None]
+        result: Any = None
+        error: MemcompileError | None = None  # which every rank can unpickle
         cause: BaseException | None = None
         try:
-            mine = run(), None
-        except (Exception, CheckpointException) as error:  # DCP's is no Exception
-            cause = error
-            mine = None, _to_send(error, f"rank {self.rank} could not {doing}")
-        try:
-            everyones = self._everyones(mine)
-        except RuntimeError as error:  # of gloo
-            raise CheckpointError(
-                f"rank {self.rank} lost the connection to another, and could not {doing}: {error}"
-            ) from error
-        failure = next((error for _, error in everyones if error is not None), None)
+            result = run()
+        except (Exception, CheckpointException) as caught:  # DCP's is no Exception
+            failed = f"rank {self.rank} could not {doing}: {_described(caught)}"
+            cause, error = caught, caught if isinstance(caught, MemcompileError) else CheckpointError(failed)
+        everyones = [(result, error)] * self.size
+        if self.size > 1:
+            try:
+                dist.all_gather_object(everyones, (result, error), group=self.group)
+            except RuntimeError as lost:  # of gloo
+                raise CheckpointError(
+                    f"rank {self.rank} lost the connection to another, and could not {doing}: {lost}"
+                ) from lost
+        failure = error or next((other for _, other in everyones if other is not None), None)
         if failure is not None:
-            raise (mine[1] or failure) from (None if cause is mine[1] else cause)
-        return [cast(T, result) for result, _ in everyones]
+            raise failure from (None if cause is failure else cause)
+        return [result for result, _ in everyones]
 
     def each(self, doing: str, run: Callable[[], T]) -> T:
         """What `run()` returns on this rank, once every rank has run it. Raises as `gather` does."""
@@ -64,11 +67,7 @@ class Ranks:
         return result[0]
 
     def agree(self, doing: str, arguments: Callable[[], dict[str, Any]]) -> None:
-        """Compares what all ranks were called with. All ranks call this.
-
-        Raises:
-            MemcompileError: they differ, or as `gather` does.
-        """
+        """Raises as `gather` does, or where all ranks, which call this, were called with different arguments."""
         everyones = self.gather("take the arguments", arguments)
         for name, mine in everyones[0].items():
             for rank, others in enumerate(everyones):
@@ -79,13 +78,6 @@ class Ranks:
     def first(self, doing: str, run: Callable[[], T]) -> T:
         """What `run()` returns on rank 0, which alone runs it. Raises as `gather` does."""
         return cast(T, self.gather(doing, lambda: run() if self.rank == 0 else None)[0])
-
-    def _everyones(self, mine: Any) -> list[Any]:
-        if self.size == 1:
-            return [mine]
-        results: list[Any] = [None] * self.size
-        dist.all_gather_object(results, mine, group=self.group)
-        return results
 
 
 def all_ranks() -> Ranks:
@@ -103,11 +95,6 @@ def all_ranks() -> Ranks:
     if _made is None or _made[0]() is not world:
         _made = weakref.ref(world), cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
     return Ranks(_made[1])
-
-
-def _to_send(error: BaseException, failed: str) -> MemcompileError:
-    """An error that every rank can unpickle; memcompile's as it is."""
-    return error if isinstance(error, MemcompileError) else CheckpointError(f"{failed}: {_described(error)}")
 
 
 def _described(error: BaseException) -> str:

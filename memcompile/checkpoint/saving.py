@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,17 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
-from memcompile.checkpoint.asynchronous import SaveHandle, ready
-from memcompile.checkpoint.formats.dcp_files import write_files
-from memcompile.checkpoint.state.model_state import Plans, mapped_in, model_state, plans_of, root_of
+from memcompile.checkpoint.formats.dcp_files import EXTRA, MODEL, OPTIMIZER, OPTIMIZER_REST, write_files
+from memcompile.checkpoint.ranks import Ranks, all_ranks
+from memcompile.checkpoint.state.model_state import Plans, model_state, plans_of, root_of
 from memcompile.checkpoint.state.optimizer_state import OptimizerState, packed
 from memcompile.checkpoint.steps import folders
-from memcompile.checkpoint.steps.manifest import NAME, Manifest
-from memcompile.common.files import write_text
+from memcompile.checkpoint.steps.manifest import Manifest
+from memcompile.common.progress import Progress
 from memcompile.errors import CheckpointError
+from memcompile.runtime.storage.frozen_values import MappedValues
 
 log = logging.getLogger(__name__)
-
-MODEL, OPTIMIZER, OPTIMIZER_REST, EXTRA = "model.", "optimizer.state.", "optimizer.rest", "extra."
 
 
 def save(
@@ -64,26 +65,28 @@ def save(
     ranks, bar = ready(False if asynchronous and progress is None else progress)
     path = Path(folder)
     ranks.agree("save", lambda: _checked(step, path, keep, asynchronous))
-    state: dict[str, Any] = {}
-    plans = ranks.each("collect the state", lambda: _collect(state, model, optimizer, extra, ranks.rank))
+    state, plans = ranks.each("collect the state", lambda: _collected(model, optimizer, extra, ranks.rank))
     if asynchronous:
         start = time.perf_counter()
         state = ranks.each("copy the state", lambda: _copied(state))
         log.info("copied the state of step %d in %.2f s", step, time.perf_counter() - start)
-    save_id, number = ranks.first("prepare the folder", lambda: _begin(path, step))
+    number = ranks.first("prepare the folder", lambda: folders.begin(path, step))
+    being_written, save_id = folders.being_written(path, step), uuid.uuid4().hex  # rank 0's is in the files
     handle = SaveHandle(folders.step_folder(path, step))
+
+    def see_the_folder() -> None:
+        if not being_written.is_dir():
+            raise CheckpointError(f"{path} is not the folder that rank 0 sees: all ranks must share its file system")
 
     def write() -> None:
         try:
-            ranks.each("see the folder, which all ranks must share,", lambda: _see(path, step))
-            written = ranks.gather(
-                "write", lambda: write_files(state, folders.being_written(path, step), save_id, ranks, bar)
-            )
+            ranks.each("see the folder, which all ranks must share,", see_the_folder)
+            written = ranks.gather("write", lambda: write_files(state, being_written, save_id, ranks, bar))
             files = {name: record for records in written for name, record in records.items()}
             manifest = Manifest(
                 step=step, number=number, save_id=save_id, world_size=ranks.size, plans=plans, files=files
             )
-            ranks.first("finish the step", lambda: _finish(path, manifest))
+            ranks.first("finish the step", lambda: folders.publish(path, manifest))
         except CheckpointError as error:
             if ranks.rank == 0:  # a disk that is full needs the room
                 folders.discard(path, step)
@@ -98,12 +101,73 @@ def save(
     return handle
 
 
-def optimizers_in(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    """Those that were given.
+class SaveHandle:
+    """A save that was begun. One that is not asynchronous is done."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended on this rank, with an error or without."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> Path:
+        """Waits until it has ended on every rank, and returns the folder of the step.
+
+        Raises:
+            CheckpointError: it failed; earlier checkpoints are as they were. It is raised once: here, or by the next
+                `save` or `load`.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return self._folder
+
+    def start(self, write: Callable[[], object]) -> None:
+        """Runs the rest of the save in a thread, which the process waits for when it ends."""
+
+        def run() -> None:
+            try:
+                write()
+            except Exception as error:
+                log.error("the asynchronous save into %s failed: %s", self._folder, error)
+                self._error = error
+
+        global _last
+        _last = self
+        self._thread = threading.Thread(target=run, name="memcompile checkpoint")
+        self._thread.start()
+
+
+_last: SaveHandle | None = None
+
+
+def wait() -> None:
+    """Waits for the last asynchronous save. Call it before `os._exit`, which would end the save.
 
     Raises:
-        CheckpointError: one is no optimizer.
+        CheckpointError: it failed, and its error was not raised yet.
     """
+    global _last
+    last, _last = _last, None
+    if last is not None:
+        last.wait()
+
+
+def ready(progress: bool | None) -> tuple[Ranks, Progress]:
+    """All ranks of the job, when the save before has ended on each, and a bar, which rank 0 alone shows."""
+    ranks = all_ranks()
+    ranks.each("finish the save before", wait)
+    return ranks, Progress(progress if ranks.rank == 0 else False)
+
+
+def optimizers_in(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """Those that were given; raises CheckpointError where one is no optimizer."""
     if optimizer is None:
         return []
     given: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
@@ -118,56 +182,36 @@ def optimizers_in(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Opt
 
 def _checked(step: int, folder: Path, keep: int | None, asynchronous: bool) -> dict[str, Any]:
     """The arguments that are the same on all ranks."""
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+    if type(step) is not int or step < 0:
         raise CheckpointError(f"step must be an integer >= 0, got {step!r}")
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+    if keep is not None and (type(keep) is not int or keep < 1):
         raise CheckpointError(f"keep must be an integer >= 1 or None, got {keep!r}")
     return {"step": step, "folder": str(folder), "keep": keep, "asynchronous": asynchronous}
 
 
-def _collect(
-    state: dict[str, Any], model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None, extra: Any, rank: int
-) -> Plans:
+def _collected(
+    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None, extra: Any, rank: int
+) -> tuple[dict[str, Any], Plans]:
     root = root_of(model)
-    if mapped_in(root):
+    if mapped := [name for name, p in root.named_parameters() if isinstance(p, MappedValues)]:
         raise CheckpointError(
-            f"{', '.join(mapped_in(root))} lie in a file, for inference: save the rest by torch.save(), or the model "
-            f"before memcompile.store_values()"
+            f"{', '.join(mapped)} lie in a file, for inference: save the rest by torch.save(), or the model before "
+            f"memcompile.store_values()"
         )
-    state.update({MODEL + name: value for name, value in model_state(root).items()})
+    state = {MODEL + name: value for name, value in model_state(root).items()}
     if optimizer is not None:
         of_optimizers = OptimizerState.of(optimizers_in(optimizer), root)
         state.update({OPTIMIZER + name: value for name, value in of_optimizers.tensors.items()})
         state[OPTIMIZER_REST] = of_optimizers.packed()
     if extra is not None:
         state[f"{EXTRA}{rank}"] = packed(extra)
-    return plans_of(root)
+    return state, plans_of(root)
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
+def _copied(state: dict[str, Any]) -> Any:
     """A copy in the CPU's memory, by DCP."""
-    stager = DefaultStager(
-        StagingOptions(
-            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
-        )
+    options = StagingOptions(
+        use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
     )
-    try:
-        copied: Any = stager.stage(state)
-    finally:
-        stager.close()
-    return dict(copied)
-
-
-def _begin(folder: Path, step: int) -> tuple[str, int]:
-    folders.begin(folder, step)
-    return uuid.uuid4().hex, folders.next_number(folder)
-
-
-def _see(folder: Path, step: int) -> None:
-    if not folders.being_written(folder, step).is_dir():
-        raise CheckpointError(f"{folder} is not the folder that rank 0 sees: all ranks must share its file system")
-
-
-def _finish(folder: Path, manifest: Manifest) -> None:
-    write_text(folders.being_written(folder, manifest.step) / NAME, manifest.text())
-    folders.publish(folder, manifest.step)
+    with contextlib.closing(DefaultStager(options)) as stager:
+        return stager.stage(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from contextlib import closing
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -27,13 +28,14 @@ class Progress:
         self._lines = False
         self._doing, self._total, self._done = "", 0, 0
 
-    def start(self, doing: str, total: int) -> None:
-        """Begins a stage, of so many bytes; one that was begun is over."""
+    def start(self, doing: str, total: int) -> closing[Progress]:
+        """Begins a stage, of so many bytes, which ends with the block after `with`; one that was begun is over."""
         self.close()
         self._doing, self._total, self._done = doing, total, 0
         if self._wanted or (self._wanted is None and total >= LONG):
             self._bar = _new_bar(doing, total) if self._wanted or sys.stderr.isatty() else None
             self._lines = self._bar is None
+        return closing(self)
 
     def add(self, count: int) -> None:
         """Counts so many bytes more."""

@@ -27,7 +27,7 @@ from memcompile.runtime.distributed.ddp import check_rebuildable
 from memcompile.runtime.distributed.sharding import check_same, cut, draw_part, redraw_layer
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.state_dicts import config_of, plan_in
-from memcompile.runtime.storage.mapped_values import MappedValues
+from memcompile.runtime.storage.frozen_values import MappedValues
 from memcompile.runtime.wrappers import is_in_ddp, is_sharded, unwrap
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from memcompile.common.sites import LAYER_NAME, VALUES_NAME
 from memcompile.config import OPTION_NAMES, STORAGE_OPTIONS, TRAINING_OPTIONS, MemoryConfig
 from memcompile.errors import OptionError, PlanError
 from memcompile.runtime.pool import MemoryPool, pool_of, told
-from memcompile.runtime.storage.mapped_values import MappedValues, keep_mapped
+from memcompile.runtime.storage.frozen_values import MappedValues, keep_mapped
 
 log = logging.getLogger(__name__)
 
@@ -232,16 +232,18 @@ def config_of(plan: Mapping[str, Any]) -> MemoryConfig:
         raise PlanError(f"the plan in the checkpoint is damaged: {error}") from error
 
 
-def checked_plan(plan: Any) -> dict[str, Any]:
+def checked_plan(plan: Any, where: object = PLAN_KEY) -> dict[str, Any]:
     """A plan that was decoded, with the options that later versions have added.
 
     Raises:
-        PlanError: it is of a later version.
-        KeyError, TypeError: it is no plan.
+        PlanError: it is damaged, or of a later version.
     """
-    saved_format, config, layers = plan["memcompile"], plan["config"], plan["layers"]
-    if not (isinstance(saved_format, int) and isinstance(config, dict) and isinstance(layers, list)):
-        raise TypeError(f"unexpected types in {plan}")
+    try:
+        saved_format, config, layers = plan["memcompile"], plan["config"], plan["layers"]
+        if not (isinstance(saved_format, int) and isinstance(config, dict) and isinstance(layers, list)):
+            raise TypeError(f"unexpected types in {plan}")
+    except (KeyError, TypeError) as error:
+        raise PlanError(f"the plan in the checkpoint ({where}) is damaged: {error}") from error
     if saved_format > FORMAT:
         raise PlanError(f"the checkpoint's plan has format {saved_format}, this memcompile reads {FORMAT}: upgrade it")
     return {**plan, "config": {**_LATER_OPTIONS, **config}}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from memcompile.checkpoint import config, export_safetensors, import_safetensors, load, save
-from memcompile.runtime.storage.mapped_values import open_values
+from memcompile.runtime.storage.frozen_values import open_values
 from memcompile.runtime.storage.values_file import verify_values, write
 from tests.checkpoint.trainings import everything, train
 from tests.models import tiny_gpt

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 import memcompile
 from memcompile import PlanError
 from memcompile.checkpoint import config, export_safetensors, import_safetensors, load, save, saving, steps
-from memcompile.checkpoint.formats import exporting
+from memcompile.checkpoint.formats import safetensors as safetensors_files
 from memcompile.checkpoint.state import model_state
 from memcompile.checkpoint.state.model_state import moved_tables
 from tests.checkpoint import old_layout
@@ -113,7 +113,7 @@ def as_before(monkeypatch) -> Iterator[None]:
 
     with monkeypatch.context() as patch:
         patch.setattr(saving.OptimizerState, "of", of_optimizers)
-        for module in (saving, exporting):
+        for module in (saving, safetensors_files):
             patch.setattr(module, "plans_of", plans)
             patch.setattr(module, "model_state", lambda root: {outer(k): v for k, v in state_of(root).items()})
         yield
@@ -134,7 +134,7 @@ def test_a_training_goes_on(values_grad, as_before, tmp_path):
 def test_an_export(as_before, tmp_path):
     (model, _), (other, _) = (training(seed) for seed in (0, 1))
     export_safetensors(model, tmp_path, max_shard_size=10_000)
-    assert "memory_values[0:78]" in (tmp_path / exporting.INDEX).read_text()
+    assert "memory_values[0:78]" in (tmp_path / safetensors_files.INDEX).read_text()
     import_safetensors(tmp_path, other)
     assert_same(everything(other), everything(model))
 

@@ -22,7 +22,8 @@ from torch.optim import AdamW
 from memcompile import CheckpointError, PlanError
 from memcompile.checkpoint import export_safetensors, import_safetensors, load, save, steps
 from memcompile.checkpoint.formats import dcp_files as files
-from memcompile.checkpoint.formats import exporting
+from memcompile.checkpoint.formats import safetensors as safetensors_files
+from memcompile.checkpoint.steps.manifest import Recorded
 from tests.checkpoint.trainings import everything, sharded_gpt, step_by_noise, trained
 from tests.planned import assert_same, batch, planned_gpt
 from tests.runtime.distributed.processes import TIMEOUT, run_on_ranks
@@ -64,7 +65,7 @@ def load_all(folder: Path, world: int) -> dict[str, Any]:
 
 def safetensors_of(folder: Path, world: int) -> None:
     """Out of checkpoints and out of sharded models, in files smaller than the values and in one; into any sharding."""
-    whole, exporting.BUFFER = exporting.BUFFER, 4000
+    whole, safetensors_files.BUFFER = safetensors_files.BUFFER, 4000
     for kind, size in itertools.product(LOADED[world], (10_000, 10**9)):
         model, _ = trained(kind, seed=3, **LARGER)
         save(folder / f"{kind}-{size}", model, step=1)
@@ -74,7 +75,7 @@ def safetensors_of(folder: Path, world: int) -> None:
             other = sharded_gpt("rows" if world > 1 else "plain", seed=8, **LARGER)
             import_safetensors(target, other)
             assert_same(everything(other), everything(model))
-    exporting.BUFFER = whole
+    safetensors_files.BUFFER = whole
 
 
 def pieces_of(folder: Path) -> None:
@@ -109,19 +110,19 @@ def failures(folder: Path) -> dict[str, str]:
         assert steps(folder) == [1]
 
     def with_a_full_disk(on: int, **options: Any) -> Any:
-        whole = files._Recorded.write
+        whole = Recorded.write
 
         def write(self: Any, data: Any) -> int:
             raise OSError(28, "No space left on device")
 
         if rank == on:
-            files._Recorded.write = write
+            Recorded.write = write
         try:
             handle = save(folder, model, optimizer, step=2, **options)
             if options:
                 handle._thread.join()  # the error is left for who comes next
         finally:
-            files._Recorded.write = whole
+            Recorded.write = whole
 
     attempt("full disk", lambda: with_a_full_disk(2))
     attempt("full disk of rank 0", lambda: with_a_full_disk(0))

@@ -1,27 +1,41 @@
-"""Writes DCP's files, with a record of each, in pieces small enough to be read one at a time."""
+"""DCP's files: written with a record of each, in pieces small enough to be read one at a time; any rectangle of a saved
+tensor is read, on one rank without the others.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from memcompile.checkpoint._torch import local_part, save_state_dict
+from memcompile.checkpoint._torch import create_read_items, local_part, save_state_dict
 from memcompile.checkpoint.ranks import Ranks
-from memcompile.checkpoint.steps.sums import BlockSums, FileRecord
+from memcompile.checkpoint.steps.manifest import FileRecord, Recorded
 from memcompile.common.progress import Progress
+from memcompile.runtime.storage.safetensors_format import row_blocks
 
+MODEL, OPTIMIZER, OPTIMIZER_REST, EXTRA = "model.", "optimizer.state.", "optimizer.rest", "extra."  # names of entries
 PIECE = 2**28  # bytes of a tensor that are stored together; reading needs memory for as many
+
+
+class Part(NamedTuple):
+    """A tensor to read into, and the offsets of the rectangle of a saved tensor that it gets."""
+
+    offsets: tuple[int, ...]
+    tensor: Tensor
 
 
 def write_files(state: dict[str, Any], folder: Path, save_id: str, ranks: Ranks, progress: Progress) -> dict[str, Any]:
@@ -44,6 +58,44 @@ def write_files(state: dict[str, Any], folder: Path, save_id: str, ranks: Ranks,
     return files.records
 
 
+class StepReader:
+    """What is in the folder of one step, which is whole: its metadata are unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = FileSystemReader(folder)
+        metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, True)
+        self._entries = metadata.state_dict_metadata
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names start so, on the meta device, by the rest of their names."""
+        return {
+            name[len(prefix) :]: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            for name, entry in self._entries.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def objects(self, prefix: str) -> list[str]:
+        """The names of all other entries, in the same way."""
+        others = [name for name, entry in self._entries.items() if not isinstance(entry, TensorStorageMetadata)]
+        return [name[len(prefix) :] for name in others if name.startswith(prefix)]
+
+    def read_object(self, name: str) -> Any:
+        """One of the objects, unpickled; tensors in it are on the CPU."""
+        planner = _IntoTensors({}, Progress(False))
+        self._reader.read_data(LoadPlan(create_read_items(name, self._entries[name], None)), planner).wait()
+        return planner.loaded
+
+    def read(self, parts: Mapping[str, Part], progress: Progress) -> None:
+        """Reads into tensors, by the full names of the entries; other dtypes are cast to theirs."""
+        items: list[ReadItem] = []
+        for name, part in parts.items():
+            chunk = ChunkStorageMetadata(torch.Size(part.offsets), part.tensor.shape)
+            items += create_read_items_for_chunk_list(name, cast(TensorStorageMetadata, self._entries[name]), [chunk])
+        with progress.start("loading", sum(part.tensor.nbytes for part in parts.values())):
+            self._reader.read_data(LoadPlan(items), _IntoTensors(parts, progress)).wait()
+
+
 class _RecordedFiles(FileSystem):
     """DCP's file system, which keeps a record of what is written."""
 
@@ -54,28 +106,9 @@ class _RecordedFiles(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:  # type: ignore[override]
         with super().create_stream(path, mode) as stream:
-            recorded = _Recorded(stream, self._progress)
+            recorded = Recorded(stream, self._progress)
             yield recorded
-        self.records[Path(path).name] = recorded.sums.record()
-
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        super().rename(path, new_path)
-        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
-
-
-class _Recorded:
-    """A stream that is written from start to end, as DCP does."""
-
-    def __init__(self, stream: Any, progress: Progress) -> None:
-        self.sums = BlockSums()
-        self._stream, self._progress = stream, progress
-        self.tell, self.flush, self.fileno, self.close = stream.tell, stream.flush, stream.fileno, stream.close
-
-    def write(self, data: Any) -> int:
-        written: int = self._stream.write(data)
-        self.sums.add(data)
-        self._progress.add(written)
-        return written
+        self.records[Path(path).name.removesuffix(".tmp")] = recorded.record()  # of metadata, which DCP renames
 
 
 class _PiecewisePlanner(DefaultSavePlanner):
@@ -87,45 +120,53 @@ class _PiecewisePlanner(DefaultSavePlanner):
     def __init__(self, progress: Progress) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._progress = progress
+        self._rows: dict[MetadataIndex, slice] = {}
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
-        self._rows: dict[MetadataIndex, tuple[int, int]] = {}
-        items = [piece for item in plan.items for piece in self._pieces(item)]
-        self.plan = dataclasses.replace(plan, items=items)
+        self.plan = dataclasses.replace(plan, items=[piece for item in plan.items for piece in self._pieces(item)])
         return self.plan
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        chunks = [
-            (item.tensor_data.chunk, item.tensor_data.properties.dtype) for item in new_plan.items if item.tensor_data
-        ]
-        self._progress.start("saving", sum(math.prod(chunk.sizes) * dtype.itemsize for chunk, dtype in chunks))
+        self._progress.start("saving", sum(_nbytes(item.tensor_data) for item in new_plan.items if item.tensor_data))
         return super().finish_plan(new_plan)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        rows = self._rows.get(index)
-        if rows is None:
+        if index not in self._rows:
             return super().lookup_object(index)
-        return local_part(self.state_dict[index.fqn])[1][rows[0] : rows[1]]
+        return local_part(self.state_dict[index.fqn])[1][self._rows[index]]
 
     def _pieces(self, item: WriteItem) -> list[WriteItem]:
         data = item.tensor_data
-        if item.type == WriteItemType.BYTE_IO or data is None:
+        if data is None or _nbytes(data) <= PIECE:
             return [item]
-        sizes, offsets = data.chunk.sizes, data.chunk.offsets
-        if math.prod(sizes) * data.properties.dtype.itemsize <= PIECE:
-            return [item]
-        step = max(1, PIECE // (math.prod(sizes[1:]) * data.properties.dtype.itemsize))
-        pieces = []
-        for start in range(0, sizes[0], step):
-            rows = min(step, sizes[0] - start)
-            at = torch.Size([offsets[0] + start, *offsets[1:]])
-            chunk = ChunkStorageMetadata(at, torch.Size([rows, *sizes[1:]]))
+        sizes, offsets, pieces = data.chunk.sizes, data.chunk.offsets, []
+        for first, end in row_blocks(sizes, data.properties.dtype, PIECE):
+            at = torch.Size([offsets[0] + first, *offsets[1:]])
+            piece = dataclasses.replace(data, chunk=ChunkStorageMetadata(at, torch.Size([end - first, *sizes[1:]])))
             index = MetadataIndex(item.index.fqn, at)
-            self._rows[index] = start, start + rows
-            pieces.append(
-                dataclasses.replace(
-                    item, index=index, type=WriteItemType.SHARD, tensor_data=dataclasses.replace(data, chunk=chunk)
-                )
-            )
+            self._rows[index] = slice(first, end)
+            pieces.append(dataclasses.replace(item, index=index, type=WriteItemType.SHARD, tensor_data=piece))
         return pieces
+
+
+def _nbytes(data: TensorWriteData) -> int:
+    return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
+
+
+class _IntoTensors(DefaultLoadPlanner):
+    """Gives DCP's reader the tensors to read into."""
+
+    def __init__(self, parts: Mapping[str, Part], progress: Progress) -> None:
+        super().__init__()
+        self.loaded: Any = None
+        self._parts, self._progress = parts, progress
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.loaded = torch.load(value, map_location="cpu", weights_only=False)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._parts[index.fqn].tensor
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        self._progress.add(tensor.nbytes)

@@ -6,78 +6,69 @@ zero, and weight decay then changes the values.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from memcompile.checkpoint._torch import like
-from memcompile.checkpoint.state.optimizer_groups import CLASS, PARAMS, check_groups, options_of, plain_options
+from memcompile.checkpoint.state.model_state import plain
 from memcompile.errors import CheckpointError
 from memcompile.runtime.optimizer_state import restore_dtypes
 
+Group = Mapping[str, Any]
+Names = Mapping[int, str]  # of parameters, by their id
+_PARAMS = "params"  # of a saved group: the names of its parameters
+_CLASS = "optimizer class"  # of a saved group
 
+
+@dataclasses.dataclass
 class OptimizerState:
-    """The state dict of one or more optimizers, by names.
+    """The state dict of one or more optimizers, by the names of parameters."""
 
-    Attributes:
-        tensors: `<parameter>.<entry>`.
-        groups: the options of every group, under "params" the names of its parameters, and the class of its optimizer.
-        entries: of every parameter that has state, the names of its entries that are tensors.
-        others: of every parameter, its other entries.
-    """
-
-    def __init__(
-        self,
-        tensors: dict[str, Tensor],
-        groups: list[dict[str, Any]],
-        entries: dict[str, list[str]],
-        others: dict[str, dict[str, Any]],
-    ) -> None:
-        self.tensors, self.groups, self.entries, self.others = tensors, groups, entries, others
+    tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # `<parameter>.<entry>`
+    groups: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # options, _PARAMS and _CLASS
+    entries: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # of a parameter, those that are tensors
+    others: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # of a parameter, its other entries
 
     def packed(self) -> bytes:
         """All but the tensors."""
         return packed({"groups": self.groups, "entries": self.entries, "others": self.others})
 
     @classmethod
-    def unpacked(cls, data: bytes, renamed: Mapping[str, str]) -> OptimizerState:
-        """All but the tensors. Some parameters have other names than they were saved with."""
-        found = unpacked(data)
-        for group in found["groups"]:
-            group[PARAMS] = [renamed.get(name, name) for name in group[PARAMS]]
-        entries, others = ({renamed.get(k, k): v for k, v in found[part].items()} for part in ("entries", "others"))
-        return cls({}, found["groups"], entries, others)
-
-    @classmethod
     def of(cls, optimizers: Sequence[Optimizer], root: nn.Module) -> OptimizerState:
         """Of optimizers of a model."""
-        names, state = _names(root), cls({}, [], {}, {})
+        names = {id(parameter): plain(name) for name, parameter in root.named_parameters()}
+        state = cls()
         for optimizer in optimizers:
             saved = optimizer.state_dict()
             numbers: dict[int, str] = {}
             for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-                of_group = [_name_of(p, names, optimizer) for p in own[PARAMS]]
-                numbers.update(zip(group[PARAMS], of_group, strict=True))
-                state.groups.append({**plain_options(group), PARAMS: of_group, CLASS: type(optimizer).__name__})
+                of_group = [_name_of(p, names, optimizer) for p in own[_PARAMS]]
+                numbers.update(zip(group[_PARAMS], of_group, strict=True))
+                state.groups.append({**_options(group), _PARAMS: of_group, _CLASS: type(optimizer).__name__})
             for number, entries in saved["state"].items():
                 name = numbers[number]
-                state.entries[name] = [key for key, value in entries.items() if isinstance(value, Tensor)]
-                state.others[name] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
-                state.tensors.update({f"{name}.{key}": entries[key] for key in state.entries[name]})
+                tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+                state.entries[name] = list(tensors)
+                state.others[name] = {key: value for key, value in entries.items() if key not in tensors}
+                state.tensors.update({f"{name}.{key}": value for key, value in tensors.items()})
         return state
 
-    def check(self, optimizers: Sequence[Optimizer], root: nn.Module, strict: bool, source: object) -> None:
-        """Raises CheckpointError where the parameters are others than those of the optimizers, or their groups do not
-        fit together.
+    def check(self, optimizers: Sequence[Optimizer], names: Names, strict: bool, source: object) -> None:
+        """Compares the saved groups with those of the optimizers.
+
+        Raises:
+            CheckpointError: the parameters are others, an optimizer of another class and other options stepped them,
+                or loading would give groups with different options the same ones, or the parameters of a group were
+                saved with different options.
         """
-        names = _names(root)
-        own = {_name_of(p, names, o) for o in optimizers for g in o.param_groups for p in g[PARAMS]}
-        saved = {name for group in self.groups for name in group[PARAMS]}
+        own = {_name_of(p, names, o) for o in optimizers for g in o.param_groups for p in g[_PARAMS]}
+        saved = {name for group in self.groups for name in group[_PARAMS]}
         if strict and own != saved:
             lacks, has = sorted(own - saved)[:5], sorted(saved - own)[:5]
             problems = [f"it lacks {lacks}"] * bool(lacks) + [f"it has {has}, which this one has not"] * bool(has)
@@ -86,43 +77,56 @@ class OptimizerState:
                 f"was, or pass strict=False"
             )
         for optimizer in optimizers:
-            check_groups(self.groups, optimizer, names, source)
+            self._check_groups(optimizer, names, source)
 
-    def make_targets(self, root: nn.Module, saved: Mapping[str, TensorStorageMetadata]) -> None:
-        """Creates the tensors to read into: placed and sharded as the parameters are, where they have as many rows."""
-        parameters = dict(root.named_parameters())
-        by_name = {_plain(name): parameter for name, parameter in parameters.items()}
-        for name, entries in self.entries.items():
-            for entry in entries if name in by_name else ():
-                metadata, parameter = saved[f"{name}.{entry}"], by_name[name]
-                dtype = metadata.properties.dtype
-                a_row_each = len(metadata.size) > 0 and metadata.size[:1] == parameter.shape[:1]
-                self.tensors[f"{name}.{entry}"] = (
-                    like(parameter, metadata.size, dtype)
-                    if a_row_each
-                    else torch.empty(metadata.size, dtype=dtype, device="cpu")
-                )
+    def _check_groups(self, optimizer: Optimizer, names: Names, source: object) -> None:
+        before: dict[int, int] = {}  # of a saved group, the first group that has parameters of it
+        for index, group in enumerate(optimizer.param_groups):
+            sources = self._groups_of(group, names)
+            for saved in sources:
+                was, now = saved.get(_CLASS), type(optimizer).__name__
+                if was not in (None, now) and _options(saved).keys() != _options(group).keys():
+                    raise CheckpointError(
+                        f"{source} has the state of {was}, and the optimizer is {now}: build the one that was saved, "
+                        f"or load without an optimizer"
+                    )
+                if differing := _differing(sources[0], saved):
+                    raise CheckpointError(
+                        f"{source} has the parameters of group {index} in groups with other options ({differing}): "
+                        f"give the optimizer the groups that it was saved with"
+                    )
+                first = before.setdefault(id(saved), index)
+                if differing := _differing(optimizer.param_groups[first], group):
+                    raise CheckpointError(
+                        f"{source} has the parameters of groups {first} and {index} in one group, and both would get "
+                        f"its options ({differing} now): give the optimizer the groups that it was saved with"
+                    )
 
-    def put_into(
-        self, optimizers: Sequence[Optimizer], root: nn.Module, saved: Mapping[str, TensorStorageMetadata]
-    ) -> None:
-        """Loads it, after `check` and reading.
+    def make_targets(self, parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+        """Creates the tensors to read into, as large as those that were saved."""
+        for name in (name for name in self.entries if name in parameters):
+            for key in (f"{name}.{entry}" for entry in self.entries[name]):
+                self.tensors[key] = like(parameters[name], saved[key])
 
-        Args:
-            saved: of the model's parameters, whose dtypes tell whether the state's own fit.
-        """
-        names, dtypes = _names(root), {name: metadata.properties.dtype for name, metadata in saved.items()}
+    def put_into(self, optimizers: Sequence[Optimizer], names: Names, saved: Mapping[str, Tensor]) -> None:
+        """Loads it, after `check` and reading. The dtypes of the saved model tell whether the state's own fit."""
         for optimizer in optimizers:
-            numbers: dict[Tensor, int] = {}
+            parameters = [p for group in optimizer.param_groups for p in group[_PARAMS]]
+            numbers = {p: number for number, p in enumerate(parameters)}
             groups = []
-            for index, group in enumerate(optimizer.param_groups):
-                numbers.update({p: len(numbers) + i for i, p in enumerate(group[PARAMS])})
-                options = options_of(self.groups, index, [names[id(p)] for p in group[PARAMS]], "the checkpoint")
-                groups.append({**group, **options, PARAMS: [numbers[p] for p in group[PARAMS]]})
-            states = {numbers[p]: self._state_of(names[id(p)]) for p in numbers if names[id(p)] in self.entries}
+            for group in optimizer.param_groups:
+                options = next(map(_options, self._groups_of(group, names)), {})
+                groups.append({**group, **options, _PARAMS: [numbers[p] for p in group[_PARAMS]]})
+            states = {numbers[p]: self._state_of(names[id(p)]) for p in parameters if names[id(p)] in self.entries}
             loaded = {"state": states, "param_groups": groups}
             optimizer.load_state_dict(loaded)
-            restore_dtypes(optimizer, loaded, lambda parameter: dtypes.get(names[id(parameter)]) is parameter.dtype)
+            exact = {p for p in parameters if names[id(p)] in saved and saved[names[id(p)]].dtype is p.dtype}
+            restore_dtypes(optimizer, loaded, exact.__contains__)
+
+    def _groups_of(self, group: Group, names: Names) -> list[dict[str, Any]]:
+        """The saved groups that have parameters of a group."""
+        own = {names[id(p)] for p in group[_PARAMS]}
+        return [saved for saved in self.groups if own & set(saved[_PARAMS])]
 
     def _state_of(self, name: str) -> dict[str, Any]:
         tensors = {entry: self.tensors[f"{name}.{entry}"] for entry in self.entries[name]}
@@ -140,20 +144,28 @@ def unpacked(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
 
 
-def _names(root: nn.Module) -> dict[int, str]:
-    return {id(parameter): _plain(name) for name, parameter in root.named_parameters()}
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without the wrappers of parts of the model."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
-def _name_of(parameter: Tensor, names: dict[int, str], optimizer: Optimizer) -> str:
-    try:
-        return names[id(parameter)]
-    except KeyError:
+def _name_of(parameter: Tensor, names: Names, optimizer: Optimizer) -> str:
+    if id(parameter) not in names:
         raise CheckpointError(
             f"{type(optimizer).__name__} holds a parameter {list(parameter.shape)} that is not in the model: build the "
             f"optimizer from model.parameters(), after memcompile.plan() and sharding"
-        ) from None
+        )
+    return names[id(parameter)]
+
+
+def _options(group: Group) -> dict[str, Any]:
+    """All of a group but its parameters."""
+    return {name: option for name, option in group.items() if name not in (_PARAMS, "param_names", _CLASS)}
+
+
+def _differing(one: Group, other: Group) -> str:
+    """The options that two groups have not in common."""
+    one, other = _options(one), _options(other)
+    names = sorted(name for name in one.keys() | other.keys() if not _equal(one.get(name), other.get(name)))
+    return ", ".join(f"{name}={one.get(name)!r} and {other.get(name)!r}" for name in names)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return bool(one == other)

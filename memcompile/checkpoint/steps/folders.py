@@ -37,38 +37,31 @@ def being_written(folder: Path, step: int) -> Path:
     return folder / _OWN / f"step_{step}.tmp"
 
 
-def saved_steps(folder: Path) -> list[int]:
-    """The finished steps, the last save first; those whose manifest is damaged come last."""
+def saved_steps(folder: Path) -> dict[int, int]:
+    """The finished steps and the numbers of their saves, the last save first. Those whose manifest is damaged have the
+    number 0.
+    """
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _STEP.fullmatch(path.name)
         if match and (path / NAME).is_file():
             found.append((_number(path), int(match[1])))
-    return [step for _, step in sorted(found, reverse=True)]
+    return {step: number for number, step in sorted(found, reverse=True)}
 
 
 def saved_before(folder: Path, step: int | None, latest: bool) -> list[int]:
     """The steps to try where one cannot be loaded, the last save first: those that were saved before it. Where its
     manifest does not tell when that was, all others instead of the `latest`, and lower ones instead of another.
     """
-    others = [other for other in saved_steps(folder) if other != step]
-    number = 0 if step is None else _number(step_folder(folder, step))
-    if number:
-        return [other for other in others if _number(step_folder(folder, other)) < number]
+    others = saved_steps(folder)
+    before = 0 if step is None else others.pop(step, 0)
+    if before:
+        return [other for other, number in others.items() if number < before]
     return [other for other in others if latest or (step is not None and other < step)]
 
 
-def next_number(folder: Path) -> int:
-    """The number of the next save."""
-    return 1 + max([0, *(_number(step_folder(folder, step)) for step in saved_steps(folder))])
-
-
 def latest_step(folder: Path) -> int:
-    """The step that LATEST names.
-
-    Raises:
-        CheckpointError: there is no such file, it names no step, or one that is not there.
-    """
+    """The step that LATEST names; raises CheckpointError where it names none that is there."""
     path = folder / LATEST
     try:
         name = path.read_text().strip()
@@ -93,16 +86,14 @@ def recover_to_read(folder: Path) -> None:
 
 def recover(folder: Path) -> None:
     """Puts back the step that a save was replacing when it was killed."""
-    for old, target in _interrupted(folder):
-        old.rename(target)
+    for old in _interrupted(folder):
+        old.rename(folder / old.stem)
         sync_folder(folder)
 
 
-def begin(folder: Path, step: int) -> None:
-    """Makes an empty folder to write a step into, and removes what killed saves left.
-
-    Raises:
-        CheckpointError: the step's name is that of a file.
+def begin(folder: Path, step: int) -> int:
+    """Makes an empty folder to write a step into, and removes what killed saves left; returns the number of the save.
+    Raises CheckpointError where a file has the step's name.
     """
     target = step_folder(folder, step)
     if target.is_file() and not target.is_symlink():
@@ -112,12 +103,14 @@ def begin(folder: Path, step: int) -> None:
     for left in (folder / _OWN).glob("step_*.*"):
         _delete(left, folder)
     being_written(folder, step).mkdir()
+    return 1 + max([0, *saved_steps(folder).values()])
 
 
-def publish(folder: Path, step: int) -> None:
-    """Finishes the step that is being written, of which every file is on the disk."""
-    target, new = step_folder(folder, step), being_written(folder, step)
+def publish(folder: Path, manifest: Manifest) -> None:
+    """Finishes the step that is being written, of which every other file is on the disk."""
+    target, new = step_folder(folder, manifest.step), being_written(folder, manifest.step)
     replaced = new.with_suffix(".old")
+    write_text(new / NAME, manifest.text())
     sync_folder(new)
     if os.path.lexists(target):
         target.rename(replaced)
@@ -135,9 +128,9 @@ def delete_old(folder: Path, step: int, keep: int) -> None:
     """Deletes all but the `keep` last saves; never that of `step`, one whose age is not known, or one that a symbolic
     link leads to, which no save made.
     """
-    for old in saved_steps(folder)[keep:]:
+    for old, number in list(saved_steps(folder).items())[keep:]:
         path = step_folder(folder, old)
-        if old != step and _number(path) and not path.is_symlink():
+        if old != step and number and not path.is_symlink():
             (folder / _OWN).mkdir(exist_ok=True)
             _delete(path.rename(folder / _OWN / f"{path.name}.gone"), folder)
     _tidy(folder)
@@ -152,13 +145,12 @@ def discard(folder: Path, step: int) -> None:
     recover(folder)
 
 
-def _interrupted(folder: Path) -> list[tuple[Path, Path]]:
-    """Steps that have no name because a save that was replacing them was killed, and their names."""
-    ours = [(old, folder / old.stem) for old in (folder / _OWN).glob("step_*.old")]
+def _interrupted(folder: Path) -> list[Path]:
+    """Steps that have no name because a save that was replacing them was killed."""
+    ours = (folder / _OWN).glob("step_*.old")
     # Earlier versions had them in the folder itself, where users may have copies, and left the later save there too.
-    pairs = ((old, old.with_suffix(".tmp")) for old in folder.glob("step_*.old"))
-    theirs = [(old, folder / old.stem) for old, later in pairs if 0 < _number(old) < _number(later)]
-    return [(old, target) for old, target in (*ours, *theirs) if not os.path.lexists(target)]
+    theirs = (old for old in folder.glob("step_*.old") if 0 < _number(old) < _number(old.with_suffix(".tmp")))
+    return [old for old in (*ours, *theirs) if not os.path.lexists(folder / old.stem)]
 
 
 def _delete(path: Path, folder: Path) -> None:

@@ -1,42 +1,45 @@
-"""The manifest of a saved step: what it is, and a record of each of its files. It is written last."""
+"""The manifest of a saved step: what it is, and a record of each of its files, with checksums. It is written last."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from memcompile.checkpoint.steps.sums import FileRecord
+from memcompile.common.progress import Progress
 from memcompile.errors import CheckpointError
 from memcompile.version import __version__
 
 NAME = "MANIFEST.json"
 FORMAT = 1
+BLOCK = 2**24  # bytes; a file is checked by blocks in parallel, and a damaged one is named
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """What a file is: its size in bytes, and the CRC-32 of each of its blocks, as eight hexadecimal digits."""
+
+    size: int
+    crc32: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a saved step is.
+    """What a saved step is."""
 
-    Attributes:
-        step: of the training.
-        number: of the save in its folder: a later one has a higher number, even if its step is lower.
-        save_id: of the save; DCP's metadata have it too.
-        world_size: how many ranks wrote it.
-        plans: of every memory, by the name of the module that has its table ("" is the model).
-        files: by name.
-        versions: of torch and memcompile.
-    """
-
-    step: int
-    number: int
-    save_id: str
-    world_size: int
-    plans: dict[str, dict[str, Any]]
+    step: int  # of the training
+    number: int  # of the save in its folder: a later one has a higher number, even if its step is lower
+    save_id: str  # of the save; DCP's metadata have it too
+    world_size: int  # how many ranks wrote it
+    plans: dict[str, dict[str, Any]]  # of every memory, by the name of the module that has its table ("" is the model)
     files: dict[str, FileRecord]
     versions: dict[str, str] = dataclasses.field(
         default_factory=lambda: {"torch": torch.__version__, "memcompile": __version__}
@@ -57,14 +60,16 @@ class Manifest:
         path = step_folder / NAME
         try:
             entries = json.loads(path.read_text())
-            found, format_ = entries.pop("crc32"), entries.pop("format")
-            if format_ > FORMAT:
-                raise CheckpointError(f"{path} has format {format_}, this memcompile reads {FORMAT}: upgrade it")
-            expected = _sum({"format": format_, **entries})
+            found, expected = entries.pop("crc32"), _sum(entries)
+            if entries["format"] > FORMAT:
+                raise CheckpointError(
+                    f"{path} has format {entries['format']}, this memcompile reads {FORMAT}: upgrade it"
+                )
             if found != expected:
                 raise CheckpointError(f"{path} is damaged: its CRC-32 is {expected}, and was written as {found}")
-            files = {name: FileRecord.from_json(entry) for name, entry in entries.pop("files").items()}
-            manifest = cls(files=files, **entries)
+            del entries["format"]
+            files = {name: FileRecord(file["size"], tuple(file["crc32"])) for name, file in entries["files"].items()}
+            manifest = cls(**entries | {"files": files})
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing: {step_folder} is no finished checkpoint") from None
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
@@ -72,6 +77,71 @@ class Manifest:
         if step_folder.stem != f"step_{manifest.step}":
             raise CheckpointError(f"{path} is of step {manifest.step}: files of two steps are mixed")
         return manifest
+
+
+class Recorded:
+    """A stream that is written from start to end, as DCP does, and the record of what was written."""
+
+    def __init__(self, stream: Any, progress: Progress) -> None:
+        self._stream, self._progress = stream, progress
+        self._size, self._sums = 0, list[int]()
+        self.tell, self.flush, self.fileno, self.close = stream.tell, stream.flush, stream.fileno, stream.close
+
+    def write(self, data: Any) -> int:
+        written: int = self._stream.write(data)
+        view = memoryview(data).cast("B")
+        while len(view):
+            if self._size % BLOCK == 0:
+                self._sums.append(0)
+            part = view[: BLOCK - self._size % BLOCK]
+            self._sums[-1] = zlib.crc32(part, self._sums[-1])
+            self._size += len(part)
+            view = view[len(part) :]
+        self._progress.add(written)
+        return written
+
+    def record(self) -> FileRecord:
+        return FileRecord(self._size, tuple(f"{crc:08x}" for crc in self._sums))
+
+
+def problems_of_files(folder: Path, files: dict[str, FileRecord], progress: Callable[[int], None]) -> dict[str, str]:
+    """Which files of a folder are not as they were written, and why, by name. Blocks are read in parallel; `progress`
+    is given their bytes.
+    """
+    problems: dict[str, str] = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        for name, record in files.items():
+            path = folder / name
+            if not path.is_file():
+                problems[name] = f"{path} is missing, which was written with {record.size:,} bytes"
+            elif (size := path.stat().st_size) != record.size:
+                problems[name] = f"{path} has {size:,} bytes, and was written with {record.size:,}"
+            else:
+                sums = threads.map(functools.partial(_block_sum, path), range(len(record.crc32)))
+                for block, (found, expected) in enumerate(zip(sums, record.crc32, strict=True)):
+                    start, end = block * BLOCK, min((block + 1) * BLOCK, size)
+                    progress(end - start)
+                    if found != expected and name not in problems:
+                        problems[name] = (
+                            f"{path} is damaged: the CRC-32 of its bytes {start:,} to {end:,} is {found}, and was "
+                            f"written as {expected}"
+                        )
+    return problems
+
+
+def record_of(path: Path) -> FileRecord:
+    """The record of a file as it is on the disk."""
+    size = path.stat().st_size
+    return FileRecord(size, tuple(_block_sum(path, block) for block in range(-(-size // BLOCK))))
+
+
+def _block_sum(path: Path, block: int) -> str:
+    with path.open("rb", buffering=0) as file:
+        file.seek(block * BLOCK)
+        crc, left = 0, BLOCK
+        while left and (data := file.read(left)):
+            crc, left = zlib.crc32(data, crc), left - len(data)
+    return f"{crc:08x}"
 
 
 def _sum(entries: dict[str, Any]) -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from memcompile.checkpoint.ranks import Ranks
 from memcompile.checkpoint.steps import folders
-from memcompile.checkpoint.steps.manifest import NAME, Manifest
-from memcompile.checkpoint.steps.sums import FileRecord, problems_of_files, record_of
+from memcompile.checkpoint.steps.manifest import NAME, Manifest, problems_of_files, record_of
 from memcompile.common.progress import Progress
 from memcompile.errors import CheckpointError
 
@@ -26,7 +25,7 @@ def whole_step(ranks: Ranks, folder: Path, step: int | None, fall_back: bool, pr
         CheckpointError: there is none, or it is damaged: what was expected and found, and which steps are whole.
     """
     wanted, problem = ranks.first("find the step", lambda: _wanted(folder, step))
-    good: list[Manifest] = []
+    good: list[int] = []
     if wanted is not None:
         try:
             return _checked(ranks, folder, wanted, progress)
@@ -35,7 +34,7 @@ def whole_step(ranks: Ranks, folder: Path, step: int | None, fall_back: bool, pr
     named = wanted if step is None else step
     for earlier in ranks.first("list the steps", lambda: folders.saved_before(folder, named, step is None)):
         try:
-            good.append(_checked(ranks, folder, earlier, progress))
+            manifest = _checked(ranks, folder, earlier, progress)
         except CheckpointError as error:
             if ranks.rank == 0:
                 log.warning("step %d is damaged too: %s", earlier, error)
@@ -43,33 +42,17 @@ def whole_step(ranks: Ranks, folder: Path, step: int | None, fall_back: bool, pr
         if fall_back:
             if ranks.rank == 0:
                 log.warning("%s; step %d is loaded, the newest that is not damaged", problem, earlier)
-            return good[0]
-    raise CheckpointError(f"{problem}. {_fix(folder, [manifest.step for manifest in good])}")
-
-
-def _checked(ranks: Ranks, folder: Path, step: int, progress: Progress) -> Manifest:
-    """The manifest of a step, which is whole; each rank reads some of the files.
-
-    Raises:
-        CheckpointError: naming each file that is not, what was expected and what found.
-    """
-    path = folders.step_folder(folder, step)
-    manifest = ranks.first("read the manifest", lambda: Manifest.read(path))
-    by_size = sorted(manifest.files, key=lambda name: manifest.files[name].size)
-    mine = {name: manifest.files[name] for name in by_size[ranks.rank :: ranks.size]}
-    progress.start("verifying", sum(record.size for record in mine.values()))
-    try:
-        found = ranks.gather("verify", lambda: problems_of_files(path, mine, progress.add))
-    finally:
-        progress.close()
-    problems = {name: problem for each in found for name, problem in each.items()}
-    if problems:
-        mixed = ranks.first("compare", lambda: _of_others(folder, manifest, list(problems)))
-        raise CheckpointError("; ".join({**problems, **mixed}.values()))
-    return manifest
+            return manifest
+        good.append(earlier)
+    fix = f"No step before it in {folder} can be loaded"
+    if good:
+        steps = ", ".join(map(str, good))
+        fix = f"Not damaged before it: {steps}. Load with step={good[0]}, or with fall_back=True"
+    raise CheckpointError(f"{problem}. {fix}")
 
 
 def _wanted(folder: Path, step: int | None) -> tuple[int | None, str]:
+    """The step to load, or why there is none."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing: no checkpoint was saved there")
     folders.recover_to_read(folder)
@@ -88,27 +71,33 @@ def _wanted(folder: Path, step: int | None) -> tuple[int | None, str]:
     return step, ""
 
 
-def _of_others(folder: Path, manifest: Manifest, names: list[str]) -> dict[str, str]:
+def _checked(ranks: Ranks, folder: Path, step: int, progress: Progress) -> Manifest:
+    """The manifest of a step, which is whole; each rank reads some of the files. Raises CheckpointError, which names
+    each that is not, what was expected and what found.
+    """
+    path = folders.step_folder(folder, step)
+    manifest = ranks.first("read the manifest", lambda: Manifest.read(path))
+    by_size = sorted(manifest.files, key=lambda name: manifest.files[name].size)
+    mine = {name: manifest.files[name] for name in by_size[ranks.rank :: ranks.size]}
+    with progress.start("verifying", sum(record.size for record in mine.values())):
+        found = ranks.gather("verify", lambda: problems_of_files(path, mine, progress.add))
+    problems = {name: problem for each in found for name, problem in each.items()}
+    if problems:
+        mixed = ranks.first("compare", lambda: _of_others(folder, step, list(problems)))
+        raise CheckpointError("; ".join({**problems, **mixed}.values()))
+    return manifest
+
+
+def _of_others(folder: Path, step: int, names: list[str]) -> dict[str, str]:
     """Of files that are not as they were written, those that another save wrote."""
+    files = [folders.step_folder(folder, step) / name for name in names]
+    records = {record_of(file): file for file in files if file.is_file()}
     found: dict[str, str] = {}
-    path = folders.step_folder(folder, manifest.step)
-    others: dict[FileRecord, int] = {}
-    for step in folders.saved_steps(folder):
+    for other in folders.saved_steps(folder):
         try:
-            records = Manifest.read(folders.step_folder(folder, step)).files.values() if step != manifest.step else ()
+            written = Manifest.read(folders.step_folder(folder, other)).files.values() if other != step else ()
         except CheckpointError:
             continue
-        others.update(dict.fromkeys(records, step))
-    for name in names:
-        file = path / name
-        step_of_it = others.get(record_of(file)) if file.is_file() else None
-        if step_of_it is not None:
-            found[name] = f"{file} is of step {step_of_it}, not of step {manifest.step}: files of two steps are mixed"
+        for file in (records[record] for record in written if record in records):
+            found[file.name] = f"{file} is of step {other}, not of step {step}: files of two steps are mixed"
     return found
-
-
-def _fix(folder: Path, good: list[int]) -> str:
-    if not good:
-        return f"No step before it in {folder} can be loaded"
-    steps = ", ".join(map(str, good))
-    return f"Not damaged before it: {steps}. Load with step={good[0]}, or with fall_back=True"

@@ -1,21 +1,22 @@
-"""Values for inference alone, in a file or in the CPU's memory: how they are created, and that they stay as they are
-when the model is moved, cast or replicated.
+"""Values for inference alone: they stay as they are when the model is moved, cast or replicated. They lie in the CPU's
+memory, or in a file and are read as they are needed; the system keeps pages that are read often in free memory.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memcompile.common.sites import VALUES_NAME
 from memcompile.config import MemoryConfig
 from memcompile.errors import PlanError
 from memcompile.lowering.parameters import new_values, values_shape
-from memcompile.runtime.storage.mapped_values import open_values
+from memcompile.runtime.storage.values_file import read_values
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # what DistributedDataParallel reads
 
@@ -36,16 +37,11 @@ def create_values(config: MemoryConfig, dtype: torch.dtype, device: torch.device
     return new_values(config, dtype, device)
 
 
-def holder_of(root: nn.Module) -> tuple[str, nn.Module]:
-    """The module that the values of a planned model are a parameter of, and its name in the model."""
-    return next((name, module) for name, module in root.named_modules() if VALUES_NAME in module._parameters)
-
-
 def keep_in_place(root: nn.Module) -> None:
     """Makes the model's ``to()``, ``half()``, ``to_empty()`` and the like leave the values as they are, and DDP too,
     of the model or of a part of it.
     """
-    path, holder = holder_of(root)
+    path, holder = next((name, m) for name, m in root.named_modules() if VALUES_NAME in m._parameters)
     vars(holder)["_apply"] = functools.partial(_apply_to_the_rest, holder)
     names = [*path.split("."), VALUES_NAME] if path else [VALUES_NAME]
     for depth in range(len(names)):
@@ -70,3 +66,99 @@ def refuse_gradient(values: nn.Parameter) -> None:
             f"{VALUES_NAME} has a gradient, but its values are for inference and are not stepped: take it out of the "
             f"optimizer, or plan with values_storage='device' to train it"
         )
+
+
+class MappedValues(nn.Parameter):
+    """A table [slots, value_dim] that lies in a file. It is mapped for reading alone: no operation on the model can
+    change the file, and a process that writes to the memory ends.
+
+    A copy reads the same memory. Its pickle has the path of the file, and no rows.
+
+    Attributes:
+        path: of the file, absolute.
+        checksum: SHA-256 of the rows.
+    """
+
+    path: str
+    checksum: str
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False, *, path: str, checksum: str) -> MappedValues:
+        if requires_grad:
+            _refuse_to_learn(path)
+        values: MappedValues = super().__new__(cls, data, requires_grad=False)
+        values.path, values.checksum = path, checksum
+        return values
+
+    def requires_grad_(self, requires_grad: bool = True) -> MappedValues:
+        if requires_grad:
+            _refuse_to_learn(self.path)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MappedValues:
+        copy = memo[id(self)] = MappedValues(self.detach(), path=self.path, checksum=self.checksum)
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return open_values, (self.path, tuple(self.shape), self.dtype, self.checksum)
+
+
+def open_values(
+    path: str,
+    shape: tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+    checksum: str | None = None,
+) -> MappedValues:
+    """Maps the values of a file; no row is read.
+
+    Args:
+        shape, dtype, checksum: what the file must hold; None is anything.
+
+    Raises:
+        PlanError: there is no such file, it is not whole, or it holds another table.
+    """
+    path = os.path.abspath(path)
+    values, found = read_values(path, any_order=True)
+    if shape is not None and values.shape != tuple(shape):
+        raise PlanError(
+            f"the file of values {path!r} has {_table(values.shape)}, and the model's memory {_table(shape)}: plan "
+            f"with the n_keys and value_dim that it was stored with, or give the path of the model's own"
+        )
+    if dtype is not None and values.dtype is not dtype:
+        raise PlanError(
+            f"the file of values {path!r} has {values.dtype}, and the model {dtype}: plan the model in {values.dtype} "
+            f"(it may be cast afterwards, the values stay as they are), or cast it before store_values()"
+        )
+    if checksum is not None and found != checksum:
+        raise PlanError(
+            f"the file of values {path!r} has other rows than when the model was saved (SHA-256 {found}, then "
+            f"{checksum}): give it its own file back"
+        )
+    return MappedValues(values, path=path, checksum=found)
+
+
+def keep_mapped(values: MappedValues, state_dict: dict[str, Any], name: str) -> None:
+    """Puts the values of a file into a state dict under this name, so that loading it leaves them as they are.
+
+    Raises:
+        PlanError: it has others: loading does not write to a file.
+    """
+    given = state_dict.get(name)
+    if given is not None and given is not values:
+        same = isinstance(given, Tensor) and given.shape == values.shape and given.dtype is values.dtype
+        if not same or given.is_meta or given.data_ptr() != values.data_ptr():
+            raise PlanError(
+                f"the model's values lie in {values.path!r}, which load_state_dict() does not write: leave {name!r} "
+                f"out of the state dict; or plan with values_storage='device', load, and store_values() anew"
+            )
+    state_dict[name] = values  # copied onto itself: nothing is read or written
+
+
+def _table(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]:,} slots of {shape[1]} (n_keys={round(shape[0] ** 0.5)}, value_dim={shape[1]})"
+
+
+def _refuse_to_learn(path: str) -> None:
+    raise PlanError(
+        f"the memory's values lie in {path!r} and do not learn: to train them, plan with values_storage='device' and "
+        f"load the checkpoint; to train the rest, leave them as they are"
+    )

@@ -12,7 +12,6 @@ import mmap
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +44,7 @@ class Entry(NamedTuple):
     """A tensor of a file."""
 
     name: str
-    shape: Sequence[int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
@@ -53,20 +52,11 @@ class Entry(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Header(NamedTuple):
-    """What a file says of itself.
-
-    Attributes:
-        metadata: texts by name.
-        entries: its tensors.
-        starts: of each tensor, its first byte in the file.
-        size: of the whole file, in bytes.
-    """
-
-    metadata: dict[str, str]
-    entries: list[Entry]
-    starts: list[int]
-    size: int
+def row_blocks(shape: Sequence[int], dtype: torch.dtype, most: int) -> Iterator[tuple[int, int]]:
+    """First row and end of blocks of at most so many bytes, or of one row, of a tensor; of a scalar it is one row."""
+    rows = shape[0] if shape else 1
+    step = max(1, most // max(1, math.prod(shape[1:]) * dtype.itemsize))
+    return ((first, min(first + step, rows)) for first in range(0, max(1, rows), step))
 
 
 def encoded_header(entries: Sequence[Entry], metadata: Mapping[str, str], size: int = 0) -> bytes:
@@ -87,24 +77,10 @@ def encoded_header(entries: Sequence[Entry], metadata: Mapping[str, str], size: 
     return len(text).to_bytes(8, "little") + text
 
 
-@contextmanager
-def new_file(
-    path: str | os.PathLike, entries: Sequence[Entry], metadata: Mapping[str, str], header_size: int = 0
-) -> Iterator[Any]:
-    """Opens a file for `write_tensor`, of each tensor in the order of the entries. At the end of the block the disk has
-    all of it.
-    """
-    with open(path, "wb") as file:
-        file.write(encoded_header(entries, metadata, header_size))
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_tensor(file: Any, tensor: Tensor) -> None:
-    """Writes the next tensor of a file, or the next rows of it."""
-    data = tensor.detach().cpu().contiguous()
-    file.write(bytes_of(data))
+def append(path: str | os.PathLike, tensor: Tensor) -> None:
+    """Writes the next tensor of a file, or the next rows of it, contiguous on the CPU."""
+    with open(path, "ab") as file:
+        file.write(bytes_of(tensor))
 
 
 def bytes_of(tensor: Tensor) -> bytes | ctypes.Array[ctypes.c_ubyte]:
@@ -114,8 +90,12 @@ def bytes_of(tensor: Tensor) -> bytes | ctypes.Array[ctypes.c_ubyte]:
     return (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.numel() else b""
 
 
-def read_header(path: str | os.PathLike) -> Header:
-    """The header of a file; no tensor is read.
+def mapped_file(path: str | os.PathLike, any_order: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata of a file and its tensors, which are mapped for reading alone: they are read when they are used, and
+    must not be written to. They are those of the file as it is now, if it is replaced too.
+
+    Args:
+        any_order: whether rows are read in any order: the system reads no others around them then.
 
     Raises:
         OSError: the file cannot be read.
@@ -126,35 +106,31 @@ def read_header(path: str | os.PathLike) -> Header:
         if not 2 <= length <= _LONGEST:
             raise FormatError("it does not begin with the length of a header")
         text, size = file.read(length), os.fstat(file.fileno()).st_size
-    entries, starts, expected = [], [], 8 + length
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if any_order and hasattr(mmap, "MADV_RANDOM"):
+        mapping.madvise(mmap.MADV_RANDOM)
+    starts, expected = {}, 8 + length
     try:
         content = json.loads(text)
         metadata = dict(content.pop(_METADATA, {}))
-        for name, entry in content.items():
-            shape, (first, end) = tuple(map(int, entry["shape"])), entry["data_offsets"]
-            entries.append(Entry(name, shape, DTYPES[entry["dtype"]]))
-            starts.append(8 + length + first)
+        for name, found in content.items():
+            entry = Entry(name, tuple(map(int, found["shape"])), DTYPES[found["dtype"]])
+            first, end = found["data_offsets"]
+            starts[entry] = 8 + length + first
             expected = max(expected, 8 + length + end)
-            if min([first, *shape]) < 0 or end - first != entries[-1].nbytes:
-                raise ValueError(f"{name} {list(shape)} of {entry['dtype']} in the bytes {first} to {end}")
+            if min([first, *entry.shape]) < 0 or end - first != entry.nbytes:
+                raise ValueError(f"{name} {list(entry.shape)} of {found['dtype']} in the bytes {first} to {end}")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise FormatError(f"{type(error).__name__}: {error}") from error
     if size != expected:
         raise FormatError(f"it has {size:,} bytes, and its header means {expected:,}: it is not whole")
-    return Header(metadata, entries, starts, size)
+    return metadata, {entry.name: _tensor_in(mapping, entry, start) for entry, start in starts.items()}
 
 
-def mapped(path: str | os.PathLike) -> mmap.mmap:
-    """A file, mapped for reading alone. The mapping is of the file as it is now, if it is replaced too."""
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def tensor_in(mapping: mmap.mmap, entry: Entry, start: int) -> Tensor:
-    """A tensor that lies in a mapped file, and must not be written to."""
+def _tensor_in(mapping: mmap.mmap, entry: Entry, start: int) -> Tensor:
     if not entry.nbytes:
-        return torch.empty(tuple(entry.shape), dtype=entry.dtype, device="cpu")
+        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         flat = torch.frombuffer(mapping, dtype=torch.uint8, count=entry.nbytes, offset=start)
-    return flat.view(entry.dtype).view(tuple(entry.shape))
+    return flat.view(entry.dtype).view(entry.shape)

@@ -15,9 +15,8 @@ from memcompile.errors import PlanError
 from memcompile.runtime.adoption import leave_optimizers
 from memcompile.runtime.interrupts import uninterrupted
 from memcompile.runtime.pool import pool_of
-from memcompile.runtime.storage.frozen_values import keep_in_place
-from memcompile.runtime.storage.mapped_values import open_values
-from memcompile.runtime.storage.values_file import check_writable, write
+from memcompile.runtime.storage.frozen_values import keep_in_place, open_values
+from memcompile.runtime.storage.values_file import write
 from memcompile.runtime.wrappers import is_sharded, unwrap
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,6 @@ def store_values(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
             f"one process, unsharded, and store them there"
         )
     path = os.fspath(path)
-    check_writable(path)
     pool.table.flush()
     write(path, pool.values.detach(), progress)
     values = open_values(path)

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,82 +24,57 @@ from memcompile.runtime.storage.safetensors_format import (
     FormatError,
     bytes_of,
     encoded_header,
-    new_file,
-    write_tensor,
+    mapped_file,
+    row_blocks,
 )
-from memcompile.runtime.storage.safetensors_format import read_header as read_any_header
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_PAGE = 4096  # bytes; larger pages hold whole ones
+_PAGE = 4096  # bytes before the first row
 _CHUNK = 2**26  # bytes that are written, or read, at once
 _MARK = "memcompile"  # in the metadata: the version of what it holds
 _WRITES_ONE = "memcompile.store_values(model, path) writes one"
 
 
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """What a file says of itself.
-
-    Attributes:
-        shape: [slots, value_dim].
-        checksum: SHA-256 of the rows, in hexadecimal.
-        offset: bytes before the first row.
-    """
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    checksum: str
-    offset: int = _PAGE
-
-    @property
-    def entry(self) -> Entry:
-        """The table, as a tensor of the file."""
-        return Entry(VALUES_NAME, self.shape, self.dtype)
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return {_MARK: "1", "sha256": self.checksum}
-
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """First row and end of what is read or written at once."""
-        rows, dim = self.shape
-        step = max(1, _CHUNK // max(1, dim * self.dtype.itemsize))
-        return ((first, min(first + step, rows)) for first in range(0, rows, step))
-
-    def encoded(self) -> bytes:
-        """All of the file before its rows."""
-        return encoded_header([self.entry], self.metadata, self.offset)
+def header_of(values: Tensor, checksum: str) -> bytes:
+    """All of a file before its rows."""
+    entry = Entry(VALUES_NAME, tuple(values.shape), values.dtype)
+    return encoded_header([entry], {_MARK: "1", "sha256": checksum}, _PAGE)
 
 
-def read_header(path: str) -> Header:
-    """What the file holds; no row is read.
+def read_values(path: str, any_order: bool = False) -> tuple[Tensor, str]:
+    """The values [slots, value_dim] of a file, which lie in it (see `mapped_file`), and the SHA-256 that it has of
+    them; no row is read.
 
     Raises:
         PlanError: there is no such file, `write` has not written it, or it was cut off.
     """
     try:
-        found = read_any_header(path)
+        metadata, tensors = mapped_file(path, any_order)
     except OSError as error:
         raise PlanError(f"the file of values {path!r} cannot be read ({error.strerror}): {_WRITES_ONE}") from error
     except FormatError as error:
         raise PlanError(f"{path!r} is no file of values ({error}): copy it again, or {_WRITES_ONE}") from error
-    names = [entry.name for entry in found.entries]
-    if names != [VALUES_NAME] or found.metadata.get(_MARK) != "1" or found.starts[0] % _PAGE:
+    values, checksum = tensors.get(VALUES_NAME), metadata.get("sha256")
+    if values is None or len(tensors) > 1 or metadata.get(_MARK) != "1" or values.data_ptr() % _PAGE:
         raise PlanError(f"{path!r} is no file of values (this memcompile has not written it): {_WRITES_ONE}")
-    (entry,) = found.entries
-    if len(entry.shape) != 2 or entry.dtype not in _DTYPES or "sha256" not in found.metadata:
+    if values.dim() != 2 or values.dtype not in _DTYPES or checksum is None:
         raise PlanError(f"{path!r} is no file of values (its header is damaged): {_WRITES_ONE}")
-    rows, dim = entry.shape
-    return Header((rows, dim), entry.dtype, found.metadata["sha256"], found.starts[0])
+    return values, checksum
 
 
-def check_writable(path: str) -> None:
-    """Raises OSError where no file of this name can be, before anything is written under another name."""
-    directory = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path):
-        raise IsADirectoryError(errno.EISDIR, "the values need the name of a file", path)
-    if not os.path.isdir(directory):
-        raise FileNotFoundError(errno.ENOENT, "there is no such directory for the file of values", directory)
+def sha256_of(values: Tensor, read: Callable[[int, int], Tensor], doing: str, bar: Progress) -> str:
+    """Of rows like those of ``values [slots, value_dim]``, a chunk at a time.
+
+    Args:
+        read: the rows from one to another, contiguous on the CPU.
+    """
+    digest = hashlib.sha256()
+    with bar.start(doing, values.nbytes):
+        for first, end in row_blocks(values.shape, values.dtype, _CHUNK):
+            rows = read(first, end)
+            digest.update(bytes_of(rows))
+            bar.add(rows.nbytes)
+    return digest.hexdigest()
 
 
 def write(path: str, values: Tensor, progress: bool | None = None) -> None:
@@ -111,25 +85,30 @@ def write(path: str, values: Tensor, progress: bool | None = None) -> None:
         progress: whether a bar is shown; None shows one from a GiB on.
 
     Raises:
-        OSError: the directory cannot be written, or is full.
+        OSError: there is no such directory, it cannot be written, or is full.
     """
-    rows, dim = values.shape
-    header, digest, bar = Header((rows, dim), values.dtype, ""), hashlib.sha256(), Progress(progress)
     directory, name = os.path.split(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, "the values need the name of a file", path)
+    if not os.path.isdir(directory):
+        raise FileNotFoundError(errno.ENOENT, "there is no such directory for the file of values", directory)
     temporary = Path(directory, f".{name}.{uuid.uuid4().hex}")
-    bar.start(f"writing {name}", header.entry.nbytes)
     try:
-        with new_file(temporary, [header.entry], header.metadata, header.offset) as file:
-            for first, end in header.chunks():
-                part = values[first:end].detach().cpu().contiguous()
-                digest.update(bytes_of(part))
-                write_tensor(file, part)
-                bar.add(part.nbytes)
+        with temporary.open("wb") as file:
+            file.seek(_PAGE)
+
+            def copied(first: int, end: int) -> Tensor:
+                rows = values[first:end].detach().cpu().contiguous()
+                file.write(bytes_of(rows))
+                return rows
+
+            checksum = sha256_of(values, copied, f"writing {name}", Progress(progress))
             file.seek(0)
-            file.write(dataclasses.replace(header, checksum=digest.hexdigest()).encoded())
+            file.write(header_of(values, checksum))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        bar.close()
         temporary.unlink(missing_ok=True)
     sync_folder(directory)
 
@@ -144,18 +123,18 @@ def verify_values(path: str | os.PathLike, *, progress: bool | None = None) -> N
         PlanError: it is no file of values, it was cut off, or a row is not what was written.
     """
     path = os.fspath(path)
-    header, digest, bar = read_header(path), hashlib.sha256(), Progress(progress)
-    bar.start(f"reading {os.path.basename(path)}", header.entry.nbytes)
-    try:
-        with open(path, "rb") as file:
-            file.seek(header.offset)
-            while part := file.read(_CHUNK):
-                digest.update(part)
-                bar.add(len(part))
-    finally:
-        bar.close()
-    if digest.hexdigest() != header.checksum:
+    values, expected = read_values(path)
+    with open(path, "rb") as file:
+        file.seek(-values.nbytes, os.SEEK_END)
+
+        def rows(first: int, end: int) -> Tensor:  # not by the mapping: a disk that fails would end the process
+            read = torch.empty(end - first, values.shape[1], dtype=values.dtype, device="cpu")
+            file.readinto(bytes_of(read))
+            return read
+
+        found = sha256_of(values, rows, f"reading {os.path.basename(path)}", Progress(progress))
+    if found != expected:
         raise PlanError(
-            f"the rows of {path!r} have SHA-256 {digest.hexdigest()}, and its header says {header.checksum}: copy the "
-            f"file again, or {_WRITES_ONE}"
+            f"the rows of {path!r} have SHA-256 {found}, and its header says {expected}: copy the file again, or "
+            f"{_WRITES_ONE}"
         )

@@ -13,7 +13,7 @@ from torch import nn
 import memcompile
 from memcompile import CheckpointError, PlanError
 from memcompile.checkpoint import config, export_safetensors, import_safetensors, save
-from memcompile.checkpoint.formats import exporting
+from memcompile.checkpoint.formats import safetensors as safetensors_files
 from memcompile.runtime.state_dicts import plan_in
 from tests.checkpoint.trainings import everything, sharded_gpt
 from tests.models import tiny_gpt
@@ -49,7 +49,7 @@ def test_one_file_is_what_the_library_reads(exported):
 
 
 def test_a_table_in_pieces(exported, monkeypatch):
-    monkeypatch.setattr(exporting, "BUFFER", 300)
+    monkeypatch.setattr(safetensors_files, "BUFFER", 300)
     model = sharded_gpt(n_keys=16, top_k=4)
     model.head.to(torch.bfloat16)
     path = exported(model, max_shard_size=1000)
@@ -156,7 +156,7 @@ def test_an_export_that_fails_leaves_nothing(exported, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "write_tensor", full)
+        patch.setattr(safetensors_files, "append", full)
         with pytest.raises(CheckpointError, match=r"rank 0 could not write: OSError: .*No space left"):
             exported(sharded_gpt())
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors.tmp"]

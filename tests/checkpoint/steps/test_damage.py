@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from memcompile import CheckpointError
 from memcompile.checkpoint import config, export_safetensors, load, save
-from memcompile.checkpoint.steps import sums
+from memcompile.checkpoint.steps import manifest
 from tests.checkpoint.trainings import everything, sharded_gpt, step_by_noise, trained
 from tests.planned import assert_same
 
@@ -169,7 +169,7 @@ def test_damage_stops_an_export(saved, tmp_path):
 
 
 def test_the_block_that_is_damaged(monkeypatch, tmp_path):
-    monkeypatch.setattr(sums, "BLOCK", 1000)
+    monkeypatch.setattr(manifest, "BLOCK", 1000)
     model = nn.Linear(40, 40)
     save(tmp_path, model, step=1)
     load(tmp_path, model)

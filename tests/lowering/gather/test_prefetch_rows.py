@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from memcompile.lowering import memory_lookup, operator
 from memcompile.lowering.gather import prefetch_rows
 from memcompile.lowering.register.kernels import IN_PYTORCH
-from memcompile.runtime.storage.mapped_values import open_values
+from memcompile.runtime.storage.frozen_values import open_values
 from memcompile.runtime.storage.values_file import write
 from tests.lowering.cases import Case
 

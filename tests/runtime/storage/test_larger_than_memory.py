@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import memcompile
 from memcompile.lowering import cpu
-from memcompile.runtime.storage.values_file import Header
+from memcompile.runtime.storage.values_file import header_of
 from tests.models import tiny_gpt, WIDTH
 from tests.planned import batch
 
@@ -29,11 +29,12 @@ torch.set_num_threads(1)
 cpu.load()  # its compiler may need more
 path, how = sys.argv[1:]
 N, DIM, HEADS, K, LIMIT = 1024, 2048, 2, 4, 3 * 2**30
-header = Header((N * N, DIM), torch.float32, "0" * 64)
-assert header.entry.nbytes == 8 * 2**30
+table = torch.empty(N * N, DIM, device="meta")
+assert table.nbytes == 8 * 2**30
+header = header_of(table, "0" * 64)
 with open(path, "wb") as file:
-    file.write(header.encoded())
-    file.truncate(header.offset + header.entry.nbytes)
+    file.write(header)
+    file.truncate(len(header) + table.nbytes)
 resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
 
 
@@ -71,7 +72,7 @@ with torch.no_grad():
     rows = torch.randn(len(distinct), DIM)
     with open(path, "r+b") as file:
         for slot, row in zip(distinct.tolist(), rows.numpy(), strict=True):
-            file.seek(header.offset + slot * DIM * 4)
+            file.seek(len(header) + slot * DIM * 4)
             file.write(row.tobytes())
     y = (weights[..., None] * rows[position]).sum(1) * F.silu(F.linear(x, layer.gate_weight, layer.gate_bias))
     expected = F.linear(y, layer.out_weight, layer.out_bias)

@@ -14,7 +14,7 @@ from torch import nn
 import memcompile
 from memcompile import MemoryConfig, OptionError, PlanError
 from memcompile.runtime.storage import values_file
-from memcompile.runtime.storage.mapped_values import MappedValues, open_values
+from memcompile.runtime.storage.frozen_values import MappedValues, open_values
 from tests.models import tiny_gpt
 from tests.planned import assert_same, batch, planned_gpt
 from tests.runtime.storage.stored import SIZES, mapped_gpt, stored, trained

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import memcompile
 from memcompile import PlanError
 from memcompile.runtime.pool import pool_of
-from memcompile.runtime.storage.mapped_values import MappedValues
+from memcompile.runtime.storage.frozen_values import MappedValues
 from tests.models import tiny_gpt
 from tests.planned import batch, planned_gpt
 from tests.runtime.storage.stored import SIZES, step, trained

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from memcompile import PlanError, verify_values
 from memcompile.runtime.storage import values_file
-from memcompile.runtime.storage.values_file import read_header, write
+from memcompile.runtime.storage.values_file import header_of, read_values, write
 
 
 @pytest.fixture
@@ -26,10 +26,10 @@ def test_round_trip(path, dtype, chunk, monkeypatch):
     monkeypatch.setattr(values_file, "_CHUNK", chunk)
     values = torch.randn(49, 10).to(dtype)
     write(path, values)
-    header = read_header(path)
-    assert (header.shape, header.dtype, header.offset) == ((49, 10), dtype, 4096)
-    assert os.path.getsize(path) == 4096 + values.nbytes
-    assert Path(path).read_bytes()[:4096] == header.encoded()
+    found, checksum = read_values(path)
+    assert torch.equal(found, values) and found.dtype is dtype
+    assert found.data_ptr() % 4096 == 0 and os.path.getsize(path) == 4096 + values.nbytes
+    assert Path(path).read_bytes()[:4096] == header_of(values, checksum)
     assert torch.equal(load_file(path)["memory_values"], values)
     verify_values(path)
 
@@ -70,7 +70,7 @@ def changed(path, at, content):
 def test_a_changed_row_is_found(path):
     write(path, torch.zeros(4, 4))
     changed(path, 4096 + 17, b"\x01")
-    read_header(path)  # reads no row
+    read_values(path)  # reads no row
     with pytest.raises(PlanError, match=f"the rows of {path!r} have SHA-256 .*copy the file again"):
         verify_values(path)
 
@@ -79,12 +79,12 @@ def test_what_is_no_file_of_values(path):
     with pytest.raises(
         PlanError, match=rf"{path!r} cannot be read \(No such file.*store_values\(model, path\) writes one"
     ):
-        read_header(path)
+        read_values(path)
     for content in (b"", b"x" * 5000, b"\x02" + bytes(7) + b"{}", b"\xff" * 5000, b"\x10" + bytes(7) + b"[" * 16):
         with open(path, "wb") as file:
             file.write(content)
         with pytest.raises(PlanError, match=f"{path!r} is no file of values"):
-            read_header(path)
+            read_values(path)
 
 
 def test_a_safetensors_file_of_others(path):
@@ -92,7 +92,7 @@ def test_a_safetensors_file_of_others(path):
 
     save_file({"memory_values": torch.zeros(4, 4)}, path)
     with pytest.raises(PlanError, match="is no file of values"):
-        read_header(path)
+        read_values(path)
 
 
 @pytest.mark.parametrize("change", [-1, 1, -64])
@@ -101,7 +101,7 @@ def test_a_file_that_is_not_whole(path, change):
     os.truncate(path, 4096 + 64 + change)
     expected = rf"it has {4096 + 64 + change:,} bytes, and its header means 4,160: it is not whole\): copy it again"
     with pytest.raises(PlanError, match=expected):
-        read_header(path)
+        read_values(path)
 
 
 def test_it_says_how_far_it_is(path, caplog, monkeypatch):
