@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
+from torch.fx.graph_module import _assign_attr as assign_attribute
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.utils import _pytree as pytree
@@ -20,6 +21,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "PyTreeCodeGen",
+    "assign_attribute",
     "free_unbacked_symbols",
     "get_proxy_mode",
     "make_fx",

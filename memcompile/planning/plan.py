@@ -1,30 +1,49 @@
-"""plan(): the one way in which a model gets a memory. Its steps stand in `steps.py`."""
+"""plan(): the one way in which a model gets a memory.
+
+trace        passes/capture/    the model on fake tensors -> graphs of ATen operators
+normalize    passes/capture/    one form for in-place operators and for operands of which only the shape is read
+detect       passes/detect/     every FFN, proved or refused with its reason
+place        passes/detect/     which of them `memory_layers` chooses
+rehearse     planning/          does the model's own code run with stand-ins there? Others are placed where not
+size         planning/          the sizes that were not given; how the values lie on a mesh
+install      runtime/           from here on the model changes: values, layers and stand-ins
+adopt        runtime/           optimizers of the replaced parameters get those of the memory
+rebuild      runtime/           DDPs around the model take its new parameters
+"""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 from memcompile.backend import register
-from memcompile.common.pipeline import run
+from memcompile.common.pipeline import Pipeline
+from memcompile.common.sizes import resolve
 from memcompile.config import MemoryConfig, check_names
 from memcompile.errors import OptionError, PlanError
 from memcompile.lowering.parameters import draw_values, values_shape
 from memcompile.passes.capture.graphs import is_captured
+from memcompile.passes.detect.detect import find_in_model
 from memcompile.passes.detect.place import place
 from memcompile.planning.explain import Explanation, explain
-from memcompile.planning.steps import STEPS, Planning
+from memcompile.planning.rehearsal import rehearse
 from memcompile.runtime import patches
-from memcompile.runtime.distributed.ddp import check_rebuildable
-from memcompile.runtime.distributed.sharding import check_same, cut, draw_part, redraw_layer
+from memcompile.runtime.adoption import adopt_optimizers
+from memcompile.runtime.distributed.ddp import check_rebuildable, rebuild
+from memcompile.runtime.distributed.sharding import check_plans_agree, check_same, cut, draw_part, redraw_layer
+from memcompile.runtime.install import install
+from memcompile.runtime.interrupts import uninterrupted
+from memcompile.runtime.owner import owner_of
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.state_dicts import config_of, plan_in
 from memcompile.runtime.storage.mapped_values import MappedValues
@@ -101,19 +120,53 @@ def plan(
         )
     for wrapper in parallel:
         check_rebuildable(wrapper, memory_mesh is not None)
-    with contextlib.ExitStack() as until_planned:
-        planning = Planning(
-            model=root,
-            example_inputs=example_inputs,
-            requested=requested,
-            mesh=None if memory_mesh is None else (memory_mesh, shard_by, shard_tokens),
-            wrappers=parallel,
-            until_planned=until_planned,
-        )
-        run("plan", STEPS, planning)
+    mesh = None if memory_mesh is None else (memory_mesh, shard_by, shard_tokens)
+    _run_steps(root, requested, example_inputs, mesh, parallel)
     explanation = explain(model)
     log.info("planned in %.2f s\n%r", time.perf_counter() - start, explanation)
     return explanation
+
+
+def _run_steps(
+    root: nn.Module,
+    requested: MemoryConfig,
+    example_inputs: Any,
+    mesh: tuple[DeviceMesh, str, str] | None,
+    wrappers: Sequence[DistributedDataParallel],
+) -> None:
+    pipeline = Pipeline("plan")
+    captures, blocks = find_in_model(pipeline, root, example_inputs)
+    sites = [block.site for block in blocks]
+    with pipeline.step("place", "blocks chosen"):
+        chosen = place(sites, requested.memory_layers)
+        pipeline.count = len(chosen)
+    with pipeline.step("rehearse", "blocks rehearsed"):
+        pipeline.count = len(chosen)
+        while failures := rehearse(root, captures, chosen, requested.placement == "add"):
+            sites = [dataclasses.replace(site, refusal=failures.get(site.down, site.refusal)) for site in sites]
+            chosen = place(sites, requested.memory_layers)
+            pipeline.count += len(chosen)
+    with pipeline.step("size", "slots"):
+        owner, prefix = owner_of(root, chosen)
+        config = resolve(requested, chosen, sum(p.numel() for p in root.parameters()))
+        config = dataclasses.replace(config, memory_layers=[site.down.removeprefix(prefix) for site in chosen])
+        pool = MemoryPool(owner=owner, prefix=prefix, config=config, requested=requested, sites=tuple(sites))
+        pool.table.model = weakref.ref(root)
+        if mesh is not None:
+            pool.table.sharded = cut(config, *mesh)
+            check_plans_agree(pool, pool.table.sharded)
+        pipeline.count = values_shape(config)[0]
+    patches.hold(pool)
+    with uninterrupted():  # half a change could not be mended by a second call
+        with pipeline.step("install", "layers installed"):
+            replaced = install(pool, root, chosen)
+            pipeline.count = len(pool.layers)
+        with pipeline.step("adopt", "optimizers adopted"):
+            pipeline.count = adopt_optimizers(replaced, pool, root)
+        with pipeline.step("rebuild", "wrappers rebuilt"):
+            for wrapper in wrappers:
+                rebuild(wrapper)
+            pipeline.count = len(wrappers)
 
 
 def reset_parameters(model: nn.Module) -> None:
