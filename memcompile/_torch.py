@@ -10,8 +10,9 @@ from typing import Any, cast
 
 from torch import fx
 from torch._dynamo import list_backends, register_backend
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-__all__ = ["OVERLAP", "compile_fx", "inductor_options", "list_backends", "register_backend"]
+__all__ = ["OVERLAP", "compile_fx", "free_unbacked_symbols", "inductor_options", "list_backends", "register_backend"]
 
 # Options of Inductor that move compute between the start of a collective and the wait for it, which it does not by
 # default. In the order that its configuration recommends.

@@ -19,11 +19,9 @@ from memcompile._torch import OVERLAP, compile_fx, list_backends, register_backe
 from memcompile.common.pipeline import Pipeline
 from memcompile.errors import PlanError
 from memcompile.lowering import cpu, inductor_patches
-from memcompile.passes.checks.capacity import agreement_of
-from memcompile.passes.checks.captured_memory import verify_captured_memory
-from memcompile.passes.checks.dense_gradient import make_dense_where_read
+from memcompile.passes.checks.captured_memory import make_dense_where_read, verify_captured_memory
 from memcompile.runtime.pool import MemoryPool, live_pools
-from memcompile.sharded_graphs import run_sharded, tables_among
+from memcompile.sharded_graphs import agreement_of, run_sharded, tables_among
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +89,7 @@ class Backend:
             tables = tables_among(example_inputs, sharded)
             agreement = agreement_of(graph_module, example_inputs)
             pipeline.count = len(tables)
-        if agreement is not None and agreement.has_an_empty_lookup:
+        if agreement is not None and 0 in agreement.tokens:
             # Zeros of no tokens are constants to a compiler, which would send them before the other ranks send theirs.
             return run_sharded(graph_module, tables, agreement)
         with pipeline.step("inductor", "nodes compiled"):

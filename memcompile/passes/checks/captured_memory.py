@@ -1,4 +1,4 @@
-"""A captured graph of a planned model runs the memory exactly as planned, or is refused. Changes nothing."""
+"""A captured graph of a planned model runs the memory exactly as planned, or is refused."""
 
 from __future__ import annotations
 
@@ -58,6 +58,31 @@ def verify_captured_memory(
     return found
 
 
+def make_dense_where_read(
+    graph_module: fx.GraphModule, inputs: Sequence[object], values: Sequence[torch.Tensor]
+) -> int:
+    """Gives all lookups of a captured graph a dense gradient, in place, where something else reads the values: autograd
+    would add a sparse gradient to that of a penalty on the table, which is dense, and cannot trace it.
+
+    Args:
+        graph_module, inputs: as for `verify_captured_memory`.
+        values: of the pools whose layers the graph may run.
+
+    Returns:
+        How many lookups have got one.
+    """
+    tables = names_by_identity({"values": values}, inputs)
+    operators = [(node, binding) for node, binding in operators_in(graph_module, inputs) if not calls_a_body(node)]
+    others = ((node, binding) for node, binding in operators if not is_lookup(node))
+    if not any(id(binding.get(a)) in tables for node, binding in others for a in node.all_input_nodes):
+        return 0
+    lookups = [node for node, _ in operators if is_lookup(node)]
+    for node in lookups:
+        at = POSITIONS["values_grad"]
+        node.args = (*node.args[:at], "dense", *node.args[at + 1 :])
+    return len(lookups)
+
+
 def names_by_identity(layers: Mapping[str, Sequence[torch.Tensor]], inputs: Sequence[object]) -> dict[int, str]:
     """The name that each parameter has in `layers`, by the parameter's identity.
 
@@ -93,7 +118,9 @@ def operators_in(
             binding[node] = binding.get(node.all_input_nodes[0])
             continue
         yield node, binding
-        for body in _bodies(node, binding):
+        for body in (binding.get(a) for a in node.all_input_nodes):
+            if not isinstance(body, fx.GraphModule):
+                continue
             # In order, repeats included; what stands before a body's own operands (a predicate) is no input of it.
             given = [binding.get(a) if isinstance(a, fx.Node) else a for a in pytree.tree_leaves(node.args)]
             operands = [value for value in given if not isinstance(value, fx.GraphModule)]
@@ -106,11 +133,6 @@ def _is_part(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target == "to_local"
     return node.op == "call_function" and "to_local" in getattr(node.target, "__qualname__", "")
-
-
-def _bodies(node: fx.Node, binding: Mapping[fx.Node, object]) -> list[fx.GraphModule]:
-    values = (binding.get(a) for a in node.all_input_nodes)
-    return [value for value in values if isinstance(value, fx.GraphModule)]
 
 
 def calls_a_body(node: fx.Node) -> bool:
