@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import fx
@@ -55,12 +56,7 @@ def memory_root(node: fx.Node) -> fx.Node:
 
 def aliases(node: fx.Node) -> set[fx.Node]:
     """Every node that shares memory with ``node``."""
-    found, pending = set[fx.Node](), [memory_root(node)]
-    while pending:
-        node = pending.pop()
-        found.add(node)
-        pending.extend(u for u in node.users if u not in found and _shares_memory(u) and u.all_input_nodes[0] is node)
-    return found
+    return reach([memory_root(node)], lambda n: [u for u in n.users if _shares_memory(u) and u.all_input_nodes[0] is n])
 
 
 def _shares_memory(node: fx.Node) -> bool:
@@ -69,9 +65,15 @@ def _shares_memory(node: fx.Node) -> bool:
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
     """The node and every node that it is computed from."""
-    found, pending = {node}, [node]
+    return reach([node], lambda n: n.all_input_nodes)
+
+
+def reach(start: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """The nodes, and every node that ``following`` leads to from them."""
+    found = set(start)
+    pending = list(found)
     while pending:
-        new = [a for a in pending.pop().all_input_nodes if a not in found]
+        new = [node for node in following(pending.pop()) if node not in found]
         found.update(new)
         pending.extend(new)
     return found

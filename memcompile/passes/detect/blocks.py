@@ -17,7 +17,7 @@ from memcompile.passes.detect.layout import prove_features_last, stream_read
 from memcompile.passes.detect.projection import find_projections
 from memcompile.passes.detect.region import Refusal, Region, find_region, prove_closed, prove_one_source
 from memcompile.passes.detect.registration import Registration, common_owner
-from memcompile.passes.detect.residual import Sink, prove_residual, prove_unrouted
+from memcompile.passes.detect.residual import prove_residual, prove_unrouted
 from memcompile.passes.detect.token_wise import prove_token_wise
 from memcompile.passes.fx import operator_name
 
@@ -56,7 +56,7 @@ class Candidate:
 
     region: Region
     capture: Capture
-    sink: Sink = Sink.RESIDUAL
+    joins_stream: bool = True
     refusal: str | None = None
 
     @property
@@ -81,7 +81,7 @@ def _candidates(capture: Capture) -> Iterator[Candidate]:
             prove_closed(region)
             prove_features_last(region, capture, projections)
             prove_unrouted(region, capture, projections)
-            candidate.sink = prove_residual(region, capture)
+            candidate.joins_stream = prove_residual(region, capture)
         except Refusal as refusal:
             candidate.refusal = str(refusal)
         if candidate.refusal is None or _resembles_ffn(region):
@@ -108,7 +108,7 @@ def _refuse_unproved_boundaries(found: list[Candidate], model: nn.Module | None)
     """
     proved = collections.Counter(c.signature for c in found if c.refusal is None)
     for candidate in found:
-        if candidate.refusal is not None or candidate.sink is not Sink.BOUNDARY:
+        if candidate.refusal is not None or candidate.joins_stream:
             continue
         if model is None or not candidate.capture.path:
             candidate.refusal = "its output leaves the model before it joins a residual stream: a head, not an FFN"

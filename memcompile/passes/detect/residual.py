@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import enum
-
 from torch import fx
 
 from memcompile.common.token_wise import (
@@ -20,7 +18,7 @@ from memcompile.passes.capture.trace import Capture
 from memcompile.passes.detect.layout import stream_read
 from memcompile.passes.detect.projection import Projection
 from memcompile.passes.detect.region import Refusal, Region
-from memcompile.passes.fx import fake_value, features, operator_name, tokens
+from memcompile.passes.fx import fake_value, features, operator_name, reach, tokens
 
 # What may stand between an FFN's output and the stream that it joins ...
 _TO_STREAM = LINEAR | CASTS | DROPOUTS | NORMS | RESHAPES | {"getitem", "cat", "stack"}
@@ -36,16 +34,9 @@ _BROADCAST = "its output is broadcast over the stream: it conditions tokens, it 
 _ROUTER_REACH = 12  # nodes from a router's projection to its selection
 
 
-class Sink(enum.Enum):
-    """Where the output of an FFN goes."""
-
-    RESIDUAL = "joins the residual stream"
-    BOUNDARY = "leaves the captured graph"
-
-
-def prove_residual(region: Region, capture: Capture) -> Sink:
-    """Raises Refusal unless the output is added to the stream that the source was taken from. BOUNDARY where
-    the graph ends first, which proves nothing: the caller has to look for other evidence.
+def prove_residual(region: Region, capture: Capture) -> bool:
+    """Raises Refusal unless the output is added to the stream that the source was taken from. False where the graph
+    ends first, which proves nothing: the caller has to look for other evidence.
     """
     stream = _stream_of(region.source, capture)
     current = region.down.node
@@ -54,7 +45,7 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
         if not users:
             raise Refusal("its output is not used")
         if any(user.op == "output" for user in users):
-            return Sink.BOUNDARY
+            return False
         after_norm = _explicit_norm(current, users)
         if after_norm is not None:
             current = after_norm
@@ -71,7 +62,7 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
             continue
         if meets_stream and _joins(user, current):
             _prove_joined(user, current, region, stream)
-            return Sink.RESIDUAL
+            return True
         if meets_stream and name in ("mul", "div") and any(_same_shape(other, current) for other in others):
             raise Refusal("its output scales the stream that it read: a gate, not an FFN")
         if _repeats(user, current):
@@ -108,17 +99,12 @@ def prove_unrouted(region: Region, capture: Capture, projections: dict[fx.Node, 
 
 def _stream_of(node: fx.Node, capture: Capture) -> set[fx.Node]:
     """The node and its ancestors through additions, scales, norms, views: not through projections or attention."""
-    seen: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current in seen or current in capture.constants:
-            continue
-        if fake_value(current) is not None and features(current) > 1:
-            seen.add(current)
-        if operator_name(current) in _FROM_STREAM:
-            pending.extend(current.all_input_nodes)
-    return seen
+
+    def made_of(n: fx.Node) -> list[fx.Node]:
+        return [a for a in n.all_input_nodes if a not in capture.constants] if operator_name(n) in _FROM_STREAM else []
+
+    start = [] if node in capture.constants else [node]
+    return {n for n in reach(start, made_of) if fake_value(n) is not None and features(n) > 1}
 
 
 def _explicit_norm(node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
@@ -191,15 +177,8 @@ def _only_feeds_a_penalty(total: fx.Node, join: str) -> bool:
 
 def _is_scattered(total: fx.Node) -> bool:
     """Whether a stream, followed through later blocks, is written back by index."""
-    pending, seen = [total], {total}
-    while pending:
-        for user in pending.pop().users:
-            if operator_name(user) in _SCATTERS:
-                return True
-            if user not in seen and operator_name(user) in _TO_STREAM:
-                seen.add(user)
-                pending.append(user)
-    return False
+    stream = reach([total], lambda node: [user for user in node.users if operator_name(user) in _TO_STREAM])
+    return any(operator_name(user) in _SCATTERS for node in stream for user in node.users)
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from memcompile.common.token_wise import (
@@ -21,13 +22,23 @@ from memcompile.common.token_wise import (
 )
 from memcompile.passes._torch import OpOverload
 from memcompile.passes.capture.trace import Capture
-from memcompile.passes.constants import is_random, is_uniform
 from memcompile.passes.detect.region import Refusal, Region
-from memcompile.passes.fx import dimension_order, fake_value, features, operator_name, tokens
+from memcompile.passes.fx import (
+    aliases,
+    ancestors,
+    dimension_order,
+    fake_value,
+    features,
+    is_in_place,
+    operator_name,
+    reach,
+    tokens,
+)
 
 # How many trailing dimensions of a tensor hold features; those before them hold the tokens of the source in its order.
 # Several numbers where dimensions of size one leave it open.
 _Layout = frozenset[int]
+_FILLED = frozenset({"zeros", "ones", "full", "scalar_tensor"})
 _SAME_LAYOUT = CASTS | DROPOUTS | {"glu"}
 
 
@@ -94,9 +105,38 @@ def _broadcast(node: fx.Node, layouts: Mapping[fx.Node, _Layout], count: int, ca
         leading = value.numel() if value is not None and name == "prelu" and value.numel() > 1 else 1
         if value is not None and name != "prelu":
             leading = max(value.shape[: max(0, value.dim() - rank)].numel() for rank in common)
-        if leading != 1 and not is_uniform(constant) and not is_random(constant):
+        if leading != 1 and not _is_uniform(constant) and not _is_random(constant):
             raise Refusal(f"a constant {_shape(constant)} that differs from token to token enters between them")
     return common
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Whether a constant is drawn anew at each call, and made of nothing else (a dropout that the model spells out)."""
+    made_of = ancestors(node)
+    leaves = (leaf for leaf in made_of if not leaf.all_input_nodes and not _draws(leaf))
+    return any(map(_draws, made_of)) and all(operator_name(leaf) == "empty" or _is_uniform(leaf) for leaf in leaves)
+
+
+def _draws(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _is_uniform(node: fx.Node) -> bool:
+    """Whether every element of a constant is one number: zeros, ones, full, and what is computed of such."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        value, name = fake_value(current), operator_name(current)
+        if name in _FILLED:
+            if any(is_in_place(alias) and alias is not current for alias in aliases(current)):
+                return False
+        elif value is None or value.numel() != 1:
+            inputs = current.all_input_nodes
+            if name not in POINTWISE | CASTS | RESHAPES or not inputs:
+                return False
+            pending.extend(a for a in inputs if a not in seen)
+            seen.update(inputs)
+    return True
 
 
 def _or_refuse(layout: _Layout, sentence: str) -> _Layout:
@@ -143,13 +183,12 @@ def _hidden_path(region: Region, count: int) -> set[fx.Node]:
     """The nodes between the projections that carry the hidden activation; what only feeds a norm's statistics
     (one number a token) is not among them.
     """
-    between, path, pending = set(region.nodes), set[fx.Node](), [region.down.input]
-    while pending:
-        node = pending.pop()
-        if node in between and node not in path and not _is_statistic(node, count):
-            path.add(node)
-            pending.extend(node.all_input_nodes)
-    return path
+    between = set(region.nodes)
+
+    def carried(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        return [node for node in nodes if node in between and not _is_statistic(node, count)]
+
+    return reach(carried([region.down.input]), lambda n: carried(n.all_input_nodes))
 
 
 def _is_statistic(node: fx.Node, count: int) -> bool:

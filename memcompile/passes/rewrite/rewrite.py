@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
+from operator import attrgetter
 
 from torch import fx, nn
 
@@ -14,7 +15,7 @@ from memcompile.errors import OptionError, PlanError
 from memcompile.lowering import operator
 from memcompile.lowering.parameters import LAYER_PARAMETERS, new_layer, new_values
 from memcompile.passes._torch import assign_attribute
-from memcompile.passes.capture.graphs import Parameters, Scope, attribute_of, called_body, fake_mode, give_values, read
+from memcompile.passes.capture.graphs import Parameters, Scope, called_body, fake_mode, give_values, read
 from memcompile.passes.capture.signature import Signature
 from memcompile.passes.detect.blocks import Block, Candidate
 from memcompile.passes.detect.detect import find_in_scopes
@@ -102,10 +103,8 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
         if owner._non_persistent_buffers_set:
             result.get_submodule(path)._non_persistent_buffers_set |= owner._non_persistent_buffers_set
     for node in result.graph.nodes:
-        body = called_body(node, result)
-        if body is not None:
-            inner = attribute_of(result, str(body.target))
-            assert isinstance(inner, fx.GraphModule)
+        if (called := called_body(node, result)) is not None:
+            body, inner = called
             setattr(result, str(body.target), _copy(inner))
     give_values(result, result.graph)
     return result
@@ -113,7 +112,7 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
 
 def _has(module: nn.Module, name: str) -> bool:
     try:
-        attribute_of(module, name)
+        attrgetter(name)(module)
     except AttributeError:
         return False
     return True
@@ -256,9 +255,9 @@ def _remove_parameters(removed: set[str], ffns: set[str], scopes: list[Scope], a
                 readers = ", ".join(sorted(operator_name(user) for user in node.users))
                 raise PlanError(f"{scope.parameters[node]} is also read by {readers}: its block cannot be replaced")
         if scope.caller is not None:
-            assert scope.parent is not None
-            first = scope.caller.args.index(called_body(scope.caller, scope.parent.module)) + 1
-            gone = {first + i for i, p in enumerate(graph.find_nodes(op="placeholder")) if p in nodes}
+            placeholders = graph.find_nodes(op="placeholder")  # which the caller's last arguments are for
+            first = len(scope.caller.args) - len(placeholders)
+            gone = {at for at, placeholder in enumerate(placeholders, first) if placeholder in nodes}
             scope.caller.args = tuple(a for i, a in enumerate(scope.caller.args) if i not in gone)
         elif not added.registered:
             weights = [node for node, name in scope.parameters.items() if name in ffns]
