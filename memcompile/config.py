@@ -22,12 +22,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "values_storage": ("device", "host", "mmap"),
 }
 SPARSE_FROM = 2**16  # slots
-TRAINING_OPTIONS = (
-    "values_lr",
-    "values_grad",
-    "values_optimizer",
-    "values_state_dtype",
-)  # may change in a checkpoint's life
+# May change in a checkpoint's life.
+TRAINING_OPTIONS = ("values_lr", "values_grad", "values_optimizer", "values_state_dtype")
 STORAGE_OPTIONS = ("values_storage", "values_path")  # of a machine: no checkpoint has them
 LEARNING_DEFAULTS = {"values_grad": "auto", "values_optimizer": None, "values_state_dtype": "float32"}
 MAX_KEYS = 46340  # n_keys**2 slots must be addressable by an int32

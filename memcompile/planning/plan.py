@@ -1,15 +1,4 @@
-"""plan(): the one way in which a model gets a memory.
-
-trace        passes/capture/    the model on fake tensors -> graphs of ATen operators
-normalize    passes/capture/    one form for in-place operators and for operands of which only the shape is read
-detect       passes/detect/     every FFN, proved or refused with its reason
-place        passes/detect/     which of them `memory_layers` chooses
-rehearse     planning/          does the model's own code run with stand-ins there? Others are placed where not
-size         planning/          the sizes that were not given; how the values lie on a mesh
-install      runtime/           from here on the model changes: values, layers and stand-ins
-adopt        runtime/           optimizers of the replaced parameters get those of the memory
-rebuild      runtime/           DDPs around the model take its new parameters
-"""
+"""plan(): the one way in which a model gets a memory."""
 
 from __future__ import annotations
 
@@ -71,9 +60,9 @@ def plan(
     Args:
         model: any module; may be wrapped by DDP or ``torch.compile``. Plan before ``fully_shard``.
         memory: every option at once; or give them as keywords, see :class:`memcompile.MemoryConfig`.
-        example_inputs: a tuple of positional or a dict of keyword arguments of one forward, for models whose
-            inputs cannot be guessed. Of its tensors only shapes and dtypes are read, unless
-            values decide the path: then a copy of the model runs on them once.
+        example_inputs: a tuple of positional or a dict of keyword arguments of one forward, for models whose inputs
+            cannot be guessed. Of its tensors only shapes and dtypes are read, unless values decide the path: then a
+            copy of the model runs on them once.
         memory_mesh, shard_by, shard_tokens: shards the values over a mesh as they are made, so that no rank ever has
             all of them: `mesh`, `by` and `tokens` of :func:`memcompile.shard`. A collective then.
         options: fields of :class:`memcompile.MemoryConfig`.

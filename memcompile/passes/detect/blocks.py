@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx, nn
 
@@ -16,7 +16,7 @@ from memcompile.passes.capture.trace import Capture
 from memcompile.passes.detect.layout import prove_features_last, stream_read
 from memcompile.passes.detect.projection import find_projections
 from memcompile.passes.detect.region import Refusal, Region, find_region, prove_closed, prove_one_source
-from memcompile.passes.detect.registration import Registration, common_owner
+from memcompile.passes.detect.registration import common_owner, registration_refusals, tied_names
 from memcompile.passes.detect.residual import prove_residual, prove_unrouted
 from memcompile.passes.detect.token_wise import prove_token_wise
 from memcompile.passes.fx import operator_name
@@ -45,7 +45,7 @@ def find_blocks(captures: Sequence[Capture], model: nn.Module | None) -> list[Bl
     _refuse_unproved_boundaries(found, model)
     _refuse_parallel_branches(found)
     blocks = _in_order(_merge_calls(found, captures, model), captures)
-    for site in [block.site for block in blocks]:
+    for site in (block.site for block in blocks):
         log.debug("%s %s: %s", "refused" if site.refusal else "found", site.down, site.refusal or site.pattern)
     return blocks
 
@@ -153,11 +153,11 @@ def _merge_calls(found: list[Candidate], captures: Sequence[Capture], model: nn.
     for candidate in found:
         calls.setdefault(candidate.parameters, []).append(candidate)
     owners = collections.Counter(name for parameters in calls for name in parameters)
-    registration = Registration(model) if model is not None else None
+    tied = tied_names(model) if model is not None else {}
     blocks = []
     for parameters, candidates in calls.items():
         refusal = next((c.refusal for c in candidates if c.refusal), None)
-        refusal = refusal or _parameter_refusal(parameters, candidates, captures, owners, registration)
+        refusal = refusal or next(_parameter_refusals(parameters, candidates, captures, owners, model, tied), None)
         region, capture = candidates[0].region, candidates[0].capture
         up = tuple(capture.parameters[p.weight] for p in region.up)
         down = capture.parameters[region.down.weight]
@@ -187,28 +187,25 @@ def _in_order(blocks: list[Block], captures: Sequence[Capture]) -> list[Block]:
     return sorted(blocks, key=lambda block: first_use[block.site.down])
 
 
-def _parameter_refusal(
+def _parameter_refusals(
     parameters: tuple[str, ...],
-    candidates: list[Candidate],
+    calls: list[Candidate],
     captures: Sequence[Capture],
     owners: collections.Counter,
-    registration: Registration | None,
-) -> str | None:
-    """Why these parameters cannot be taken out of the model, None where they can."""
-    region = candidates[0].region
+    model: nn.Module | None,
+    tied: Mapping[int, set[str]],
+) -> Iterator[str]:
+    """Why these parameters cannot be taken out of the model."""
+    region = calls[0].region
     if len({p.weight for p in (*region.up, region.down)}) <= len(region.up):
-        return "two of its projections share one weight"
-    for name in parameters:
-        if owners[name] > 1:
-            return f"{name} also belongs to another block"
-    refusal = registration.refusal(parameters) if registration is not None else None
-    if refusal is not None:
-        return refusal
-    inside = frozenset[fx.Node]().union(*(c.region.all_nodes for c in candidates))
+        yield "two of its projections share one weight"
+    yield from (f"{name} also belongs to another block" for name in parameters if owners[name] > 1)
+    if model is not None:
+        yield from registration_refusals(model, parameters, tied)
+    inside = frozenset[fx.Node]().union(*(call.region.all_nodes for call in calls))
     read = (p for c in captures for p, name in c.parameters.items() if name in parameters and c.covers(name))
     for user in (user for placeholder in read for user in placeholder.users if user not in inside):
-        return f"one of its weights is also read by {operator_name(user)} outside of the block"
-    return None
+        yield f"one of its weights is also read by {operator_name(user)} outside of the block"
 
 
 def _pattern(region: Region) -> str:

@@ -1,9 +1,4 @@
-"""Finds the feed-forward blocks of a model or a graph: the first steps of a plan, and all that `find_ffns` does.
-
-trace        capture/    the model on fake tensors -> graphs of ATen operators
-normalize    capture/    one form for in-place operators and for operands of which only the shape is read
-detect       detect/     what matches an FFN's shape, each proved or refused with its reason
-"""
+"""Finds the feed-forward blocks of a model or a graph: the first steps of a plan, and all that `find_ffns` does."""
 
 from __future__ import annotations
 
