@@ -97,7 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_options(estimate)
+    for title, texts in _OPTIONS.items():
+        group = estimate.add_argument_group(title)
+        for name, text in texts.items():
+            group.add_argument(f"--{name.replace('_', '-')}", **_option(_FIELDS[name], text))
+    output = estimate.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="bytes and seconds, as JSON")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory over group sizes and GPUs")
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["plan"]:
         print(
@@ -159,16 +165,6 @@ def _draw(job: Job, hardware: Hardware, found: Sequence[Any], path: Path) -> Non
         draw(job, hardware, found, path)
     except (OSError, ValueError) as error:
         raise OptionError(f"--plot: {path} cannot be written: {error}") from error
-
-
-def _add_options(estimate: argparse.ArgumentParser) -> None:
-    for title, options in _OPTIONS.items():
-        group = estimate.add_argument_group(title)
-        for name, text in options.items():
-            group.add_argument(f"--{name.replace('_', '-')}", **_option(_FIELDS[name], text))
-    output = estimate.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="bytes and seconds, as JSON")
-    output.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory over group sizes and GPUs")
 
 
 def _option(field: Field, text: str) -> dict[str, Any]:

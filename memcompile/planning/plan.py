@@ -231,14 +231,22 @@ def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
     pool = pool_of(root)
     inner = pools_inside(root)
     names = [next(n for n, m in root.named_modules() if m is pool.owner) for pool in inner]
-    if len(inner) > 1 or any(_is_of_many(root, name) for name in names):
+    parts = [name.split(".") for name in names]
+    above = [root.get_submodule(".".join(part[:depth])) for part in parts for depth in range(len(part))]
+    is_of_many = any(isinstance(module, nn.ModuleList) and len(module) > 1 for module in above)  # not just wrapped
+    if len(inner) > 1 or is_of_many:
         raise PlanError(
             f"parts of {type(root).__name__} already have a memory ({', '.join(map(repr, names))}): compile the parts "
             f"alone, or plan the whole model once"
         )
     if pool is None:
         return False
-    differing = {name: value for name, value in given.items() if not _is_as_planned(pool, name, value)}
+    differing = {}
+    for name, value in given.items():
+        value = tuple(value) if isinstance(value, list) else value
+        as_planned = value in (getattr(pool.requested, name), getattr(pool.config, name))
+        if not as_planned and (name != "memory_layers" or place(pool.sites, value) != pool.chosen):
+            differing[name] = value
     if differing:
         now = {k: getattr(pool.requested, k) for k in differing}
         raise PlanError(
@@ -246,18 +254,3 @@ def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
             f"build the model anew to plan it otherwise, or leave the options out"
         )
     return True
-
-
-def _is_of_many(root: nn.Module, name: str) -> bool:
-    """Whether a part of the model is one of several blocks, or lies in one, and not in what only wraps it."""
-    parts = name.split(".")
-    above = (root.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
-    return any(isinstance(module, nn.ModuleList) and len(module) > 1 for module in above)
-
-
-def _is_as_planned(pool: MemoryPool, name: str, value: Any) -> bool:
-    """Whether an option asks for what is there: in the words of the plan, or for the same blocks and sizes."""
-    value = tuple(value) if isinstance(value, list) else value
-    if value in (getattr(pool.requested, name), getattr(pool.config, name)):
-        return True
-    return name == "memory_layers" and place(pool.sites, value) == pool.chosen

@@ -46,7 +46,9 @@ def rehearse(root: nn.Module, captures: Sequence[Capture], chosen: Sequence[FfnS
 def _failure(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], adds: bool) -> _Failure | None:
     calls: collections.Counter[str] = collections.Counter()
     for capture in captures:
-        inside = [site for site in sites if _is_in(capture, site)]
+        prefix = f"{capture.path}." if capture.path else ""
+        read = (site for site in sites if site.down.startswith(prefix) and site.down not in capture.unread)
+        inside = [site for site in read if capture.covers(site.down)]
         if capture.forward is None or not inside:
             continue
         with counting_stand_ins(root, inside, adds) as layers:
@@ -63,9 +65,3 @@ def _failure(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSi
             ran = f"it ran {calls[site.down]} times with a stand-in, and {site.calls} times without"
             return _Failure(ran, by_count=True)
     return None
-
-
-def _is_in(capture: Capture, site: FfnSite) -> bool:
-    """Whether the site was found in this graph."""
-    inside = not capture.path or site.down.startswith(f"{capture.path}.")
-    return inside and capture.covers(site.down) and site.down not in capture.unread

@@ -178,7 +178,10 @@ def give_values(module: fx.GraphModule, graph: fx.Graph) -> None:
             "the graph does not say which shapes its inputs have (meta['val']): capture it with torch.export or "
             "make_fx, or run FakeTensorProp(graph_module).propagate(*inputs) first"
         )
-    inputs = [v if not isinstance(v, FakeTensor) or v.fake_mode is mode else _in_mode(v, mode) for v in inputs]
+    with mode:  # one for all
+        others = {at: v for at, v in enumerate(inputs) if isinstance(v, FakeTensor) and v.fake_mode is not mode}
+        for at, v in others.items():
+            inputs[at] = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
     owner = module if module.graph is graph else fx.GraphModule(module, graph)
     FakeTensorProp(owner, mode).propagate_dont_convert_inputs(*inputs)
 
@@ -186,11 +189,6 @@ def give_values(module: fx.GraphModule, graph: fx.Graph) -> None:
 def fake_mode(values: Sequence[Any]) -> FakeTensorMode | None:
     """The mode of the first fake tensor; ``make_fx`` on real inputs leaves each in one of its own."""
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
-
-
-def _in_mode(value: FakeTensor, mode: FakeTensorMode) -> Tensor:
-    with mode:
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _give_sizes(graph: fx.Graph) -> None:

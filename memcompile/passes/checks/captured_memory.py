@@ -114,7 +114,8 @@ def operators_in(
             binding[node] = getattr(graph_module, str(node.target), None)
         if node.op in ("placeholder", "get_attr", "output"):
             continue
-        if _is_part(node):  # what a rank has of a parameter stands for it
+        name = node.target if node.op == "call_method" else getattr(node.target, "__qualname__", "")
+        if "to_local" in name:  # of a DTensor: what a rank has of a parameter stands for it (until 2.11 a function)
             binding[node] = binding.get(node.all_input_nodes[0])
             continue
         yield node, binding
@@ -126,13 +127,6 @@ def operators_in(
             operands = [value for value in given if not isinstance(value, fx.GraphModule)]
             first = max(0, len(operands) - len(placeholders_of(body)))
             yield from operators_in(body, operands[first:])
-
-
-def _is_part(node: fx.Node) -> bool:
-    """Whether the node is `DTensor.to_local`, as Dynamo writes it (until 2.11 as a function)."""
-    if node.op == "call_method":
-        return node.target == "to_local"
-    return node.op == "call_function" and "to_local" in getattr(node.target, "__qualname__", "")
 
 
 def calls_a_body(node: fx.Node) -> bool:

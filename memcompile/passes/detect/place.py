@@ -90,7 +90,13 @@ def _resolve(item: int | str, usable: list[FfnSite], sites: Sequence[FfnSite]) -
         return [usable[item]]
     named = [site for site in sites if item in (site.name, site.down)]
     if not named and any(character in item for character in "*?["):
-        return _matching(item, usable, sites)
+        named = [site for site in sites if any(fnmatch.fnmatchcase(name, item) for name in (site.name, site.down))]
+        chosen = [site for site in named if site.refusal is None]
+        if not named:
+            raise PlanError(f"memory_layers={item!r} matches no feed-forward block: choose from {_names(usable)}")
+        if not chosen:
+            raise PlanError(f"memory_layers={item!r} matches no block that can become a memory. {_refused(named)}")
+        return chosen
     if not named:
         raise PlanError(f"memory_layers names {item!r}, which is no feed-forward block: choose from {_names(usable)}")
     if len(named) > 1:
@@ -98,16 +104,6 @@ def _resolve(item: int | str, usable: list[FfnSite], sites: Sequence[FfnSite]) -
     if named[0].refusal:
         raise PlanError(f"{item!r} cannot become a memory: {named[0].refusal}")
     return named
-
-
-def _matching(glob: str, usable: list[FfnSite], sites: Sequence[FfnSite]) -> list[FfnSite]:
-    matched = [site for site in sites if any(fnmatch.fnmatchcase(name, glob) for name in (site.name, site.down))]
-    if not matched:
-        raise PlanError(f"memory_layers={glob!r} matches no feed-forward block: choose from {_names(usable)}")
-    chosen = [site for site in matched if site.refusal is None]
-    if not chosen:
-        raise PlanError(f"memory_layers={glob!r} matches no block that can become a memory. {_refused(matched)}")
-    return chosen
 
 
 _NOTHING_SEEN = (

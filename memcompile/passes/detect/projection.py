@@ -58,7 +58,10 @@ def _projection(node: fx.Node, capture: Capture) -> Projection | None:
     parameter, nodes = _parameter(weight, capture)
     derived = parameter is None and weight in capture.constants
     if derived:
-        parameter, nodes = _largest_parameter(weight, capture)
+        nodes = ancestors(weight)
+        sizes = {a: v.numel() for a in nodes if a in capture.parameters and (v := fake_value(a)) is not None}
+        parameter = max(sizes, key=sizes.__getitem__, default=None)
+        nodes = {a for a in nodes if a.op == "call_function"}
     value = fake_value(weight)
     if parameter is None or value is None or value.dim() != 2 or activation in capture.constants:
         return None
@@ -126,13 +129,6 @@ def _parameter(node: fx.Node, capture: Capture) -> tuple[fx.Node | None, set[fx.
         between.add(node)
         node = node.args[0]
     return node, between
-
-
-def _largest_parameter(node: fx.Node, capture: Capture) -> tuple[fx.Node | None, set[fx.Node]]:
-    """The largest of the parameters that a constant is computed from, and the nodes between."""
-    cone = ancestors(node)
-    sizes = {a: value.numel() for a in cone if a in capture.parameters and (value := fake_value(a)) is not None}
-    return max(sizes, key=sizes.__getitem__, default=None), {a for a in cone if a.op == "call_function"}
 
 
 def _with_added_bias(projection: Projection, capture: Capture) -> Projection:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 
 from torch import fx
 
@@ -95,7 +94,10 @@ def find_region(down: Projection, projections: dict[fx.Node, Projection], captur
     widths = [p.width_out for p in up.values()]
     if widths not in ([down.width_in], [2 * down.width_in], [down.width_in] * 2):
         return None
-    derived = _made_of_parameters(constants, capture)
+    derived: set[fx.Node] = set()  # from parameters, which are among them
+    for node in sorted(set[fx.Node]().union(*map(ancestors, constants))):
+        if node in capture.parameters or not derived.isdisjoint(node.all_input_nodes):
+            derived.add(node)
     position = {node: index for index, node in enumerate(capture.graph.nodes)}
     return Region(
         up=tuple(sorted(up.values(), key=lambda p: position[p.node])),
@@ -155,12 +157,3 @@ def strip_views(node: fx.Node) -> fx.Node:
             break
         node = node.args[0]
     return node
-
-
-def _made_of_parameters(constants: Iterable[fx.Node], capture: Capture) -> set[fx.Node]:
-    """The parameters that constants depend on, and every node between."""
-    made: set[fx.Node] = set()
-    for node in sorted(set[fx.Node]().union(*map(ancestors, constants))):
-        if node in capture.parameters or not made.isdisjoint(node.all_input_nodes):
-            made.add(node)
-    return made

@@ -80,7 +80,9 @@ def _prove_joined(total: fx.Node, output: fx.Node, region: Region, stream: set[f
         raise Refusal(f"it works on parts of a stream that is {features(total)} wide: heads or groups, not tokens")
     if _only_feeds_a_penalty(total, operator_name(total)):
         raise Refusal("its sum with the stream only feeds a penalty: an autoencoder, not an FFN")
-    if any(operator_name(node) in _GATHERS for node in stream) and _is_scattered(total):
+    onwards = reach([total], lambda node: [user for user in node.users if operator_name(user) in _TO_STREAM])
+    scattered = any(operator_name(user) in _SCATTERS for node in onwards for user in node.users)
+    if scattered and any(operator_name(node) in _GATHERS for node in stream):
         raise Refusal("its tokens are picked out of the stream and scattered back: a mixture of depths")
 
 
@@ -173,12 +175,6 @@ def _only_feeds_a_penalty(total: fx.Node, join: str) -> bool:
     squared = [reader for reader in readers if operator_name(reader) == "mul" and reader.args == (total, total)]
     penalties = [reader for reader in readers if operator_name(reader) in _PENALTIES]
     return bool(readers) and len(penalties) + len(squared) == len(readers)
-
-
-def _is_scattered(total: fx.Node) -> bool:
-    """Whether a stream, followed through later blocks, is written back by index."""
-    stream = reach([total], lambda node: [user for user in node.users if operator_name(user) in _TO_STREAM])
-    return any(operator_name(user) in _SCATTERS for node in stream for user in node.users)
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:

@@ -266,13 +266,8 @@ def _remove_parameters(removed: set[str], ffns: set[str], scopes: list[Scope], a
         for node in nodes:
             if node.op == "placeholder":
                 graph.erase_node(node)
-        if scope.parent is None:
-            _unregister(scope.module, removed)
-
-
-def _unregister(module: nn.Module, names: set[str]) -> None:
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    gone = {id(parameters[name]) for name in names & parameters.keys()}
+    parameters = dict(scopes[0].module.named_parameters(remove_duplicate=False))
+    gone = {id(parameters[name]) for name in removed & parameters.keys()}
     for name in [name for name, parameter in parameters.items() if id(parameter) in gone]:
         path, _, leaf = name.rpartition(".")
-        delattr(module.get_submodule(path), leaf)
+        delattr(scopes[0].module.get_submodule(path), leaf)

@@ -42,7 +42,11 @@ class Splice:
         source = (same or self.sources)[0]
         value = source.meta["val"]
         with self.graph.inserting_before(self.down):
-            tensors = self._in_dtype(tensors, value.dtype)
+            # Projections in the dtype of the tokens, as a graph captured under autocast has the FFN's. The operator
+            # casts keys and temperature, and takes values of any dtype.
+            query, query_bias, keys, values, *projections, temperature = tensors
+            cast = [self._in_dtype(tensor, value.dtype) for tensor in (query, query_bias, *projections)]
+            tensors = (*cast[:2], keys, values, *cast[2:], temperature)
             shape = (*value.shape[:-1], self.site.width)
             node = self._call(lookup, (source, *tensors, *sizes), output if same else output.new_empty(shape))
             if not same:
@@ -82,15 +86,7 @@ class Splice:
         node.meta = {key: self.down.meta[key] for key in _PROVENANCE if key in self.down.meta} | {"val": value}
         return node
 
-    def _in_dtype(self, tensors: Sequence[fx.Node | None], dtype: torch.dtype) -> list[fx.Node | None]:
-        """The projections' tensors in the dtype of the tokens, as a graph captured under autocast has the FFN's. The
-        operator itself casts keys and temperature; the values may be of any dtype.
-        """
-        query, query_bias, keys, values, *projections, temperature = tensors
-        cast = [self._cast(tensor, dtype) for tensor in (query, query_bias, *projections)]
-        return [*cast[:2], keys, values, *cast[2:], temperature]
-
-    def _cast(self, tensor: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
+    def _in_dtype(self, tensor: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
         if tensor is None or tensor.meta["val"].dtype == dtype:
             return tensor
         node = self._call(torch.ops.aten._to_copy.default, (tensor,), tensor.meta["val"].to(dtype))
