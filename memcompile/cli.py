@@ -144,7 +144,14 @@ def _estimate(options: argparse.Namespace) -> int:
     hardware = Hardware(**in_units)  # rounded, as 10 * 1e-6 is not 1e-5
     found = candidates(job, hardware)
     if options.plot is not None:
-        _draw(job, hardware, found, options.plot)
+        try:
+            from memcompile.cost.plot import draw  # it alone needs matplotlib
+
+            draw(job, hardware, found, options.plot)
+        except ImportError as error:
+            raise OptionError(f"--plot needs matplotlib: pip install matplotlib ({error})") from error
+        except (OSError, ValueError) as error:
+            raise OptionError(f"--plot: {options.plot} cannot be written: {error}") from error
     if options.json:
         print(json.dumps(as_json(job, hardware, found), indent=2))
     else:
@@ -154,17 +161,6 @@ def _estimate(options: argparse.Namespace) -> int:
     if options.json:
         print(misfit(job, hardware, found), file=sys.stderr)
     return 1
-
-
-def _draw(job: Job, hardware: Hardware, found: Sequence[Any], path: Path) -> None:
-    try:
-        from memcompile.cost.plot import draw  # it alone needs matplotlib
-    except ImportError as error:
-        raise OptionError(f"--plot needs matplotlib: pip install matplotlib ({error})") from error
-    try:
-        draw(job, hardware, found, path)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"--plot: {path} cannot be written: {error}") from error
 
 
 def _option(field: Field, text: str) -> dict[str, Any]:

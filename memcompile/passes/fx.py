@@ -88,9 +88,7 @@ def fake_value(node: fx.Node) -> torch.Tensor | None:
 def features(node: fx.Node) -> int:
     """The last dimension, 1 for a scalar, 0 where the node is no tensor."""
     value = fake_value(node)
-    if value is None:
-        return 0
-    return int(value.shape[-1]) if value.dim() else 1
+    return 0 if value is None else int(value.shape[-1]) if value.dim() else 1
 
 
 def ndim(node: fx.Node) -> int:
@@ -102,6 +100,4 @@ def ndim(node: fx.Node) -> int:
 def tokens(node: fx.Node) -> int:
     """How many feature vectors the node holds: the product of all dimensions but the last."""
     value = fake_value(node)
-    if value is None:
-        return 0
-    return value.shape[:-1].numel() if value.dim() else 1
+    return 0 if value is None else value.shape[:-1].numel() if value.dim() else 1

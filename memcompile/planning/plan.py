@@ -243,7 +243,6 @@ def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
         return False
     differing = {}
     for name, value in given.items():
-        value = tuple(value) if isinstance(value, list) else value
         as_planned = value in (getattr(pool.requested, name), getattr(pool.config, name))
         if not as_planned and (name != "memory_layers" or place(pool.sites, value) != pool.chosen):
             differing[name] = value

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from memcompile.common.token_wise import CASTS, TRANSPOSES
 from memcompile.errors import OptionError, PlanError
 from memcompile.passes._torch import FakeTensor, FakeTensorMode, FakeTensorProp, HigherOrderOperator, OpOverload
-from memcompile.passes.capture.signature import Signature
+from memcompile.passes.capture.signature import keys_with
 from memcompile.passes.capture.trace import Capture
 from memcompile.passes.fx import fake_value, operator_name, reach
 
@@ -32,12 +32,11 @@ class Scope:
     """One graph of a captured module: its own, or the body of a higher-order operator in it.
 
     Attributes:
-        module: the module whose graph it is.
         capture: a copy of the graph for the detector, every size in it a number.
         original: the graph's own node for each node of the copy.
         parameters: the nodes that stand for parameters, with the parameter's name.
-        caller: the node that calls the body, None for the module's own graph; and the graph that it stands in.
         order: for each node of the copy, what sorts the nodes of all graphs in execution order.
+        caller: the node that calls the body, which stands in ``parent``; None for the module's own graph.
     """
 
     module: fx.GraphModule
@@ -142,7 +141,7 @@ def _parameters(graph_module: fx.GraphModule, given: Parameters | None) -> dict[
 def _weights(graph_module: fx.GraphModule, placeholders: list[fx.Node]) -> dict[fx.Node, str]:
     """The inputs that are read as weights, and whatever else is passed in one dict with them, by its keys there."""
     weights = [node for node in placeholders if _is_weight(node)]
-    keys = Signature(graph_module.graph).keys_with(weights)
+    keys = keys_with(weights, graph_module.graph)
     if keys is not None and len(set(keys.values())) == len(keys):
         return {node: name for node, name in keys.items() if fake_value(node) is not None}
     return {node: str(node.target) for node in weights}

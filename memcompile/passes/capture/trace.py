@@ -32,8 +32,8 @@ class Capture:
     Attributes:
         path: the module's path in the model; ``""`` for the whole model.
         graph: aten operators before autograd (`make_fx(pre_dispatch=True)`), fake values in ``meta["val"]``.
-        parameters: the parameter's full name in the model for each placeholder that stands for one. Tied names
-            are represented by the model's first, in every capture.
+        parameters: the placeholders that stand for parameters, with the parameter's full name in the model: of tied
+            names the model's first, in every capture.
         buffers: the placeholders that stand for buffers.
         forward: how the module was run; None for a graph that the user captured.
         only: where set, the graph counts for the blocks of these parameters alone: another graph does for the rest.

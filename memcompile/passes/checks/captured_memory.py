@@ -25,9 +25,7 @@ def verify_captured_memory(
     """Checks one captured graph; returns how often each layer's lookup stands in it.
 
     Args:
-        graph_module: a graph captured by Dynamo; bodies of higher-order operators (activation checkpointing) are
-            looked into.
-        inputs: the values of its placeholders, parameters among them.
+        graph_module: a graph captured by Dynamo, whose placeholders have the values ``inputs``.
         layers: name of each memory layer -> its parameters.
         calls: how often each layer runs in one forward, where the graph holds the whole forward; None for a part.
 
@@ -61,15 +59,9 @@ def verify_captured_memory(
 def make_dense_where_read(
     graph_module: fx.GraphModule, inputs: Sequence[object], values: Sequence[torch.Tensor]
 ) -> int:
-    """Gives all lookups of a captured graph a dense gradient, in place, where something else reads the values: autograd
-    would add a sparse gradient to that of a penalty on the table, which is dense, and cannot trace it.
-
-    Args:
-        graph_module, inputs: as for `verify_captured_memory`.
-        values: of the pools whose layers the graph may run.
-
-    Returns:
-        How many lookups have got one.
+    """Gives all lookups of a captured graph a dense gradient, in place, where something else reads the values of the
+    pools whose layers it may run: autograd would add a sparse gradient to that of a penalty on the table, which is
+    dense, and cannot trace it. Returns how many lookups have got one.
     """
     tables = names_by_identity({"values": values}, inputs)
     operators = [(node, binding) for node, binding in operators_in(graph_module, inputs) if not calls_a_body(node)]

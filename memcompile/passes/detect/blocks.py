@@ -8,15 +8,16 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from memcompile.common.sites import FfnSite
+from memcompile.common.sites import FfnSite, common_path
 from memcompile.common.token_wise import CASTS, NORMS, RESHAPES
 from memcompile.passes._torch import ConvNd
+from memcompile.passes.capture.sandbox import HOOKS
 from memcompile.passes.capture.trace import Capture
 from memcompile.passes.detect.layout import prove_features_last, stream_read
 from memcompile.passes.detect.projection import find_projections
 from memcompile.passes.detect.region import Refusal, Region, find_region, prove_closed, prove_one_source
-from memcompile.passes.detect.registration import common_owner, registration_refusals, tied_names
 from memcompile.passes.detect.residual import prove_residual, prove_unrouted
 from memcompile.passes.detect.token_wise import prove_token_wise
 from memcompile.passes.fx import operator_name
@@ -153,7 +154,7 @@ def _merge_calls(found: list[Candidate], captures: Sequence[Capture], model: nn.
     for candidate in found:
         calls.setdefault(candidate.parameters, []).append(candidate)
     owners = collections.Counter(name for parameters in calls for name in parameters)
-    tied = tied_names(model) if model is not None else {}
+    tied = _tied_names(model) if model is not None else {}
     blocks = []
     for parameters, candidates in calls.items():
         refusal = next((c.refusal for c in candidates if c.refusal), None)
@@ -162,7 +163,7 @@ def _merge_calls(found: list[Candidate], captures: Sequence[Capture], model: nn.
         up = tuple(capture.parameters[p.weight] for p in region.up)
         down = capture.parameters[region.down.weight]
         site = FfnSite(
-            name=common_owner([*up, down]),
+            name=_common_owner([*up, down]),
             up=up,
             down=down,
             width=region.down.width_out,
@@ -201,11 +202,53 @@ def _parameter_refusals(
         yield "two of its projections share one weight"
     yield from (f"{name} also belongs to another block" for name in parameters if owners[name] > 1)
     if model is not None:
-        yield from registration_refusals(model, parameters, tied)
+        yield from _registration_refusals(model, parameters, tied)
     inside = frozenset[fx.Node]().union(*(call.region.all_nodes for call in calls))
     read = (p for c in captures for p, name in c.parameters.items() if name in parameters and c.covers(name))
     for user in (user for placeholder in read for user in placeholder.users if user not in inside):
         yield f"one of its weights is also read by {operator_name(user)} outside of the block"
+
+
+def _tied_names(model: nn.Module) -> dict[int, set[str]]:
+    """Every name of each parameter of a model, by the parameter's identity."""
+    names: dict[int, set[str]] = collections.defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].add(name)
+    return names
+
+
+def _registration_refusals(model: nn.Module, replaced: Sequence[str], tied: Mapping[int, set[str]]) -> Iterator[str]:
+    """Why the way in which these parameters are registered keeps them in the model."""
+    owner = _common_owner(replaced)
+    for name in replaced:
+        parameter, path = model.get_parameter(name), name.rpartition(".")[0]
+        if isinstance(model.get_submodule(path), ParametrizationList):
+            yield f"{name} is parametrized"
+        split = (other.rpartition(".") for other in tied[id(parameter)])  # of one attribute, where layers share a block
+        if len({(id(model.get_submodule(module)), leaf) for module, _, leaf in split}) > 1:
+            yield f"{name} is tied to {min(tied[id(parameter)] - {name})}"
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+            yield f"{name} is a {type(parameter).__name__} of {parameter.dtype}: sharded or quantised weights stay"
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            yield f"{name} has gradient hooks, which would be lost"
+    for path in (name.rpartition(".")[0] for name in replaced):
+        if path != owner and _has_hooks(model.get_submodule(path)):
+            yield f"module {path!r} has hooks, which would no longer see the projection"
+    for path, module in model.get_submodule(owner).named_modules(prefix=owner):
+        # An activation or a dropout between the projections has no parameters; attention in the same module has.
+        bare = not any(True for _ in module.parameters())
+        between = bare or any(name.startswith(f"{path}.") for name in replaced)
+        if path != owner and between and _has_hooks(module):
+            yield f"module {path!r} has hooks, which would no longer see the hidden activation"
+
+
+def _common_owner(parameters: Sequence[str]) -> str:
+    """Path of the innermost module that holds all of them."""
+    return common_path(name.rpartition(".")[0] for name in parameters)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in HOOKS)
 
 
 def _pattern(region: Region) -> str:

@@ -15,16 +15,12 @@ from memcompile.passes.fx import ancestors, fake_value, ndim, operator_name
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """``node = input @ weight + bias``.
+    """``node = input @ weight + bias``, of features ``width_in`` to ``width_out``.
 
     Attributes:
-        node: the node whose value is the projection, the bias included.
         nodes: every node that belongs to it: the product, the bias addition, casts and transposes of weights.
-        input: the activation that is projected.
-        weight: placeholder of the weight parameter.
-        bias: placeholder of the bias parameter, if any.
+        weight, bias: placeholders of the parameters.
         derived: the weight is computed from parameters at each call, of which ``weight`` is the largest.
-        width_in, width_out: features before and after.
     """
 
     node: fx.Node

@@ -16,7 +16,7 @@ from memcompile.lowering import operator
 from memcompile.lowering.parameters import LAYER_PARAMETERS, new_layer, new_values
 from memcompile.passes._torch import assign_attribute
 from memcompile.passes.capture.graphs import Parameters, Scope, called_body, fake_mode, give_values, read
-from memcompile.passes.capture.signature import Signature
+from memcompile.passes.capture.signature import exchange
 from memcompile.passes.detect.blocks import Block, Candidate
 from memcompile.passes.detect.detect import find_in_scopes
 from memcompile.passes.fx import operator_name
@@ -261,8 +261,7 @@ def _remove_parameters(removed: set[str], ffns: set[str], scopes: list[Scope], a
             scope.caller.args = tuple(a for i, a in enumerate(scope.caller.args) if i not in gone)
         elif not added.registered:
             weights = [node for node, name in scope.parameters.items() if name in ffns]
-            inputs = {name: added.node(scope, name) for name in added.drawn}
-            Signature(graph, outside=list(inputs.values())).exchange(weights, nodes, inputs)
+            exchange(weights, nodes, {name: added.node(scope, name) for name in added.drawn}, graph)
         for node in nodes:
             if node.op == "placeholder":
                 graph.erase_node(node)
