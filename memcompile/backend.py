@@ -25,12 +25,6 @@ from memcompile.sharded_graphs import agreement_of, run_sharded, tables_among
 
 log = logging.getLogger(__name__)
 
-_NOT_PLANNED = (
-    "memcompile's backend was called for a model that has no memory, because `import memcompile` did not come before "
-    "`torch.compile(..., backend='memcompile')`. Add `import memcompile` at the top of the program, or call "
-    "memcompile.plan(model) before compiling"
-)
-
 
 class Backend:
     """What ``torch.compile`` calls with each captured graph.
@@ -123,7 +117,11 @@ def memcompile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kw
         PlanError: no model is planned, so this one runs dense.
     """
     if not any(True for _ in live_pools()):
-        raise PlanError(_NOT_PLANNED)
+        raise PlanError(
+            "memcompile's backend was called for a model that has no memory, because `import memcompile` did not come "
+            "before `torch.compile(..., backend='memcompile')`. Add `import memcompile` at the top of the program, or "
+            "call memcompile.plan(model) before compiling"
+        )
     return Backend(None, whole=False)(graph_module, example_inputs, **kwargs)
 
 

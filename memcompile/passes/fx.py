@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
-from memcompile.common.token_wise import canonical
+from memcompile.common.token_wise import CASTS, POINTWISE, RESHAPES, canonical
 from memcompile.passes._torch import OpOverload
+
+_FILLED = frozenset({"zeros", "ones", "full", "scalar_tensor"})
 
 
 def operator_name(node: fx.Node) -> str:
@@ -101,3 +103,32 @@ def tokens(node: fx.Node) -> int:
     """How many feature vectors the node holds: the product of all dimensions but the last."""
     value = fake_value(node)
     return 0 if value is None else value.shape[:-1].numel() if value.dim() else 1
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a constant is drawn anew at each call, and made of nothing else (a dropout that the model spells out)."""
+    made_of = ancestors(node)
+    leaves = (leaf for leaf in made_of if not leaf.all_input_nodes and not _draws(leaf))
+    return any(map(_draws, made_of)) and all(operator_name(leaf) == "empty" or is_uniform(leaf) for leaf in leaves)
+
+
+def _draws(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def is_uniform(node: fx.Node) -> bool:
+    """Whether every element of a constant is one number: zeros, ones, full, and what is computed of such."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        value, name = fake_value(current), operator_name(current)
+        if name in _FILLED:
+            if any(is_in_place(alias) and alias is not current for alias in aliases(current)):
+                return False
+        elif value is None or value.numel() != 1:
+            inputs = current.all_input_nodes
+            if name not in POINTWISE | CASTS | RESHAPES or not inputs:
+                return False
+            pending.extend(a for a in inputs if a not in seen)
+            seen.update(inputs)
+    return True

@@ -154,7 +154,9 @@ def _merge_calls(found: list[Candidate], captures: Sequence[Capture], model: nn.
     for candidate in found:
         calls.setdefault(candidate.parameters, []).append(candidate)
     owners = collections.Counter(name for parameters in calls for name in parameters)
-    tied = _tied_names(model) if model is not None else {}
+    tied: dict[int, set[str]] = collections.defaultdict(set)  # all names of each parameter
+    for name, parameter in model.named_parameters(remove_duplicate=False) if model is not None else ():
+        tied[id(parameter)].add(name)
     blocks = []
     for parameters, candidates in calls.items():
         refusal = next((c.refusal for c in candidates if c.refusal), None)
@@ -207,14 +209,6 @@ def _parameter_refusals(
     read = (p for c in captures for p, name in c.parameters.items() if name in parameters and c.covers(name))
     for user in (user for placeholder in read for user in placeholder.users if user not in inside):
         yield f"one of its weights is also read by {operator_name(user)} outside of the block"
-
-
-def _tied_names(model: nn.Module) -> dict[int, set[str]]:
-    """Every name of each parameter of a model, by the parameter's identity."""
-    names: dict[int, set[str]] = collections.defaultdict(set)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].add(name)
-    return names
 
 
 def _registration_refusals(model: nn.Module, replaced: Sequence[str], tied: Mapping[int, set[str]]) -> Iterator[str]:

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from memcompile.common.token_wise import (
-    CASTS,
-    DROPOUTS,
-    FEATURE_JOINS,
-    LINEAR,
-    NORMS,
-    PROJECTIONS,
-    RESHAPES,
-    TOKEN_WISE,
-)
+from memcompile.common import token_wise as kinds
 from memcompile.passes.capture.trace import Capture
 from memcompile.passes.detect.layout import stream_read
 from memcompile.passes.detect.projection import Projection
@@ -21,14 +12,14 @@ from memcompile.passes.detect.region import Refusal, Region
 from memcompile.passes.fx import fake_value, features, operator_name, reach, tokens
 
 # What may stand between an FFN's output and the stream that it joins ...
-_TO_STREAM = LINEAR | CASTS | DROPOUTS | NORMS | RESHAPES | {"getitem", "cat", "stack"}
+_TO_STREAM = kinds.LINEAR | kinds.CASTS | kinds.DROPOUTS | kinds.NORMS | kinds.RESHAPES | {"getitem", "cat", "stack"}
 # ... and between the stream and what an FFN reads, which only has to be made of it.
-_FROM_STREAM = TOKEN_WISE | {"getitem", "batch_norm", "pad", "constant_pad_nd", "roll"}
+_FROM_STREAM = kinds.TOKEN_WISE | {"getitem", "batch_norm", "pad", "constant_pad_nd", "roll"}
 _SELECTIONS = frozenset({"topk", "argmax", "sort", "argsort", "one_hot", "max"})
 _GATHERS = frozenset({"index", "index_select", "gather", "take", "masked_select"})
 _SCATTERS = frozenset("scatter scatter_ scatter_add scatter_add_ index_put index_put_ index_copy index_copy_".split())
 _SCATTERS |= {"index_add", "index_add_", "masked_scatter", "masked_scatter_", "scatter_reduce"}
-_CONTINUES = NORMS | PROJECTIONS | {"add", "sub", "batch_norm"}
+_CONTINUES = kinds.NORMS | kinds.PROJECTIONS | {"add", "sub", "batch_norm"}
 _PENALTIES = frozenset({"pow", "square", "abs", "norm", "linalg_vector_norm", "mse_loss"})
 _BROADCAST = "its output is broadcast over the stream: it conditions tokens, it is not their FFN"
 _ROUTER_REACH = 12  # nodes from a router's projection to its selection
@@ -80,10 +71,10 @@ def _prove_joined(total: fx.Node, output: fx.Node, region: Region, stream: set[f
         raise Refusal(f"it works on parts of a stream that is {features(total)} wide: heads or groups, not tokens")
     if _only_feeds_a_penalty(total, operator_name(total)):
         raise Refusal("its sum with the stream only feeds a penalty: an autoencoder, not an FFN")
-    onwards = reach([total], lambda node: [user for user in node.users if operator_name(user) in _TO_STREAM])
-    scattered = any(operator_name(user) in _SCATTERS for node in onwards for user in node.users)
-    if scattered and any(operator_name(node) in _GATHERS for node in stream):
-        raise Refusal("its tokens are picked out of the stream and scattered back: a mixture of depths")
+    if any(operator_name(node) in _GATHERS for node in stream):
+        onwards = reach([total], lambda node: [user for user in node.users if operator_name(user) in _TO_STREAM])
+        if any(operator_name(user) in _SCATTERS for node in onwards for user in node.users):
+            raise Refusal("its tokens are picked out of the stream and scattered back: a mixture of depths")
 
 
 def prove_unrouted(region: Region, capture: Capture, projections: dict[fx.Node, Projection]) -> None:
@@ -139,7 +130,7 @@ def _selects(router: fx.Node, stream: fx.Node, capture: Capture) -> bool:
             if operator_name(user) in _SELECTIONS:
                 return True
             others = (a for a in user.all_input_nodes if a is not node)
-            ends = operator_name(user) in NORMS or (
+            ends = operator_name(user) in kinds.NORMS or (
                 _joins(user, node) and any(stream in _stream_of(other, capture) for other in others)
             )
             if user not in seen and distance < _ROUTER_REACH and not ends:
@@ -159,7 +150,7 @@ def _joins(user: fx.Node, output: fx.Node) -> bool:
 def _repeats(user: fx.Node, output: fx.Node) -> bool:
     """Whether the node makes several tokens of each."""
     name = operator_name(user)
-    if name in FEATURE_JOINS:
+    if name in kinds.FEATURE_JOINS:
         operands = user.args[0]
         return isinstance(operands, (list, tuple)) and sum(operand is output for operand in operands) > 1
     return name in ("expand", "expand_as") and tokens(user) != tokens(output)

@@ -5,31 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import fx
 
-from memcompile.common.token_wise import (
-    CASTS,
-    DROPOUTS,
-    FEATURE_JOINS,
-    FEATURE_REDUCTIONS,
-    FEATURE_SPLITS,
-    LINEAR,
-    NORMS,
-    POINTWISE,
-    RESHAPES,
-    TRANSPOSES,
-)
+from memcompile.common import token_wise as kinds
 from memcompile.passes._torch import OpOverload
 from memcompile.passes.capture.trace import Capture
 from memcompile.passes.detect.region import Refusal, Region
 from memcompile.passes.fx import (
-    aliases,
-    ancestors,
     dimension_order,
     fake_value,
     features,
-    is_in_place,
+    is_random,
+    is_uniform,
     operator_name,
     reach,
     tokens,
@@ -38,8 +25,7 @@ from memcompile.passes.fx import (
 # How many trailing dimensions of a tensor hold features; those before them hold the tokens of the source in its order.
 # Several numbers where dimensions of size one leave it open.
 _Layout = frozenset[int]
-_FILLED = frozenset({"zeros", "ones", "full", "scalar_tensor"})
-_SAME_LAYOUT = CASTS | DROPOUTS | {"glu"}
+_SAME_LAYOUT = kinds.CASTS | kinds.DROPOUTS | {"glu"}
 
 
 def prove_token_wise(region: Region, capture: Capture) -> None:
@@ -67,26 +53,26 @@ def prove_token_wise(region: Region, capture: Capture) -> None:
 def _layout(node: fx.Node, layouts: Mapping[fx.Node, _Layout], count: int, capture: Capture) -> _Layout:
     name, (shape, operand) = operator_name(node), _shapes(node)
     known = next((layouts[a] for a in node.all_input_nodes if a in layouts), frozenset[int]())
-    if name == "getitem" or (shape is not None and shape == operand and name in FEATURE_SPLITS | RESHAPES):
+    if name == "getitem" or (shape is not None and shape == operand and name in kinds.FEATURE_SPLITS | kinds.RESHAPES):
         return known
-    if name in POINTWISE or (name in ("min", "max") and len(node.all_input_nodes) == 2):
+    if name in kinds.POINTWISE or (name in ("min", "max") and len(node.all_input_nodes) == 2):
         return _broadcast(node, layouts, count, capture)
-    if name in RESHAPES and shape is not None:
+    if name in kinds.RESHAPES and shape is not None:
         found = (rank for rank in range(len(shape) + 1) if shape[: len(shape) - rank].numel() == count)
         return _or_refuse(frozenset(found), f"{name} reshapes the hidden activation to {list(shape)}")
     if name in _SAME_LAYOUT and (name != "glu" or _only_features(node, known)):
         return known
-    if name in NORMS and all(len(_argument(node, "normalized_shape")) <= rank for rank in known):
+    if name in kinds.NORMS and all(len(_argument(node, "normalized_shape")) <= rank for rank in known):
         return known
-    if name in FEATURE_SPLITS and _only_features(node, known):
+    if name in kinds.FEATURE_SPLITS and _only_features(node, known):
         return frozenset(rank - (name in ("unbind", "select")) for rank in known)
-    if name in FEATURE_JOINS and _only_features(node, known, extra=name == "stack"):
+    if name in kinds.FEATURE_JOINS and _only_features(node, known, extra=name == "stack"):
         same = frozenset.intersection(*(layouts.get(a, frozenset()) for a in node.all_input_nodes))
         return _or_refuse(frozenset(rank + (name == "stack") for rank in same), f"{name} joins different layouts")
-    if name in FEATURE_REDUCTIONS and _only_features(node, known):
+    if name in kinds.FEATURE_REDUCTIONS and _only_features(node, known):
         kept = bool(_argument(node, "keepdim"))
         return frozenset(rank - (0 if kept else len(_dims(node))) for rank in known)
-    if name in TRANSPOSES and _keeps_tokens(node, known):
+    if name in kinds.TRANSPOSES and _keeps_tokens(node, known):
         return known
     raise Refusal(f"{name} over tokens stands between its projections")
 
@@ -105,38 +91,9 @@ def _broadcast(node: fx.Node, layouts: Mapping[fx.Node, _Layout], count: int, ca
         leading = value.numel() if value is not None and name == "prelu" and value.numel() > 1 else 1
         if value is not None and name != "prelu":
             leading = max(value.shape[: max(0, value.dim() - rank)].numel() for rank in common)
-        if leading != 1 and not _is_uniform(constant) and not _is_random(constant):
+        if leading != 1 and not is_uniform(constant) and not is_random(constant):
             raise Refusal(f"a constant {_shape(constant)} that differs from token to token enters between them")
     return common
-
-
-def _is_random(node: fx.Node) -> bool:
-    """Whether a constant is drawn anew at each call, and made of nothing else (a dropout that the model spells out)."""
-    made_of = ancestors(node)
-    leaves = (leaf for leaf in made_of if not leaf.all_input_nodes and not _draws(leaf))
-    return any(map(_draws, made_of)) and all(operator_name(leaf) == "empty" or _is_uniform(leaf) for leaf in leaves)
-
-
-def _draws(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-
-
-def _is_uniform(node: fx.Node) -> bool:
-    """Whether every element of a constant is one number: zeros, ones, full, and what is computed of such."""
-    pending, seen = [node], {node}
-    while pending:
-        current = pending.pop()
-        value, name = fake_value(current), operator_name(current)
-        if name in _FILLED:
-            if any(is_in_place(alias) and alias is not current for alias in aliases(current)):
-                return False
-        elif value is None or value.numel() != 1:
-            inputs = current.all_input_nodes
-            if name not in POINTWISE | CASTS | RESHAPES or not inputs:
-                return False
-            pending.extend(a for a in inputs if a not in seen)
-            seen.update(inputs)
-    return True
 
 
 def _or_refuse(layout: _Layout, sentence: str) -> _Layout:
@@ -201,7 +158,7 @@ def _is_nonlinear(node: fx.Node, layouts: Mapping[fx.Node, _Layout], count: int)
     if name in ("mul", "div", "addcmul", "addcdiv"):
         factors = [a for a in node.args if isinstance(a, fx.Node) and a in layouts and not _is_statistic(a, count)]
         return len(factors) >= 2  # a gate
-    return name in POINTWISE - LINEAR | {"glu", "min", "max", "amin", "amax"}
+    return name in kinds.POINTWISE - kinds.LINEAR | {"glu", "min", "max", "amin", "amax"}
 
 
 def _shapes(node: fx.Node) -> tuple[Any, Any]:
