@@ -1,9 +1,5 @@
-"""The Dynamo backend: the passes over each captured graph, of which the last hands it to Inductor.
-
-verify            the graph runs the memory exactly as planned, or is refused
-dense_gradient    lookups of values that something else reads too give them a dense gradient
-capacity          where the graph takes what ranks that share a table agree on before each run
-inductor          AOTAutograd and Inductor, whose own graphs go through `lowering/inductor/graph_pass.py`
+"""The Dynamo backend: the passes over each captured graph, of which the last hands it to Inductor, whose own graphs go
+through `lowering/inductor/graph_pass.py`.
 """
 
 from __future__ import annotations

@@ -21,15 +21,10 @@ from memcompile.version import __version__
 _PIPE_CLOSED = 141  # as a shell says of a program that SIGPIPE ended
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMG]?)", re.IGNORECASE)
-_HARDWARE_UNITS = {  # of the options: one of them is so many bytes, bytes a second or seconds
-    "gpu_memory": GIB,
-    "model_memory": GIB,
-    "nvlink": 1e9,
-    "network": 1e9,
-    "hbm": 1e9,
-    "nvlink_latency": 1e-6,
-    "network_latency": 1e-6,
-}
+# Of the options: one of them is so many bytes, bytes a second or seconds.
+_HARDWARE_UNITS: dict[str, float] = dict.fromkeys(("gpu_memory", "model_memory"), GIB)
+_HARDWARE_UNITS |= dict.fromkeys(("nvlink", "network", "hbm"), 1e9)
+_HARDWARE_UNITS |= dict.fromkeys(("nvlink_latency", "network_latency"), 1e-6)
 _FIELDS = {field.name: field for kind in (Job, Hardware) for field in fields(kind)}
 _OPTIONS = {
     "required": {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -12,8 +13,15 @@ from torch import Tensor, fx, nn
 
 from memcompile.common.token_wise import CASTS, TRANSPOSES
 from memcompile.errors import OptionError, PlanError
-from memcompile.passes._torch import FakeTensor, FakeTensorMode, FakeTensorProp, HigherOrderOperator, OpOverload
-from memcompile.passes.capture.signature import keys_with
+from memcompile.passes._torch import (
+    FakeTensor,
+    FakeTensorMode,
+    FakeTensorProp,
+    HigherOrderOperator,
+    OpOverload,
+    PyTreeCodeGen,
+    pytree,
+)
 from memcompile.passes.capture.trace import Capture
 from memcompile.passes.fx import fake_value, operator_name, reach
 
@@ -140,11 +148,12 @@ def _parameters(graph_module: fx.GraphModule, given: Parameters | None) -> dict[
 
 def _weights(graph_module: fx.GraphModule, placeholders: list[fx.Node]) -> dict[fx.Node, str]:
     """The inputs that are read as weights, and whatever else is passed in one dict with them, by its keys there."""
-    weights = [node for node in placeholders if _is_weight(node)]
-    keys = keys_with(weights, graph_module.graph)
-    if keys is not None and len(set(keys.values())) == len(keys):
+    weights = {node for node in placeholders if _is_weight(node)}
+    holders = [d for d in _dicts(_structure_of(graph_module.graph)) if not weights.isdisjoint(d.values())]
+    keys = {value: key for holder in holders for key, value in holder.items()}
+    if weights and weights <= keys.keys() and len(set(keys.values())) == len(keys):
         return {node: name for node, name in keys.items() if fake_value(node) is not None}
-    return {node: str(node.target) for node in weights}
+    return {node: str(node.target) for node in placeholders if node in weights}
 
 
 def _is_weight(placeholder: fx.Node) -> bool:
@@ -216,3 +225,43 @@ def _number(size: int | torch.SymInt) -> int:
     expression = size.node.expr
     unbacked = expression.subs(dict.fromkeys(expression.free_symbols, _UNBACKED))
     return int(unbacked if size.node.hint is None else size.node.hint)
+
+
+def _structure_of(graph: fx.Graph, outside: Collection[fx.Node] = ()) -> Any:
+    """The structure that a graph's placeholders are passed in: ``f(params, x)`` with a dict of weights has one, a graph
+    that takes its placeholders one by one has none. Those ``outside`` are not taken yet.
+    """
+    codegen, placeholders = graph._codegen, [n for n in graph.find_nodes(op="placeholder") if n not in outside]
+    if isinstance(codegen, PyTreeCodeGen) and codegen.pytree_info.in_spec.num_leaves == len(placeholders):
+        return pytree.tree_unflatten(placeholders, codegen.pytree_info.in_spec)
+    return None
+
+
+def exchange(
+    together: Sequence[fx.Node], removed: Sequence[fx.Node], added: Mapping[str, fx.Node], graph: fx.Graph
+) -> None:
+    """Has a graph no longer take ``removed``, and take ``added``, its last placeholders, by name in the dict that holds
+    ``together``. Without one such dict the graph takes its placeholders one by one.
+    """
+    structure = _structure_of(graph, outside=added.values())
+    holder = next((d for d in _dicts(structure) if set(together) <= set(d.values())), None)
+    if holder is None:
+        graph.set_codegen(fx.graph.CodeGen())
+        return
+    for key in [key for key, value in holder.items() if value in removed]:
+        del holder[key]
+    holder.update(added)
+    leaves, spec = pytree.tree_flatten(structure)
+    for node, following in itertools.pairwise(leaves):
+        node.append(following)  # placeholders stand in the order of the leaves
+    assert isinstance(graph._codegen, PyTreeCodeGen)
+    graph.set_codegen(PyTreeCodeGen(graph._codegen.pytree_info._replace(in_spec=spec)))
+
+
+def _dicts(structure: Any) -> list[dict[str, Any]]:
+    """Every dict from names to placeholders in the structure, outer ones first."""
+    if isinstance(structure, dict):
+        if all(isinstance(k, str) and isinstance(v, fx.Node) for k, v in structure.items()):
+            return [structure]
+        structure = list(structure.values())
+    return [d for value in structure for d in _dicts(value)] if isinstance(structure, (list, tuple)) else []

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from memcompile.common.pipeline import Pipeline
 from memcompile.common.sites import FfnSite, common_path
 from memcompile.common.token_wise import CASTS, NORMS, RESHAPES
 from memcompile.passes._torch import ConvNd
+from memcompile.passes.capture.normalize import normalize
 from memcompile.passes.capture.sandbox import HOOKS
 from memcompile.passes.capture.trace import Capture
 from memcompile.passes.detect.layout import prove_features_last, stream_read
@@ -33,19 +35,22 @@ class Block:
     calls: Sequence[Candidate]
 
 
-def find_blocks(captures: Sequence[Capture], model: nn.Module | None) -> list[Block]:
-    """The blocks in graphs that were normalized.
+def find_blocks(captures: Sequence[Capture], model: nn.Module | None, pipeline: Pipeline) -> list[Block]:
+    """The blocks in traced or captured graphs, which are normalized in place.
 
     Args:
         model: the module that the graphs were traced from, whose ties and hooks count too; None where the graphs are
             all there is.
     """
-    found: list[Candidate] = []
-    for capture in captures:
-        found.extend(c for c in _candidates(capture) if all(map(capture.covers, c.parameters)))
-    _refuse_unproved_boundaries(found, model)
-    _refuse_parallel_branches(found)
-    blocks = _in_order(_merge_calls(found, captures, model), captures)
+    graphs = [(capture.path or "the whole model", capture.graph) for capture in captures]
+    with pipeline.step("normalize", "nodes changed", graphs):
+        pipeline.count = sum(normalize(capture.graph) for capture in captures)
+    with pipeline.step("detect", "blocks found", graphs):
+        found = [c for capture in captures for c in _candidates(capture) if all(map(capture.covers, c.parameters))]
+        _refuse_unproved_boundaries(found, model)
+        _refuse_parallel_branches(found)
+        blocks = _in_order(_merge_calls(found, captures, model), captures)
+        pipeline.count = len(blocks)
     for site in (block.site for block in blocks):
         log.debug("%s %s: %s", "refused" if site.refusal else "found", site.down, site.refusal or site.pattern)
     return blocks

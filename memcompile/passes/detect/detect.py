@@ -10,7 +10,6 @@ from torch import fx, nn
 from memcompile.common.pipeline import Pipeline
 from memcompile.common.sites import FfnSite
 from memcompile.passes.capture.graphs import Parameters, Scope, is_captured, read
-from memcompile.passes.capture.normalize import normalize
 from memcompile.passes.capture.trace import Capture, trace
 from memcompile.passes.detect.blocks import Block, find_blocks
 
@@ -55,21 +54,11 @@ def find_in_model(pipeline: Pipeline, model: nn.Module, example_inputs: Any) -> 
     with pipeline.step("trace", "graphs"):
         captures = trace(model, example_inputs)
         pipeline.count = len(captures)
-    return captures, _find(pipeline, captures, model)
+    return captures, find_blocks(captures, model, pipeline)
 
 
 def find_in_scopes(scopes: Sequence[Scope]) -> list[Block]:
     """The blocks in captured graphs, in execution order."""
-    blocks = _find(Pipeline("find"), [scope.capture for scope in scopes], None)
+    blocks = find_blocks([scope.capture for scope in scopes], None, Pipeline("find"))
     order = {node: position for scope in scopes for node, position in scope.order.items()}
     return sorted(blocks, key=lambda block: min(order[call.region.down.node] for call in block.calls))
-
-
-def _find(pipeline: Pipeline, captures: Sequence[Capture], model: nn.Module | None) -> list[Block]:
-    graphs = [(capture.path or "the whole model", capture.graph) for capture in captures]
-    with pipeline.step("normalize", "nodes changed", graphs):
-        pipeline.count = sum(normalize(capture.graph) for capture in captures)
-    with pipeline.step("detect", "blocks found", graphs):
-        blocks = find_blocks(captures, model)
-        pipeline.count = len(blocks)
-    return blocks

@@ -15,8 +15,7 @@ from memcompile.errors import OptionError, PlanError
 from memcompile.lowering import operator
 from memcompile.lowering.parameters import LAYER_PARAMETERS, new_layer, new_values
 from memcompile.passes._torch import assign_attribute
-from memcompile.passes.capture.graphs import Parameters, Scope, called_body, fake_mode, give_values, read
-from memcompile.passes.capture.signature import exchange
+from memcompile.passes.capture.graphs import Parameters, Scope, called_body, exchange, fake_mode, give_values, read
 from memcompile.passes.detect.blocks import Block, Candidate
 from memcompile.passes.detect.detect import find_in_scopes
 from memcompile.passes.fx import operator_name
@@ -34,12 +33,9 @@ def rewrite(
 
     Where the weights are the module's own (torch.export), the new parameters are registered under the names that they
     have in a planned model, and those of replaced FFNs are gone. Where the weights are inputs (make_fx), so are the
-    new ones: last in the dict that holds the FFNs' weights, or, without such a dict, after all other
-    inputs of a graph that then takes them one by one. ``meta["memcompile"]`` of the result holds drawn values for the
-    new inputs, by name and in their order.
-
-    Drawn with one seed, the parameters are those of the planned model. A process that loads the result, exported or
-    compiled ahead of time, has to import memcompile: it has the operators' kernels.
+    new ones: last in the dict that holds the FFNs' weights, or, without such a dict, after all other inputs of a graph
+    that then takes them one by one. ``meta["memcompile"]`` of the result holds drawn values for them, by name and in
+    their order. Drawn with one seed, the parameters are those of the planned model.
 
     Args:
         graph_module: a graph of ATen operators. It stays as it is; the result shares its other parameters.
