@@ -5,6 +5,7 @@ Tried with torch 2.11, 2.13 and 2.15. Inductor is imported at the first compilat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -26,11 +27,12 @@ OVERLAP: dict[str, Any] = {
 }
 
 
-def inductor_options() -> list[str]:
-    """Every name that ``torch.compile(options=...)`` takes for Inductor."""
+@functools.lru_cache
+def inductor_options() -> tuple[str, ...]:
+    """The first part of every name that ``torch.compile(options=...)`` takes for Inductor."""
     from torch._inductor import list_options
 
-    return list_options()
+    return tuple({name.partition(".")[0] for name in list_options()})
 
 
 def compile_fx(

@@ -59,6 +59,8 @@ def _is_ours(backend: Any) -> bool:
 
 def _split(kwargs: dict[str, Any], torch_keywords: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Our options, given as keywords or inside ``options``, and what is left for ``torch.compile``."""
+    from memcompile._torch import inductor_options
+
     options = dict(kwargs.get("options") or {})
     check_names({k: v for k, v in kwargs.items() if k not in torch_keywords}, also_known=_PLAN_KEYWORDS)
     ours = {k: v for k, v in kwargs.items() if k in _OWN_KEYWORDS}
@@ -67,7 +69,7 @@ def _split(kwargs: dict[str, Any], torch_keywords: frozenset[str]) -> tuple[dict
         if name in ours and ours[name] != value:
             raise OptionError(f"{name} is given twice: {ours[name]!r} as a keyword, {value!r} in options")
         ours[name] = value
-    check_names({k.split(".")[0]: v for k, v in options.items()}, also_known=_inductor_names())
+    check_names({k.split(".")[0]: v for k, v in options.items()}, also_known=inductor_options())
     rest = {k: v for k, v in kwargs.items() if k not in _OWN_KEYWORDS and k != "options"}
     return ours, rest | ({"options": options} if options else {})
 
@@ -104,10 +106,3 @@ def _planned(model: Any, ours: dict[str, Any], fullgraph: bool) -> Backend:
     for pool in pools:
         pool.table.watch_gradient()
     return Backend(None, whole=False)
-
-
-@functools.lru_cache
-def _inductor_names() -> tuple[str, ...]:
-    from memcompile._torch import inductor_options
-
-    return tuple({name.split(".")[0] for name in inductor_options()})

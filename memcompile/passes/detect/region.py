@@ -29,7 +29,6 @@ class Region:
         down: the down-projection.
         nodes: the nodes strictly between them that carry activations, in execution order.
         derived: nodes that compute something from the block's own parameters alone (``1 + gamma``).
-        constants: other values that do not depend on the input of the model and enter between the projections.
         parameters: placeholders of the parameters read between them (inner norms, learned activations).
         branches: projections of something else that add to the hidden activation.
         foreign: other activations that enter between the projections from elsewhere.
@@ -40,7 +39,6 @@ class Region:
     down: Projection
     nodes: tuple[fx.Node, ...]
     derived: frozenset[fx.Node]
-    constants: tuple[fx.Node, ...]
     parameters: tuple[fx.Node, ...]
     branches: tuple[Projection, ...]
     foreign: tuple[fx.Node, ...]
@@ -67,23 +65,20 @@ def find_region(down: Projection, projections: dict[fx.Node, Projection], captur
     FFN. None where the up-projections found are no FFN's: none at all, or of widths that do not fit together.
     """
     up: dict[fx.Node, Projection] = {}
-    between: dict[fx.Node, None] = {}
-    constants: dict[fx.Node, None] = {}
-    foreign: dict[fx.Node, None] = {}
+    between, constants, foreign = set[fx.Node](), set[fx.Node](), dict[fx.Node, None]()
     pending = [down.input]
     while pending:
         node = pending.pop()
-        if node in up or node in between or node in constants or node in foreign:
-            continue
         if node in projections:
             up[node] = projections[node]
         elif node in capture.constants:
-            constants[node] = None
-        elif operator_name(node) in _BETWEEN and len(between) < _REGION_LIMIT:
-            between[node] = None
+            constants.add(node)
+        elif operator_name(node) not in _BETWEEN or len(between) >= _REGION_LIMIT:
+            if node not in between:
+                foreign[node] = None
+        elif node not in between:
+            between.add(node)
             pending.extend(node.all_input_nodes)
-        else:
-            foreign[node] = None
     branches: tuple[Projection, ...] = ()
     fitting = {n: p for n, p in up.items() if p.width_in == down.width_out}
     if fitting and any(p.width_out == down.width_in for p in fitting.values()):  # the others are branches
@@ -98,14 +93,12 @@ def find_region(down: Projection, projections: dict[fx.Node, Projection], captur
     for node in sorted(set[fx.Node]().union(*map(ancestors, constants))):
         if node in capture.parameters or not derived.isdisjoint(node.all_input_nodes):
             derived.add(node)
-    position = {node: index for index, node in enumerate(capture.graph.nodes)}
     return Region(
-        up=tuple(sorted(up.values(), key=lambda p: position[p.node])),
+        up=tuple(up[node] for node in sorted(up)),
         down=down,
-        nodes=tuple(sorted(between, key=position.__getitem__)),
+        nodes=tuple(sorted(between)),
         derived=frozenset(derived - capture.parameters.keys()),
-        constants=tuple(constants),
-        parameters=tuple(sorted(derived & capture.parameters.keys(), key=position.__getitem__)),
+        parameters=tuple(sorted(derived & capture.parameters.keys())),
         branches=branches,
         foreign=tuple(foreign),
         sources=tuple(dict.fromkeys(strip_views(p.input) for p in up.values())),
