@@ -69,10 +69,9 @@ def tables_among(inputs: Sequence[object], pools: Sequence[MemoryPool]) -> list[
     for pool in pools:
         part = pool.table.part_in_graphs
         owner = names_by_identity({"": [part]}, inputs)
-        captured = part.dtype, part.shape, part.device
-        found += [Table(weakref.ref(pool), at, captured) for at, value in enumerate(inputs) if id(value) in owner]
-    for table in found:
+        table = Table(weakref.ref(pool), -1, (part.dtype, part.shape, part.device))
         table.now()
+        found += [dataclasses.replace(table, position=at) for at, value in enumerate(inputs) if id(value) in owner]
     return found
 
 

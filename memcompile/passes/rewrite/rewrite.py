@@ -170,13 +170,13 @@ class _NewParameters:
         self.drawn = {self._values: new_values(self.config, first.dtype, first.device)}
         self._paths: dict[str, str] = {}
         holders = [down.rpartition(".")[0] for down in downs]
-        for block, holder, (name, down) in zip(blocks, holders, downs.items(), strict=True):
-            path = f"{holder}.{LAYER_NAME}".lstrip(".") if holders.count(holder) == 1 else f"{name}_{LAYER_NAME}"
+        for block, holder, (weight, down) in zip(blocks, holders, downs.items(), strict=True):
+            path = f"{holder}.{LAYER_NAME}".lstrip(".") if holders.count(holder) == 1 else f"{weight}_{LAYER_NAME}"
             if _has(module, path):
                 raise PlanError(f"the graph already has an attribute {path!r}: rename it")
             layer = new_layer(self.config, block.site.width, down.dtype, down.device)
             self.drawn |= {f"{path}.{name}": p for name, p in layer.items() if p is not None}
-            self._paths[name] = path
+            self._paths[weight] = path
         self.registered = not any(node.op == "placeholder" for node in scope.parameters)
         self._nodes: dict[tuple[fx.Graph, str], fx.Node] = {}
         self._mode = fake_mode([node.meta.get("val") for node in module.graph.nodes])
