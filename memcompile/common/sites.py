@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -62,12 +63,7 @@ class FfnSite:
 
 def common_path(paths: Iterable[str]) -> str:
     """The longest path that all of these start with."""
-    common = []
-    for parts in zip(*(path.split(".") for path in paths), strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
+    return ".".join(os.path.commonprefix([path.split(".") for path in paths]))
 
 
 def owner_path(sites: Iterable[FfnSite], runs: Callable[[str], bool]) -> str:

@@ -170,7 +170,7 @@ def _merge_calls(found: list[Candidate], captures: Sequence[Capture], model: nn.
         up = tuple(capture.parameters[p.weight] for p in region.up)
         down = capture.parameters[region.down.weight]
         site = FfnSite(
-            name=_common_owner([*up, down]),
+            name=common_path(name.rpartition(".")[0] for name in (*up, down)),
             up=up,
             down=down,
             width=region.down.width_out,
@@ -218,7 +218,7 @@ def _parameter_refusals(
 
 def _registration_refusals(model: nn.Module, replaced: Sequence[str], tied: Mapping[int, set[str]]) -> Iterator[str]:
     """Why the way in which these parameters are registered keeps them in the model."""
-    owner = _common_owner(replaced)
+    owner = common_path(name.rpartition(".")[0] for name in replaced)
     for name in replaced:
         parameter, path = model.get_parameter(name), name.rpartition(".")[0]
         if isinstance(model.get_submodule(path), ParametrizationList):
@@ -239,11 +239,6 @@ def _registration_refusals(model: nn.Module, replaced: Sequence[str], tied: Mapp
         between = bare or any(name.startswith(f"{path}.") for name in replaced)
         if path != owner and between and _has_hooks(module):
             yield f"module {path!r} has hooks, which would no longer see the hidden activation"
-
-
-def _common_owner(parameters: Sequence[str]) -> str:
-    """Path of the innermost module that holds all of them."""
-    return common_path(name.rpartition(".")[0] for name in parameters)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from memcompile.passes.fx import dimension_order, fake_value, features, ndim, op
 
 _ELEMENTWISE = POINTWISE | CASTS | DROPOUTS | NORMS | {"cat", "pad", "constant_pad_nd", "roll"}
 _STEMS = {"embedding": -1, "conv1d": -2, "conv2d": -3, "conv3d": -4}  # and where their features are
+_MIXES = "its features are the tokens of an earlier {}: it mixes tokens"
 _SAME_DIMENSIONS = (FEATURE_SPLITS - {"unbind", "select"}) | {"getitem", "batch_norm"}
 
 
@@ -31,7 +32,7 @@ def prove_features_last(region: Region, capture: Capture, projections: dict[fx.N
         seen.add((node, dim))
         name, rank = operator_name(node), ndim(node)
         if dim != (1 - rank if name == "batch_norm" else -1) and (name in NORMS or name == "batch_norm"):
-            raise _mixes(name)
+            raise Refusal(_MIXES.format(name))
         if not normed and (name in _STEMS or node in projections):
             found = elsewhere.setdefault(name in _STEMS, [])
             found += [name] if dim != _STEMS.get(name, -1) else []
@@ -40,11 +41,7 @@ def prove_features_last(region: Region, capture: Capture, projections: dict[fx.N
             pending.extend((operand, d, proved) for operand, d in _origins(node, dim))
     decisive = elsewhere.get(True, elsewhere.get(False))
     if decisive:
-        raise _mixes(decisive[0])
-
-
-def _mixes(name: str) -> Refusal:
-    return Refusal(f"its features are the tokens of an earlier {name}: it mixes tokens")
+        raise Refusal(_MIXES.format(decisive[0]))
 
 
 def stream_read(node: fx.Node, capture: Capture) -> fx.Node:

@@ -72,8 +72,10 @@ def _layout(node: fx.Node, layouts: Mapping[fx.Node, _Layout], count: int, captu
     if name in kinds.FEATURE_REDUCTIONS and _only_features(node, known):
         kept = bool(_argument(node, "keepdim"))
         return frozenset(rank - (0 if kept else len(_dims(node))) for rank in known)
-    if name in kinds.TRANSPOSES and _keeps_tokens(node, known):
-        return known
+    if name in kinds.TRANSPOSES and operand is not None and known:
+        leading = len(operand) - min(known)
+        if dimension_order(node, len(operand))[:leading] == list(range(leading)):  # it moves features alone
+            return known
     raise Refusal(f"{name} over tokens stands between its projections")
 
 
@@ -125,15 +127,6 @@ def _argument(node: fx.Node, name: str) -> Any:
             given = node.args[position] if position < len(node.args) else argument.default_value
             return node.kwargs.get(name, given)
     return None
-
-
-def _keeps_tokens(node: fx.Node, layout: _Layout) -> bool:
-    """Whether a transpose moves features alone."""
-    operand = _shapes(node)[1]
-    if operand is None or not layout:
-        return False
-    leading = len(operand) - min(layout)
-    return dimension_order(node, len(operand))[:leading] == list(range(leading))
 
 
 def _hidden_path(region: Region, count: int) -> set[fx.Node]:
