@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -63,7 +63,8 @@ class FfnSite:
 
 def common_path(paths: Iterable[str]) -> str:
     """The longest path that all of these start with."""
-    return ".".join(os.path.commonprefix([path.split(".") for path in paths]))
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, levels))
 
 
 def owner_path(sites: Iterable[FfnSite], runs: Callable[[str], bool]) -> str:
