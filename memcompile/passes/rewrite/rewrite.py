@@ -258,9 +258,8 @@ def _remove_parameters(removed: set[str], ffns: set[str], scopes: list[Scope], a
         elif not added.registered:
             weights = [node for node, name in scope.parameters.items() if name in ffns]
             exchange(weights, nodes, {name: added.node(scope, name) for name in added.drawn}, graph)
-        for node in nodes:
-            if node.op == "placeholder":
-                graph.erase_node(node)
+        for node in set(graph.nodes).intersection(nodes):
+            graph.erase_node(node)
     parameters = dict(scopes[0].module.named_parameters(remove_duplicate=False))
     gone = {id(parameters[name]) for name in removed & parameters.keys()}
     for name in [name for name, parameter in parameters.items() if id(parameter) in gone]:
