@@ -15,14 +15,7 @@ from typing import TYPE_CHECKING, Any
 from memcompile.common.sites import FfnSite
 from memcompile.compile import install_front_door
 from memcompile.config import MemoryConfig
-from memcompile.errors import (
-    CaptureError,
-    CheckpointError,
-    CollectiveError,
-    MemcompileError,
-    OptionError,
-    PlanError,
-)
+from memcompile.errors import CaptureError, CheckpointError, CollectiveError, MemcompileError, OptionError, PlanError
 from memcompile.version import __version__
 
 if TYPE_CHECKING:
@@ -62,35 +55,24 @@ __all__ = [
     "verify_values",
 ]
 
-# Where each public name is that is imported at its first use; None is a module of this package.
-_LATER: dict[str, tuple[str, str] | None] = {
-    "ExplainedSite": ("planning.explain", "ExplainedSite"),
-    "Explanation": ("planning.explain", "Explanation"),
-    "catch_up": ("planning.plan", "catch_up"),
-    "checkpoint": None,
-    "config_from": ("planning.plan", "config_from"),
-    "explain": ("planning.explain", "explain"),
-    "find_ffns": ("passes.detect.detect", "find_ffns"),
-    "flush": ("planning.plan", "flush"),
-    "lowering": None,
-    "optim": None,
-    "passes": None,
-    "plan": ("planning.plan", "plan"),
-    "reset_parameters": ("planning.plan", "reset_parameters"),
-    "shard": ("runtime.distributed.sharding", "shard"),
-    "store_values": ("runtime.storage.store", "store_values"),
-    "verify_values": ("runtime.storage.values_file", "verify_values"),
+# Where the public names are that are imported at their first use; the others are modules of this package.
+_LATER = {
+    "planning.explain": ("ExplainedSite", "Explanation", "explain"),
+    "planning.plan": ("catch_up", "config_from", "flush", "plan", "reset_parameters"),
+    "passes.detect.detect": ("find_ffns",),
+    "runtime.distributed.sharding": ("shard",),
+    "runtime.storage.store": ("store_values",),
+    "runtime.storage.values_file": ("verify_values",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module 'memcompile' has no attribute {name!r}")
-    place = _LATER[name]
-    if place is None:
+    if name in ("checkpoint", "lowering", "optim", "passes"):
         return importlib.import_module(f"memcompile.{name}")
-    value = getattr(importlib.import_module(f"memcompile.{place[0]}"), place[1])
-    globals()[name] = value
+    module = next((module for module, names in _LATER.items() if name in names), None)
+    if module is None:
+        raise AttributeError(f"module 'memcompile' has no attribute {name!r}")
+    globals()[name] = value = getattr(importlib.import_module(f"memcompile.{module}"), name)
     return value
 
 

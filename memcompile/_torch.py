@@ -5,13 +5,15 @@ Tried with torch 2.11, 2.13 and 2.15. Inductor is imported at the first compilat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import fx
 from torch._dynamo import list_backends, register_backend
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-__all__ = ["OVERLAP", "compile_fx", "inductor_options", "list_backends", "register_backend"]
+__all__ = ["OVERLAP", "compile_fx", "free_unbacked_symbols", "inductor_options", "list_backends", "register_backend"]
 
 # Options of Inductor that move compute between the start of a collective and the wait for it, which it does not by
 # default. In the order that its configuration recommends.
@@ -25,11 +27,12 @@ OVERLAP: dict[str, Any] = {
 }
 
 
-def inductor_options() -> list[str]:
-    """Every name that ``torch.compile(options=...)`` takes for Inductor."""
+@functools.lru_cache
+def inductor_options() -> tuple[str, ...]:
+    """The first part of every name that ``torch.compile(options=...)`` takes for Inductor."""
     from torch._inductor import list_options
 
-    return list_options()
+    return tuple({name.partition(".")[0] for name in list_options()})
 
 
 def compile_fx(

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,47 @@ from memcompile.version import __version__
 _PIPE_CLOSED = 141  # as a shell says of a program that SIGPIPE ended
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMG]?)", re.IGNORECASE)
-_HARDWARE_UNITS = {  # of the options: one of them is so many bytes, bytes a second or seconds
-    "gpu_memory": GIB,
-    "model_memory": GIB,
-    "nvlink": 1e9,
-    "network": 1e9,
-    "hbm": 1e9,
-    "nvlink_latency": 1e-6,
-    "network_latency": 1e-6,
+# Of the options: one of them is so many bytes, bytes a second or seconds.
+_HARDWARE_UNITS: dict[str, float] = dict.fromkeys(("gpu_memory", "model_memory"), GIB)
+_HARDWARE_UNITS |= dict.fromkeys(("nvlink", "network", "hbm"), 1e9)
+_HARDWARE_UNITS |= dict.fromkeys(("nvlink_latency", "network_latency"), 1e-6)
+_FIELDS = {field.name: field for kind in (Job, Hardware) for field in fields(kind)}
+_OPTIONS = {
+    "required": {
+        "slots": "rows of the table: a perfect square, as 65536, 1M or 64M (K = 2**10, M = 2**20)",
+        "value_dim": "elements of a row",
+        "gpus": "ranks of the whole job",
+    },
+    "the table": {
+        "dtype": "of values, gradient and activations",
+        "by": "what a rank of a group holds of the table; columns are balanced, whichever slots are hit most",
+    },
+    "the layers and their tokens": {
+        "tokens": "of each rank a step",
+        "layers": "memory layers that share the table",
+        "heads": "queries a token",
+        "top_k": "slots that each head reads",
+        "key_dim": "width of a query (half of --value-dim)",
+        "unique": "distinct slots that are hit, as a share of those of uniform hits; for Zipf-like hits 0.15",
+        "skew": "with --by rows: hits of the busiest rank over the mean",
+    },
+    "training": {
+        "optimizer": "of the values",
+        "state_dtype": "of Adam's moments",
+        "values_grad": "of the rows that are hit, or of all",
+        "master_weights": "keep fp32 masters of bf16 values",
+    },
+    "the hardware (by default H100 SXM, 400 Gb/s a GPU)": {
+        "gpus_per_node": "that NVLink connects",
+        "gpu_memory": "GiB of a GPU",
+        "model_memory": "GiB of it that the rest of the model takes",
+        "nvlink": "GB/s of a GPU, one direction",
+        "network": "GB/s of a GPU, one direction",
+        "hbm": "GB/s of a GPU's memory",
+        "nvlink_latency": "us that a collective takes at least inside a node",
+        "network_latency": "us that a collective takes at least between nodes",
+        "granule": "bytes that a read of GPU memory moves at least",
+    },
 }
 _DESCRIPTION = """\
 Models the training of a table of values that memory layers share, sharded over each of gpus / M groups of M ranks.
@@ -59,7 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_options(estimate)
+    for title, texts in _OPTIONS.items():
+        group = estimate.add_argument_group(title)
+        for name, text in texts.items():
+            group.add_argument(f"--{name.replace('_', '-')}", **_option(_FIELDS[name], text))
+    output = estimate.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="bytes and seconds, as JSON")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory over group sizes and GPUs")
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["plan"]:
         print(
@@ -94,13 +133,20 @@ def size(text: str) -> int:
 
 
 def _estimate(options: argparse.Namespace) -> int:
-    job = Job(**_of(Job, options))
-    given = _of(Hardware, options)
+    job = Job(**{field.name: getattr(options, field.name) for field in fields(Job)})
+    given = {field.name: getattr(options, field.name) for field in fields(Hardware)}
     in_units = {name: round(value * _HARDWARE_UNITS.get(name, 1), 12) for name, value in given.items()}
     hardware = Hardware(**in_units)  # rounded, as 10 * 1e-6 is not 1e-5
     found = candidates(job, hardware)
     if options.plot is not None:
-        _draw(job, hardware, found, options.plot)
+        try:
+            from memcompile.cost.plot import draw  # it alone needs matplotlib
+
+            draw(job, hardware, found, options.plot)
+        except ImportError as error:
+            raise OptionError(f"--plot needs matplotlib: pip install matplotlib ({error})") from error
+        except (OSError, ValueError) as error:
+            raise OptionError(f"--plot: {options.plot} cannot be written: {error}") from error
     if options.json:
         print(json.dumps(as_json(job, hardware, found), indent=2))
     else:
@@ -112,84 +158,18 @@ def _estimate(options: argparse.Namespace) -> int:
     return 1
 
 
-def _of(kind: type, options: argparse.Namespace) -> dict[str, Any]:
-    """The options that are fields of a dataclass."""
-    return {f.name: getattr(options, f.name) for f in fields(kind)}
-
-
-def _draw(job: Job, hardware: Hardware, found: Sequence[Any], path: Path) -> None:
-    try:
-        from memcompile.cost.plot import draw  # it alone needs matplotlib
-    except ImportError as error:
-        raise OptionError(f"--plot needs matplotlib: pip install matplotlib ({error})") from error
-    try:
-        draw(job, hardware, found, path)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"--plot: {path} cannot be written: {error}") from error
-
-
-def _add_options(estimate: argparse.ArgumentParser) -> None:
-    asked = estimate.add_argument_group("required")
-    text = "rows of the table: a perfect square, as 65536, 1M or 64M (K = 2**10, M = 2**20)"
-    asked.add_argument("--slots", type=size, required=True, metavar="N", help=text)
-    asked.add_argument("--value-dim", type=int, required=True, metavar="N", help="elements of a row")
-    asked.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the whole job")
-
-    stored = estimate.add_argument_group("the table")
-    _choice(stored, "dtype", "of values, gradient and activations")
-    _choice(
-        stored, "by", "what a rank of a group holds of the table; columns are balanced, whichever slots are hit most"
-    )
-
-    layers = estimate.add_argument_group("the layers and their tokens")
-    _number(layers, Job, "tokens", "of each rank a step", kind=size)
-    _number(layers, Job, "layers", "memory layers that share the table")
-    _number(layers, Job, "heads", "queries a token")
-    _number(layers, Job, "top_k", "slots that each head reads")
-    _number(layers, Job, "key_dim", "width of a query (half of --value-dim)")
-    _number(
-        layers,
-        Job,
-        "unique",
-        "distinct slots that are hit, as a share of those of uniform hits; for Zipf-like hits 0.15",
-        kind=float,
-    )
-    _number(layers, Job, "skew", "with --by rows: hits of the busiest rank over the mean", kind=float)
-
-    training = estimate.add_argument_group("training")
-    _choice(training, "optimizer", "of the values")
-    _choice(training, "state_dtype", "of Adam's moments")
-    _choice(training, "values_grad", "of the rows that are hit, or of all")
-    training.add_argument("--master-weights", action="store_true", help="keep fp32 masters of bf16 values")
-
-    hardware = estimate.add_argument_group("the hardware (by default H100 SXM, 400 Gb/s a GPU)")
-    _number(hardware, Hardware, "gpus_per_node", "that NVLink connects")
-    _number(hardware, Hardware, "gpu_memory", "GiB of a GPU", kind=float)
-    _number(hardware, Hardware, "model_memory", "GiB of it that the rest of the model takes", kind=float)
-    _number(hardware, Hardware, "nvlink", "GB/s of a GPU, one direction", kind=float)
-    _number(hardware, Hardware, "network", "GB/s of a GPU, one direction", kind=float)
-    _number(hardware, Hardware, "hbm", "GB/s of a GPU's memory", kind=float)
-    _number(hardware, Hardware, "nvlink_latency", "us that a collective takes at least inside a node", kind=float)
-    _number(hardware, Hardware, "network_latency", "us that a collective takes at least between nodes", kind=float)
-    _number(hardware, Hardware, "granule", "bytes that a read of GPU memory moves at least")
-
-    output = estimate.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="bytes and seconds, as JSON")
-    output.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory over group sizes and GPUs")
-
-
-def _number(group: Any, of: type, name: str, text: str, kind: Any = int) -> None:
-    """An option for a field of a dataclass, with its default in the option's unit."""
-    default: Any = next(f.default for f in fields(of) if f.name == name)
-    shown = text
+def _option(field: Field, text: str) -> dict[str, Any]:
+    """How a field of a dataclass is given: by default with the field's default, in the option's unit."""
+    if field.type is bool:
+        return {"action": "store_true", "help": text}
+    required = field.default is MISSING
+    default: Any = None if required else field.default
+    if field.name in _HARDWARE_UNITS:
+        default = round(default / _HARDWARE_UNITS[field.name], 9)
     if default is not None:
-        default = round(default / _HARDWARE_UNITS[name], 9) if name in _HARDWARE_UNITS else default
-        shown = f"{text} ({default:g})" if isinstance(default, float) else f"{text} ({default})"
-    group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=shown)
-
-
-def _choice(group: Any, name: str, text: str) -> None:
-    default = next(f.default for f in fields(Job) if f.name == name)
-    group.add_argument(
-        f"--{name.replace('_', '-')}", choices=CHOICES[name], default=default, help=f"{text} ({default})"
-    )
+        text += f" ({default:g})" if isinstance(default, float) else f" ({default})"
+    option = {"required": required, "default": default, "help": text}
+    if field.name in CHOICES:
+        return option | {"choices": CHOICES[field.name]}
+    kind = size if field.name in ("slots", "tokens") else float if field.type is float else int
+    return option | {"type": kind, "metavar": "N"}

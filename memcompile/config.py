@@ -22,12 +22,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "values_storage": ("device", "host", "mmap"),
 }
 SPARSE_FROM = 2**16  # slots
-TRAINING_OPTIONS = (
-    "values_lr",
-    "values_grad",
-    "values_optimizer",
-    "values_state_dtype",
-)  # may change in a checkpoint's life
+# May change in a checkpoint's life.
+TRAINING_OPTIONS = ("values_lr", "values_grad", "values_optimizer", "values_state_dtype")
 STORAGE_OPTIONS = ("values_storage", "values_path")  # of a machine: no checkpoint has them
 LEARNING_DEFAULTS = {"values_grad": "auto", "values_optimizer": None, "values_state_dtype": "float32"}
 MAX_KEYS = 46340  # n_keys**2 slots must be addressable by an int32
@@ -106,12 +102,13 @@ class MemoryConfig:
         object.__setattr__(self, "memory_layers", _checked_layers(self.memory_layers))
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise OptionError(f"{name} must be {_listed(choices)}, got {getattr(self, name)!r}")
-        for name in ("heads", "top_k"):
-            _check_int(name, getattr(self, name), minimum=1)
-        for name in ("n_keys", "key_dim", "value_dim"):
-            if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), minimum=1, or_none=True)
+                *others, last = map(repr, choices)
+                raise OptionError(f"{name} must be {', '.join(others)} or {last}, got {getattr(self, name)!r}")
+        for name in ("heads", "top_k", "n_keys", "key_dim", "value_dim"):
+            value, none = getattr(self, name), "" if name in ("heads", "top_k") else " or None"
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not is_count and not (none and value is None):
+                raise OptionError(f"{name} must be an integer >= 1{none}, got {value!r}")
         for name in ("gate", "qk_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -125,9 +122,6 @@ class MemoryConfig:
         if lr is not None and (isinstance(lr, bool) or not isinstance(lr, numbers.Real) or not 0 <= lr < float("inf")):
             raise OptionError(f"values_lr must be a learning rate >= 0 or None, got {lr!r}")
         object.__setattr__(self, "values_lr", lr if lr is None else float(lr))
-        self._check_storage()
-
-    def _check_storage(self) -> None:
         path = self.values_path
         if path is not None:
             if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
@@ -190,17 +184,6 @@ def check_names(options: Mapping[str, Any], also_known: Sequence[str] = ()) -> N
             near = difflib.get_close_matches(name, [*OPTION_NAMES, *also_known], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"options are {', '.join([*OPTION_NAMES, *also_known])}"
             raise OptionError(f"unknown memcompile option {name!r}: {hint}")
-
-
-def _listed(choices: Sequence[object]) -> str:
-    *others, last = map(repr, choices)
-    return f"{', '.join(others)} or {last}"
-
-
-def _check_int(name: str, value: object, minimum: int, or_none: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        wanted = f"an integer >= {minimum}" + (" or None" if or_none else "")
-        raise OptionError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _checked_layers(layers: object) -> LayerChoice:

@@ -141,7 +141,7 @@ def test_regional_compile_plans_each_region_that_is_not_planned():
 
 
 def test_a_function_before_plan_is_an_error(monkeypatch):
-    monkeypatch.setattr("memcompile.planning.backend_of.live_pools", lambda: iter(()))
+    monkeypatch.setattr("memcompile.runtime.pool.live_pools", lambda: iter(()))
 
     @torch.compile(backend="eager")
     def other(x):

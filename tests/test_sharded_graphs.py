@@ -17,8 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import memcompile
 from memcompile.cost.wire import backward_collectives, forward_collectives
-from memcompile.passes.checks.capacity import agreement_of
 from memcompile.runtime._torch import local_part, whole_like
+from memcompile.sharded_graphs import agreement_of
 from tests.planned import MEMORY, batch, planned_gpt
 from tests.runtime.distributed.sharded import memory_mesh, sharded_gpt
 

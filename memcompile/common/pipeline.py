@@ -1,4 +1,4 @@
-"""A pipeline is a list of named steps. `run` runs them in order, times each, and writes their graphs on request.
+"""A pipeline times its named steps, and writes their graphs on request.
 
 `TORCH_LOGS="+memcompile"` prints a line a step: its time, and how many things it looked at or changed.
 `MEMCOMPILE_DUMP=folder` writes the graphs that a step takes as text, before and after it:
@@ -8,14 +8,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import fx
 
@@ -24,43 +22,47 @@ from memcompile.errors import OptionError
 log = logging.getLogger(__name__)
 
 DUMP = "MEMCOMPILE_DUMP"
-_numbers = itertools.count()  # of the pipelines that this process has written
+_runs = itertools.count()  # that this process has written
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One step of a pipeline.
+class Pipeline:
+    """One run of a pipeline.
 
     Attributes:
-        name: what the log and the files call it.
-        run: does the step. It reads and writes the state that all steps share, and returns a number.
-        counts: what that number counts.
-        graphs: the graphs that the step takes, each with a name, read from the state; None for a step that takes none.
-    """
-
-    name: str
-    run: Callable[[Any], int]
-    counts: str
-    graphs: Callable[[Any], Iterable[tuple[str, fx.Graph]]] | None = None
-
-
-def run(pipeline: str, steps: Iterable[Step], state: Any) -> None:
-    """Runs the steps on one state.
+        count: how many things the step that runs looked at or changed, which it sets.
 
     Raises:
         OptionError: MEMCOMPILE_DUMP is set, and files cannot be written there.
     """
-    folder = _new_folder(pipeline)
-    total = 0.0
-    for number, step in enumerate(steps, 1):
-        _write(folder, f"{number:02d}-{step.name}.before.txt", step, state)
+
+    def __init__(self, name: str) -> None:
+        self.count = 0
+        self._name, self._folder, self._numbers = name, _new_folder(name), itertools.count(1)
+
+    @contextlib.contextmanager
+    def step(self, name: str, counts: str, graphs: Sequence[tuple[str, fx.Graph]] = ()) -> Iterator[None]:
+        """Surrounds a step.
+
+        Args:
+            name: what the log and the files call it.
+            counts: what is counted.
+            graphs: those that the step takes, each with a name.
+        """
+        file = f"{next(self._numbers):02d}-{name}"
+        self.count = 0
+        self._write(f"{file}.before.txt", graphs)
         start = time.perf_counter()
-        count = step.run(state)
-        seconds = time.perf_counter() - start
-        total += seconds
-        log.debug("%s: %s took %.1f ms, %d %s", pipeline, step.name, 1000 * seconds, count, step.counts)
-        _write(folder, f"{number:02d}-{step.name}.after.txt", step, state)
-    log.debug("%s: all steps took %.1f ms", pipeline, 1000 * total)
+        yield
+        milliseconds = 1000 * (time.perf_counter() - start)
+        log.debug("%s: %s took %.1f ms, %d %s", self._name, name, milliseconds, self.count, counts)
+        self._write(f"{file}.after.txt", graphs)
+
+    def _write(self, name: str, graphs: Sequence[tuple[str, fx.Graph]]) -> None:
+        if self._folder is None or not graphs:
+            return
+        part = self._folder / f".{name}"
+        part.write_text("\n".join(f"# {of}\n{_text(graph)}" for of, graph in graphs))
+        part.replace(self._folder / name)  # a reader never finds half a file
 
 
 def is_dumping() -> bool:
@@ -77,31 +79,15 @@ def _new_folder(pipeline: str) -> Path | None:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         while True:
-            folder = parent / f"{process}pid{os.getpid()}-{next(_numbers):03d}-{pipeline}"
+            folder = parent / f"{process}pid{os.getpid()}-{next(_runs):03d}-{pipeline}"
             with contextlib.suppress(FileExistsError):  # of a process with the same number, earlier or elsewhere
                 folder.mkdir()
                 return folder
     except OSError as error:
-        raise _unwritable(error) from error
-
-
-def _write(folder: Path | None, name: str, step: Step, state: Any) -> None:
-    if folder is None or step.graphs is None:
-        return
-    text = "\n".join(f"# {of}\n{_text(graph)}" for of, graph in step.graphs(state))
-    part = folder / f".{name}"
-    try:
-        part.write_text(text)
-        part.replace(folder / name)  # a reader never finds half a file
-    except OSError as error:
-        raise _unwritable(error) from error
-
-
-def _unwritable(error: OSError) -> OptionError:
-    return OptionError(
-        f"{DUMP}={os.environ[DUMP]!r} is where memcompile writes graphs, and it cannot ({error}): name a folder that "
-        f"this process may write to, or unset {DUMP}"
-    )
+        raise OptionError(
+            f"{DUMP}={os.environ[DUMP]!r} is where memcompile writes graphs, and it cannot ({error}): name a folder "
+            f"that this process may write to, or unset {DUMP}"
+        ) from error
 
 
 def _text(graph: fx.Graph) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -33,7 +34,11 @@ class Progress:
         self.close()
         self._doing, self._total, self._done = doing, total, 0
         if self._wanted or (self._wanted is None and total >= LONG):
-            self._bar = _new_bar(doing, total) if self._wanted or sys.stderr.isatty() else None
+            if self._wanted or sys.stderr.isatty():
+                with contextlib.suppress(ImportError):
+                    from tqdm.auto import tqdm
+
+                    self._bar = tqdm(total=total, desc=doing, unit="B", unit_scale=True, unit_divisor=1024)
             self._lines = self._bar is None
         return closing(self)
 
@@ -53,11 +58,3 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         self._bar, self._lines = None, False
-
-
-def _new_bar(doing: str, total: int) -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, desc=doing, unit="B", unit_scale=True, unit_divisor=1024)

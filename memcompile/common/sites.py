@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -62,12 +63,8 @@ class FfnSite:
 
 def common_path(paths: Iterable[str]) -> str:
     """The longest path that all of these start with."""
-    common = []
-    for parts in zip(*(path.split(".") for path in paths), strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, levels))
 
 
 def owner_path(sites: Iterable[FfnSite], runs: Callable[[str], bool]) -> str:

@@ -19,21 +19,11 @@ def resolve(requested: MemoryConfig, chosen: Sequence[FfnSite], parameters: int)
     """
     width = max(site.width for site in chosen)
     value_dim = requested.value_dim or width
-    n_keys = requested.n_keys or _default_keys(parameters, value_dim)
+    affordable = math.isqrt(max(1, 4 * parameters // value_dim))  # with values of four times the model
+    n_keys = requested.n_keys or min(1024, max(64, 2 ** (affordable.bit_length() - 1)))
     key_dim = requested.key_dim or max(2, width // 4 * 2)
     try:
-        return dataclasses.replace(
-            requested,
-            memory_layers=[site.down for site in chosen],
-            n_keys=n_keys,
-            key_dim=key_dim,
-            value_dim=value_dim,
-        )
+        layers = [site.down for site in chosen]
+        return dataclasses.replace(requested, memory_layers=layers, n_keys=n_keys, key_dim=key_dim, value_dim=value_dim)
     except OptionError as error:
         raise OptionError(f"{error} (n_keys={n_keys} was chosen for a model of this size)") from error
-
-
-def _default_keys(parameters: int, value_dim: int) -> int:
-    """The power of two in [64, 1024] whose square times ``value_dim`` stays within four times the model."""
-    affordable = math.isqrt(max(1, 4 * parameters // value_dim))
-    return min(1024, max(64, 2 ** (affordable.bit_length() - 1)))

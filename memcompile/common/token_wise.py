@@ -63,22 +63,16 @@ def canonical(name: str) -> str:
     return _SPELLINGS.get(name, name)
 
 
-def _spellings() -> dict[str, str]:
-    known = TOKEN_WISE | {"glu"}
-    spellings = {name: name for name in known | PROJECTIONS}
-    spellings |= {f"{name}_": name for name in known}
-    for operator, name in {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "pow": "pow"}.items():
-        spellings |= {f"__{prefix}{operator}__": name for prefix in ("", "r", "i")}
-    spellings |= {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge")}
-    spellings |= {"__neg__": "neg", "__pos__": "positive", "__abs__": "abs", "__invert__": "logical_not"}
-    spellings |= {"__and__": "logical_and", "__or__": "logical_or", "__matmul__": "matmul", "__rmatmul__": "matmul"}
-    spellings |= {"swish": "silu", "multiply": "mul", "divide": "div", "subtract": "sub", "absolute": "abs"}
-    spellings |= {"greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne"}
-    spellings |= {"concat": "cat", "concatenate": "cat", "swapdims": "swapaxes", "moveaxis": "movedim"}
-    spellings |= {"special_expit": "sigmoid", "special_erf": "erf", "special_expm1": "expm1", "negative": "neg"}
-    spellings |= {"arctan": "atan", "arcsinh": "asinh", "bitwise_and": "logical_and", "bitwise_or": "logical_or"}
-    spellings |= {"bitwise_not": "logical_not"}
-    return spellings
-
-
-_SPELLINGS = _spellings()
+_KNOWN = TOKEN_WISE | {"glu"}
+_SPELLINGS = {name: name for name in _KNOWN | PROJECTIONS} | {f"{name}_": name for name in _KNOWN}
+for _operator, _name in {"add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "pow": "pow"}.items():
+    _SPELLINGS |= {f"__{prefix}{_operator}__": _name for prefix in ("", "r", "i")}
+_SPELLINGS |= {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+_SPELLINGS |= {"__neg__": "neg", "__pos__": "positive", "__abs__": "abs", "__invert__": "logical_not"}
+_SPELLINGS |= {"__and__": "logical_and", "__or__": "logical_or", "__matmul__": "matmul", "__rmatmul__": "matmul"}
+_SPELLINGS |= {"swish": "silu", "multiply": "mul", "divide": "div", "subtract": "sub", "absolute": "abs"}
+_SPELLINGS |= {"greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne"}
+_SPELLINGS |= {"concat": "cat", "concatenate": "cat", "swapdims": "swapaxes", "moveaxis": "movedim"}
+_SPELLINGS |= {"special_expit": "sigmoid", "special_erf": "erf", "special_expm1": "expm1", "negative": "neg"}
+_SPELLINGS |= {"arctan": "atan", "arcsinh": "asinh", "bitwise_and": "logical_and", "bitwise_or": "logical_or"}
+_SPELLINGS |= {"bitwise_not": "logical_not"}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import fx
 
-from memcompile.common.token_wise import canonical
+from memcompile.common.token_wise import CASTS, POINTWISE, RESHAPES, canonical
 from memcompile.passes._torch import OpOverload
+
+_FILLED = frozenset({"zeros", "ones", "full", "scalar_tensor"})
 
 
 def operator_name(node: fx.Node) -> str:
@@ -55,12 +58,7 @@ def memory_root(node: fx.Node) -> fx.Node:
 
 def aliases(node: fx.Node) -> set[fx.Node]:
     """Every node that shares memory with ``node``."""
-    found, pending = set[fx.Node](), [memory_root(node)]
-    while pending:
-        node = pending.pop()
-        found.add(node)
-        pending.extend(u for u in node.users if u not in found and _shares_memory(u) and u.all_input_nodes[0] is node)
-    return found
+    return reach([memory_root(node)], lambda n: [u for u in n.users if _shares_memory(u) and u.all_input_nodes[0] is n])
 
 
 def _shares_memory(node: fx.Node) -> bool:
@@ -69,9 +67,15 @@ def _shares_memory(node: fx.Node) -> bool:
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
     """The node and every node that it is computed from."""
-    found, pending = {node}, [node]
+    return reach([node], lambda n: n.all_input_nodes)
+
+
+def reach(start: Iterable[fx.Node], following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """The nodes, and every node that ``following`` leads to from them."""
+    found = set(start)
+    pending = list(found)
     while pending:
-        new = [a for a in pending.pop().all_input_nodes if a not in found]
+        new = [node for node in following(pending.pop()) if node not in found]
         found.update(new)
         pending.extend(new)
     return found
@@ -86,9 +90,7 @@ def fake_value(node: fx.Node) -> torch.Tensor | None:
 def features(node: fx.Node) -> int:
     """The last dimension, 1 for a scalar, 0 where the node is no tensor."""
     value = fake_value(node)
-    if value is None:
-        return 0
-    return int(value.shape[-1]) if value.dim() else 1
+    return 0 if value is None else int(value.shape[-1]) if value.dim() else 1
 
 
 def ndim(node: fx.Node) -> int:
@@ -100,6 +102,33 @@ def ndim(node: fx.Node) -> int:
 def tokens(node: fx.Node) -> int:
     """How many feature vectors the node holds: the product of all dimensions but the last."""
     value = fake_value(node)
-    if value is None:
-        return 0
-    return value.shape[:-1].numel() if value.dim() else 1
+    return 0 if value is None else value.shape[:-1].numel() if value.dim() else 1
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a constant is drawn anew at each call, and made of nothing else (a dropout that the model spells out)."""
+    made_of = ancestors(node)
+    leaves = (leaf for leaf in made_of if not leaf.all_input_nodes and not _draws(leaf))
+    return any(map(_draws, made_of)) and all(operator_name(leaf) == "empty" or is_uniform(leaf) for leaf in leaves)
+
+
+def _draws(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def is_uniform(node: fx.Node) -> bool:
+    """Whether every element of a constant is one number: zeros, ones, full, and what is computed of such."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        value, name = fake_value(current), operator_name(current)
+        if name in _FILLED:
+            if any(is_in_place(alias) and alias is not current for alias in aliases(current)):
+                return False
+        elif value is None or value.numel() != 1:
+            inputs = current.all_input_nodes
+            if name not in POINTWISE | CASTS | RESHAPES or not inputs:
+                return False
+            pending.extend(a for a in inputs if a not in seen)
+            seen.update(inputs)
+    return True

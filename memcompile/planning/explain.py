@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,7 +12,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from memcompile.common.sites import FfnSite
-from memcompile.config import MemoryConfig
 from memcompile.lowering import memory_lookup
 from memcompile.passes.detect.detect import find_ffns
 from memcompile.runtime.layer import LayerTensors, MemoryLayer
@@ -106,11 +106,9 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
     pool = pool_of(root)
     sites = pool.sites if pool is not None else find_ffns(root, example_inputs)
     owner = pool.owner if pool is not None and pool.owner not in root.modules() else root
-    after = sum(p.numel() for p in owner.parameters())
-    before = after
+    before = after = sum(p.numel() for p in owner.parameters())
     if pool is not None:
-        added = sum(p.numel() for _, p in pool.memory_parameters())
-        before = after - added + pool.removed_parameters
+        before += pool.removed_parameters - sum(p.numel() for _, p in pool.memory_parameters())
     return Explanation(
         model=type(owner).__name__,
         planned=pool is not None,
@@ -123,23 +121,20 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
 
 
 def _rows(sites: Sequence[FfnSite], pool: MemoryPool | None) -> list[ExplainedSite]:
-    rows, index = [], 0
+    rows, indices = [], itertools.count()
     for site in sites:
         layer = pool.layers.get(site.down.removeprefix(pool.prefix)) if pool is not None else None
-        chosen, after = layer is not None, site.flops
-        if layer is not None and pool is not None:
-            after = _layer_flops(layer) + (site.flops if pool.adds else 0)
+        flops_after = site.flops if layer is None or pool is None or pool.adds else 0
         rows.append(
             ExplainedSite(
-                index=None if site.refusal else index,
+                index=None if site.refusal else next(indices),
                 site=site,
-                chosen=chosen,
-                reason=site.refusal or ("not chosen by memory_layers" if pool is not None and not chosen else ""),
+                chosen=layer is not None,
+                reason=site.refusal or ("not chosen by memory_layers" if pool is not None and layer is None else ""),
                 flops_before=site.flops,
-                flops_after=after,
+                flops_after=flops_after + (_layer_flops(layer) if layer is not None else 0),
             )
         )
-        index += site.refusal is None
     return rows
 
 
@@ -160,20 +155,18 @@ def _layer_flops(layer: MemoryLayer) -> int:
 def _memory(pool: MemoryPool) -> str:
     c = pool.config
     assert c.n_keys is not None
-    dtype = str(pool.values.dtype).removeprefix("torch.")
+    if c.frozen:
+        where = f"the file {c.values_path}" if c.values_path is not None else "the CPU's memory"
+        learning = f" for inference, in {where}"
+    else:
+        rule = c.values_optimizer or "the optimizer's rule where there is one by rows, otherwise row_adamw"
+        rate = "its learning rate" if c.values_lr is None else f"the constant learning rate {c.values_lr:g}"
+        learning = f"\nvalues: stepped when the optimizer that holds them steps, by {rule}, at {rate}"
     return (
         f"memory: {c.n_keys**2:,} slots ({c.n_keys} half-keys a side) x {c.value_dim} in {len(pool.layers)} layer(s), "
-        f"{c.heads} heads x top {c.top_k}, key_dim {c.key_dim}; values {dtype}{_learning(c)}"
+        f"{c.heads} heads x top {c.top_k}, key_dim {c.key_dim}; values {str(pool.values.dtype).removeprefix('torch.')}"
+        f"{learning}"
     )
-
-
-def _learning(config: MemoryConfig) -> str:
-    if config.frozen:
-        where = f"the file {config.values_path}" if config.values_path is not None else "the CPU's memory"
-        return f" for inference, in {where}"
-    rule = config.values_optimizer or "the optimizer's rule where there is one by rows, otherwise row_adamw"
-    rate = "its learning rate" if config.values_lr is None else f"the constant learning rate {config.values_lr:g}"
-    return f"\nvalues: stepped when the optimizer that holds them steps, by {rule}, at {rate}"
 
 
 def _cells(row: ExplainedSite) -> list[str]:
@@ -181,9 +174,6 @@ def _cells(row: ExplainedSite) -> list[str]:
     flops = f"{row.flops_before:,}" + (f" -> {row.flops_after:,}" if row.chosen else "")
     state = "yes" if row.chosen else f"no: {row.reason}" if row.reason else "can be"
     index = "-" if row.index is None else str(row.index)
+    pattern = site.pattern if len(site.pattern) <= 44 else f"{site.pattern[:34]} ... {site.pattern[-5:]}"
     sizes = [f"{site.width:,}", f"{site.hidden:,}", str(site.calls)]
-    return [index, site.name or site.down, _shortened(site.pattern), *sizes, flops, state]
-
-
-def _shortened(pattern: str, limit: int = 44) -> str:
-    return pattern if len(pattern) <= limit else pattern[: limit - 10] + " ... " + pattern[-5:]
+    return [index, site.name or site.down, pattern, *sizes, flops, state]

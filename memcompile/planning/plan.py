@@ -1,30 +1,38 @@
-"""plan(): the one way in which a model gets a memory. Its steps stand in `steps.py`."""
+"""plan(): the one way in which a model gets a memory."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 from memcompile.backend import register
-from memcompile.common.pipeline import run
+from memcompile.common.pipeline import Pipeline
+from memcompile.common.sizes import resolve
 from memcompile.config import MemoryConfig, check_names
 from memcompile.errors import OptionError, PlanError
 from memcompile.lowering.parameters import draw_values, values_shape
 from memcompile.passes.capture.graphs import is_captured
+from memcompile.passes.detect.detect import find_in_model
 from memcompile.passes.detect.place import place
 from memcompile.planning.explain import Explanation, explain
-from memcompile.planning.steps import STEPS, Planning
+from memcompile.planning.rehearsal import rehearse
 from memcompile.runtime import patches
-from memcompile.runtime.distributed.ddp import check_rebuildable
-from memcompile.runtime.distributed.sharding import check_same, cut, draw_part, redraw_layer
+from memcompile.runtime.adoption import adopt_optimizers
+from memcompile.runtime.distributed.ddp import check_rebuildable, rebuild
+from memcompile.runtime.distributed.sharding import check_plans_agree, check_same, cut, draw_part, redraw_layer
+from memcompile.runtime.install import install
+from memcompile.runtime.interrupts import uninterrupted
+from memcompile.runtime.owner import owner_of
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.state_dicts import config_of, plan_in
 from memcompile.runtime.storage.frozen_values import MappedValues
@@ -52,9 +60,9 @@ def plan(
     Args:
         model: any module; may be wrapped by DDP or ``torch.compile``. Plan before ``fully_shard``.
         memory: every option at once; or give them as keywords, see :class:`memcompile.MemoryConfig`.
-        example_inputs: a tuple of positional or a dict of keyword arguments of one forward, for models whose
-            inputs cannot be guessed. Of its tensors only shapes and dtypes are read, unless
-            values decide the path: then a copy of the model runs on them once.
+        example_inputs: a tuple of positional or a dict of keyword arguments of one forward, for models whose inputs
+            cannot be guessed. Of its tensors only shapes and dtypes are read, unless values decide the path: then a
+            copy of the model runs on them once.
         memory_mesh, shard_by, shard_tokens: shards the values over a mesh as they are made, so that no rank ever has
             all of them: `mesh`, `by` and `tokens` of :func:`memcompile.shard`. A collective then.
         options: fields of :class:`memcompile.MemoryConfig`.
@@ -101,19 +109,53 @@ def plan(
         )
     for wrapper in parallel:
         check_rebuildable(wrapper, memory_mesh is not None)
-    with contextlib.ExitStack() as until_planned:
-        planning = Planning(
-            model=root,
-            example_inputs=example_inputs,
-            requested=requested,
-            mesh=None if memory_mesh is None else (memory_mesh, shard_by, shard_tokens),
-            wrappers=parallel,
-            until_planned=until_planned,
-        )
-        run("plan", STEPS, planning)
+    mesh = None if memory_mesh is None else (memory_mesh, shard_by, shard_tokens)
+    _run_steps(root, requested, example_inputs, mesh, parallel)
     explanation = explain(model)
     log.info("planned in %.2f s\n%r", time.perf_counter() - start, explanation)
     return explanation
+
+
+def _run_steps(
+    root: nn.Module,
+    requested: MemoryConfig,
+    example_inputs: Any,
+    mesh: tuple[DeviceMesh, str, str] | None,
+    wrappers: Sequence[DistributedDataParallel],
+) -> None:
+    pipeline = Pipeline("plan")
+    captures, blocks = find_in_model(pipeline, root, example_inputs)
+    sites = [block.site for block in blocks]
+    with pipeline.step("place", "blocks chosen"):
+        chosen = place(sites, requested.memory_layers)
+        pipeline.count = len(chosen)
+    with pipeline.step("rehearse", "blocks rehearsed"):
+        pipeline.count = len(chosen)
+        while failures := rehearse(root, captures, chosen, requested.placement == "add"):
+            sites = [dataclasses.replace(site, refusal=failures.get(site.down, site.refusal)) for site in sites]
+            chosen = place(sites, requested.memory_layers)
+            pipeline.count += len(chosen)
+    with pipeline.step("size", "slots"):
+        owner, prefix = owner_of(root, chosen)
+        config = resolve(requested, chosen, sum(p.numel() for p in root.parameters()))
+        config = dataclasses.replace(config, memory_layers=[site.down.removeprefix(prefix) for site in chosen])
+        pool = MemoryPool(owner=owner, prefix=prefix, config=config, requested=requested, sites=tuple(sites))
+        pool.table.model = weakref.ref(root)
+        if mesh is not None:
+            pool.table.sharded = cut(config, *mesh)
+            check_plans_agree(pool, pool.table.sharded)
+        pipeline.count = values_shape(config)[0]
+    patches.hold(pool)
+    with uninterrupted():  # half a change could not be mended by a second call
+        with pipeline.step("install", "layers installed"):
+            replaced = install(pool, root, chosen)
+            pipeline.count = len(pool.layers)
+        with pipeline.step("adopt", "optimizers adopted"):
+            pipeline.count = adopt_optimizers(replaced, pool, root)
+        with pipeline.step("rebuild", "wrappers rebuilt"):
+            for wrapper in wrappers:
+                rebuild(wrapper)
+            pipeline.count = len(wrappers)
 
 
 def reset_parameters(model: nn.Module) -> None:
@@ -189,14 +231,21 @@ def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
     pool = pool_of(root)
     inner = pools_inside(root)
     names = [next(n for n, m in root.named_modules() if m is pool.owner) for pool in inner]
-    if len(inner) > 1 or any(_is_of_many(root, name) for name in names):
+    parts = [name.split(".") for name in names]
+    above = [root.get_submodule(".".join(part[:depth])) for part in parts for depth in range(len(part))]
+    is_of_many = any(isinstance(module, nn.ModuleList) and len(module) > 1 for module in above)  # not just wrapped
+    if len(inner) > 1 or is_of_many:
         raise PlanError(
             f"parts of {type(root).__name__} already have a memory ({', '.join(map(repr, names))}): compile the parts "
             f"alone, or plan the whole model once"
         )
     if pool is None:
         return False
-    differing = {name: value for name, value in given.items() if not _is_as_planned(pool, name, value)}
+    differing = {}
+    for name, value in given.items():
+        as_planned = value in (getattr(pool.requested, name), getattr(pool.config, name))
+        if not as_planned and (name != "memory_layers" or place(pool.sites, value) != pool.chosen):
+            differing[name] = value
     if differing:
         now = {k: getattr(pool.requested, k) for k in differing}
         raise PlanError(
@@ -204,18 +253,3 @@ def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
             f"build the model anew to plan it otherwise, or leave the options out"
         )
     return True
-
-
-def _is_of_many(root: nn.Module, name: str) -> bool:
-    """Whether a part of the model is one of several blocks, or lies in one, and not in what only wraps it."""
-    parts = name.split(".")
-    above = (root.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
-    return any(isinstance(module, nn.ModuleList) and len(module) > 1 for module in above)
-
-
-def _is_as_planned(pool: MemoryPool, name: str, value: Any) -> bool:
-    """Whether an option asks for what is there: in the words of the plan, or for the same blocks and sizes."""
-    value = tuple(value) if isinstance(value, list) else value
-    if value in (getattr(pool.requested, name), getattr(pool.config, name)):
-        return True
-    return name == "memory_layers" and place(pool.sites, value) == pool.chosen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
 from collections.abc import Sequence
 
@@ -18,14 +17,6 @@ from memcompile.runtime.stand_ins.counting import counting_stand_ins
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Failure:
-    """Why stand-ins do not work. ``by_count``: they ran, but not as often, which a random number may explain."""
-
-    sentence: str
-    by_count: bool = False
-
-
 def rehearse(root: nn.Module, captures: Sequence[Capture], chosen: Sequence[FfnSite], adds: bool) -> dict[str, str]:
     """Why chosen sites cannot have a memory, by the name of their down-projection: what stands between their
     projections is token-wise in the graph, but the model's code accepts nothing but tensors there.
@@ -35,37 +26,36 @@ def rehearse(root: nn.Module, captures: Sequence[Capture], chosen: Sequence[FfnS
         if together is None:
             return {}
         alone = {site.down: _failure(root, captures, [site], adds) for site in chosen}
-    failures = {down: failure.sentence for down, failure in alone.items() if failure is not None}
-    if not failures and not together.by_count:
-        failures = dict.fromkeys(alone, together.sentence)
+    failures = {down: failure[0] for down, failure in alone.items() if failure is not None}
+    sentence, ran = together
+    if not failures and not ran:
+        failures = dict.fromkeys(alone, sentence)
     for down, sentence in failures.items():
         log.debug("rehearsal of %s: %s", down, sentence)
     return failures
 
 
-def _failure(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], adds: bool) -> _Failure | None:
+def _failure(
+    root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], adds: bool
+) -> tuple[str, bool] | None:
+    """Why stand-ins do not work; and whether they ran, but not as often, which a random number may explain."""
     calls: collections.Counter[str] = collections.Counter()
     for capture in captures:
-        inside = [site for site in sites if _is_in(capture, site)]
+        prefix = f"{capture.path}." if capture.path else ""
+        read = (site for site in sites if site.down.startswith(prefix) and site.down not in capture.unread)
+        inside = [site for site in read if capture.covers(site.down)]
         if capture.forward is None or not inside:
             continue
         with counting_stand_ins(root, inside, adds) as layers:
             try:
                 capture.forward.run(root.get_submodule(capture.path))
             except MemcompileError as error:
-                return _Failure(str(error).removeprefix("memcompile: "))
+                return str(error).removeprefix("memcompile: "), False
             except Exception as error:  # the owner's code has an object where it expects a tensor
                 described = f"{type(error).__name__}: {error}"
-                return _Failure(f"its code does not run with a stand-in for its hidden activation ({described})")
+                return f"its code does not run with a stand-in for its hidden activation ({described})", False
         calls.update({site.down: layer.calls for site, layer in zip(inside, layers, strict=True)})
     for site in sites:
         if calls[site.down] != site.calls:
-            ran = f"it ran {calls[site.down]} times with a stand-in, and {site.calls} times without"
-            return _Failure(ran, by_count=True)
+            return f"it ran {calls[site.down]} times with a stand-in, and {site.calls} times without", True
     return None
-
-
-def _is_in(capture: Capture, site: FfnSite) -> bool:
-    """Whether the site was found in this graph."""
-    inside = not capture.path or site.down.startswith(f"{capture.path}.")
-    return inside and capture.covers(site.down) and site.down not in capture.unread

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 import memcompile
-from memcompile.common.pipeline import DUMP, Step, run
+from memcompile.common.pipeline import DUMP, Pipeline
 from memcompile.errors import OptionError
 from memcompile.lowering.inductor.graph_pass import LoweringPass
 from tests.models import tiny_gpt
@@ -41,20 +41,26 @@ def to_product(module: fx.GraphModule) -> int:
     return len(adds)
 
 
-STEPS = (Step("look", lambda module: 0, "things", graphs), Step("multiply", to_product, "additions", graphs))
+def look_and_multiply(module: fx.GraphModule) -> Pipeline:
+    pipeline = Pipeline("test")
+    with pipeline.step("look", "things", graphs(module)):
+        pass
+    with pipeline.step("multiply", "additions", graphs(module)):
+        pipeline.count = to_product(module)
+    return pipeline
 
 
 def logged(caplog) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == "memcompile.common.pipeline"]
 
 
-def test_steps_run_in_order_on_one_state_and_each_is_timed_and_counted(caplog):
-    done = []
-    steps = [Step(name, lambda state, n=n: done.append(state) or n, f"{name}s") for n, name in enumerate(["a", "b"])]
+def test_each_step_is_timed_and_counted(caplog):
+    pipeline = Pipeline("test")
     with caplog.at_level(logging.DEBUG, logger="memcompile"):
-        run("test", steps, "state")
-    assert done == ["state", "state"]
-    expected = [r"test: a took [\d.]+ ms, 0 as", r"test: b took [\d.]+ ms, 1 bs", r"test: all steps took [\d.]+ ms"]
+        for name, count in {"a": 2, "b": None}.items():
+            with pipeline.step(name, f"{name}s"):
+                pipeline.count = pipeline.count if count is None else count
+    expected = [r"test: a took [\d.]+ ms, 2 as", r"test: b took [\d.]+ ms, 0 bs"]
     assert all(re.fullmatch(pattern, line) for pattern, line in zip(expected, logged(caplog), strict=True))
 
 
@@ -62,15 +68,15 @@ def test_nothing_is_logged_or_written_unasked(caplog, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(DUMP, raising=False)
     with caplog.at_level(logging.INFO, logger="memcompile"):
-        run("test", STEPS, fx.symbolic_trace(Doubling()))
+        look_and_multiply(fx.symbolic_trace(Doubling()))
     assert not logged(caplog) and not list(tmp_path.iterdir())
 
 
 def test_graphs_are_written_before_and_after_each_step(tmp_path, monkeypatch):
     monkeypatch.setenv(DUMP, str(tmp_path / "new" / "folder"))
-    untouched = Step("count", lambda module: 0, "things")
     for _ in range(2):
-        run("test", (*STEPS, untouched), fx.symbolic_trace(Doubling()))
+        with look_and_multiply(fx.symbolic_trace(Doubling())).step("count", "things"):
+            pass
     first, second = sorted((tmp_path / "new" / "folder").iterdir())
     assert re.fullmatch(rf"pid{os.getpid()}-\d\d\d-test", first.name) and first.name < second.name
     for folder in (first, second):
@@ -96,15 +102,17 @@ def test_a_graph_without_a_module_and_the_bodies_that_a_module_calls_are_written
     bare = fx.Graph()
     bare.output(bare.call_function(torch.sigmoid, (bare.placeholder("x"),)))
     monkeypatch.setenv(DUMP, str(tmp_path))
-    run("test", [Step("look", lambda state: 0, "things", lambda state: state)], [("", captured[0].graph), ("", bare)])
+    with Pipeline("test").step("look", "things", [("", captured[0].graph), ("", bare)]):
+        pass
     text = next(tmp_path.glob("*/01-look.before.txt")).read_text()
     assert "tanh" in text and '"f32[3]cpu"' in text and "torch.sigmoid(x)" in text
 
 
 def test_the_graph_that_a_step_refuses_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv(DUMP, str(tmp_path))
-    with pytest.raises(ZeroDivisionError):
-        run("test", [Step("refuse", lambda module: 1 // 0, "things", graphs)], fx.symbolic_trace(Doubling()))
+    pipeline = Pipeline("test")
+    with pytest.raises(ZeroDivisionError), pipeline.step("refuse", "things", graphs(fx.symbolic_trace(Doubling()))):
+        raise ZeroDivisionError
     (file,) = tmp_path.glob("*/*")
     assert file.name == "01-refuse.before.txt"
 
@@ -122,9 +130,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_changes(tmp_pat
 WRITER = """
 import torch
 from torch import fx
-from tests.common.test_pipeline import STEPS, Doubling, run
+from tests.common.test_pipeline import Doubling, look_and_multiply
 for _ in range(20):
-    run("test", STEPS, fx.symbolic_trace(Doubling()))
+    look_and_multiply(fx.symbolic_trace(Doubling()))
 """
 
 

@@ -287,13 +287,13 @@ def test_an_interrupt_waits_until_the_model_is_whole(monkeypatch):
     """Ctrl-C between the layers and the optimizer: the plan is finished first, then the interrupt is raised."""
     model = tiny_gpt(layers=2)
     optimizer = torch.optim.AdamW(model.parameters())
-    adopt = memcompile.planning.steps.adopt_optimizers
+    adopt = memcompile.planning.plan.adopt_optimizers
 
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
         return adopt(*arguments)
 
-    monkeypatch.setattr("memcompile.planning.steps.adopt_optimizers", interrupted)
+    monkeypatch.setattr("memcompile.planning.plan.adopt_optimizers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         memcompile.plan(model, memory_layers=1, **MEMORY)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

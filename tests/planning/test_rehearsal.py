@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import memcompile
-from memcompile.common.pipeline import run
+from memcompile.common.pipeline import Pipeline
 from memcompile.errors import PlanError
-from memcompile.passes.detect.detect import IN_A_MODEL, Detection
+from memcompile.passes.detect.detect import find_in_model
 from memcompile.planning.rehearsal import rehearse
 from memcompile.runtime.stand_ins.counting import counting_stand_ins
 from tests.models import ZOO, around, plain_ffn
@@ -42,11 +42,10 @@ def mixed(strict: type[nn.Module] = StrictFfn) -> nn.Module:
 
 
 def rehearsed(model: nn.Module, adds: bool = False, example_inputs=None) -> dict[str, str]:
-    detection = Detection(model=model, example_inputs=example_inputs)
-    run("find", IN_A_MODEL, detection)
-    sites = [block.site for block in detection.blocks if block.site.refusal is None]
+    captures, blocks = find_in_model(Pipeline("find"), model, example_inputs)
+    sites = [block.site for block in blocks if block.site.refusal is None]
     assert sites
-    return rehearse(model, detection.captures, sites, adds)
+    return rehearse(model, captures, sites, adds)
 
 
 @pytest.mark.parametrize("adds", [False, True], ids=["replace", "add"])

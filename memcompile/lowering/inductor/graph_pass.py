@@ -10,13 +10,12 @@ FxGraphCache and AOTAutogradCache key on the graph and on PyTorch, and on the `u
 of its names is asked for.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from memcompile.common.pipeline import Step, is_dumping, run
+from memcompile.common.pipeline import Pipeline, is_dumping
 from memcompile.lowering._torch import GraphPass, KeyedPass, configured_pre_passes, graph_pass_base, run_graph_pass
 from memcompile.lowering.inductor.caches import source_digest
 from memcompile.lowering.inductor.gemm import mkl_is_held_back, use_onednn
@@ -26,35 +25,32 @@ from memcompile.lowering.triton.load import load_in_graphs
 from memcompile.lowering.triton.settings import uses_atomics
 from memcompile.version import __version__
 
-
-def _graphs(graph: torch.fx.Graph) -> list[tuple[str, torch.fx.Graph]]:
-    return [("Inductor's graph, forward or backward", graph)]
-
-
-def _run_users_pass(graph_pass: GraphPass, is_inference: bool, graph: torch.fx.Graph) -> int:
-    run_graph_pass(graph_pass, graph, is_inference)
-    return len(graph.nodes)
-
-
-_PASSES = (
-    Step("merge_scatters", merge_scatters, "scatters", _graphs),
-    Step("order_collectives", order_collectives, "collectives held back", _graphs),
-)
-_ONEDNN = Step("onednn", use_onednn, "products replaced", _graphs)
+# What each counts, and what it does to a graph.
+_PASSES: dict[str, tuple[str, Callable[[torch.fx.Graph], int]]] = {
+    "merge_scatters": ("scatters", merge_scatters),
+    "order_collectives": ("collectives held back", order_collectives),
+}
+_ONEDNN = {"onednn": ("products replaced", use_onednn)}
 
 
 class LoweringPass(KeyedPass, graph_pass_base()):  # type: ignore[misc]
     """The user's own passes, then this package's; its uuid names the package's version, its sources and the options."""
 
     def __init__(self, options: str, wrapped: Sequence[GraphPass] = ()) -> None:
-        self.own = (*_PASSES, _ONEDNN) if mkl_is_held_back() else _PASSES
-        facts = (tuple(step.name for step in self.own), load_in_graphs(), uses_atomics())
+        self.own = _PASSES | (_ONEDNN if mkl_is_held_back() else {})
+        facts = (tuple(self.own), load_in_graphs(), uses_atomics())
         self.key = ("memcompile", __version__, source_digest(), options, *facts)
         self.wrapped = tuple(wrapped)
 
     def __call__(self, graph: torch.fx.Graph, is_inference: bool = False) -> None:
-        users = (functools.partial(_run_users_pass, graph_pass, is_inference) for graph_pass in self.wrapped)
-        run("inductor", [*(Step("users_pass", call, "nodes left", _graphs) for call in users), *self.own], graph)
+        pipeline, graphs = Pipeline("inductor"), [("Inductor's graph, forward or backward", graph)]
+        for graph_pass in self.wrapped:
+            with pipeline.step("users_pass", "nodes left", graphs):
+                run_graph_pass(graph_pass, graph, is_inference)
+                pipeline.count = len(graph.nodes)
+        for name, (counts, own) in self.own.items():
+            with pipeline.step(name, counts, graphs):
+                pipeline.count = own(graph)
 
     def uuid(self) -> Any:
         """A key, or None (no caching, by Inductor's convention) when a wrapped pass has none, or when graphs are to be

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,15 +13,23 @@ from torch import Tensor, fx, nn
 
 from memcompile.common.token_wise import CASTS, TRANSPOSES
 from memcompile.errors import OptionError, PlanError
-from memcompile.passes._torch import FakeTensor, FakeTensorMode, FakeTensorProp, HigherOrderOperator, OpOverload
-from memcompile.passes.capture.signature import Signature
+from memcompile.passes._torch import (
+    FakeTensor,
+    FakeTensorMode,
+    FakeTensorProp,
+    HigherOrderOperator,
+    OpOverload,
+    PyTreeCodeGen,
+    pytree,
+)
 from memcompile.passes.capture.trace import Capture
-from memcompile.passes.fx import fake_value, operator_name
+from memcompile.passes.fx import fake_value, operator_name, reach
 
 Parameters = Mapping[str, str] | Sequence[str]
 
 # Where operators read weights. A vector is one wherever it is read.
-_WEIGHT_OPERANDS = {"linear": (1,), "addmm": (2,), "matmul": (1,), "mm": (1,), "embedding": (0,)}
+_WEIGHT_OPERANDS = {"linear": slice(1, 2), "addmm": slice(2, 3), "matmul": slice(1, 2), "mm": slice(1, 2)}
+_WEIGHT_OPERANDS |= {"embedding": slice(0, 1)}
 # Higher-order operators that call a body once, on the operands after it.
 _WRAPPERS = frozenset({"wrap", "wrap_with_autocast", "wrap_with_set_grad_enabled", "tag_activation_checkpoint"})
 _UNBACKED = 11  # stands for a size that depends on data: small, and no model's width
@@ -30,12 +40,11 @@ class Scope:
     """One graph of a captured module: its own, or the body of a higher-order operator in it.
 
     Attributes:
-        module: the module whose graph it is.
         capture: a copy of the graph for the detector, every size in it a number.
         original: the graph's own node for each node of the copy.
         parameters: the nodes that stand for parameters, with the parameter's name.
-        caller: the node that calls the body, None for the module's own graph; and the graph that it stands in.
         order: for each node of the copy, what sorts the nodes of all graphs in execution order.
+        caller: the node that calls the body, which stands in ``parent``; None for the module's own graph.
     """
 
     module: fx.GraphModule
@@ -49,9 +58,8 @@ class Scope:
 
 def is_captured(module: nn.Module) -> bool:
     """Whether the module is a graph of operators and not of modules, which `torch.fx.symbolic_trace` leaves whole."""
-    if not isinstance(module, fx.GraphModule):
-        return False
-    return any(isinstance(node.target, OpOverload) for node in module.graph.nodes)
+    nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+    return any(isinstance(node.target, OpOverload) for node in nodes)
 
 
 def read(graph_module: fx.GraphModule, parameters: Parameters | None = None) -> list[Scope]:
@@ -64,19 +72,15 @@ def read(graph_module: fx.GraphModule, parameters: Parameters | None = None) -> 
         OptionError: ``parameters`` names an input that is not there.
         PlanError: the graph is not of ATen operators, or does not say which shapes it has.
     """
-    _check(graph_module)
-    return list(_scopes(graph_module, _parameters(graph_module, parameters), None, None))
-
-
-def _check(graph_module: fx.GraphModule) -> None:
     captured = is_captured(graph_module)
     for node in graph_module.graph.nodes:
         guards = node.op == "call_module" and not node.users  # how torch.export checks its inputs
-        if node.op == "call_method" or (node.op == "call_module" and not guards) or not captured:
+        if not captured or node.op == "call_method" or (node.op == "call_module" and not guards):
             raise PlanError(
                 f"the graph is not of ATen operators ({node.op} {node.target}), as those of Dynamo and symbolic_trace: "
                 f"capture it with torch.export.export(model, args).module() or make_fx(graph_module)(*inputs)"
             )
+    return list(_scopes(graph_module, _parameters(graph_module, parameters), None, None))
 
 
 def _scopes(
@@ -90,7 +94,7 @@ def _scopes(
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, copies))
     order = {copy: (*start, index) for index, copy in enumerate(copies.values())}
-    bodies = {node: body for node in module.graph.nodes if (body := called_body(node, module)) is not None}
+    bodies = {node: called for node in module.graph.nodes if (called := called_body(node, module)) is not None}
     for node in bodies:  # parameters are read in the body, not by its call
         copies[node].args = tuple(a for a in copies[node].args if a not in {copies[n] for n in parameters})
     buffers = [n for n in module.graph.find_nodes(op="get_attr") if n not in parameters]
@@ -104,29 +108,22 @@ def _scopes(
     )
     scope = Scope(module, capture, {copy: node for node, copy in copies.items()}, parameters, order, caller, parent)
     yield scope
-    for node, body in bodies.items():
+    for node, (body, inner) in bodies.items():
         if len(body.users) == 1:
-            inner = module.get_submodule(str(body.target))
-            assert isinstance(inner, fx.GraphModule)
             operands = node.args[node.args.index(body) + 1 :]
             placeholders = inner.graph.find_nodes(op="placeholder")
             passed = {p: parameters[o] for p, o in zip(placeholders, operands, strict=True) if o in parameters}
             yield from _scopes(inner, passed, node, scope, order[copies[node]])
 
 
-def called_body(node: fx.Node, module: fx.GraphModule) -> fx.Node | None:
-    """The ``get_attr`` node of the body that a higher-order operator calls."""
-    if not isinstance(node.target, HigherOrderOperator) or str(node.target) not in _WRAPPERS:
-        return None
-    attributes = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
-    bodies = [a for a in attributes if isinstance(attribute_of(module, str(a.target)), fx.GraphModule)]
-    return bodies[0] if bodies else None
-
-
-def attribute_of(module: nn.Module, target: str) -> Any:
-    """What a ``get_attr`` node reads."""
-    path, _, name = target.rpartition(".")
-    return getattr(module.get_submodule(path), name)
+def called_body(node: fx.Node, module: fx.GraphModule) -> tuple[fx.Node, fx.GraphModule] | None:
+    """The body that a higher-order operator calls, and the ``get_attr`` node that gives it."""
+    if isinstance(node.target, HigherOrderOperator) and str(node.target) in _WRAPPERS:
+        for attribute in (a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"):
+            body = attrgetter(str(attribute.target))(module)
+            if isinstance(body, fx.GraphModule):
+                return attribute, body
+    return None
 
 
 def _parameters(graph_module: fx.GraphModule, given: Parameters | None) -> dict[fx.Node, str]:
@@ -134,7 +131,7 @@ def _parameters(graph_module: fx.GraphModule, given: Parameters | None) -> dict[
     found: dict[fx.Node, str] = {}
     first = {id(parameter): name for name, parameter in graph_module.named_parameters()}
     for node in graph_module.graph.find_nodes(op="get_attr"):
-        value = attribute_of(graph_module, str(node.target))
+        value = attrgetter(str(node.target))(graph_module)
         if isinstance(value, nn.Parameter):
             found[node] = first[id(value)]
     placeholders = graph_module.graph.find_nodes(op="placeholder")
@@ -151,11 +148,12 @@ def _parameters(graph_module: fx.GraphModule, given: Parameters | None) -> dict[
 
 def _weights(graph_module: fx.GraphModule, placeholders: list[fx.Node]) -> dict[fx.Node, str]:
     """The inputs that are read as weights, and whatever else is passed in one dict with them, by its keys there."""
-    weights = [node for node in placeholders if _is_weight(node)]
-    keys = Signature(graph_module.graph).keys_with(weights)
-    if keys is not None and len(set(keys.values())) == len(keys):
+    weights = {node for node in placeholders if _is_weight(node)}
+    holders = [d for d in _dicts(_structure_of(graph_module.graph)) if not weights.isdisjoint(d.values())]
+    keys = {value: key for holder in holders for key, value in holder.items()}
+    if weights and weights <= keys.keys() and len(set(keys.values())) == len(keys):
         return {node: name for node, name in keys.items() if fake_value(node) is not None}
-    return {node: str(node.target) for node in weights}
+    return {node: str(node.target) for node in placeholders if node in weights}
 
 
 def _is_weight(placeholder: fx.Node) -> bool:
@@ -164,15 +162,9 @@ def _is_weight(placeholder: fx.Node) -> bool:
         return False
     if value.dim() == 1:
         return True
-    readers = [(user, placeholder) for user in placeholder.users]
-    while readers:
-        user, operand = readers.pop()
-        name = operator_name(user)
-        if any(len(user.args) > i and user.args[i] is operand for i in _WEIGHT_OPERANDS.get(name, ())):
-            return True
-        if name in CASTS or name in TRANSPOSES:
-            readers += [(reader, user) for reader in user.users]
-    return False
+    forms = reach([placeholder], lambda node: [u for u in node.users if operator_name(u) in CASTS | TRANSPOSES])
+    readers = ((form, user) for form in forms for user in form.users)
+    return any(form in user.args[_WEIGHT_OPERANDS.get(operator_name(user), slice(0))] for form, user in readers)
 
 
 def give_values(module: fx.GraphModule, graph: fx.Graph) -> None:
@@ -184,7 +176,7 @@ def give_values(module: fx.GraphModule, graph: fx.Graph) -> None:
     inputs = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
     mode = fake_mode(inputs)
     for node in graph.find_nodes(op="get_attr"):
-        value = attribute_of(module, str(node.target))
+        value = attrgetter(str(node.target))(module)
         if isinstance(value, Tensor) and "val" not in node.meta:
             node.meta["val"] = value if mode is None else mode.from_tensor(value, static_shapes=True)
     if all("val" in node.meta for node in graph.nodes if node.op == "call_function"):
@@ -194,7 +186,10 @@ def give_values(module: fx.GraphModule, graph: fx.Graph) -> None:
             "the graph does not say which shapes its inputs have (meta['val']): capture it with torch.export or "
             "make_fx, or run FakeTensorProp(graph_module).propagate(*inputs) first"
         )
-    inputs = [v if not isinstance(v, FakeTensor) or v.fake_mode is mode else _in_mode(v, mode) for v in inputs]
+    with mode:  # one for all
+        others = {at: v for at, v in enumerate(inputs) if isinstance(v, FakeTensor) and v.fake_mode is not mode}
+        for at, v in others.items():
+            inputs[at] = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
     owner = module if module.graph is graph else fx.GraphModule(module, graph)
     FakeTensorProp(owner, mode).propagate_dont_convert_inputs(*inputs)
 
@@ -202,11 +197,6 @@ def give_values(module: fx.GraphModule, graph: fx.Graph) -> None:
 def fake_mode(values: Sequence[Any]) -> FakeTensorMode | None:
     """The mode of the first fake tensor; ``make_fx`` on real inputs leaves each in one of its own."""
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
-
-
-def _in_mode(value: FakeTensor, mode: FakeTensorMode) -> Tensor:
-    with mode:
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _give_sizes(graph: fx.Graph) -> None:
@@ -232,8 +222,46 @@ def _give_sizes(graph: fx.Graph) -> None:
 def _number(size: int | torch.SymInt) -> int:
     if isinstance(size, int):
         return size
-    hint = size.node.hint
-    if hint is not None:
-        return int(hint)
     expression = size.node.expr
-    return int(expression.subs(dict.fromkeys(expression.free_symbols, _UNBACKED)))
+    unbacked = expression.subs(dict.fromkeys(expression.free_symbols, _UNBACKED))
+    return int(unbacked if size.node.hint is None else size.node.hint)
+
+
+def _structure_of(graph: fx.Graph, outside: Collection[fx.Node] = ()) -> Any:
+    """The structure that a graph's placeholders are passed in: ``f(params, x)`` with a dict of weights has one, a graph
+    that takes its placeholders one by one has none. Those ``outside`` are not taken yet.
+    """
+    codegen, placeholders = graph._codegen, [n for n in graph.find_nodes(op="placeholder") if n not in outside]
+    if isinstance(codegen, PyTreeCodeGen) and codegen.pytree_info.in_spec.num_leaves == len(placeholders):
+        return pytree.tree_unflatten(placeholders, codegen.pytree_info.in_spec)
+    return None
+
+
+def exchange(
+    together: Sequence[fx.Node], removed: Sequence[fx.Node], added: Mapping[str, fx.Node], graph: fx.Graph
+) -> None:
+    """Has a graph no longer take ``removed``, and take ``added``, its last placeholders, by name in the dict that holds
+    ``together``. Without one such dict the graph takes its placeholders one by one.
+    """
+    structure = _structure_of(graph, outside=added.values())
+    holder = next((d for d in _dicts(structure) if set(together) <= set(d.values())), None)
+    if holder is None:
+        graph.set_codegen(fx.graph.CodeGen())
+        return
+    for key in [key for key, value in holder.items() if value in removed]:
+        del holder[key]
+    holder.update(added)
+    leaves, spec = pytree.tree_flatten(structure)
+    for node, following in itertools.pairwise(leaves):
+        node.append(following)  # placeholders stand in the order of the leaves
+    assert isinstance(graph._codegen, PyTreeCodeGen)
+    graph.set_codegen(PyTreeCodeGen(graph._codegen.pytree_info._replace(in_spec=spec)))
+
+
+def _dicts(structure: Any) -> list[dict[str, Any]]:
+    """Every dict from names to placeholders in the structure, outer ones first."""
+    if isinstance(structure, dict):
+        if all(isinstance(k, str) and isinstance(v, fx.Node) for k, v in structure.items()):
+            return [structure]
+        structure = list(structure.values())
+    return [d for value in structure for d in _dicts(value)] if isinstance(structure, (list, tuple)) else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -21,13 +22,6 @@ class Arguments:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-    def __repr__(self) -> str:
-        def short(value: object) -> str:
-            return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-
-        parts = [short(a) for a in self.args] + [f"{k}={short(v)}" for k, v in self.kwargs.items()]
-        return f"({', '.join(parts)})"
 
 
 def guess_arguments(module: nn.Module) -> Iterator[Arguments]:
@@ -59,50 +53,36 @@ def _required_inputs(module: nn.Module) -> int:
 
 def _guess_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-
-    def features(*size: int) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device="meta")
-
+    empty = functools.partial(torch.empty, dtype=dtype, device="meta")
+    tokens = torch.empty(BATCH, TOKENS, dtype=torch.int64, device="meta")
     first = next((m for m in module.modules() if any(True for _ in m.parameters(recurse=False))), module)
     embeds = any(isinstance(m, nn.Embedding) for m in module.modules())
-    tokens = torch.empty(BATCH, TOKENS, dtype=torch.int64, device="meta")
     if embeds:
         yield tokens
-    yield from _guess_audio(module, dtype)
-    if isinstance(first, nn.Conv2d) or hasattr(module, "main_input_name") or not embeds:
-        conv = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-        if conv is not None:
-            for side in _image_sides(module):
-                yield features(BATCH, conv.in_channels, side, side)
-    for width in _widths(module):
-        yield features(BATCH, TOKENS, width)
-    if not embeds:
-        yield tokens
-
-
-def _guess_audio(module: nn.Module, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Waveforms and spectrograms, where a Hugging Face model says that it takes them."""
-    name, config = getattr(module, "main_input_name", None), getattr(module, "config", None)
-    if name == "input_values":
-        yield torch.empty(BATCH, 4000, dtype=dtype, device="meta")
-    if name == "input_features":
+    name, config = getattr(module, "main_input_name", None), getattr(module, "config", None)  # of Hugging Face models
+    if name == "input_values":  # a waveform
+        yield empty(BATCH, 4000)
+    if name == "input_features":  # a spectrogram
         bins = next((m.in_channels for m in module.modules() if isinstance(m, nn.Conv1d)), None)
         bins = getattr(config, "num_mel_bins", None) or bins or 80
         positions = getattr(config, "max_source_positions", None)
         if isinstance(positions, int):
-            yield torch.empty(BATCH, bins, 2 * positions, dtype=dtype, device="meta")
-        yield torch.empty(BATCH, 40, bins, dtype=dtype, device="meta")
+            yield empty(BATCH, bins, 2 * positions)
+        yield empty(BATCH, 40, bins)
+    conv = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    if conv is not None and (isinstance(first, nn.Conv2d) or name is not None or not embeds):
+        for side in _image_sides(module):
+            yield empty(BATCH, conv.in_channels, side, side)
+    for width in _widths(module):
+        yield empty(BATCH, TOKENS, width)
+    if not embeds:
+        yield tokens
 
 
 def _widths(module: nn.Module) -> list[int]:
     """Feature widths that the first layers read, at most three."""
-    widths: dict[int, None] = {}
-    for child in module.modules():
-        for parameter in child.parameters(recurse=False):
-            if parameter.dim() in (1, 2):
-                widths.setdefault(parameter.shape[-1])
-        if len(widths) >= 3:
-            break
+    parameters = (p for child in module.modules() for p in child.parameters(recurse=False))
+    widths = dict.fromkeys(p.shape[-1] for p in parameters if p.dim() in (1, 2))
     return list(widths)[:3]
 
 

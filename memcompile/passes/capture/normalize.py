@@ -43,31 +43,28 @@ def _drop_metadata_operand(node: fx.Node) -> bool:
         node.args = (node.args[0], getattr(value, attribute))
     elif value is not None and name in _FACTORIES:
         fill = [a for a in (*node.args[1:], node.kwargs.get("fill_value")) if isinstance(a, (bool, int, float))]
-        node.target, needs_fill = _FACTORIES[name]
-        node.args = (tuple(value.shape), *(fill[:1] if needs_fill else []))
+        node.target = _FACTORIES[name]
+        node.args = (tuple(value.shape), *(fill[:1] if node.target is aten.full.default else []))
         node.kwargs = {"dtype": value.dtype, "device": value.device}
     else:
         return False
     return True
 
 
+aten = torch.ops.aten
 # Factories that read the shape and dtype of an operand, and what makes the same tensor without it.
-_FACTORIES: dict[str, tuple[Any, bool]] = {
-    "empty_like": (torch.ops.aten.empty.memory_format, False),
-    "new_empty": (torch.ops.aten.empty.memory_format, False),
-    "zeros_like": (torch.ops.aten.zeros.default, False),
-    "new_zeros": (torch.ops.aten.zeros.default, False),
-    "ones_like": (torch.ops.aten.ones.default, False),
-    "new_ones": (torch.ops.aten.ones.default, False),
-    "full_like": (torch.ops.aten.full.default, True),
-    "new_full": (torch.ops.aten.full.default, True),
-    "rand_like": (torch.ops.aten.rand.default, False),
-    "randn_like": (torch.ops.aten.randn.default, False),
+_FACTORIES: dict[str, Any] = {
+    "empty_like": aten.empty.memory_format,
+    "new_empty": aten.empty.memory_format,
+    "rand_like": aten.rand.default,
+    "randn_like": aten.randn.default,
 }
+for _name in ("zeros", "ones", "full"):
+    _FACTORIES |= dict.fromkeys((f"{_name}_like", f"new_{_name}"), getattr(aten, _name).default)
 
 _METADATA_FORMS = {
-    torch.ops.aten.type_as.default: (torch.ops.aten.to.dtype, "dtype"),
-    torch.ops.aten.view_as.default: (torch.ops.aten.view.default, "shape"),
-    torch.ops.aten.reshape_as.default: (torch.ops.aten.reshape.default, "shape"),
-    torch.ops.aten.expand_as.default: (torch.ops.aten.expand.default, "shape"),
+    aten.type_as.default: (aten.to.dtype, "dtype"),
+    aten.view_as.default: (aten.view.default, "shape"),
+    aten.reshape_as.default: (aten.reshape.default, "shape"),
+    aten.expand_as.default: (aten.expand.default, "shape"),
 }

@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -41,28 +42,32 @@ def restored_afterwards(model: nn.Module) -> Iterator[None]:
         # more than a few MiB is not copied: none is seen that a forward writes without an activation.
         small = (v for v in state.values() if type(v) is torch.Tensor and v.numel() <= 2**20)
         tensors += [(tensor, tensor._version, tensor.detach().clone()) for tensor in small]
-    random_state = _random_state()
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    numpys = None if numpy is None else numpy.random.get_state()
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if has_cuda else ()):
+            yield
     finally:
-        _set_random_state(random_state)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(numpys)
         for module, state, contents in saved:
             for name in module.__dict__.keys() - state.keys():
                 del module.__dict__[name]
             module.__dict__.update(state)
             for container, content in contents:
-                _restore(container, content)
+                container.clear()
+                fill = container.extend if isinstance(container, (list, collections.deque)) else container.update
+                fill(content)
         for tensor, version, content in tensors:
             if tensor._version != version:
                 tensor.detach().copy_(content)
 
 
-def _module_of(hook: Any) -> str:
-    return getattr(hook, "__module__", None) or ""
-
-
 def _of_the_model(hooks: Any) -> Any:
-    return type(hooks)((key, hook) for key, hook in hooks.items() if _module_of(hook).startswith("transformers."))
+    modules = {key: getattr(hook, "__module__", None) or "" for key, hook in hooks.items()}
+    return type(hooks)((key, hook) for key, hook in hooks.items() if modules[key].startswith("transformers."))
 
 
 _CONTAINERS = (dict, list, set, collections.OrderedDict, collections.defaultdict, collections.deque)
@@ -74,30 +79,6 @@ def _containers(value: Any, depth: int = 4) -> Iterator[tuple[Any, Any]]:
         yield value, value.copy()
         for item in value.values() if isinstance(value, dict) else value:
             yield from _containers(item, depth - 1)
-
-
-def _restore(container: Any, content: Any) -> None:
-    container.clear()
-    if isinstance(container, (list, collections.deque)):
-        container.extend(content)
-    else:
-        container.update(content)
-
-
-def _random_state() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    return random.getstate(), torch.get_rng_state(), cuda, numpy.random.get_state() if numpy is not None else None
-
-
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    python, cpu, cuda, numpy = state
-    random.setstate(python)
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)
-    if numpy is not None:
-        sys.modules["numpy"].random.set_state(numpy)
 
 
 def note_caches() -> None:
@@ -132,26 +113,16 @@ def muted_loggers() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@contextlib.contextmanager
-def data_traced() -> Iterator[None]:
+def data_traced() -> contextlib.AbstractContextManager[Any]:
     """Makes ``x.data`` mean ``x.detach()``: tracing does not see what is written to a true ``x.data``."""
     data: Any = torch.Tensor.data
-
-    def get(self: torch.Tensor) -> torch.Tensor:
-        return self.detach()
-
-    torch.Tensor.data = property(get, data.__set__)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del torch.Tensor.data  # the attribute of its base class shows again
+    return mock.patch.object(torch.Tensor, "data", property(lambda tensor: tensor.detach(), data.__set__))
 
 
 AUTOGRAD_FUNCTION = "autograd_function"  # in a node's meta: the class whose forward ran it
 
 
-@contextlib.contextmanager
-def functions_marked() -> Iterator[None]:
+def functions_marked() -> contextlib.AbstractContextManager[Any]:
     """Marks the nodes that run inside an `autograd.Function`: its backward is its own, whatever the graph shows.
     Reentrant activation checkpointing is one too, but differentiates what it ran.
     """
@@ -169,8 +140,4 @@ def functions_marked() -> Iterator[None]:
             node = node.next
         return result
 
-    torch.autograd.Function.apply = classmethod(marking)  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+    return mock.patch.object(torch.autograd.Function, "apply", classmethod(marking))

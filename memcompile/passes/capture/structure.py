@@ -16,15 +16,12 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _REGISTERED = frozenset({"_parameters", "_buffers", "_modules", *HOOKS})
 
 
-def structure(module: nn.Module) -> Hashable:
+def structure(module: nn.Module, seen: dict[int, int] | None = None) -> Hashable:
     """A value that is equal for two modules only if their forwards do the same: the same classes and attributes, and
-    tensors of the same shapes, dtypes and ties. What cannot be compared is taken for different, unless it is one
-    object. The user's hooks do not count: tracing silences them.
+    tensors of the same shapes, dtypes and ties (to what is ``seen``). What cannot be compared is taken for different,
+    unless it is one object. The user's hooks do not count: tracing silences them.
     """
-    return _structure(module, {})
-
-
-def _structure(module: nn.Module, seen: dict[int, int]) -> Hashable:
+    seen = {} if seen is None else seen
     if id(module) in seen:
         return ("again", seen[id(module)])
     seen[id(module)] = len(seen)
@@ -34,7 +31,7 @@ def _structure(module: nn.Module, seen: dict[int, int]) -> Hashable:
         type(module),
         tuple((name, _frozen(value, module)) for name, value in sorted(attributes.items())),
         tuple((name, None if t is None else _tensor(t, seen)) for name, t in tensors.items()),
-        tuple((name, None if m is None else _structure(m, seen)) for name, m in module._modules.items()),
+        tuple((name, None if m is None else structure(m, seen)) for name, m in module._modules.items()),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterator, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -20,7 +20,7 @@ from memcompile.passes.capture.forward import Forward, can_compute
 from memcompile.passes.capture.guess import Arguments, guess_arguments
 from memcompile.passes.capture.sandbox import caches_without_fakes, muted_loggers
 from memcompile.passes.capture.structure import structure
-from memcompile.passes.constants import find_constants
+from memcompile.passes.fx import is_in_place, memory_root
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ class Capture:
     Attributes:
         path: the module's path in the model; ``""`` for the whole model.
         graph: aten operators before autograd (`make_fx(pre_dispatch=True)`), fake values in ``meta["val"]``.
-        parameters: the parameter's full name in the model for each placeholder that stands for one. Tied names
-            are represented by the model's first, in every capture.
+        parameters: the placeholders that stand for parameters, with the parameter's full name in the model: of tied
+            names the model's first, in every capture.
         buffers: the placeholders that stand for buffers.
         forward: how the module was run; None for a graph that the user captured.
         only: where set, the graph counts for the blocks of these parameters alone: another graph does for the rest.
@@ -58,7 +58,7 @@ class Capture:
     @functools.cached_property
     def constants(self) -> frozenset[fx.Node]:
         """The nodes that depend on no input of the module. To be read of a normalised graph."""
-        return find_constants(self.graph, self.parameters.keys() | self.buffers)
+        return _constants(self.graph, self.parameters.keys() | self.buffers)
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> list[Capture]:
@@ -79,21 +79,16 @@ def trace(model: nn.Module, example_inputs: Any = None) -> list[Capture]:
 
 
 def _trace_largest(
-    module: nn.Module,
-    path: str,
-    names: dict[int, str],
-    given: Arguments | None,
-    traced: dict[Hashable, Capture | None],
+    module: nn.Module, path: str, names: dict[int, str], given: Arguments | None, traced: dict[Hashable, Capture | None]
 ) -> Iterator[Capture]:
     if not any(p.dim() >= 2 for p in module.parameters()):
         return
     like = structure(module) if path else None
-    if like not in traced:
-        traced[like] = _trace_module(module, path, names, given)
-        capture = traced[like]
-    else:
+    if like in traced:
         known = traced[like]
         capture = None if known is None else _renamed(known, module, path, names)
+    else:
+        capture = traced[like] = _trace_module(module, path, names, given)
     if capture is not None:
         yield capture
     elif given is not None:
@@ -123,16 +118,16 @@ def _skipped_in_training(model: nn.Module, names: dict[int, str], captures: Sequ
 
 def _trace_module(module: nn.Module, path: str, names: dict[int, str], given: Arguments | None) -> Capture | None:
     """The module's graph on the arguments given, or on the first guess that runs; None where none does."""
-    device = next(module.parameters()).device
+    device, label = next(module.parameters()).device, f"module {path!r}" if path else "the model"
     for compute in (False, True) if not path and can_compute(module) else (False,):
         for arguments in [given] if given is not None else guess_arguments(module):
             try:
                 return _trace_once(module, path, names, Forward(arguments, compute, device=device))
             except Exception as error:  # a guess may fail in any way that the owner's code can
-                log.debug("%s does not trace on %s: %s", _label(path), arguments, error)
+                log.debug("%s does not trace on %s: %s", label, arguments, error)
                 failure = error
     if given is not None:
-        log.warning("memcompile: %s does not run on example_inputs (%s); guessing instead", _label(path), failure)
+        log.warning("memcompile: %s does not run on example_inputs (%s); guessing instead", label, failure)
     return None
 
 
@@ -156,16 +151,35 @@ def _renamed(capture: Capture, module: nn.Module, path: str, names: dict[int, st
 
 
 def _as_arguments(example_inputs: Any) -> Arguments | None:
-    if example_inputs is None:
-        return None
-    if isinstance(example_inputs, dict):
-        return Arguments((), example_inputs)
-    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], dict):
-            return Arguments(*example_inputs)
-        return Arguments(tuple(example_inputs), {})
+    match example_inputs:
+        case None:
+            return None
+        case dict():
+            return Arguments((), example_inputs)
+        case (tuple(args), dict(kwargs)):
+            return Arguments(args, kwargs)
+        case [*args]:
+            return Arguments(tuple(args), {})
     return Arguments((example_inputs,), {})
 
 
-def _label(path: str) -> str:
-    return f"module {path!r}" if path else "the model"
+def _constants(graph: fx.Graph, given: Container[fx.Node]) -> frozenset[fx.Node]:
+    """Every node whose ancestors among placeholders are all in ``given`` (parameters and buffers), those included.
+
+    A constant that an activation is written into (a cache, running statistics, an output allocated first) is none.
+    """
+    written: set[fx.Node] = set()
+    while True:
+        constants: set[fx.Node] = set()
+        for node in graph.nodes:
+            made = node in given if node.op == "placeholder" else all(a in constants for a in node.all_input_nodes)
+            if made and node not in written:
+                constants.add(node)
+        found = {
+            root
+            for node in graph.nodes
+            if is_in_place(node) and node not in constants and (root := memory_root(node)) in constants
+        }
+        if not found:
+            return frozenset(constants)
+        written |= found

@@ -1,4 +1,4 @@
-"""A captured graph of a planned model runs the memory exactly as planned, or is refused. Changes nothing."""
+"""A captured graph of a planned model runs the memory exactly as planned, or is refused."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ def verify_captured_memory(
     """Checks one captured graph; returns how often each layer's lookup stands in it.
 
     Args:
-        graph_module: a graph captured by Dynamo; bodies of higher-order operators (activation checkpointing) are
-            looked into.
-        inputs: the values of its placeholders, parameters among them.
+        graph_module: a graph captured by Dynamo, whose placeholders have the values ``inputs``.
         layers: name of each memory layer -> its parameters.
         calls: how often each layer runs in one forward, where the graph holds the whole forward; None for a part.
 
@@ -56,6 +54,25 @@ def verify_captured_memory(
             f"than when it was planned; plan it with example_inputs of the kind that it runs on"
         )
     return found
+
+
+def make_dense_where_read(
+    graph_module: fx.GraphModule, inputs: Sequence[object], values: Sequence[torch.Tensor]
+) -> int:
+    """Gives all lookups of a captured graph a dense gradient, in place, where something else reads the values of the
+    pools whose layers it may run: autograd would add a sparse gradient to that of a penalty on the table, which is
+    dense, and cannot trace it. Returns how many lookups have got one.
+    """
+    tables = names_by_identity({"values": values}, inputs)
+    operators = [(node, binding) for node, binding in operators_in(graph_module, inputs) if not calls_a_body(node)]
+    others = ((node, binding) for node, binding in operators if not is_lookup(node))
+    if not any(id(binding.get(a)) in tables for node, binding in others for a in node.all_input_nodes):
+        return 0
+    lookups = [node for node, _ in operators if is_lookup(node)]
+    for node in lookups:
+        at = POSITIONS["values_grad"]
+        node.args = (*node.args[:at], "dense", *node.args[at + 1 :])
+    return len(lookups)
 
 
 def names_by_identity(layers: Mapping[str, Sequence[torch.Tensor]], inputs: Sequence[object]) -> dict[int, str]:
@@ -89,28 +106,19 @@ def operators_in(
             binding[node] = getattr(graph_module, str(node.target), None)
         if node.op in ("placeholder", "get_attr", "output"):
             continue
-        if _is_part(node):  # what a rank has of a parameter stands for it
+        name = node.target if node.op == "call_method" else getattr(node.target, "__qualname__", "")
+        if "to_local" in name:  # of a DTensor: what a rank has of a parameter stands for it (until 2.11 a function)
             binding[node] = binding.get(node.all_input_nodes[0])
             continue
         yield node, binding
-        for body in _bodies(node, binding):
+        for body in (binding.get(a) for a in node.all_input_nodes):
+            if not isinstance(body, fx.GraphModule):
+                continue
             # In order, repeats included; what stands before a body's own operands (a predicate) is no input of it.
             given = [binding.get(a) if isinstance(a, fx.Node) else a for a in pytree.tree_leaves(node.args)]
             operands = [value for value in given if not isinstance(value, fx.GraphModule)]
             first = max(0, len(operands) - len(placeholders_of(body)))
             yield from operators_in(body, operands[first:])
-
-
-def _is_part(node: fx.Node) -> bool:
-    """Whether the node is `DTensor.to_local`, as Dynamo writes it (until 2.11 as a function)."""
-    if node.op == "call_method":
-        return node.target == "to_local"
-    return node.op == "call_function" and "to_local" in getattr(node.target, "__qualname__", "")
-
-
-def _bodies(node: fx.Node, binding: Mapping[fx.Node, object]) -> list[fx.GraphModule]:
-    values = (binding.get(a) for a in node.all_input_nodes)
-    return [value for value in values if isinstance(value, fx.GraphModule)]
 
 
 def calls_a_body(node: fx.Node) -> bool:

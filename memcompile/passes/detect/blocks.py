@@ -5,19 +5,22 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from memcompile.common.sites import FfnSite
+from memcompile.common.pipeline import Pipeline
+from memcompile.common.sites import FfnSite, common_path
 from memcompile.common.token_wise import CASTS, NORMS, RESHAPES
 from memcompile.passes._torch import ConvNd
+from memcompile.passes.capture.normalize import normalize
+from memcompile.passes.capture.sandbox import HOOKS
 from memcompile.passes.capture.trace import Capture
 from memcompile.passes.detect.layout import prove_features_last, stream_read
 from memcompile.passes.detect.projection import find_projections
 from memcompile.passes.detect.region import Refusal, Region, find_region, prove_closed, prove_one_source
-from memcompile.passes.detect.registration import Registration, common_owner
-from memcompile.passes.detect.residual import Sink, prove_residual, prove_unrouted
+from memcompile.passes.detect.residual import prove_residual, prove_unrouted
 from memcompile.passes.detect.token_wise import prove_token_wise
 from memcompile.passes.fx import operator_name
 
@@ -32,20 +35,23 @@ class Block:
     calls: Sequence[Candidate]
 
 
-def find_blocks(captures: Sequence[Capture], model: nn.Module | None) -> list[Block]:
-    """The blocks in graphs that were normalized.
+def find_blocks(captures: Sequence[Capture], model: nn.Module | None, pipeline: Pipeline) -> list[Block]:
+    """The blocks in traced or captured graphs, which are normalized in place.
 
     Args:
         model: the module that the graphs were traced from, whose ties and hooks count too; None where the graphs are
             all there is.
     """
-    found: list[Candidate] = []
-    for capture in captures:
-        found.extend(c for c in _candidates(capture) if all(map(capture.covers, c.parameters)))
-    _refuse_unproved_boundaries(found, model)
-    _refuse_parallel_branches(found)
-    blocks = _in_order(_merge_calls(found, captures, model), captures)
-    for site in [block.site for block in blocks]:
+    graphs = [(capture.path or "the whole model", capture.graph) for capture in captures]
+    with pipeline.step("normalize", "nodes changed", graphs):
+        pipeline.count = sum(normalize(capture.graph) for capture in captures)
+    with pipeline.step("detect", "blocks found", graphs):
+        found = [c for capture in captures for c in _candidates(capture) if all(map(capture.covers, c.parameters))]
+        _refuse_unproved_boundaries(found, model)
+        _refuse_parallel_branches(found)
+        blocks = _in_order(_merge_calls(found, captures, model), captures)
+        pipeline.count = len(blocks)
+    for site in (block.site for block in blocks):
         log.debug("%s %s: %s", "refused" if site.refusal else "found", site.down, site.refusal or site.pattern)
     return blocks
 
@@ -56,7 +62,7 @@ class Candidate:
 
     region: Region
     capture: Capture
-    sink: Sink = Sink.RESIDUAL
+    joins_stream: bool = True
     refusal: str | None = None
 
     @property
@@ -81,7 +87,7 @@ def _candidates(capture: Capture) -> Iterator[Candidate]:
             prove_closed(region)
             prove_features_last(region, capture, projections)
             prove_unrouted(region, capture, projections)
-            candidate.sink = prove_residual(region, capture)
+            candidate.joins_stream = prove_residual(region, capture)
         except Refusal as refusal:
             candidate.refusal = str(refusal)
         if candidate.refusal is None or _resembles_ffn(region):
@@ -108,7 +114,7 @@ def _refuse_unproved_boundaries(found: list[Candidate], model: nn.Module | None)
     """
     proved = collections.Counter(c.signature for c in found if c.refusal is None)
     for candidate in found:
-        if candidate.refusal is not None or candidate.sink is not Sink.BOUNDARY:
+        if candidate.refusal is not None or candidate.joins_stream:
             continue
         if model is None or not candidate.capture.path:
             candidate.refusal = "its output leaves the model before it joins a residual stream: a head, not an FFN"
@@ -153,16 +159,18 @@ def _merge_calls(found: list[Candidate], captures: Sequence[Capture], model: nn.
     for candidate in found:
         calls.setdefault(candidate.parameters, []).append(candidate)
     owners = collections.Counter(name for parameters in calls for name in parameters)
-    registration = Registration(model) if model is not None else None
+    tied: dict[int, set[str]] = collections.defaultdict(set)  # all names of each parameter
+    for name, parameter in model.named_parameters(remove_duplicate=False) if model is not None else ():
+        tied[id(parameter)].add(name)
     blocks = []
     for parameters, candidates in calls.items():
         refusal = next((c.refusal for c in candidates if c.refusal), None)
-        refusal = refusal or _parameter_refusal(parameters, candidates, captures, owners, registration)
+        refusal = refusal or next(_parameter_refusals(parameters, candidates, captures, owners, model, tied), None)
         region, capture = candidates[0].region, candidates[0].capture
         up = tuple(capture.parameters[p.weight] for p in region.up)
         down = capture.parameters[region.down.weight]
         site = FfnSite(
-            name=common_owner([*up, down]),
+            name=common_path(name.rpartition(".")[0] for name in (*up, down)),
             up=up,
             down=down,
             width=region.down.width_out,
@@ -187,28 +195,54 @@ def _in_order(blocks: list[Block], captures: Sequence[Capture]) -> list[Block]:
     return sorted(blocks, key=lambda block: first_use[block.site.down])
 
 
-def _parameter_refusal(
+def _parameter_refusals(
     parameters: tuple[str, ...],
-    candidates: list[Candidate],
+    calls: list[Candidate],
     captures: Sequence[Capture],
     owners: collections.Counter,
-    registration: Registration | None,
-) -> str | None:
-    """Why these parameters cannot be taken out of the model, None where they can."""
-    region = candidates[0].region
+    model: nn.Module | None,
+    tied: Mapping[int, set[str]],
+) -> Iterator[str]:
+    """Why these parameters cannot be taken out of the model."""
+    region = calls[0].region
     if len({p.weight for p in (*region.up, region.down)}) <= len(region.up):
-        return "two of its projections share one weight"
-    for name in parameters:
-        if owners[name] > 1:
-            return f"{name} also belongs to another block"
-    refusal = registration.refusal(parameters) if registration is not None else None
-    if refusal is not None:
-        return refusal
-    inside = frozenset[fx.Node]().union(*(c.region.all_nodes for c in candidates))
+        yield "two of its projections share one weight"
+    yield from (f"{name} also belongs to another block" for name in parameters if owners[name] > 1)
+    if model is not None:
+        yield from _registration_refusals(model, parameters, tied)
+    inside = frozenset[fx.Node]().union(*(call.region.all_nodes for call in calls))
     read = (p for c in captures for p, name in c.parameters.items() if name in parameters and c.covers(name))
     for user in (user for placeholder in read for user in placeholder.users if user not in inside):
-        return f"one of its weights is also read by {operator_name(user)} outside of the block"
-    return None
+        yield f"one of its weights is also read by {operator_name(user)} outside of the block"
+
+
+def _registration_refusals(model: nn.Module, replaced: Sequence[str], tied: Mapping[int, set[str]]) -> Iterator[str]:
+    """Why the way in which these parameters are registered keeps them in the model."""
+    owner = common_path(name.rpartition(".")[0] for name in replaced)
+    for name in replaced:
+        parameter, path = model.get_parameter(name), name.rpartition(".")[0]
+        if isinstance(model.get_submodule(path), ParametrizationList):
+            yield f"{name} is parametrized"
+        split = (other.rpartition(".") for other in tied[id(parameter)])  # of one attribute, where layers share a block
+        if len({(id(model.get_submodule(module)), leaf) for module, _, leaf in split}) > 1:
+            yield f"{name} is tied to {min(tied[id(parameter)] - {name})}"
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+            yield f"{name} is a {type(parameter).__name__} of {parameter.dtype}: sharded or quantised weights stay"
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            yield f"{name} has gradient hooks, which would be lost"
+    for path in (name.rpartition(".")[0] for name in replaced):
+        if path != owner and _has_hooks(model.get_submodule(path)):
+            yield f"module {path!r} has hooks, which would no longer see the projection"
+    for path, module in model.get_submodule(owner).named_modules(prefix=owner):
+        # An activation or a dropout between the projections has no parameters; attention in the same module has.
+        bare = not any(True for _ in module.parameters())
+        between = bare or any(name.startswith(f"{path}.") for name in replaced)
+        if path != owner and between and _has_hooks(module):
+            yield f"module {path!r} has hooks, which would no longer see the hidden activation"
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in HOOKS)
 
 
 def _pattern(region: Region) -> str:

@@ -1,67 +1,17 @@
-"""Finds the feed-forward blocks of a model or a graph: the first steps of a plan, and all that `find_ffns` does.
-
-trace        capture/    the model on fake tensors -> graphs of ATen operators
-normalize    capture/    one form for in-place operators and for operands of which only the shape is read
-detect       detect/     what matches an FFN's shape, each proved or refused with its reason
-"""
+"""Finds the feed-forward blocks of a model or a graph: the first steps of a plan, and all that `find_ffns` does."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
 
-from memcompile.common.pipeline import Step, run
+from memcompile.common.pipeline import Pipeline
 from memcompile.common.sites import FfnSite
 from memcompile.passes.capture.graphs import Parameters, Scope, is_captured, read
-from memcompile.passes.capture.normalize import normalize
 from memcompile.passes.capture.trace import Capture, trace
 from memcompile.passes.detect.blocks import Block, find_blocks
-
-
-@dataclasses.dataclass(kw_only=True)
-class Detection:
-    """What the steps read, and what each leaves for the next.
-
-    Attributes:
-        model: the module whose FFNs are wanted; None where the graphs are all there is.
-        example_inputs: as for :func:`find_ffns`.
-        captures: its graphs.
-        blocks: the FFNs in them, with every call.
-    """
-
-    model: nn.Module | None
-    example_inputs: Any = None
-    captures: Sequence[Capture] = ()
-    blocks: Sequence[Block] = ()
-
-    def graphs(self) -> list[tuple[str, fx.Graph]]:
-        """The graphs, by the modules that they were traced from."""
-        return [(capture.path or "the whole model", capture.graph) for capture in self.captures]
-
-
-def _trace(detection: Detection) -> int:
-    assert detection.model is not None
-    detection.captures = trace(detection.model, detection.example_inputs)
-    return len(detection.captures)
-
-
-def _normalize(detection: Detection) -> int:
-    return sum(normalize(capture.graph) for capture in detection.captures)
-
-
-def _detect(detection: Detection) -> int:
-    detection.blocks = find_blocks(detection.captures, detection.model)
-    return len(detection.blocks)
-
-
-IN_GRAPHS = (
-    Step("normalize", _normalize, "nodes changed", Detection.graphs),
-    Step("detect", _detect, "blocks found", Detection.graphs),
-)
-IN_A_MODEL = (Step("trace", _trace, "graphs"), *IN_GRAPHS)
 
 
 def find_ffns(model: nn.Module, example_inputs: Any = None) -> list[FfnSite]:
@@ -78,9 +28,8 @@ def find_ffns(model: nn.Module, example_inputs: Any = None) -> list[FfnSite]:
     """
     if isinstance(model, fx.GraphModule) and is_captured(model):
         return find_in_graph(model)
-    detection = Detection(model=model, example_inputs=example_inputs)
-    run("find", IN_A_MODEL, detection)
-    return [block.site for block in detection.blocks]
+    _, blocks = find_in_model(Pipeline("find"), model, example_inputs)
+    return [block.site for block in blocks]
 
 
 def find_in_graph(graph_module: fx.GraphModule, parameters: Parameters | None = None) -> list[FfnSite]:
@@ -100,9 +49,16 @@ def find_in_graph(graph_module: fx.GraphModule, parameters: Parameters | None = 
     return [block.site for block in find_in_scopes(read(graph_module, parameters))]
 
 
+def find_in_model(pipeline: Pipeline, model: nn.Module, example_inputs: Any) -> tuple[list[Capture], list[Block]]:
+    """The graphs of a model, and the blocks in them."""
+    with pipeline.step("trace", "graphs"):
+        captures = trace(model, example_inputs)
+        pipeline.count = len(captures)
+    return captures, find_blocks(captures, model, pipeline)
+
+
 def find_in_scopes(scopes: Sequence[Scope]) -> list[Block]:
     """The blocks in captured graphs, in execution order."""
-    detection = Detection(model=None, captures=[scope.capture for scope in scopes])
-    run("find", IN_GRAPHS, detection)
+    blocks = find_blocks([scope.capture for scope in scopes], None, Pipeline("find"))
     order = {node: position for scope in scopes for node, position in scope.order.items()}
-    return sorted(detection.blocks, key=lambda block: min(order[call.region.down.node] for call in block.calls))
+    return sorted(blocks, key=lambda block: min(order[call.region.down.node] for call in block.calls))

@@ -14,6 +14,7 @@ from memcompile.passes.fx import dimension_order, fake_value, features, ndim, op
 
 _ELEMENTWISE = POINTWISE | CASTS | DROPOUTS | NORMS | {"cat", "pad", "constant_pad_nd", "roll"}
 _STEMS = {"embedding": -1, "conv1d": -2, "conv2d": -3, "conv3d": -4}  # and where their features are
+_MIXES = "its features are the tokens of an earlier {}: it mixes tokens"
 _SAME_DIMENSIONS = (FEATURE_SPLITS - {"unbind", "select"}) | {"getitem", "batch_norm"}
 
 
@@ -31,7 +32,7 @@ def prove_features_last(region: Region, capture: Capture, projections: dict[fx.N
         seen.add((node, dim))
         name, rank = operator_name(node), ndim(node)
         if dim != (1 - rank if name == "batch_norm" else -1) and (name in NORMS or name == "batch_norm"):
-            raise _mixes(name)
+            raise Refusal(_MIXES.format(name))
         if not normed and (name in _STEMS or node in projections):
             found = elsewhere.setdefault(name in _STEMS, [])
             found += [name] if dim != _STEMS.get(name, -1) else []
@@ -40,27 +41,23 @@ def prove_features_last(region: Region, capture: Capture, projections: dict[fx.N
             pending.extend((operand, d, proved) for operand, d in _origins(node, dim))
     decisive = elsewhere.get(True, elsewhere.get(False))
     if decisive:
-        raise _mixes(decisive[0])
-
-
-def _mixes(name: str) -> Refusal:
-    return Refusal(f"its features are the tokens of an earlier {name}: it mixes tokens")
+        raise Refusal(_MIXES.format(decisive[0]))
 
 
 def stream_read(node: fx.Node, capture: Capture) -> fx.Node:
     """The node of the residual stream that norms, casts, views and scales were made of."""
+
+    def as_wide(operand: fx.Node) -> bool:
+        if fake_value(operand) is None or fake_value(node) is None:
+            return operator_name(node) == "getitem" or fake_value(node) is None  # of a norm that returns its statistics
+        return features(operand) == features(node) and tokens(operand) == tokens(node)
+
     while operator_name(node) in _ELEMENTWISE | RESHAPES | _SAME_DIMENSIONS:
-        wide = [a for a in node.all_input_nodes if a not in capture.parameters and _as_wide(a, node)]
+        wide = [a for a in node.all_input_nodes if a not in capture.parameters and as_wide(a)]
         if len(wide) != 1:
             break
         (node,) = wide
     return node
-
-
-def _as_wide(operand: fx.Node, node: fx.Node) -> bool:
-    if fake_value(operand) is None or fake_value(node) is None:
-        return operator_name(node) == "getitem" or fake_value(node) is None  # of a norm that returns its statistics
-    return features(operand) == features(node) and tokens(operand) == tokens(node)
 
 
 def _origins(node: fx.Node, dim: int) -> Iterator[tuple[fx.Node, int]]:
@@ -75,14 +72,10 @@ def _origins(node: fx.Node, dim: int) -> Iterator[tuple[fx.Node, int]]:
         same = (a for a, shape in operands if len(shape) >= -dim and (shape[dim] == value.shape[dim] or name == "cat"))
         yield from ((operand, dim) for operand in same)
     elif name in TRANSPOSES:
-        yield operands[0][0], _before_transpose(node, dim, value.dim())
+        yield operands[0][0], dimension_order(node, value.dim())[dim] - value.dim()
     elif name in RESHAPES:
         operand, shape = operands[0]
         inner, outer = value.shape[dim:][1:].numel(), value.shape[dim:].numel()  # strides that the dimension spans
         for d in range(-len(shape), 0):
             if max(inner, shape[d:][1:].numel()) < min(outer, shape[d:].numel()):
                 yield operand, d
-
-
-def _before_transpose(node: fx.Node, dim: int, rank: int) -> int:
-    return dimension_order(node, rank)[dim] - rank

@@ -12,17 +12,12 @@ from memcompile.errors import PlanError
 
 
 def place(sites: Sequence[FfnSite], layers: LayerChoice) -> list[FfnSite]:
-    """The chosen sites, in execution order. A block that runs several times (shared weights) is one site.
+    """The chosen sites, in execution order, for the ``memory_layers`` of a :class:`memcompile.MemoryConfig`.
 
-    A number k places k layers in the model. They are divided over its stacks (:attr:`FfnSite.stack`: an encoder and a
-    decoder are two) in proportion to their usable blocks, by largest remainder; a tie goes to the stack that runs
-    later. Within a stack they are centred and evenly strided, as "Memory Layers at Scale" does (section 3.1: layers
-    4, 12, 20 of 24): the j-th of k among n goes to ``floor((j + 1/2) * n / k)``, so a tie between two blocks goes to
-    the later one.
-
-    Indices count the sites that can be replaced; negative ones count from the end. Names are exact, of a block or of
-    its down-projection's weight; a name with ``*``, ``?`` or ``[`` is a glob on both, which passes over blocks that
-    cannot be replaced. ``"all"`` is every block that can.
+    The j-th of k layers among n blocks of a stack goes to ``floor((j + 1/2) * n / k)``, as in "Memory Layers at Scale"
+    (section 3.1). Indices count the sites that can be replaced; negative ones count from the end. Names are exact, of a
+    block or of its down-projection's weight; a name with ``*``, ``?`` or ``[`` is a glob on both, which passes over
+    blocks that cannot be replaced.
 
     Raises:
         PlanError: fewer sites than asked, an index, a name or a glob that finds none, a filter that chose nothing.
@@ -95,7 +90,13 @@ def _resolve(item: int | str, usable: list[FfnSite], sites: Sequence[FfnSite]) -
         return [usable[item]]
     named = [site for site in sites if item in (site.name, site.down)]
     if not named and any(character in item for character in "*?["):
-        return _matching(item, usable, sites)
+        named = [site for site in sites if any(fnmatch.fnmatchcase(name, item) for name in (site.name, site.down))]
+        chosen = [site for site in named if site.refusal is None]
+        if not named:
+            raise PlanError(f"memory_layers={item!r} matches no feed-forward block: choose from {_names(usable)}")
+        if not chosen:
+            raise PlanError(f"memory_layers={item!r} matches no block that can become a memory. {_refused(named)}")
+        return chosen
     if not named:
         raise PlanError(f"memory_layers names {item!r}, which is no feed-forward block: choose from {_names(usable)}")
     if len(named) > 1:
@@ -103,16 +104,6 @@ def _resolve(item: int | str, usable: list[FfnSite], sites: Sequence[FfnSite]) -
     if named[0].refusal:
         raise PlanError(f"{item!r} cannot become a memory: {named[0].refusal}")
     return named
-
-
-def _matching(glob: str, usable: list[FfnSite], sites: Sequence[FfnSite]) -> list[FfnSite]:
-    matched = [site for site in sites if any(fnmatch.fnmatchcase(name, glob) for name in (site.name, site.down))]
-    if not matched:
-        raise PlanError(f"memory_layers={glob!r} matches no feed-forward block: choose from {_names(usable)}")
-    chosen = [site for site in matched if site.refusal is None]
-    if not chosen:
-        raise PlanError(f"memory_layers={glob!r} matches no block that can become a memory. {_refused(matched)}")
-    return chosen
 
 
 _NOTHING_SEEN = (

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from torch import fx
+from torch.fx.node import Argument
 
 from memcompile.common.token_wise import CASTS, TRANSPOSES
 from memcompile.passes.capture.trace import Capture
@@ -14,16 +15,12 @@ from memcompile.passes.fx import ancestors, fake_value, ndim, operator_name
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """``node = input @ weight + bias``.
+    """``node = input @ weight + bias``, of features ``width_in`` to ``width_out``.
 
     Attributes:
-        node: the node whose value is the projection, the bias included.
         nodes: every node that belongs to it: the product, the bias addition, casts and transposes of weights.
-        input: the activation that is projected.
-        weight: placeholder of the weight parameter.
-        bias: placeholder of the bias parameter, if any.
+        weight, bias: placeholders of the parameters.
         derived: the weight is computed from parameters at each call, of which ``weight`` is the largest.
-        width_in, width_out: features before and after.
     """
 
     node: fx.Node
@@ -48,51 +45,55 @@ def find_projections(capture: Capture) -> dict[fx.Node, Projection]:
 
 
 def _projection(node: fx.Node, capture: Capture) -> Projection | None:
-    name = operator_name(node)
-    bias: object = None
-    if name == "linear":
-        activation, weight, transposed = node.args[0], node.args[1], True
-        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    elif name == "addmm" and not node.kwargs:
-        bias, activation, weight = node.args[:3]
-        transposed = False
-    elif name in ("matmul", "mm"):
-        activation, weight = node.args[:2]
-        transposed = False
-    elif name == "tensordot":
-        activation, weight, along, contracted = node.args[:4]
-        rank = ndim(activation) if isinstance(activation, fx.Node) else -1
-        if along not in ([-1], [rank - 1]) or contracted not in ([0], [1], [-1], [-2]):
-            return None
-        transposed = contracted in ([1], [-1])
-    elif name == "einsum":
-        operands = node.all_input_nodes
-        contraction = parse_einsum(str(node.args[0]), [ndim(operand) for operand in operands])
-        if contraction is None:
-            return None
-        which, transposed = contraction
-        activation, weight = operands[1 - which], operands[which]
-    else:
+    operands = _operands(node)
+    if operands is None:
         return None
+    activation, weight, bias, transposed = operands
     if not isinstance(activation, fx.Node) or not isinstance(weight, fx.Node):
         return None
-    parameter, between = _parameter(weight, capture)
+    parameter, nodes = _parameter(weight, capture)
     derived = parameter is None and weight in capture.constants
     if derived:
-        parameter, between = _largest_parameter(weight, capture)
-    shape = fake_value(weight)
-    if parameter is None or shape is None or shape.dim() != 2 or activation in capture.constants:
+        nodes = ancestors(weight)
+        sizes = {a: v.numel() for a in nodes if a in capture.parameters and (v := fake_value(a)) is not None}
+        parameter = max(sizes, key=sizes.__getitem__, default=None)
+        nodes = {a for a in nodes if a.op == "call_function"}
+    value = fake_value(weight)
+    if parameter is None or value is None or value.dim() != 2 or activation in capture.constants:
         return None
-    width_out, width_in = shape.shape if transposed else reversed(shape.shape)
-    nodes = {node, *between}
     bias_parameter = None
     if isinstance(bias, fx.Node):
         bias_parameter, between = _parameter(bias, capture)
         if bias_parameter is None:
             return None
         nodes |= between
-    widths = int(width_in), int(width_out)
-    return Projection(node, frozenset(nodes), activation, parameter, bias_parameter, *widths, derived)
+    width_out, width_in = map(int, value.shape if transposed else reversed(value.shape))
+    return Projection(
+        node, frozenset({node, *nodes}), activation, parameter, bias_parameter, width_in, width_out, derived
+    )
+
+
+def _operands(node: fx.Node) -> tuple[Argument, Argument, Argument, bool] | None:
+    """Activation, weight and bias of what may be a projection, and whether the weight is [out, in]."""
+    name, args = operator_name(node), node.args
+    if name == "linear":
+        return args[0], args[1], args[2] if len(args) > 2 else node.kwargs.get("bias"), True
+    if name == "addmm" and not node.kwargs:
+        return args[1], args[2], args[0], False
+    if name in ("matmul", "mm"):
+        return args[0], args[1], None, False
+    if name == "tensordot":
+        activation, weight, along, contracted = args[:4]
+        rank = ndim(activation) if isinstance(activation, fx.Node) else -1
+        if along in ([-1], [rank - 1]) and contracted in ([0], [1], [-1], [-2]):
+            return activation, weight, None, contracted in ([1], [-1])
+    if name == "einsum":
+        operands = node.all_input_nodes
+        contraction = parse_einsum(str(args[0]), [ndim(operand) for operand in operands])
+        if contraction is not None:
+            which, transposed = contraction
+            return operands[1 - which], operands[which], None, transposed
+    return None
 
 
 def parse_einsum(equation: str, ranks: Sequence[int]) -> tuple[int, bool] | None:
@@ -124,13 +125,6 @@ def _parameter(node: fx.Node, capture: Capture) -> tuple[fx.Node | None, set[fx.
         between.add(node)
         node = node.args[0]
     return node, between
-
-
-def _largest_parameter(node: fx.Node, capture: Capture) -> tuple[fx.Node | None, set[fx.Node]]:
-    """The largest of the parameters that a constant is computed from, and the nodes between."""
-    cone = ancestors(node)
-    sizes = {a: value.numel() for a in cone if a in capture.parameters and (value := fake_value(a)) is not None}
-    return max(sizes, key=sizes.__getitem__, default=None), {a for a in cone if a.op == "call_function"}
 
 
 def _with_added_bias(projection: Projection, capture: Capture) -> Projection:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 
 from torch import fx
 
@@ -30,7 +29,6 @@ class Region:
         down: the down-projection.
         nodes: the nodes strictly between them that carry activations, in execution order.
         derived: nodes that compute something from the block's own parameters alone (``1 + gamma``).
-        constants: other values that do not depend on the input of the model and enter between the projections.
         parameters: placeholders of the parameters read between them (inner norms, learned activations).
         branches: projections of something else that add to the hidden activation.
         foreign: other activations that enter between the projections from elsewhere.
@@ -41,7 +39,6 @@ class Region:
     down: Projection
     nodes: tuple[fx.Node, ...]
     derived: frozenset[fx.Node]
-    constants: tuple[fx.Node, ...]
     parameters: tuple[fx.Node, ...]
     branches: tuple[Projection, ...]
     foreign: tuple[fx.Node, ...]
@@ -68,23 +65,20 @@ def find_region(down: Projection, projections: dict[fx.Node, Projection], captur
     FFN. None where the up-projections found are no FFN's: none at all, or of widths that do not fit together.
     """
     up: dict[fx.Node, Projection] = {}
-    between: dict[fx.Node, None] = {}
-    constants: dict[fx.Node, None] = {}
-    foreign: dict[fx.Node, None] = {}
+    between, constants, foreign = set[fx.Node](), set[fx.Node](), dict[fx.Node, None]()
     pending = [down.input]
     while pending:
         node = pending.pop()
-        if node in up or node in between or node in constants or node in foreign:
-            continue
         if node in projections:
             up[node] = projections[node]
         elif node in capture.constants:
-            constants[node] = None
-        elif operator_name(node) in _BETWEEN and len(between) < _REGION_LIMIT:
-            between[node] = None
+            constants.add(node)
+        elif operator_name(node) not in _BETWEEN or len(between) >= _REGION_LIMIT:
+            if node not in between:
+                foreign[node] = None
+        elif node not in between:
+            between.add(node)
             pending.extend(node.all_input_nodes)
-        else:
-            foreign[node] = None
     branches: tuple[Projection, ...] = ()
     fitting = {n: p for n, p in up.items() if p.width_in == down.width_out}
     if fitting and any(p.width_out == down.width_in for p in fitting.values()):  # the others are branches
@@ -95,15 +89,16 @@ def find_region(down: Projection, projections: dict[fx.Node, Projection], captur
     widths = [p.width_out for p in up.values()]
     if widths not in ([down.width_in], [2 * down.width_in], [down.width_in] * 2):
         return None
-    derived = _made_of_parameters(constants, capture)
-    position = {node: index for index, node in enumerate(capture.graph.nodes)}
+    derived: set[fx.Node] = set()  # from parameters, which are among them
+    for node in sorted(set[fx.Node]().union(*map(ancestors, constants))):
+        if node in capture.parameters or not derived.isdisjoint(node.all_input_nodes):
+            derived.add(node)
     return Region(
-        up=tuple(sorted(up.values(), key=lambda p: position[p.node])),
+        up=tuple(up[node] for node in sorted(up)),
         down=down,
-        nodes=tuple(sorted(between, key=position.__getitem__)),
+        nodes=tuple(sorted(between)),
         derived=frozenset(derived - capture.parameters.keys()),
-        constants=tuple(constants),
-        parameters=tuple(sorted(derived & capture.parameters.keys(), key=position.__getitem__)),
+        parameters=tuple(sorted(derived & capture.parameters.keys())),
         branches=branches,
         foreign=tuple(foreign),
         sources=tuple(dict.fromkeys(strip_views(p.input) for p in up.values())),
@@ -155,12 +150,3 @@ def strip_views(node: fx.Node) -> fx.Node:
             break
         node = node.args[0]
     return node
-
-
-def _made_of_parameters(constants: Iterable[fx.Node], capture: Capture) -> set[fx.Node]:
-    """The parameters that constants depend on, and every node between."""
-    made: set[fx.Node] = set()
-    for node in sorted(set[fx.Node]().union(*map(ancestors, constants))):
-        if node in capture.parameters or not made.isdisjoint(node.all_input_nodes):
-            made.add(node)
-    return made

@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
-import enum
-
 from torch import fx
 
-from memcompile.common.token_wise import (
-    CASTS,
-    DROPOUTS,
-    FEATURE_JOINS,
-    LINEAR,
-    NORMS,
-    PROJECTIONS,
-    RESHAPES,
-    TOKEN_WISE,
-)
+from memcompile.common import token_wise as kinds
 from memcompile.passes.capture.trace import Capture
 from memcompile.passes.detect.layout import stream_read
 from memcompile.passes.detect.projection import Projection
 from memcompile.passes.detect.region import Refusal, Region
-from memcompile.passes.fx import fake_value, features, operator_name, tokens
+from memcompile.passes.fx import fake_value, features, operator_name, reach, tokens
 
 # What may stand between an FFN's output and the stream that it joins ...
-_TO_STREAM = LINEAR | CASTS | DROPOUTS | NORMS | RESHAPES | {"getitem", "cat", "stack"}
+_TO_STREAM = kinds.LINEAR | kinds.CASTS | kinds.DROPOUTS | kinds.NORMS | kinds.RESHAPES | {"getitem", "cat", "stack"}
 # ... and between the stream and what an FFN reads, which only has to be made of it.
-_FROM_STREAM = TOKEN_WISE | {"getitem", "batch_norm", "pad", "constant_pad_nd", "roll"}
+_FROM_STREAM = kinds.TOKEN_WISE | {"getitem", "batch_norm", "pad", "constant_pad_nd", "roll"}
 _SELECTIONS = frozenset({"topk", "argmax", "sort", "argsort", "one_hot", "max"})
 _GATHERS = frozenset({"index", "index_select", "gather", "take", "masked_select"})
 _SCATTERS = frozenset("scatter scatter_ scatter_add scatter_add_ index_put index_put_ index_copy index_copy_".split())
 _SCATTERS |= {"index_add", "index_add_", "masked_scatter", "masked_scatter_", "scatter_reduce"}
-_CONTINUES = NORMS | PROJECTIONS | {"add", "sub", "batch_norm"}
+_CONTINUES = kinds.NORMS | kinds.PROJECTIONS | {"add", "sub", "batch_norm"}
 _PENALTIES = frozenset({"pow", "square", "abs", "norm", "linalg_vector_norm", "mse_loss"})
 _BROADCAST = "its output is broadcast over the stream: it conditions tokens, it is not their FFN"
 _ROUTER_REACH = 12  # nodes from a router's projection to its selection
 
 
-class Sink(enum.Enum):
-    """Where the output of an FFN goes."""
-
-    RESIDUAL = "joins the residual stream"
-    BOUNDARY = "leaves the captured graph"
-
-
-def prove_residual(region: Region, capture: Capture) -> Sink:
-    """Raises Refusal unless the output is added to the stream that the source was taken from. BOUNDARY where
-    the graph ends first, which proves nothing: the caller has to look for other evidence.
+def prove_residual(region: Region, capture: Capture) -> bool:
+    """Raises Refusal unless the output is added to the stream that the source was taken from. False where the graph
+    ends first, which proves nothing: the caller has to look for other evidence.
     """
     stream = _stream_of(region.source, capture)
     current = region.down.node
@@ -54,7 +36,7 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
         if not users:
             raise Refusal("its output is not used")
         if any(user.op == "output" for user in users):
-            return Sink.BOUNDARY
+            return False
         after_norm = _explicit_norm(current, users)
         if after_norm is not None:
             current = after_norm
@@ -71,7 +53,7 @@ def prove_residual(region: Region, capture: Capture) -> Sink:
             continue
         if meets_stream and _joins(user, current):
             _prove_joined(user, current, region, stream)
-            return Sink.RESIDUAL
+            return True
         if meets_stream and name in ("mul", "div") and any(_same_shape(other, current) for other in others):
             raise Refusal("its output scales the stream that it read: a gate, not an FFN")
         if _repeats(user, current):
@@ -89,8 +71,10 @@ def _prove_joined(total: fx.Node, output: fx.Node, region: Region, stream: set[f
         raise Refusal(f"it works on parts of a stream that is {features(total)} wide: heads or groups, not tokens")
     if _only_feeds_a_penalty(total, operator_name(total)):
         raise Refusal("its sum with the stream only feeds a penalty: an autoencoder, not an FFN")
-    if any(operator_name(node) in _GATHERS for node in stream) and _is_scattered(total):
-        raise Refusal("its tokens are picked out of the stream and scattered back: a mixture of depths")
+    if any(operator_name(node) in _GATHERS for node in stream):
+        onwards = reach([total], lambda node: [user for user in node.users if operator_name(user) in _TO_STREAM])
+        if any(operator_name(user) in _SCATTERS for node in onwards for user in node.users):
+            raise Refusal("its tokens are picked out of the stream and scattered back: a mixture of depths")
 
 
 def prove_unrouted(region: Region, capture: Capture, projections: dict[fx.Node, Projection]) -> None:
@@ -108,17 +92,12 @@ def prove_unrouted(region: Region, capture: Capture, projections: dict[fx.Node, 
 
 def _stream_of(node: fx.Node, capture: Capture) -> set[fx.Node]:
     """The node and its ancestors through additions, scales, norms, views: not through projections or attention."""
-    seen: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current in seen or current in capture.constants:
-            continue
-        if fake_value(current) is not None and features(current) > 1:
-            seen.add(current)
-        if operator_name(current) in _FROM_STREAM:
-            pending.extend(current.all_input_nodes)
-    return seen
+
+    def made_of(n: fx.Node) -> list[fx.Node]:
+        return [a for a in n.all_input_nodes if a not in capture.constants] if operator_name(n) in _FROM_STREAM else []
+
+    start = [] if node in capture.constants else [node]
+    return {n for n in reach(start, made_of) if fake_value(n) is not None and features(n) > 1}
 
 
 def _explicit_norm(node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
@@ -151,7 +130,7 @@ def _selects(router: fx.Node, stream: fx.Node, capture: Capture) -> bool:
             if operator_name(user) in _SELECTIONS:
                 return True
             others = (a for a in user.all_input_nodes if a is not node)
-            ends = operator_name(user) in NORMS or (
+            ends = operator_name(user) in kinds.NORMS or (
                 _joins(user, node) and any(stream in _stream_of(other, capture) for other in others)
             )
             if user not in seen and distance < _ROUTER_REACH and not ends:
@@ -171,7 +150,7 @@ def _joins(user: fx.Node, output: fx.Node) -> bool:
 def _repeats(user: fx.Node, output: fx.Node) -> bool:
     """Whether the node makes several tokens of each."""
     name = operator_name(user)
-    if name in FEATURE_JOINS:
+    if name in kinds.FEATURE_JOINS:
         operands = user.args[0]
         return isinstance(operands, (list, tuple)) and sum(operand is output for operand in operands) > 1
     return name in ("expand", "expand_as") and tokens(user) != tokens(output)
@@ -187,19 +166,6 @@ def _only_feeds_a_penalty(total: fx.Node, join: str) -> bool:
     squared = [reader for reader in readers if operator_name(reader) == "mul" and reader.args == (total, total)]
     penalties = [reader for reader in readers if operator_name(reader) in _PENALTIES]
     return bool(readers) and len(penalties) + len(squared) == len(readers)
-
-
-def _is_scattered(total: fx.Node) -> bool:
-    """Whether a stream, followed through later blocks, is written back by index."""
-    pending, seen = [total], {total}
-    while pending:
-        for user in pending.pop().users:
-            if operator_name(user) in _SCATTERS:
-                return True
-            if user not in seen and operator_name(user) in _TO_STREAM:
-                seen.add(user)
-                pending.append(user)
-    return False
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:

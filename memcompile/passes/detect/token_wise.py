@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx
 
-from memcompile.common.token_wise import (
-    CASTS,
-    DROPOUTS,
-    FEATURE_JOINS,
-    FEATURE_REDUCTIONS,
-    FEATURE_SPLITS,
-    LINEAR,
-    NORMS,
-    POINTWISE,
-    RESHAPES,
-    TRANSPOSES,
-)
+from memcompile.common import token_wise as kinds
 from memcompile.passes._torch import OpOverload
 from memcompile.passes.capture.trace import Capture
-from memcompile.passes.constants import is_random, is_uniform
 from memcompile.passes.detect.region import Refusal, Region
-from memcompile.passes.fx import dimension_order, fake_value, features, operator_name, tokens
+from memcompile.passes.fx import (
+    dimension_order,
+    fake_value,
+    features,
+    is_random,
+    is_uniform,
+    operator_name,
+    reach,
+    tokens,
+)
 
 # How many trailing dimensions of a tensor hold features; those before them hold the tokens of the source in its order.
 # Several numbers where dimensions of size one leave it open.
 _Layout = frozenset[int]
-_SAME_LAYOUT = CASTS | DROPOUTS | {"glu"}
+_SAME_LAYOUT = kinds.CASTS | kinds.DROPOUTS | {"glu"}
 
 
 def prove_token_wise(region: Region, capture: Capture) -> None:
@@ -56,27 +53,29 @@ def prove_token_wise(region: Region, capture: Capture) -> None:
 def _layout(node: fx.Node, layouts: Mapping[fx.Node, _Layout], count: int, capture: Capture) -> _Layout:
     name, (shape, operand) = operator_name(node), _shapes(node)
     known = next((layouts[a] for a in node.all_input_nodes if a in layouts), frozenset[int]())
-    if name == "getitem" or (shape is not None and shape == operand and name in FEATURE_SPLITS | RESHAPES):
+    if name == "getitem" or (shape is not None and shape == operand and name in kinds.FEATURE_SPLITS | kinds.RESHAPES):
         return known
-    if name in POINTWISE or (name in ("min", "max") and len(node.all_input_nodes) == 2):
+    if name in kinds.POINTWISE or (name in ("min", "max") and len(node.all_input_nodes) == 2):
         return _broadcast(node, layouts, count, capture)
-    if name in RESHAPES and shape is not None:
+    if name in kinds.RESHAPES and shape is not None:
         found = (rank for rank in range(len(shape) + 1) if shape[: len(shape) - rank].numel() == count)
         return _or_refuse(frozenset(found), f"{name} reshapes the hidden activation to {list(shape)}")
     if name in _SAME_LAYOUT and (name != "glu" or _only_features(node, known)):
         return known
-    if name in NORMS and all(len(_argument(node, "normalized_shape")) <= rank for rank in known):
+    if name in kinds.NORMS and all(len(_argument(node, "normalized_shape")) <= rank for rank in known):
         return known
-    if name in FEATURE_SPLITS and _only_features(node, known):
+    if name in kinds.FEATURE_SPLITS and _only_features(node, known):
         return frozenset(rank - (name in ("unbind", "select")) for rank in known)
-    if name in FEATURE_JOINS and _only_features(node, known, extra=name == "stack"):
+    if name in kinds.FEATURE_JOINS and _only_features(node, known, extra=name == "stack"):
         same = frozenset.intersection(*(layouts.get(a, frozenset()) for a in node.all_input_nodes))
         return _or_refuse(frozenset(rank + (name == "stack") for rank in same), f"{name} joins different layouts")
-    if name in FEATURE_REDUCTIONS and _only_features(node, known):
+    if name in kinds.FEATURE_REDUCTIONS and _only_features(node, known):
         kept = bool(_argument(node, "keepdim"))
         return frozenset(rank - (0 if kept else len(_dims(node))) for rank in known)
-    if name in TRANSPOSES and _keeps_tokens(node, known):
-        return known
+    if name in kinds.TRANSPOSES and operand is not None and known:
+        leading = len(operand) - min(known)
+        if dimension_order(node, len(operand))[:leading] == list(range(leading)):  # it moves features alone
+            return known
     raise Refusal(f"{name} over tokens stands between its projections")
 
 
@@ -130,26 +129,16 @@ def _argument(node: fx.Node, name: str) -> Any:
     return None
 
 
-def _keeps_tokens(node: fx.Node, layout: _Layout) -> bool:
-    """Whether a transpose moves features alone."""
-    operand = _shapes(node)[1]
-    if operand is None or not layout:
-        return False
-    leading = len(operand) - min(layout)
-    return dimension_order(node, len(operand))[:leading] == list(range(leading))
-
-
 def _hidden_path(region: Region, count: int) -> set[fx.Node]:
     """The nodes between the projections that carry the hidden activation; what only feeds a norm's statistics
     (one number a token) is not among them.
     """
-    between, path, pending = set(region.nodes), set[fx.Node](), [region.down.input]
-    while pending:
-        node = pending.pop()
-        if node in between and node not in path and not _is_statistic(node, count):
-            path.add(node)
-            pending.extend(node.all_input_nodes)
-    return path
+    between = set(region.nodes)
+
+    def carried(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        return [node for node in nodes if node in between and not _is_statistic(node, count)]
+
+    return reach(carried([region.down.input]), lambda n: carried(n.all_input_nodes))
 
 
 def _is_statistic(node: fx.Node, count: int) -> bool:
@@ -162,7 +151,7 @@ def _is_nonlinear(node: fx.Node, layouts: Mapping[fx.Node, _Layout], count: int)
     if name in ("mul", "div", "addcmul", "addcdiv"):
         factors = [a for a in node.args if isinstance(a, fx.Node) and a in layouts and not _is_statistic(a, count)]
         return len(factors) >= 2  # a gate
-    return name in POINTWISE - LINEAR | {"glu", "min", "max", "amin", "amax"}
+    return name in kinds.POINTWISE - kinds.LINEAR | {"glu", "min", "max", "amin", "amax"}
 
 
 def _shapes(node: fx.Node) -> tuple[Any, Any]:

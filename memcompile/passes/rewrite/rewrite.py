@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Any
+from operator import attrgetter
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite, owner_path
 from memcompile.common.sizes import resolve
@@ -15,8 +14,8 @@ from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError, PlanError
 from memcompile.lowering import operator
 from memcompile.lowering.parameters import LAYER_PARAMETERS, new_layer, new_values
-from memcompile.passes.capture.graphs import Parameters, Scope, attribute_of, called_body, fake_mode, give_values, read
-from memcompile.passes.capture.signature import Signature
+from memcompile.passes._torch import assign_attribute
+from memcompile.passes.capture.graphs import Parameters, Scope, called_body, exchange, fake_mode, give_values, read
 from memcompile.passes.detect.blocks import Block, Candidate
 from memcompile.passes.detect.detect import find_in_scopes
 from memcompile.passes.fx import operator_name
@@ -34,12 +33,9 @@ def rewrite(
 
     Where the weights are the module's own (torch.export), the new parameters are registered under the names that they
     have in a planned model, and those of replaced FFNs are gone. Where the weights are inputs (make_fx), so are the
-    new ones: last in the dict that holds the FFNs' weights, or, without such a dict, after all other
-    inputs of a graph that then takes them one by one. ``meta["memcompile"]`` of the result holds drawn values for the
-    new inputs, by name and in their order.
-
-    Drawn with one seed, the parameters are those of the planned model. A process that loads the result, exported or
-    compiled ahead of time, has to import memcompile: it has the operators' kernels.
+    new ones: last in the dict that holds the FFNs' weights, or, without such a dict, after all other inputs of a graph
+    that then takes them one by one. ``meta["memcompile"]`` of the result holds drawn values for them, by name and in
+    their order. Drawn with one seed, the parameters are those of the planned model.
 
     Args:
         graph_module: a graph of ATen operators. It stays as it is; the result shares its other parameters.
@@ -52,26 +48,25 @@ def rewrite(
         OptionError: no sites, or ``parameters`` names an input that is not there.
         PlanError: a site that the graph does not have, has in another form or may not lose; a graph that has a memory.
     """
-    requested = memory if memory is not None else MemoryConfig()
-    _check(graph_module, sites)
+    config = memory if memory is not None else MemoryConfig()
+    _check(graph_module, sites, config)
     result = _copy(graph_module)
     scopes = read(result, parameters)
     blocks = _blocks(sites, scopes)
-    drawn = _draw(blocks, requested, result, scopes[0])
-    tensors = _TensorNodes(result, drawn, registered=not any(n.op == "placeholder" for n in scopes[0].parameters))
-    for block in blocks:
-        for call in block.calls:
-            scope = next(s for s in scopes if s.capture is call.capture)
-            _splice(call, scope, block.site, drawn, tensors)
-    names = {name for block in blocks for name in block.site.parameters}
-    _remove_parameters(names if drawn.config.placement == "replace" else set(), names, scopes, tensors)
+    added = _NewParameters(result, scopes[0], blocks, config)
+    splices = [_splice(call, scopes, block.site, added) for block in blocks for call in block.calls]
+    ffns = {name for block in blocks for name in block.site.parameters}
+    replaced = ffns if config.placement == "replace" else set()
+    if replaced:
+        _erase(splices, scopes)
+    _remove_parameters(replaced, ffns, scopes, added)
     for scope in scopes:
         scope.module.graph.lint()
         scope.module.recompile()
     return result
 
 
-def _check(graph_module: object, sites: Sequence[FfnSite]) -> None:
+def _check(graph_module: object, sites: Sequence[FfnSite], config: MemoryConfig) -> None:
     if not isinstance(graph_module, fx.GraphModule):
         raise OptionError(
             f"rewrite() takes an fx.GraphModule, as ExportedProgram.module() returns one, "
@@ -86,23 +81,26 @@ def _check(graph_module: object, sites: Sequence[FfnSite]) -> None:
     if planned:
         name = f"{planned[0]}.{VALUES_NAME}".lstrip(".")
         raise PlanError(f"the graph has an attribute {name!r} already: its model was planned before the capture")
+    if config.frozen:
+        raise OptionError(
+            f"values_storage={config.values_storage!r} is of live models: plan the model so, and export it"
+        )
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:
     """Graphs and modules of its own, the parameters and buffers of ``module``."""
     result = fx.GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)
     result.meta = dict(module.meta)
-    for path, owner in module.named_modules(remove_duplicate=False):
-        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
-            if tensor is not None and not _has(result, f"{path}.{name}".lstrip(".")):
-                _register(result, f"{path}.{name}".lstrip("."), tensor)
+    buffers = module.named_buffers(remove_duplicate=False)
+    for name, tensor in (*module.named_parameters(remove_duplicate=False), *buffers):
+        if not _has(result, name):
+            assign_attribute(tensor, result, name)
+    for path, owner in module.named_modules():
         if owner._non_persistent_buffers_set:
             result.get_submodule(path)._non_persistent_buffers_set |= owner._non_persistent_buffers_set
     for node in result.graph.nodes:
-        body = called_body(node, result)
-        if body is not None:
-            inner = attribute_of(result, str(body.target))
-            assert isinstance(inner, fx.GraphModule)
+        if (called := called_body(node, result)) is not None:
+            body, inner = called
             setattr(result, str(body.target), _copy(inner))
     give_values(result, result.graph)
     return result
@@ -110,22 +108,10 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
 
 def _has(module: nn.Module, name: str) -> bool:
     try:
-        attribute_of(module, name)
+        attrgetter(name)(module)
     except AttributeError:
         return False
     return True
-
-
-def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    for part in path.split(".") if path else ():
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    if isinstance(tensor, nn.Parameter):
-        module.register_parameter(leaf, tensor)
-    else:
-        module.register_buffer(leaf, tensor)
 
 
 def _blocks(sites: Sequence[FfnSite], scopes: list[Scope]) -> list[Block]:
@@ -148,45 +134,6 @@ def _blocks(sites: Sequence[FfnSite], scopes: list[Scope]) -> list[Block]:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Drawn:
-    """New parameters by their full names, and for each down-projection those of its lookup, in the operator's order."""
-
-    config: MemoryConfig
-    parameters: dict[str, nn.Parameter]
-    operands: dict[str, list[str | None]]
-
-
-def _draw(blocks: list[Block], requested: MemoryConfig, module: fx.GraphModule, scope: Scope) -> _Drawn:
-    if requested.frozen:
-        raise OptionError(
-            f"values_storage={requested.values_storage!r} is of live models: plan the model so, and export it"
-        )
-    nodes = {name: node for node, name in scope.parameters.items()}
-    downs = [nodes[block.site.down].meta["val"] for block in blocks]
-    if len({down.device for down in downs}) > 1:
-        raise PlanError(
-            f"the blocks lie on different devices ({', '.join(sorted({str(down.device) for down in downs}))}), but "
-            f"share one table of values: choose sites of one device"
-        )
-    weights = list(module.parameters()) or [n.meta["val"] for n in scope.capture.parameters]
-    count = sum(weight.numel() for weight in weights)
-    config = resolve(requested, [block.site for block in blocks], count)
-    values = f"{_owner(blocks, nodes)}.{VALUES_NAME}".lstrip(".")
-    parameters = {values: new_values(config, downs[0].dtype, downs[0].device)}
-    operands: dict[str, list[str | None]] = {}
-    holders = [block.site.down.rpartition(".")[0] for block in blocks]
-    for block, holder, down in zip(blocks, holders, downs, strict=True):
-        path = f"{holder}.{LAYER_NAME}".lstrip(".") if holders.count(holder) == 1 else f"{block.site.down}_{LAYER_NAME}"
-        if _has(module, path):
-            raise PlanError(f"the graph already has an attribute {path!r}: rename it")
-        layer = new_layer(config, block.site.width, down.dtype, down.device)
-        names = [None if layer[name] is None else f"{path}.{name}" for name in LAYER_PARAMETERS]
-        parameters |= {f"{path}.{name}": p for name, p in layer.items() if p is not None}
-        operands[block.site.down] = [*names[:3], values, *names[3:]]
-    return _Drawn(config, parameters, operands)
-
-
 def _owner(blocks: list[Block], parameters: Collection[str]) -> str:
     """Path of the module that holds the values in a planned model. A graph tells by the names of its parameters which
     modules are lists, whose parts are numbered.
@@ -199,38 +146,69 @@ def _owner(blocks: list[Block], parameters: Collection[str]) -> str:
     return owner_path((block.site for block in blocks), runs)
 
 
-class _TensorNodes:
-    """The nodes that stand for new parameters, in each graph that reads them."""
+class _NewParameters:
+    """The parameters of the memory, drawn; and the nodes that stand for them in each graph that reads them.
 
-    def __init__(self, module: fx.GraphModule, drawn: _Drawn, registered: bool) -> None:
-        self.drawn, self.registered = drawn, registered
-        self.mode = fake_mode([node.meta.get("val") for node in module.graph.nodes])
-        self.nodes: dict[tuple[fx.Graph, str], fx.Node] = {}
-        for name, parameter in drawn.parameters.items():
-            if registered:
-                _register(module, name, parameter)
+    Attributes:
+        config: the options with their sizes.
+        drawn: the parameters by their full names, in the order in which they are drawn.
+        registered: whether they are the module's own, and not inputs of its graph.
+    """
+
+    def __init__(self, module: fx.GraphModule, scope: Scope, blocks: list[Block], requested: MemoryConfig) -> None:
+        nodes = {name: node for node, name in scope.parameters.items()}
+        downs = {block.site.down: nodes[block.site.down].meta["val"] for block in blocks}
+        first, *others = downs.values()
+        if any(other.device != first.device for other in others):
+            raise PlanError(
+                f"the blocks lie on different devices ({', '.join(sorted({str(d.device) for d in downs.values()}))}), "
+                f"but share one table of values: choose sites of one device"
+            )
+        weights = list(module.parameters()) or [n.meta["val"] for n in scope.capture.parameters]
+        self.config = resolve(requested, [block.site for block in blocks], sum(weight.numel() for weight in weights))
+        self._values = f"{_owner(blocks, nodes)}.{VALUES_NAME}".lstrip(".")
+        self.drawn = {self._values: new_values(self.config, first.dtype, first.device)}
+        self._paths: dict[str, str] = {}
+        holders = [down.rpartition(".")[0] for down in downs]
+        for block, holder, (weight, down) in zip(blocks, holders, downs.items(), strict=True):
+            path = f"{holder}.{LAYER_NAME}".lstrip(".") if holders.count(holder) == 1 else f"{weight}_{LAYER_NAME}"
+            if _has(module, path):
+                raise PlanError(f"the graph already has an attribute {path!r}: rename it")
+            layer = new_layer(self.config, block.site.width, down.dtype, down.device)
+            self.drawn |= {f"{path}.{name}": p for name, p in layer.items() if p is not None}
+            self._paths[weight] = path
+        self.registered = not any(node.op == "placeholder" for node in scope.parameters)
+        self._nodes: dict[tuple[fx.Graph, str], fx.Node] = {}
+        self._mode = fake_mode([node.meta.get("val") for node in module.graph.nodes])
+        for name, parameter in self.drawn.items():
+            if self.registered:
+                assign_attribute(parameter, module, name)
                 start = next(n for n in module.graph.nodes if n.op not in ("placeholder", "get_attr"))
                 with module.graph.inserting_before(start):
-                    node = module.graph.get_attr(name)
+                    self._add(module.graph.get_attr(name), name)
             else:
-                node = _append_placeholder(module.graph, name)
-            self._add(module.graph, name, node)
-        if not registered:
-            module.meta["memcompile"] = dict(drawn.parameters)
+                self._add(_append_placeholder(module.graph, name), name)
+        if not self.registered:
+            module.meta["memcompile"] = dict(self.drawn)
+
+    def operands(self, site: FfnSite, scope: Scope) -> list[fx.Node | None]:
+        """The nodes of one layer in the scope's graph, in the order of the operator's arguments."""
+        names = [f"{self._paths[site.down]}.{name}" for name in LAYER_PARAMETERS]
+        return [self.node(scope, n) if n in self.drawn else None for n in (*names[:3], self._values, *names[3:])]
 
     def node(self, scope: Scope, name: str) -> fx.Node:
         """The node in the scope's graph; a body of a higher-order operator gets one more operand."""
         graph = scope.module.graph
-        if (graph, name) not in self.nodes:
+        if (graph, name) not in self._nodes:
             assert scope.caller is not None and scope.parent is not None
             scope.caller.args = (*scope.caller.args, self.node(scope.parent, name))
-            self._add(graph, name, _append_placeholder(graph, name))
-        return self.nodes[graph, name]
+            self._add(_append_placeholder(graph, name), name)
+        return self._nodes[graph, name]
 
-    def _add(self, graph: fx.Graph, name: str, node: fx.Node) -> None:
-        parameter = self.drawn.parameters[name]
-        node.meta["val"] = parameter if self.mode is None else self.mode.from_tensor(parameter, static_shapes=True)
-        self.nodes[graph, name] = node
+    def _add(self, node: fx.Node, name: str) -> None:
+        parameter = self.drawn[name]
+        node.meta["val"] = parameter if self._mode is None else self._mode.from_tensor(parameter, static_shapes=True)
+        self._nodes[node.graph, name] = node
 
 
 def _append_placeholder(graph: fx.Graph, name: str) -> fx.Node:
@@ -241,18 +219,29 @@ def _append_placeholder(graph: fx.Graph, name: str) -> fx.Node:
     return node
 
 
-def _splice(call: Candidate, scope: Scope, site: FfnSite, drawn: _Drawn, tensors: _TensorNodes) -> None:
-    names = drawn.operands[site.down]
-    operands: list[Any] = [None if name is None else tensors.node(scope, name) for name in names]
+def _splice(call: Candidate, scopes: list[Scope], site: FfnSite, added: _NewParameters) -> Splice:
+    scope = next(scope for scope in scopes if scope.capture is call.capture)
     splice = Splice(call.region, scope, site)
-    output = splice.insert(operator("memory_lookup"), operands, (drawn.config.heads, drawn.config.top_k))
-    if drawn.config.placement == "add":
+    sizes = added.config.heads, added.config.top_k
+    output = splice.insert(operator("memory_lookup"), added.operands(site, scope), sizes)
+    if added.config.placement == "add":
         splice.add(output)
     else:
         splice.replace(output)
+    return splice
 
 
-def _remove_parameters(removed: set[str], ffns: set[str], scopes: list[Scope], tensors: _TensorNodes) -> None:
+def _erase(splices: list[Splice], scopes: list[Scope]) -> None:
+    """Takes replaced FFNs out of the graphs, their in-place and random operators too."""
+    inner = set[fx.Node]().union(*(splice.inner for splice in splices))
+    for graph in (scope.module.graph for scope in scopes):
+        if not inner.isdisjoint(graph.nodes):
+            graph.eliminate_dead_code(lambda node: node not in inner and (node.op == "call_module" or node.is_impure()))
+    for splice in splices:
+        splice.check_erased()
+
+
+def _remove_parameters(removed: set[str], ffns: set[str], scopes: list[Scope], added: _NewParameters) -> None:
     """Takes the parameters of replaced FFNs out of the graphs and the module; nothing reads them any more."""
     for scope in reversed(scopes):
         nodes = [node for node, name in scope.parameters.items() if name in removed]
@@ -262,22 +251,17 @@ def _remove_parameters(removed: set[str], ffns: set[str], scopes: list[Scope], t
                 readers = ", ".join(sorted(operator_name(user) for user in node.users))
                 raise PlanError(f"{scope.parameters[node]} is also read by {readers}: its block cannot be replaced")
         if scope.caller is not None:
-            assert scope.parent is not None
-            first = scope.caller.args.index(called_body(scope.caller, scope.parent.module)) + 1
-            gone = {first + i for i, p in enumerate(graph.find_nodes(op="placeholder")) if p in nodes}
+            placeholders = graph.find_nodes(op="placeholder")  # which the caller's last arguments are for
+            first = len(scope.caller.args) - len(placeholders)
+            gone = {at for at, placeholder in enumerate(placeholders, first) if placeholder in nodes}
             scope.caller.args = tuple(a for i, a in enumerate(scope.caller.args) if i not in gone)
-        elif not tensors.registered:
+        elif not added.registered:
             weights = [node for node, name in scope.parameters.items() if name in ffns]
-            added = {name: tensors.nodes[graph, name] for name in tensors.drawn.parameters}
-            Signature(graph, outside=list(added.values())).exchange(weights, nodes, added)
-        for node in nodes:
+            exchange(weights, nodes, {name: added.node(scope, name) for name in added.drawn}, graph)
+        for node in set(graph.nodes).intersection(nodes):
             graph.erase_node(node)
-        if scope.parent is None:
-            _unregister(scope.module, removed)
-
-
-def _unregister(module: nn.Module, names: set[str]) -> None:
-    gone = {id(p) for name, p in module.named_parameters(remove_duplicate=False) if name in names}
-    for owner in module.modules():
-        for name in [name for name, p in owner._parameters.items() if id(p) in gone]:
-            del owner._parameters[name]
+    parameters = dict(scopes[0].module.named_parameters(remove_duplicate=False))
+    gone = {id(parameters[name]) for name in removed & parameters.keys()}
+    for name in [name for name, parameter in parameters.items() if id(parameter) in gone]:
+        path, _, leaf = name.rpartition(".")
+        delattr(scopes[0].module.get_submodule(path), leaf)

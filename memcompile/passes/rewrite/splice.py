@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,11 @@ class Splice:
         source = (same or self.sources)[0]
         value = source.meta["val"]
         with self.graph.inserting_before(self.down):
-            tensors = self._in_dtype(tensors, value.dtype)
+            # Projections in the dtype of the tokens, as a graph captured under autocast has the FFN's. The operator
+            # casts keys and temperature, and takes values of any dtype.
+            query, query_bias, keys, values, *projections, temperature = tensors
+            cast = [self._in_dtype(tensor, value.dtype) for tensor in (query, query_bias, *projections)]
+            tensors = (*cast[:2], keys, values, *cast[2:], temperature)
             shape = (*value.shape[:-1], self.site.width)
             node = self._call(lookup, (source, *tensors, *sizes), output if same else output.new_empty(shape))
             if not same:
@@ -56,37 +60,33 @@ class Splice:
         self.down.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
     def replace(self, output: fx.Node) -> None:
-        """Puts ``output`` in the place of the FFN's and erases the FFN, and what only it read."""
+        """Has ``output`` read in the place of the FFN's, and sizes of the source in the place of sizes inside the FFN,
+        which others read in graphs of make_fx.
+        """
         self.down.replace_all_uses_with(output)
-        self._read_sizes_elsewhere()
-        operands: dict[fx.Node, None] = {}
-        for node in reversed(self.graph.nodes):
-            dead_reader = not node.is_impure() and not self.inner.isdisjoint(node.all_input_nodes)
-            if not node.users and (node in self.inner or dead_reader):
-                operands |= dict.fromkeys(node.all_input_nodes)
-                operands.pop(node, None)
-                self.graph.erase_node(node)
-                self.inner.discard(node)
-        if self.inner:
-            node = next(iter(self.inner))
-            readers = ", ".join(sorted(str(user) for user in node.users))
-            raise PlanError(f"{self.site.name or self.site.down!r}: {node} is also read by {readers}, outside of it")
-        self._erase_unread(operands)
+        for node in list(self.graph.nodes):
+            size = node.meta.get("val")
+            if isinstance(size, torch.SymInt) and node.users and not self.inner.isdisjoint(node.all_input_nodes):
+                with self.graph.inserting_before(node):
+                    same = self._size(size)
+                if same is not None:
+                    node.replace_all_uses_with(same)
+
+    def check_erased(self) -> None:
+        """Raises PlanError where something else still reads a node of the FFN."""
+        for node in self.graph.nodes:
+            if node in self.inner:
+                readers = ", ".join(sorted(str(user) for user in node.users))
+                raise PlanError(
+                    f"{self.site.name or self.site.down!r}: {node} is also read by {readers}, outside of it"
+                )
 
     def _call(self, target: Any, args: tuple, value: Tensor) -> fx.Node:
         node = self.graph.call_function(target, args)
         node.meta = {key: self.down.meta[key] for key in _PROVENANCE if key in self.down.meta} | {"val": value}
         return node
 
-    def _in_dtype(self, tensors: Sequence[fx.Node | None], dtype: torch.dtype) -> list[fx.Node | None]:
-        """The projections' tensors in the dtype of the tokens, as a graph captured under autocast has the FFN's. The
-        operator itself casts keys and temperature; the values may be of any dtype.
-        """
-        query, query_bias, keys, values, *projections, temperature = tensors
-        cast = [self._cast(tensor, dtype) for tensor in (query, query_bias, *projections)]
-        return [*cast[:2], keys, values, *cast[2:], temperature]
-
-    def _cast(self, tensor: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
+    def _in_dtype(self, tensor: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
         if tensor is None or tensor.meta["val"].dtype == dtype:
             return tensor
         node = self._call(torch.ops.aten._to_copy.default, (tensor,), tensor.meta["val"].to(dtype))
@@ -111,24 +111,6 @@ class Splice:
                 if expression == size.node.expr:
                     return self._call(torch.ops.aten.sym_size.int, (source, dim), source.meta["val"].shape[dim])
         return None
-
-    def _read_sizes_elsewhere(self) -> None:
-        """Sizes of hidden activations that others read, as in make_fx's graphs, are also sizes of the source."""
-        for node in list(self.graph.nodes):
-            size = node.meta.get("val")
-            if isinstance(size, torch.SymInt) and node.users and not self.inner.isdisjoint(node.all_input_nodes):
-                with self.graph.inserting_before(node):
-                    same = self._size(size)
-                if same is not None:
-                    node.replace_all_uses_with(same)
-
-    def _erase_unread(self, nodes: Iterable[fx.Node]) -> None:
-        pending = dict.fromkeys(nodes)
-        while pending:
-            node, _ = pending.popitem()
-            if node.op == "call_function" and not node.users and not node.is_impure():
-                pending |= dict.fromkeys(node.all_input_nodes)
-                self.graph.erase_node(node)
 
 
 def _sizes(node: fx.Node) -> list[Any]:
