@@ -33,9 +33,8 @@ from memcompile.runtime import patches
 from memcompile.runtime.adoption import adopt_optimizers
 from memcompile.runtime.distributed.ddp import rebuild
 from memcompile.runtime.distributed.sharding import check_plans_agree, cut
-from memcompile.runtime.install import install
+from memcompile.runtime.install import install, owner_of
 from memcompile.runtime.interrupts import uninterrupted
-from memcompile.runtime.owner import owner_of
 from memcompile.runtime.pool import MemoryPool
 
 if TYPE_CHECKING:

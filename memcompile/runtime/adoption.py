@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memcompile.runtime.live_objects import live_objects
+from memcompile.runtime.live_objects import live_optimizers
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.table.hooks import meet
 from memcompile.runtime.table.live_tables import tables_in
@@ -103,11 +103,6 @@ def _insert_in_model_order(group: dict[str, Any], parameter: nn.Parameter, name:
 def _groups_of_vectors(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups if group["params"]]
     return [group for group in groups if all(p.dim() <= 1 for p in group["params"])]
-
-
-def live_optimizers() -> list[Optimizer]:
-    """Every optimizer of the process."""
-    return [optimizer for optimizer in live_objects(Optimizer) if hasattr(optimizer, "param_groups")]
 
 
 def _take_out(optimizer: Optimizer, removed_ids: Container[int]) -> None:

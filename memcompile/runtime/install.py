@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite
+from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite, owner_path
 from memcompile.errors import PlanError
 from memcompile.runtime.distributed.sharding import cut_layers, new_sharded_values
 from memcompile.runtime.layer import MemoryLayer
@@ -16,6 +17,28 @@ from memcompile.runtime.stand_ins.added import WeightProxy
 from memcompile.runtime.stand_ins.replaced import ReplacedParameter, Role
 from memcompile.runtime.state_dicts import watch_part, watch_state_dicts
 from memcompile.runtime.storage.frozen_values import create_values, keep_in_place
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def owner_of(root: nn.Module, chosen: Sequence[FfnSite]) -> tuple[nn.Module, str]:
+    """Where the table of these sites lies, and what its names start with ("" or "model."): on the lowest module with a
+    forward of its own that contains the whole stack of blocks that they are of.
+
+    It is the decoder, not the LM head's wrapper, or the module of PEFT, Lightning or a loss: whoever saves, optimises,
+    copies or loads it has the table. It is no block, which FSDP2 shards by itself.
+    """
+    name = owner_path(chosen, lambda path: _runs(root, path))
+    return root.get_submodule(name), f"{name}." if name else ""
+
+
+def _runs(root: nn.Module, path: str) -> bool:
+    """Whether there is such a module with a forward of its own: a list has none, and a sequence none to speak of."""
+    try:
+        module = root.get_submodule(path)
+    except AttributeError:  # the path of a stack may end within a name, as `block` of `block3`
+        return False
+    return type(module).forward is not nn.Module.forward and not isinstance(module, _CONTAINERS)
 
 
 def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn.Parameter]:
@@ -41,7 +64,11 @@ def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn
         values = create_values(pool.config, down.dtype, down.device)
     else:
         values = new_sharded_values(pool, down.dtype, down.device)
-    layers = [_create_layer(pool, root, site) for site in chosen]
+    layers = []
+    for site in chosen:
+        down = root.get_parameter(site.down)
+        layer = MemoryLayer(pool, site.name or site.down, site.width, down.dtype, down.device)
+        layers.append(layer.train(_holder(root, site).training))
 
     parameters = [root.get_parameter(name) for site in chosen for name in site.parameters]
     pool.attach(values)
@@ -70,12 +97,6 @@ def _keep_padded(root: nn.Module, layers: list[MemoryLayer]) -> None:
             module.use_nested_tensor = False
 
 
-def _create_layer(pool: MemoryPool, root: nn.Module, site: FfnSite) -> MemoryLayer:
-    down = root.get_parameter(site.down)
-    layer = MemoryLayer(pool, site.name or site.down, site.width, down.dtype, down.device)
-    return layer.train(_holder(root, site).training)
-
-
 def _holder(root: nn.Module, site: FfnSite) -> nn.Module:
     """The module that holds the down-projection's weight."""
     return root.get_submodule(site.down.rpartition(".")[0])
@@ -83,28 +104,16 @@ def _holder(root: nn.Module, site: FfnSite) -> nn.Module:
 
 def put_stand_ins(root: nn.Module, site: FfnSite, layer: Any, adds: bool) -> None:
     """Puts stand-ins that run ``layer`` in the place of the FFN's parameters, or before its weights."""
-    if adds:
-        _add(root, site, layer)
-    else:
-        _replace(root, site, layer)
-
-
-def _replace(root: nn.Module, site: FfnSite, layer: Any) -> None:
-    for name in site.parameters:
+    for name in (*site.up, site.down) if adds else site.parameters:
         path, _, attribute = name.rpartition(".")
-        holder = root.get_submodule(path)
-        parameter = root.get_parameter(name)
-        del holder._parameters[attribute]
+        holder, parameter = root.get_submodule(path), root.get_parameter(name)
         role = Role.UP if name in site.up else Role.DOWN if name == site.down else Role.OTHER
+        if adds:
+            WeightProxy(name, role, layer, holder, attribute).install()
+            continue
         width = parameter.numel() // site.width if role is Role.UP else 0
+        del holder._parameters[attribute]
         setattr(holder, attribute, ReplacedParameter(name, role, width, layer, parameter.shape))
-
-
-def _add(root: nn.Module, site: FfnSite, layer: Any) -> None:
-    for name in (*site.up, site.down):
-        path, _, attribute = name.rpartition(".")
-        role = Role.DOWN if name == site.down else Role.UP
-        WeightProxy(name, role, layer, root.get_submodule(path), attribute).install()
 
 
 def _check(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> None:

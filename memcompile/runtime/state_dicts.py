@@ -145,7 +145,7 @@ def _check_state_dict(
 
 def _fill_from_dense(pool: MemoryPool, state_dict: dict[str, Any], prefix: str) -> None:
     """A dense checkpoint has no memory to load: the memory stays as it is, and replaced FFNs are not used."""
-    names = [name for site in pool.chosen for name in pool.from_owner(site.parameters)]
+    names = [name.removeprefix(pool.prefix) for site in pool.chosen for name in site.parameters]
     ffns = [name for name in names if prefix + name in state_dict]
     if not ffns:  # neither memory nor FFNs: a part of a model, loaded with strict=False
         return

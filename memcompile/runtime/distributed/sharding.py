@@ -17,8 +17,8 @@ from memcompile.errors import OptionError, PlanError
 from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, values_shape
 from memcompile.runtime import patches
 from memcompile.runtime._torch import local_part
-from memcompile.runtime.adoption import live_optimizers
 from memcompile.runtime.distributed.sharded_values import ShardedValues
+from memcompile.runtime.live_objects import live_optimizers
 from memcompile.runtime.pool import MemoryPool, pool_of
 from memcompile.runtime.wrappers import is_in_ddp, is_sharded, unwrap
 

@@ -13,11 +13,7 @@ from memcompile.runtime.patches.patch import Patch
 
 
 class _Tag:
-    def install(self) -> None:
-        tag_caches()
-
-    def remove(self) -> None:
-        untag_caches()
+    install, remove = staticmethod(tag_caches), staticmethod(untag_caches)
 
 
 PATCH = Patch(_Tag())

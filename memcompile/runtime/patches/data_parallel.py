@@ -8,7 +8,6 @@ The same: DDP around a module in which nothing is planned.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -22,32 +21,26 @@ from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.pool import MemoryPool, live_pools
 
 
-def _around_planned(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def build(self: DistributedDataParallel, module: nn.Module, *args: object, **kwargs: object) -> None:
-        pools = _pools_left_alone(module)
-        if any(pool.table.sharded is not None and pool.table.sharded.tokens == "shared" for pool in pools):
-            raise PlanError(
-                "DDP takes no DTensors, and tensor parallelism (tokens='shared') cuts gates and output projections "
-                "into some: fully_shard(model, mesh=mesh['replicate']) averages over the replicas"
-            )
-        _leave_alone(module, pools)
-        original(self, module, *args, **kwargs)
-        for pool in pools:
-            pool.table.replicas = Replicas(self)
-            if pool.table.sharded is None:
-                first = dist.get_global_rank(self.process_group, 0)
-                dist.broadcast(pool.values.detach(), first, group=self.process_group)
-            else:
-                _check_covered(self, pool.table.sharded)
-
-    return build
-
-
-def _pools_left_alone(module: nn.Module) -> list[MemoryPool]:
+def _around_planned(
+    build: Callable[..., None], ddp: DistributedDataParallel, module: nn.Module, *args: object, **kwargs: object
+) -> None:
     inside = set(module.modules())
-    tables = [pool for pool in live_pools() if pool.owner in inside]
-    return [pool for pool in tables if pool.table.gradient != "dense" or pool.table.sharded is not None]
+    planned = [pool for pool in live_pools() if pool.owner in inside]
+    pools = [pool for pool in planned if pool.table.gradient != "dense" or pool.table.sharded is not None]
+    if any(pool.table.sharded is not None and pool.table.sharded.tokens == "shared" for pool in pools):
+        raise PlanError(
+            "DDP takes no DTensors, and tensor parallelism (tokens='shared') cuts gates and output projections "
+            "into some: fully_shard(model, mesh=mesh['replicate']) averages over the replicas"
+        )
+    _leave_alone(module, pools)
+    build(ddp, module, *args, **kwargs)
+    for pool in pools:
+        pool.table.replicas = Replicas(ddp)
+        if pool.table.sharded is None:
+            first = dist.get_global_rank(ddp.process_group, 0)
+            dist.broadcast(pool.values.detach(), first, group=ddp.process_group)
+        else:
+            _check_covered(ddp, pool.table.sharded)
 
 
 def _check_covered(ddp: DistributedDataParallel, sharded: ShardedValues) -> None:

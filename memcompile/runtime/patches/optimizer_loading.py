@@ -15,26 +15,31 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from memcompile.runtime.optimizer_state import load_exactly
 from memcompile.runtime.patches.patch import Patch, Replaced
-from memcompile.runtime.table.hooks import flush_tables_of
-from memcompile.runtime.table.loading import load_state
+from memcompile.runtime.table.hooks import flush_tables_of, meet
+from memcompile.runtime.table.live_tables import tables_in
+from memcompile.runtime.table.named_states import matched
 
 
-def _exact(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
-        load_state(self, functools.partial(original, self), state_dict)
+def _exact(load: Callable[..., None], optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """States go to the parameters of their names, and those of tables keep their dtypes.
 
-    return load_state_dict
+    Raises:
+        PlanError: the states are of other parameters; nothing is loaded then.
+    """
+    held = {id(table.values) for table, _ in tables_in(optimizer)}
+    if not held:
+        load(optimizer, state_dict)
+        return
+    meet(optimizer)
+    load_own = functools.partial(load, optimizer)
+    load_exactly(optimizer, load_own, matched(optimizer, state_dict), lambda parameter: id(parameter) in held)
 
 
-def _flushed(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    @functools.wraps(original)
-    def getstate(self: Optimizer) -> dict[str, Any]:
-        flush_tables_of(self)
-        return original(self)
-
-    return getstate
+def _flushed(getstate: Callable[..., dict[str, Any]], optimizer: Optimizer) -> dict[str, Any]:
+    flush_tables_of(optimizer)
+    return getstate(optimizer)
 
 
 PATCH = Patch(Replaced(Optimizer, "load_state_dict", _exact), Replaced(Optimizer, "__getstate__", _flushed))

@@ -49,10 +49,10 @@ class Patch:
 
 
 class Replaced:
-    """Another function in the place of a module's or a class's own: `wrap(original)`."""
+    """Another function in the place of a module's or a class's own: `call(original, *args, **kwargs)`."""
 
-    def __init__(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        self.owner, self.name, self.wrap = owner, name, wrap
+    def __init__(self, owner: Any, name: str, call: Callable[..., Any]) -> None:
+        self.owner, self.name, self.call = owner, name, call
         self._original: Callable[..., Any] | None = None
         self._replacement: Callable[..., Any] | None = None
         self._active = False
@@ -61,7 +61,7 @@ class Replaced:
         self._active = True
         now = vars(self.owner)[self.name]
         if self._original is None or now is self._original:
-            self._original, self._replacement = now, self._switch(now, self.wrap(now))
+            self._original, self._replacement = now, self._switch(now)
             setattr(self.owner, self.name, self._replacement)
 
     def remove(self) -> None:
@@ -71,9 +71,9 @@ class Replaced:
             self._original = self._replacement = None
         # Else another library has wrapped the replacement. It stays in there, and does what the original does.
 
-    def _switch(self, original: Callable[..., Any], wrapped: Callable[..., Any]) -> Callable[..., Any]:
+    def _switch(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def switch(*args: Any, **kwargs: Any) -> Any:
-            return (wrapped if self._active else original)(*args, **kwargs)
+            return self.call(original, *args, **kwargs) if self._active else original(*args, **kwargs)
 
         return switch

@@ -39,18 +39,12 @@ def viewed(sizes: Sequence[Any], tokens: Any, features: Features) -> tuple[Seque
 
 def broadcast(shapes: Sequence[Features]) -> Features | None:
     """Features of an elementwise result."""
-    rank = len(shapes[0])
-    for shape in shapes:
-        if len(shape) != rank:
-            return None
-    result = []
-    for d in range(rank):
-        sizes = [shape[d] for shape in shapes]
-        widest = max(sizes)
-        if any(size not in (1, widest) for size in sizes):
-            return None
-        result.append(widest)
-    return tuple(result)
+    if any(len(shape) != len(shapes[0]) for shape in shapes):
+        return None
+    sizes = list(zip(*shapes, strict=True))
+    widest = [max(of_dim) for of_dim in sizes]
+    fits = all(size in (1, most) for of_dim, most in zip(sizes, widest, strict=True) for size in of_dim)
+    return tuple(widest) if fits else None
 
 
 def indexed(index: Any, leading: int, features: Features) -> Features | None:
@@ -67,25 +61,22 @@ def indexed(index: Any, leading: int, features: Features) -> Features | None:
     for item in items[leading:]:
         if item is None:
             result.append(1)
-        elif isinstance(item, slice):
-            length = _length(item, features[position])
-            if length is None:
-                return None
-            result.append(length)
-            position += 1
-        elif isinstance(item, int):
-            position += 1
-        else:
+            continue
+        if isinstance(item, slice):
+            result.append(_length(item, features[position]))
+        elif not isinstance(item, int):
             return None
-    return tuple(result)
+        position += 1
+    return None if -1 in result else tuple(result)
 
 
-def _length(item: slice, size: int) -> int | None:
-    """Elements that a slice takes of ``size``. Not by `slice.indices`, which Dynamo 2.11 does not know."""
+def _length(item: slice, size: int) -> int:
+    """Elements that a slice takes of ``size``; -1 for one that PyTorch refuses."""
+    # Not by `slice.indices`, which Dynamo 2.11 does not know
     step = 1 if item.step is None else item.step
     start, stop = 0 if item.start is None else item.start, size if item.stop is None else item.stop
     if step < 1:
-        return None
+        return -1
     start = max(0, start + size) if start < 0 else min(start, size)
     stop = max(0, stop + size) if stop < 0 else min(stop, size)
     return max(0, -((start - stop) // step))
@@ -93,9 +84,7 @@ def _length(item: slice, size: int) -> int | None:
 
 def unflattened(size: int, sizes: Sequence[int]) -> Features:
     """``sizes`` with the one that is -1 resolved."""
-    known = 1
-    for part in sizes:
-        known *= part if part != -1 else 1
+    known = math.prod([part for part in sizes if part != -1])
     return tuple([size // known if part == -1 else part for part in sizes])
 
 

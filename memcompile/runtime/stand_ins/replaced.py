@@ -19,17 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memcompile.common.token_wise import (
-    CASTS,
-    DROPOUTS,
-    FEATURE_REDUCTIONS,
-    POINTWISE,
-    PROJECTED,
-    PROJECTIONS,
-    RESHAPES,
-    TRANSPOSES,
-    canonical,
-)
+from memcompile.common import token_wise
+from memcompile.common.token_wise import CASTS, POINTWISE, PROJECTIONS, canonical
 from memcompile.errors import CaptureError
 from memcompile.runtime.stand_ins.hidden import HiddenActivation
 
@@ -37,20 +28,11 @@ if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
 _INITIALISERS = frozenset(
-    f"{name}_"
-    for name in (
-        "uniform normal trunc_normal constant ones zeros xavier_uniform xavier_normal kaiming_uniform kaiming_normal "
-        "orthogonal"
-    ).split()
+    """uniform_ normal_ trunc_normal_ constant_ ones_ zeros_ xavier_uniform_ xavier_normal_ kaiming_uniform_
+    kaiming_normal_ orthogonal_""".split()
 )
 # Random or constant tensors in the shape of a hidden activation: a dropout that the model spells out.
-_FACTORIES: dict[str, Callable[..., Tensor]] = {
-    "rand_like": torch.rand,
-    "randn_like": torch.randn,
-    "zeros_like": torch.zeros,
-    "ones_like": torch.ones,
-    "empty_like": torch.empty,
-}
+_FACTORIES = {f"{name}_like": getattr(torch, name) for name in ("rand", "randn", "zeros", "ones", "empty")}
 
 
 class Role(enum.Enum):
@@ -81,14 +63,6 @@ class ReplacedParameter:
     def __init__(self, name: str, role: Role, width: int, layer: MemoryLayer, shape: torch.Size) -> None:
         self.name, self.role, self.width, self.layer, self.shape = name, role, width, layer, shape
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layer.query_weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.layer.query_weight.device
-
     def _itself(self, *args: Any, **kwargs: Any) -> ReplacedParameter:
         return self
 
@@ -114,6 +88,8 @@ class ReplacedParameter:
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):  # copy and pickle ask a bare instance for these
             raise AttributeError(attribute)
+        if attribute in ("dtype", "device"):
+            return getattr(self.layer.query_weight, attribute)
         raise AttributeError(
             f"{attribute!r} of {self.name}: this parameter was replaced by a memory "
             f"(memcompile.explain(model) lists which); exclude its block from memory_layers to keep it"
@@ -151,7 +127,7 @@ for _class in _classes:
             setattr(_class, _spelling, _forward_operator(canonical(f"__{_name}__")))
     for _spelling in ("__neg__", "__pos__", "__abs__"):
         setattr(_class, _spelling, _forward_operator(canonical(_spelling)))
-for _name in sorted(CASTS | DROPOUTS | FEATURE_REDUCTIONS | {"min", "max"}):
+for _name in sorted(CASTS | token_wise.DROPOUTS | token_wise.FEATURE_REDUCTIONS | {"min", "max"}):
     for _spelling in (_name, f"{_name}_"):
         if not hasattr(HiddenActivation, _spelling):
             setattr(HiddenActivation, _spelling, _forward_operator(_name))
@@ -178,7 +154,7 @@ def _dispatch(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     others = [a for a in operands if isinstance(a, Tensor)]
     if name in _INITIALISERS and not others:  # a loop that initialises every module's weights finds nothing to do
         return replaced[0]
-    if name in TRANSPOSES | CASTS | RESHAPES and not others:
+    if name in token_wise.TRANSPOSES | CASTS | token_wise.RESHAPES and not others:
         return replaced[0]
     if name == "add" and len(others) == 1 and _is_down_bias(replaced[0], others[0]):
         return others[0]
@@ -209,7 +185,7 @@ def projected_operand(name: str, args: tuple, kwargs: dict[str, Any], weights: t
     if name == "einsum":
         operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
         return next((a for a in operands if not isinstance(a, weights)), None)
-    position, keyword = PROJECTED[name]
+    position, keyword = token_wise.PROJECTED[name]
     return args[position] if len(args) > position else kwargs.get(keyword)
 
 

@@ -44,7 +44,7 @@ class ShownState:
             shown.pop(name, None)  # of an optimizer for rows, which loads the state that it would have on its own
         shown.update(self._entries)
 
-    def taken_over(self, optimizer: Optimizer, table: ValueTable, rule: Rule) -> State | None:
+    def taken_over(self, optimizer: Optimizer, table: ValueTable, rule: type[Rule]) -> State | None:
         """The state to go on from that the optimizer has for the values; None where it has none that the rule knows.
 
         Raises:

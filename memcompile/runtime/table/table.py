@@ -18,9 +18,7 @@ from memcompile.lowering.gather.table_gather import TABLE_LOCK
 from memcompile.runtime._torch import at_once, local_part
 from memcompile.runtime.table.gradient import watch_gradient
 from memcompile.runtime.table.row_state import HeldRowState, row_state_arguments
-from memcompile.runtime.table.rules import ADAMW, RULES, Options, Rule, State, step_rows
-from memcompile.runtime.table.rules.adamw import forget
-from memcompile.runtime.table.rules.rule import flush_rows, new_state
+from memcompile.runtime.table.rules import RULES, AdamW, Options, Rule, State
 from memcompile.runtime.table.shown_state import ShownState
 
 if TYPE_CHECKING:
@@ -54,7 +52,8 @@ class ValueTable:
         self.replicas: Replicas | None = None
         self.flushed = False
         self._state: State | None = None
-        self._rule, self._options = ADAMW, ADAMW.defaults
+        self._rule: type[Rule] = AdamW
+        self._options = AdamW.defaults
         self._stepped: nn.Parameter | None = None  # what the state is of
         self._lay: tuple[torch.device, torch.dtype] | None = None  # where and how, in the last step
         self._shown = ShownState()
@@ -154,17 +153,16 @@ class ValueTable:
         table = _local(self._stepped)
         if table.dtype is torch.float16:
             table = table.float()
-        moved = flush_rows(table, self._state, self._rule, self._options, shards=self.shards)
+        moved = self._rule(table, self._state, self._options, self.shards).flush()
         if table.data_ptr() != _local(self._stepped).data_ptr():
             _local(self._stepped).data.copy_(table)
-        forget(self._state)
         self._put_row_state()
         self.flushed = self.flushed or moved
 
     # --- stepping ------------------------------------------------------------------------------------------
 
     @at_once()
-    def step(self, optimizer: Optimizer, rule: Rule, options: Options) -> None:
+    def step(self, optimizer: Optimizer, rule: type[Rule], options: Options) -> None:
         """Steps the rows that the values' gradient touches, by a rule with these options, as a part of the step of the
         optimizer that holds them.
         """
@@ -173,30 +171,30 @@ class ValueTable:
             with TABLE_LOCK:
                 self._step(optimizer, rule, options, grad)
 
-    def _step(self, optimizer: Optimizer, rule: Rule, options: Options, grad: Tensor) -> None:
+    def _step(self, optimizer: Optimizer, rule: type[Rule], options: Options, grad: Tensor) -> None:
         self._go_on(optimizer, rule, options)
         assert self._state is not None
         table = _local(self.part)
         if table.dtype is torch.float16:  # rows are stepped in fp32, and rounded
             wide = table.float()
-            step_rows(wide, self._state, rule, grad.float(), options, self.shards)
+            rule(wide, self._state, options, self.shards).step(grad.float())
             table.copy_(wide)
         else:
-            step_rows(table, self._state, rule, grad, options, self.shards)
+            rule(table, self._state, options, self.shards).step(grad)
         self._put_row_state()
         self._shown.show(optimizer, self, self._state)
 
-    def _go_on(self, optimizer: Optimizer, rule: Rule, options: Options) -> None:
+    def _go_on(self, optimizer: Optimizer, rule: type[Rule], options: Options) -> None:
         """Goes on from the state that the optimizer has for the values: the one that this table showed there last, one
         that was loaded or put there, or none.
         """
         if not self._shown.is_in(optimizer, self.values, self._state) or rule is not self._rule:
             self.flush()
-            self._state = self._shown.taken_over(optimizer, self, rule) or new_state(_local(self.part), rule, options)
+            self._state = self._shown.taken_over(optimizer, self, rule) or rule.new_state(_local(self.part), options)
             self._follow(optimizer)
         assert self._state is not None
         self._stepped, self._rule, self._options = self.part, rule, options
-        rule.start(_local(self.part), self._state, options)  # moves the state with values that were moved or cast
+        rule(_local(self.part), self._state, options).start()  # moves the state with values that were moved or cast
         self._lay = (self.part.device, self.part.dtype)
 
     def _move_state(self) -> None:
@@ -206,7 +204,7 @@ class ValueTable:
             return
         optimizer = self._optimizer.peek() if self._optimizer is not None else None
         shown = optimizer is not None and self._shown.is_in(optimizer[0], self.values, state)
-        self._rule.start(_local(values), state, self._options)
+        self._rule(_local(values), state, self._options).start()
         self._lay = (values.device, values.dtype)
         self._put_row_state()
         if optimizer is not None and shown:
