@@ -15,7 +15,7 @@ from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.stand_ins.added import WeightProxy
 from memcompile.runtime.stand_ins.replaced import ReplacedParameter, Role
-from memcompile.runtime.state_dicts import watch_part, watch_state_dicts
+from memcompile.runtime.state_dicts import tell_part, watch_state_dicts
 from memcompile.runtime.storage.frozen_values import create_values, keep_in_place
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -79,7 +79,7 @@ def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn
         put_stand_ins(root, site, layer, pool.adds)
         _holder(root, site).add_module(LAYER_NAME, layer)
         pool.layers[site.down.removeprefix(pool.prefix)] = layer
-        watch_part(layer)
+        layer.register_state_dict_pre_hook(tell_part)  # type: ignore[no-untyped-call]
     if not pool.adds:
         pool.removed_parameters = sum(parameter.numel() for parameter in parameters)
     if pool.table.sharded is not None:

@@ -14,7 +14,7 @@ from memcompile.lowering.parameters import draw_layer, new_layer
 from memcompile.runtime.distributed.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.state_dicts import encode_plan
-from memcompile.runtime.table.live_tables import flush_while_traced
+from memcompile.runtime.table.table import flush_while_traced
 
 _Optional = Tensor | None
 LayerTensors = tuple[Tensor, Tensor, Tensor, Tensor, _Optional, _Optional, _Optional, _Optional, _Optional]

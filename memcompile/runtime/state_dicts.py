@@ -47,11 +47,6 @@ def watch_state_dicts(pool: MemoryPool, root: nn.Module) -> None:
         root.register_load_state_dict_pre_hook(_move_table)  # type: ignore[no-untyped-call]
 
 
-def watch_part(layer: nn.Module) -> None:
-    """Tells when a part of the model that has this layer is saved without its table."""
-    layer.register_state_dict_pre_hook(_tell_part)  # type: ignore[no-untyped-call]
-
-
 def encode_plan(pool: MemoryPool) -> Tensor:
     """The plan as a uint8 tensor of JSON: the extra state of each memory layer.
 
@@ -68,7 +63,12 @@ def plan_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
         PlanError: the plan is there, but damaged or of a later version.
     """
     entry = next(plan_entries(state_dict), None)
-    return None if entry is None else _decode(entry)
+    if entry is None:
+        return None
+    try:
+        return checked_plan(json.loads(bytes(entry.tolist())))
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        raise PlanError(f"the plan in the checkpoint ({PLAN_KEY}) is damaged: {error}") from error
 
 
 def plan_entries(state_dict: Mapping[str, Any]) -> Iterator[Any]:
@@ -97,7 +97,8 @@ def _after_saving(owner: nn.Module, state_dict: dict[str, Any], prefix: str, loc
     _saved_whole.discard(pool_of(owner))
 
 
-def _tell_part(layer: Any, prefix: str, keep_vars: bool) -> None:
+def tell_part(layer: Any, prefix: str, keep_vars: bool) -> None:
+    """Tells when a part of the model that has this layer is saved without its table."""
     if layer.pool not in _saved_whole:
         told(layer.pool, "saved")
 
@@ -245,10 +246,3 @@ def checked_plan(plan: Any) -> dict[str, Any]:
     if saved_format > FORMAT:
         raise PlanError(f"the checkpoint's plan has format {saved_format}, this memcompile reads {FORMAT}: upgrade it")
     return {**plan, "config": {**_LATER_OPTIONS, **config}}
-
-
-def _decode(entry: Any) -> dict[str, Any]:
-    try:
-        return checked_plan(json.loads(bytes(entry.tolist())))
-    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        raise PlanError(f"the plan in the checkpoint ({PLAN_KEY}) is damaged: {error}") from error

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from memcompile.lowering.distributed.sharded_table import Shards, chunk_sizes
-from memcompile.runtime._torch import local_part, sized_at_run_time, whole_like
+from memcompile.runtime._torch import local_part, sized_at_run_time
 
 # Its size is what graphs have for the most tokens of a rank, until that is agreed upon. Not an attribute of what a
 # module holds: Dynamo takes the sizes of those for constants.
@@ -63,10 +63,6 @@ class ShardedValues:
         """The memory group alone."""
         return self.mesh if self.mesh.ndim == 1 else self.mesh[self.mesh.mesh_dim_names[-1]]  # type: ignore[index]
 
-    def own_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """The shape of this rank's part of a table [slots, value_dim]."""
-        return (shape[0], self.shards.own) if self.shards.by_columns else (self.shards.own, shape[1])
-
     def part(self, values: nn.Parameter) -> nn.Parameter:
         """This rank's part of the values, on their storage: one leaf, whatever is loaded or cast. Its gradient is made
         theirs: `values_gradient`.
@@ -84,11 +80,3 @@ class ShardedValues:
             return x.shape[:-1].numel()
         is_agreed = self.tokens == "uneven" and torch.compiler.is_compiling()  # before the graph runs
         return _ROOM.shape[0] if is_agreed else None
-
-    def whole(self, part: Tensor, values: nn.Parameter) -> DTensor:
-        """A tensor of the values' shape, or of one number a slot, of which this rank holds a part."""
-        assert isinstance(values, DTensor)
-        if part.dim() == 2:
-            return whole_like(values, part)
-        placements = [p if p.is_shard(0) else Replicate() for p in self.placements]
-        return DTensor.from_local(part, self.mesh, placements, run_check=False, shape=values.shape[:1], stride=(1,))

@@ -153,7 +153,8 @@ def new_sharded_values(pool: MemoryPool, dtype: torch.dtype, device: torch.devic
     """
     assert pool.table.sharded is not None
     sharded, shape = pool.table.sharded, values_shape(pool.config)
-    part = torch.empty(sharded.own_shape(shape), dtype=dtype, device=device)
+    own = (shape[0], sharded.shards.own) if sharded.shards.by_columns else (sharded.shards.own, shape[1])
+    part = torch.empty(own, dtype=dtype, device=device)
     draw_part(part, sharded, shape)
     whole = DTensor.from_local(
         part, sharded.mesh, sharded.placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from memcompile.runtime.optimizer_state import load_exactly
 from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.table.hooks import flush_tables_of, meet
-from memcompile.runtime.table.live_tables import tables_in
 from memcompile.runtime.table.named_states import matched
+from memcompile.runtime.table.table import tables_in
 
 
 def _exact(load: Callable[..., None], optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -59,10 +59,16 @@ class Replaced:
 
     def install(self) -> None:
         self._active = True
-        now = vars(self.owner)[self.name]
-        if self._original is None or now is self._original:
-            self._original, self._replacement = now, self._switch(now)
-            setattr(self.owner, self.name, self._replacement)
+        original = vars(self.owner)[self.name]
+        if self._original is not None and original is not self._original:
+            return  # another library has wrapped the replacement
+
+        @functools.wraps(original)
+        def switch(*args: Any, **kwargs: Any) -> Any:
+            return self.call(original, *args, **kwargs) if self._active else original(*args, **kwargs)
+
+        self._original, self._replacement = original, switch
+        setattr(self.owner, self.name, switch)
 
     def remove(self) -> None:
         self._active = False
@@ -70,10 +76,3 @@ class Replaced:
             setattr(self.owner, self.name, self._original)
             self._original = self._replacement = None
         # Else another library has wrapped the replacement. It stays in there, and does what the original does.
-
-    def _switch(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def switch(*args: Any, **kwargs: Any) -> Any:
-            return self.call(original, *args, **kwargs) if self._active else original(*args, **kwargs)
-
-        return switch

@@ -26,9 +26,8 @@ from torch.utils.hooks import RemovableHandle
 from memcompile.errors import OptionError
 from memcompile.runtime.live_objects import live_optimizers
 from memcompile.runtime.storage.frozen_values import refuse_gradient
-from memcompile.runtime.table.live_tables import live_tables, tables_in
 from memcompile.runtime.table.named_states import add_names
-from memcompile.runtime.table.table import ValueTable
+from memcompile.runtime.table.table import ValueTable, live_tables, tables_in
 from memcompile.runtime.table.which_rule import rule_in
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from memcompile.errors import PlanError
-from memcompile.runtime.table.live_tables import tables_in
+from memcompile.runtime.table.table import tables_in
 
 KEY = "memcompile_parameter_names"  # of a state dict: a name for each position, or None
 _ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")

@@ -1,4 +1,6 @@
-"""ValueTable: the values that all layers of a memory read, and the state of their rows, in one object."""
+"""ValueTable: the values that all layers of a memory read, and the state of their rows, in one object; and every one of
+the process, and which optimizers hold them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from memcompile.config import MemoryConfig
 from memcompile.lowering.distributed.sharded_table import Shards
 from memcompile.lowering.gather.hits import sum_dtype
 from memcompile.lowering.gather.table_gather import TABLE_LOCK
-from memcompile.runtime._torch import at_once, local_part
+from memcompile.runtime._torch import at_once, local_part, whole_like
 from memcompile.runtime.table.gradient import watch_gradient
 from memcompile.runtime.table.row_state import HeldRowState, row_state_arguments
 from memcompile.runtime.table.rules import RULES, AdamW, Options, Rule, State
@@ -100,7 +102,7 @@ class ValueTable:
 
     @grad.setter
     def grad(self, grad: Tensor | None) -> None:
-        self.values.grad = grad if self.sharded is None or grad is None else self.sharded.whole(grad, self.values)
+        self.values.grad = grad if self.sharded is None or grad is None else whole_like(self.values, grad)
 
     @property
     def gradient(self) -> str:
@@ -263,4 +265,28 @@ def _unscaled(optimizer: Optimizer, grad: Tensor) -> bool:
         return False
     if scale is not None:
         (grad._values() if grad.is_sparse else grad).div_(scale)
+    return True
+
+
+live_tables: weakref.WeakSet[ValueTable] = weakref.WeakSet()
+
+
+def tables_in(optimizer: Optimizer) -> list[tuple[ValueTable, dict[str, Any]]]:
+    """The tables whose values an optimizer holds, each with its group."""
+    mine = {}
+    for table in live_tables:
+        # A deep copy that failed half way has none, or not even parameters.
+        values = table.owner.__dict__.get("_parameters", {}).get(VALUES_NAME)
+        if values is not None:
+            mine[id(values)] = table
+    groups = getattr(optimizer, "param_groups", ())
+    return [(mine[id(p)], group) for group in groups for p in group["params"] if id(p) in mine]
+
+
+@torch.compiler.assume_constant_result
+def flush_while_traced(name: str) -> bool:
+    """Flushes the table of this name when a program is traced, and not when it runs."""
+    for table in live_tables:
+        if table.name == name:
+            table.flush()
     return True
