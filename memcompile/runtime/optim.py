@@ -267,7 +267,7 @@ class RowwiseAdagrad(RowOptimizer):
     """Adagrad with the sum, over a row's steps, of the mean of its gradient's squares: FBGEMM's
     `EXACT_ROWWISE_ADAGRAD`.
 
-        squares[row] += mean(g**2);  x -= lr / (sqrt(squares[row]) + eps) * g
+        sum[row] += mean(g**2);  x -= lr / (sqrt(sum[row]) + eps) * g
 
     "Exact" is that a row is updated once a step, by its summed gradient. With one number a row it is
     `torch.optim.Adagrad`. Rows that a step does not touch stay as they are, weight decay included, as in FBGEMM; with

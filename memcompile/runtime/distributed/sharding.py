@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +72,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: st
         if any(id(p) in replaced for group in optimizer.param_groups for p in group["params"]):
             raise PlanError(f"{type(optimizer).__name__} holds the memory's parameters already. {_ORDER}")
     check_plans_agree(pool, sharded)
-    put_sharded(pool, sharded, distribute_tensor(pool.values.detach(), mesh, sharded.placements))
+    values = distribute_tensor(pool.values.detach(), mesh, sharded.placements)
+    pool.owner._parameters[VALUES_NAME] = nn.Parameter(values, requires_grad=pool.values.requires_grad)
+    pool.table.sharded = sharded
+    patches.hold(pool)
+    pool.table.watch_gradient()
     cut_layers(pool)
 
 
@@ -119,32 +122,25 @@ def check_plans_agree(pool: MemoryPool, sharded: ShardedValues) -> None:
     parameters = {name: p for name, p in pool.owner.named_parameters() if name != VALUES_NAME}
     mine: dict[str, Any] = {
         **pool.config.to_dict(),
-        "parameters": {name: [list(p.shape), str(p.dtype)] for name, p in parameters.items()},
         "by": "columns" if sharded.shards.by_columns else "rows",
         "tokens": sharded.tokens,
+        **{f"parameters[{name!r}]": f"{list(p.shape)} {p.dtype}" for name, p in parameters.items()},
     }
-    plans = [(dist.get_rank(), json.dumps(mine))]
+    plans = [(dist.get_rank(), mine)]
     for dim in reversed(range(sharded.mesh.ndim)):  # all ranks of the mesh have all plans before any raises
         group = sharded.mesh.get_group(dim)
         everyones: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyones, plans, group=group)
         plans = [plan for of_rank in everyones for plan in of_rank]
-    (first, expected), *others = ((rank, json.loads(plan)) for rank, plan in plans)
+    (first, expected), *others = plans
     for rank, plan in others:
-        differing = [name for name in expected if plan.get(name) != expected.get(name)]
+        differing = [name for name in {**expected, **plan} if plan.get(name) != expected.get(name)]
         if differing:
-            told = ", ".join(_difference(name, expected.get(name), plan.get(name)) for name in differing)
+            told = ", ".join(f"{name} {expected.get(name)!r} and {plan.get(name)!r}" for name in differing[:5])
             raise PlanError(
                 f"ranks {first} and {rank} share one memory, but have planned otherwise: {told}. Build the same model "
                 f"with the same options on every rank"
             )
-
-
-def _difference(name: str, one: Any, other: Any) -> str:
-    if isinstance(one, dict) and isinstance(other, dict):
-        key = next(k for k in [*one, *other] if one.get(k) != other.get(k))
-        return f"{name}[{key!r}] {one.get(key)} and {other.get(key)}"
-    return f"{name} {one!r} and {other!r}"
 
 
 def new_sharded_values(pool: MemoryPool, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -173,14 +169,6 @@ def draw_part(part: Tensor, sharded: ShardedValues, shape: tuple[int, int]) -> N
     _broadcast(common, sharded)
     offset = sharded.shards.offset
     draw_values(part, int(common), shape, (0, offset) if sharded.shards.by_columns else (offset, 0))
-
-
-def put_sharded(pool: MemoryPool, sharded: ShardedValues, values: DTensor) -> None:
-    """Makes a DTensor the values of a pool."""
-    pool.owner._parameters[VALUES_NAME] = nn.Parameter(values, requires_grad=pool.values.requires_grad)
-    pool.table.sharded = sharded
-    patches.hold(pool)
-    pool.table.watch_gradient()
 
 
 def cut_layers(pool: MemoryPool) -> None:

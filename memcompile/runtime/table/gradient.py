@@ -26,16 +26,14 @@ def watch_gradient(table: ValueTable) -> None:
         return
 
     def hook(parameter: Tensor) -> None:
-        owner = of()
-        if owner is not None and parameter.grad is not None:
-            _added_up(owner, parameter)
+        table, grad = of(), parameter.grad
+        if table is not None and grad is not None:
+            _added_up(table, parameter, grad)
 
     _watched[part] = part.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
-def _added_up(table: ValueTable, part: Tensor) -> None:
-    grad = part.grad
-    assert grad is not None
+def _added_up(table: ValueTable, part: Tensor, grad: Tensor) -> None:
     if part is not table.part:  # other values that were read in the place of the table's, inside `functional_call`
         part.grad = sum_of_rows(grad) if grad.is_sparse else grad
         return

@@ -1,9 +1,4 @@
-"""Adagrad whose state is one number a row: FBGEMM's `EXACT_ROWWISE_ADAGRAD`.
-
-    sum[row] += mean(g**2);  x -= lr / (sqrt(sum[row]) + eps) * g
-
-Rows that a step does not touch stay as they are, weight decay included.
-"""
+"""Adagrad whose state is one number a row: see `runtime.optim.RowwiseAdagrad`."""
 
 import torch
 from torch import Tensor

@@ -59,12 +59,7 @@ class LazyAdam(Rule):
 
 
 class AdamW(LazyAdam):
-    """AdamW for every row, to rounding, at the cost of the rows that a step touches.
-
-    A dense AdamW moves every row in every step: by its momentum, its weight decay, and the decay of its moments. Here a
-    row that a step does not touch stays as it is, and does what it has missed, under the learning rates, weight decays
-    and betas of those steps, when it is touched next. How, and how exactly, is told in `lowering.update.skipped_steps`.
-    """
+    """AdamW for every row, to rounding, at the cost of the rows that a step touches: see `runtime.optim.RowAdamW`."""
 
     name = "row_adamw"
     defaults = LazyAdam.defaults | {"weight_decay": 1e-2}
