@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +20,6 @@ from memcompile.runtime.table import rules
 from memcompile.runtime.table.rules import Options, Rule
 from memcompile.runtime.table.rules.rule import DTYPES, require
 from memcompile.runtime.table.touched_rows import distinct_rows
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-
-class CommonOptions(TypedDict, total=False):
-    """Options that all of them take: see `RowOptimizer`."""
-
-    maximize: bool
-    master_weights: bool
-    seed: int
 
 
 class RowOptimizer(Optimizer):
@@ -205,7 +194,7 @@ class RowAdamW(RowOptimizer):
             to do each.
         state_dtype: of the moments. None is float32, float64 for float64 parameters; bfloat16 is rounded
             stochastically.
-        params, common: see `RowOptimizer`.
+        params, common: see `RowOptimizer`: maximize, master_weights, seed.
     """
 
     rule = rules.AdamW
@@ -220,7 +209,7 @@ class RowAdamW(RowOptimizer):
         amsgrad: bool = False,
         *,
         state_dtype: torch.dtype | None = None,
-        **common: Unpack[CommonOptions],
+        **common: Any,
     ) -> None:
         if amsgrad:
             raise OptionError("amsgrad: a maximum over skipped steps cannot be made up for; use amsgrad=False")
@@ -243,7 +232,7 @@ class LazyAdam(RowOptimizer):
             correction.
         weight_decay: see above.
         state_dtype: of the moments, as of `RowAdamW`.
-        params, common: see `RowOptimizer`.
+        params, common: see `RowOptimizer`: maximize, master_weights, seed.
     """
 
     rule = rules.LazyAdam
@@ -257,7 +246,7 @@ class LazyAdam(RowOptimizer):
         weight_decay: float = 0.0,
         *,
         state_dtype: torch.dtype | None = None,
-        **common: Unpack[CommonOptions],
+        **common: Any,
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
         super().__init__(params, options, **common)
@@ -282,7 +271,7 @@ class RowwiseAdagrad(RowOptimizer):
         weight_decay: of touched rows. By default L2, added to the gradient before its squares; `decoupled` multiplies
             the row by 1 - lr * weight_decay. FBGEMM's weight decay modes 1 and 2.
         initial_accumulator_value: what `sum` starts with.
-        params, common: see `RowOptimizer`.
+        params, common: see `RowOptimizer`: maximize, master_weights, seed.
     """
 
     rule = rules.RowWiseAdagrad
@@ -296,7 +285,7 @@ class RowwiseAdagrad(RowOptimizer):
         *,
         decoupled: bool = False,
         initial_accumulator_value: float = 0.0,
-        **common: Unpack[CommonOptions],
+        **common: Any,
     ) -> None:
         options: Options = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
         super().__init__(params, options | {"initial_accumulator_value": initial_accumulator_value}, **common)
@@ -317,7 +306,7 @@ class RowSGD(RowOptimizer):
         lr: learning rate, a number or a tensor of one.
         momentum: 0.
         weight_decay: as in `torch.optim.SGD`; lr * weight_decay < 1.
-        params, common: see `RowOptimizer`.
+        params, common: see `RowOptimizer`: maximize, master_weights, seed.
     """
 
     rule = rules.SGD
@@ -328,7 +317,7 @@ class RowSGD(RowOptimizer):
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        **common: Unpack[CommonOptions],
+        **common: Any,
     ) -> None:
         if momentum:
             raise OptionError("momentum: RowSGD has none; for momentum that untouched rows keep, use RowAdamW")

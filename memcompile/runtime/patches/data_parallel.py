@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memcompile.errors import PlanError
-from memcompile.runtime.distributed.averaging import Replicas
 from memcompile.runtime.distributed.sharded_values import ShardedValues
 from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.pool import MemoryPool, live_pools
+from memcompile.runtime.table.gradient import Replicas
 
 
 def _around_planned(
