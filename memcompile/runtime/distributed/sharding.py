@@ -1,22 +1,25 @@
-"""`shard`: the values of a planned model become a DTensor, of which each rank of a memory group holds a part."""
+"""`shard`: the values of a planned model become a DTensor, of which each rank of a memory group holds a part, which
+layers read and optimizers step.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from memcompile.common.sites import VALUES_NAME
 from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError, PlanError
+from memcompile.lowering.distributed.sharded_table import Shards, chunk_sizes
 from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, values_shape
 from memcompile.runtime import patches
-from memcompile.runtime._torch import local_part
-from memcompile.runtime.distributed.sharded_values import ShardedValues
+from memcompile.runtime._torch import local_part, sized_at_run_time
 from memcompile.runtime.live_objects import live_optimizers
 from memcompile.runtime.pool import MemoryPool, pool_of
 from memcompile.runtime.wrappers import is_in_ddp, is_sharded, unwrap
@@ -28,6 +31,64 @@ DIMS = {"columns": 1, "rows": 0}
 TOKENS = ("uneven", "even", "shared")
 _ORDER = "The order is: plan, shard, then DDP or fully_shard, then the optimizer"
 _CUT = {"gate_weight": 0, "gate_bias": 0, "out_weight": 1}  # under tensor parallelism: the dim of value_dim
+# Its size is what graphs have for the most tokens of a rank, until that is agreed upon. Not an attribute of what a
+# module holds: Dynamo takes the sizes of those for constants.
+_NO_SIZE = 1_000_003  # what it looks like until then
+_ROOM = sized_at_run_time(torch.empty(1).expand(_NO_SIZE))
+
+
+@dataclasses.dataclass(eq=False)
+class ShardedValues:
+    """How the values of a pool lie on a mesh.
+
+    Attributes:
+        mesh: of one dimension, the memory group, or of two, replicas before it.
+        shards: the cut over the memory group.
+        tokens: "uneven", "even" or "shared": see `memcompile.shard`.
+        own: the part as a leaf of autograd; `part` keeps it up to date.
+    """
+
+    mesh: DeviceMesh
+    shards: Shards
+    tokens: str
+    own: nn.Parameter | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedValues:
+        """Of a copied model, whose values have a storage of their own."""
+        return ShardedValues(self.mesh, self.shards, self.tokens)
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Of the values on the mesh."""
+        return (*([Replicate()] * (self.mesh.ndim - 1)), Shard(self.shards.dim))
+
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same part; None where no others do."""
+        return self.mesh.get_group(0) if self.mesh.ndim == 2 and self.mesh.size(0) > 1 else None
+
+    @property
+    def memory_mesh(self) -> DeviceMesh:
+        """The memory group alone."""
+        return self.mesh if self.mesh.ndim == 1 else self.mesh[self.mesh.mesh_dim_names[-1]]  # type: ignore[index]
+
+    def part(self, values: nn.Parameter) -> nn.Parameter:
+        """This rank's part of the values, on their storage: one leaf, whatever is loaded or cast. Its gradient is made
+        theirs: `runtime.table.gradient`.
+        """
+        local = local_part(values)
+        if self.own is None or self.own.is_meta != local.is_meta:  # which share no leaf
+            self.own = nn.Parameter(local.detach(), requires_grad=values.requires_grad)
+        elif (self.own.data_ptr(), self.own.dtype, self.own.shape) != (local.data_ptr(), local.dtype, local.shape):
+            self.own.data = local.detach()
+        return self.own.requires_grad_(values.requires_grad)  # type: ignore[return-value]
+
+    def capacity(self, x: Tensor) -> int | None:
+        """The `capacity` of a lookup of the tokens x [..., width]."""
+        if self.tokens == "even":
+            return x.shape[:-1].numel()
+        is_agreed = self.tokens == "uneven" and torch.compiler.is_compiling()  # before the graph runs
+        return _ROOM.shape[0] if is_agreed else None
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: str = "uneven") -> None:
@@ -106,7 +167,10 @@ def cut(config: MemoryConfig, mesh: DeviceMesh, by: str, tokens: str) -> Sharded
             f"values_storage={config.values_storage!r} keeps all values in one place, and for inference: shard values "
             f"on the devices, or serve them from one process"
         )
-    return ShardedValues.over(mesh, values_shape(config), DIMS[by], tokens)
+    dim, memory = DIMS[by], mesh.ndim - 1
+    sizes = chunk_sizes(values_shape(config)[dim], mesh.size(memory))
+    group, rank = mesh.get_group(memory).group_name, mesh.get_local_rank(memory)
+    return ShardedValues(mesh, Shards(group, sizes, rank, dim, same_tokens=tokens == "shared"), tokens)
 
 
 def check_same(pool: MemoryPool, sharded: ShardedValues) -> None:

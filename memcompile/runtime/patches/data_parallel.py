@@ -15,9 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memcompile.errors import PlanError
-from memcompile.runtime.distributed.sharded_values import ShardedValues
 from memcompile.runtime.patches.patch import Patch, Replaced
-from memcompile.runtime.pool import MemoryPool, live_pools
+from memcompile.runtime.pool import live_pools
 from memcompile.runtime.table.gradient import Replicas
 
 
@@ -32,36 +31,25 @@ def _around_planned(
             "DDP takes no DTensors, and tensor parallelism (tokens='shared') cuts gates and output projections "
             "into some: fully_shard(model, mesh=mesh['replicate']) averages over the replicas"
         )
-    _leave_alone(module, pools)
+    values = {id(pool.values) for pool in pools}
+    names = [name for name, parameter in module.named_parameters() if id(parameter) in values]
+    if names:  # the reducer calls a parameter of the module's own ".name"
+        ignored = [*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *names, *(f".{name}" for name in names)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)  # type: ignore[no-untyped-call]
     build(ddp, module, *args, **kwargs)
     for pool in pools:
         pool.table.replicas = Replicas(ddp)
         if pool.table.sharded is None:
             first = dist.get_global_rank(ddp.process_group, 0)
             dist.broadcast(pool.values.detach(), first, group=ddp.process_group)
-        else:
-            _check_covered(ddp, pool.table.sharded)
-
-
-def _check_covered(ddp: DistributedDataParallel, sharded: ShardedValues) -> None:
-    """Raises PlanError where ranks of a DDP would have other values: it leaves them alone."""
-    covered = set(sharded.mesh.mesh.flatten().tolist())
-    missing = set(dist.get_process_group_ranks(ddp.process_group)) - covered
-    if missing:
-        raise PlanError(
-            f"ranks {sorted(missing)} of this DDP have no part in {sharded.mesh}, over which the memory is sharded, "
-            f"and its values would differ there: shard over a mesh of two dimensions, replicas and memory group"
-        )
-
-
-def _leave_alone(module: nn.Module, pools: list[MemoryPool]) -> None:
-    values = {id(pool.values) for pool in pools}
-    names = [name for name, parameter in module.named_parameters() if id(parameter) in values]
-    if names:
-        # The reducer calls a parameter of the module's own ".name".
-        names += [f".{name}" for name in names]
-        ignored = [*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *names]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)  # type: ignore[no-untyped-call]
+            continue
+        mesh = pool.table.sharded.mesh
+        missing = set(dist.get_process_group_ranks(ddp.process_group)) - set(mesh.mesh.flatten().tolist())
+        if missing:
+            raise PlanError(
+                f"ranks {sorted(missing)} of this DDP have no part in {mesh}, over which the memory is sharded, "
+                f"and its values would differ there: shard over a mesh of two dimensions, replicas and memory group"
+            )
 
 
 PATCH = Patch(Replaced(DistributedDataParallel, "__init__", _around_planned))

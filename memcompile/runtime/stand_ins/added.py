@@ -185,13 +185,11 @@ def _run(call: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     result = call(*_unwrapped(args, found), **{key: _unwrapped(value, found) for key, value in kwargs.items()})
     weights = [a for a in found if isinstance(a, _WEIGHTS)]
     activations = [a for a in found if isinstance(a, ActivationProxy)]
-    if name in PROJECTIONS and len(weights) + len(activations) > 0:
+    if name in PROJECTIONS and found:
         return _projected(result, projected_operand(name, args, kwargs, _WEIGHTS), weights, activations)
     if name in _OF_A_WEIGHT and isinstance(args[0], _WEIGHTS):
         return _DerivedWeightProxy(result, args[0])
-    if activations:
-        return _as_proxies(result, activations)
-    return result
+    return _as_proxies(result, activations) if activations else result
 
 
 def _unwrapped(argument: Any, found: list[_TensorProxy]) -> Any:

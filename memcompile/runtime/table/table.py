@@ -24,7 +24,7 @@ from memcompile.runtime.table.rules import RULES, AdamW, Options, Rule, State
 from memcompile.runtime.table.shown_state import ShownState
 
 if TYPE_CHECKING:
-    from memcompile.runtime.distributed.sharded_values import ShardedValues
+    from memcompile.runtime.distributed.sharding import ShardedValues
     from memcompile.runtime.table.gradient import Replicas
 
 
