@@ -4,6 +4,7 @@ the process, and which optimizers hold them.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ class ValueTable:
         self._stepped: nn.Parameter | None = None  # what the state is of
         self._lay: tuple[torch.device, torch.dtype] | None = None  # where and how, in the last step
         self._shown = ShownState()
-        self._optimizer: weakref.finalize | None = None
+        self._optimizer: weakref.ref[Optimizer] | None = None
         self._row_state = HeldRowState(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,12 +153,7 @@ class ValueTable:
         if self._stepped is None or self._state is None or "last_step" not in self._state:
             return
         self._move_state()
-        table = _local(self._stepped)
-        if table.dtype is torch.float16:
-            table = table.float()
-        moved = self._rule(table, self._state, self._options, self.shards).flush()
-        if table.data_ptr() != _local(self._stepped).data_ptr():
-            _local(self._stepped).data.copy_(table)
+        moved = self._rule(_local(self._stepped), self._state, self._options, self.shards).flush()
         self._put_row_state()
         self.flushed = self.flushed or moved
 
@@ -171,59 +167,42 @@ class ValueTable:
         grad = self.grad
         if grad is not None and _unscaled(optimizer, grad):
             with TABLE_LOCK:
-                self._step(optimizer, rule, options, grad)
+                rows = self._go_on(optimizer, rule, options)
+                rows.step(grad)
+                self._put_row_state()
+                self._shown.show(optimizer, self, rows.state)
 
-    def _step(self, optimizer: Optimizer, rule: type[Rule], options: Options, grad: Tensor) -> None:
-        self._go_on(optimizer, rule, options)
-        assert self._state is not None
-        table = _local(self.part)
-        if table.dtype is torch.float16:  # rows are stepped in fp32, and rounded
-            wide = table.float()
-            rule(wide, self._state, options, self.shards).step(grad.float())
-            table.copy_(wide)
-        else:
-            rule(table, self._state, options, self.shards).step(grad)
-        self._put_row_state()
-        self._shown.show(optimizer, self, self._state)
-
-    def _go_on(self, optimizer: Optimizer, rule: type[Rule], options: Options) -> None:
+    def _go_on(self, optimizer: Optimizer, rule: type[Rule], options: Options) -> Rule:
         """Goes on from the state that the optimizer has for the values: the one that this table showed there last, one
         that was loaded or put there, or none.
         """
         if not self._shown.is_in(optimizer, self.values, self._state) or rule is not self._rule:
             self.flush()
             self._state = self._shown.taken_over(optimizer, self, rule) or rule.new_state(_local(self.part), options)
-            self._follow(optimizer)
+            self._optimizer = weakref.ref(optimizer, functools.partial(_end, weakref.ref(self)))
         assert self._state is not None
         self._stepped, self._rule, self._options = self.part, rule, options
-        rule(_local(self.part), self._state, options).start()  # moves the state with values that were moved or cast
         self._lay = (self.part.device, self.part.dtype)
+        rows = rule(_local(self.part), self._state, options, self.shards)
+        rows.start()  # moves the state with values that were moved or cast
+        return rows
 
     def _move_state(self) -> None:
         """Moves the state with values that were moved or cast since the last step, in the optimizer too."""
         values, state = self._stepped, self._state
         if values is None or state is None or self._lay == (values.device, values.dtype):
             return
-        optimizer = self._optimizer.peek() if self._optimizer is not None else None
-        shown = optimizer is not None and self._shown.is_in(optimizer[0], self.values, state)
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        shown = optimizer is not None and self._shown.is_in(optimizer, self.values, state)
         self._rule(_local(values), state, self._options).start()
         self._lay = (values.device, values.dtype)
         self._put_row_state()
         if optimizer is not None and shown:
-            self._shown.show(optimizer[0], self, state)
-
-    def _follow(self, optimizer: Optimizer) -> None:
-        """When the optimizer is gone, the values stay as its last step has them, and the state goes."""
-        if self._optimizer is not None:
-            self._optimizer.detach()
-        self._optimizer = weakref.finalize(optimizer, _end, weakref.ref(self))
-        self._optimizer.atexit = False
+            self._shown.show(optimizer, self, state)
 
     def end(self) -> None:
         """The rows are stepped no longer, or by other state: they are flushed, and their state goes."""
         self.flush()
-        if self._optimizer is not None:
-            self._optimizer.detach()
         self._state, self._stepped, self._shown, self._optimizer = None, None, ShownState(), None
         self._row_state.put(self._no_row_state())
 
@@ -252,7 +231,8 @@ def _local(values: Tensor) -> Tensor:
     return local_part(values).detach()
 
 
-def _end(table: weakref.ref[ValueTable]) -> None:
+def _end(table: weakref.ref[ValueTable], optimizer: weakref.ref[Optimizer]) -> None:
+    """When the optimizer is gone, the values stay as its last step has them, and the state goes."""
     alive = table()
     if alive is not None:
         alive.end()

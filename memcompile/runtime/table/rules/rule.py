@@ -32,7 +32,7 @@ class Rule:
             `history`: see `lowering.gather.table_gather`.
 
     Args:
-        table: [slots, dim]; one of more dimensions is [slots, -1].
+        table: [slots, dim]; one of more dimensions is [slots, -1]. In fp16 it is stepped in fp32, and rounded.
         state: of its rows, which steps change.
         options: of its group.
         shards: how the table lies of which this one is a part.
@@ -44,7 +44,8 @@ class Rule:
     misses: ClassVar[bool] = False
 
     def __init__(self, table: Tensor, state: State, options: Options, shards: Shards | None = None) -> None:
-        self.table, self.state, self.options, self.shards = table, state, options, shards
+        self.given, self.state, self.options, self.shards = table, state, options, shards
+        self.table = table.float() if table.dtype is torch.float16 else table
 
     @classmethod
     def check(cls, options: Options) -> None:
@@ -79,7 +80,8 @@ class Rule:
         """
         rows, grad = touched_rows(grad, sum_dtype(self.table))
         self._step(rows, -grad if self.options["maximize"] else grad)
-        increment_version(self.table)
+        self._round()
+        increment_version(self.given)
 
     @torch.no_grad()
     def flush(self, rows: Tensor | None = None) -> bool:
@@ -95,11 +97,16 @@ class Rule:
         untold = type(self)(self.table.data, self.state, self.options, self.shards)
         for part in torch.split(missing, _ROWS):
             untold._flush(part)
+        self._round()
         if rows is None:  # the history starts again
             history = RateHistory(self.state["history"])
             history.forget()
             self.state["history"] = history.tensor
         return bool(len(missing))
+
+    def _round(self) -> None:
+        if self.table is not self.given:
+            self.given.data.copy_(self.table)
 
     def _step(self, rows: Tensor, grad: Tensor) -> None:
         """Counts a step and does it, for distinct rows int64 [n] and their gradient [n, dim] in the dtype of sums."""
