@@ -16,19 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = [
-    "OptimizedModule",
-    "after_backward",
-    "at_once",
-    "autograd",
-    "clip_grad",
-    "fsdp_init",
-    "local_part",
-    "pipeline_stage",
-    "sized_at_run_time",
-    "sparse_parts",
-    "whole_like",
-]
+__all__ = ["OptimizedModule", "autograd", "clip_grad"]  # which are imported for other files
 
 
 @contextmanager

@@ -112,16 +112,7 @@ def _move_table(root: nn.Module, state_dict: dict[str, Any], prefix: str, *rest:
     state_dict.setdefault(f"{prefix}{inside}.{VALUES_NAME}", state_dict.pop(prefix + VALUES_NAME))
 
 
-def _check_state_dict(
-    owner: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    metadata: dict[str, Any],
-    strict: bool,
-    missing: list[str],
-    unexpected: list[str],
-    errors: list[str],
-) -> None:
+def _check_state_dict(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     pool = pool_of(owner)
     assert pool is not None, "the hook is installed on planned models alone"
     pool.table.flush()  # what rows have missed is of the values as they are now

@@ -21,19 +21,14 @@ def viewed(sizes: Sequence[Any], tokens: Any, features: Features) -> tuple[Seque
     """
     total = math.prod(features)
     for rank in range(1, len(sizes) + 1):
-        trailing = sizes[len(sizes) - rank :]
-        if any(not isinstance(size, int) or size == -1 for size in trailing):
-            break
-        if math.prod(trailing) == total:
-            return sizes[: len(sizes) - rank], tuple(trailing)
-    for rank in range(1, len(sizes) + 1):
         leading, trailing = sizes[: len(sizes) - rank], sizes[len(sizes) - rank :]
-        known = [size for size in trailing if size != -1]
-        is_static = all(isinstance(size, int) for size in trailing)
-        is_open = is_static and len(known) == len(trailing) - 1 and total % math.prod(known) == 0
-        if is_open and math.prod(leading) == tokens:
-            missing = total // math.prod(known)
-            return leading, tuple(missing if size == -1 else size for size in trailing)
+        if not isinstance(trailing[0], int):
+            break
+        known = math.prod([size for size in trailing if size != -1])
+        if -1 not in trailing and known == total:
+            return leading, tuple(trailing)
+        if -1 in trailing and total % known == 0 and math.prod(leading) == tokens:
+            return leading, unflattened(total, trailing)
     return None
 
 

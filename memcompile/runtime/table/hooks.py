@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import logging
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -148,21 +147,17 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> t
         _take_aside(optimizer, hooked)
         return None
     _take_aside(optimizer, hooked)
-    with_gradients = _with_gradients(closure, optimizer, hooked)
-    if len(args) > 1:
-        return (args[0], with_gradients, *args[2:]), kwargs
-    return args, {**kwargs, "closure": with_gradients}
 
-
-def _with_gradients(closure: Callable[[], Any], optimizer: Optimizer, hooked: _Hooked) -> Callable[[], Any]:
     @functools.wraps(closure)
-    def run() -> Any:
+    def with_gradients() -> Any:
         _put_back(hooked)
         result = closure()  # where it raises, so does the step: the gradients stay in place
         _take_aside(optimizer, hooked)
         return result
 
-    return run
+    if len(args) > 1:
+        return (args[0], with_gradients, *args[2:]), kwargs
+    return args, {**kwargs, "closure": with_gradients}
 
 
 @torch.compiler.disable
