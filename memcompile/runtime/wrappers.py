@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 
-import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from memcompile.errors import PlanError
@@ -45,10 +45,7 @@ def is_in_ddp(root: nn.Module) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP or tensor parallelism already split the model's parameters."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
 
     sharded_modules = any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())
     return sharded_modules or any(isinstance(p, DTensor) for p in model.parameters())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-import torch
+import torch.distributed as dist
 
 if TYPE_CHECKING:
     from memcompile.runtime.pool import MemoryPool
@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 def needed_by(pool: MemoryPool) -> dict[str, bool]:
     """The file of each patch, and whether a planned model needs it."""
     is_sharded = pool.table.sharded is not None
-    can_be_replicated = torch.distributed.is_available()
     return {
         "cache_key": True,
         "loading": True,
         "optimizer_loading": True,
-        "data_parallel": can_be_replicated,
-        "pipelining": can_be_replicated and torch.distributed.is_initialized(),
+        "data_parallel": True,
+        "pipelining": dist.is_initialized(),
         "sparse_clipping": pool.config.gradient != "dense",
         "clipping": is_sharded,
         "fully_shard": is_sharded,

@@ -67,11 +67,10 @@ class WeightProxy(_TensorProxy):
 
     def install(self) -> None:
         """Has the module return this proxy for the attribute, whatever parameter is assigned to it later."""
-        own_class: Any = type(self.module)
-        if not issubclass(own_class, _ModuleWithProxies):
-            self.module.__class__ = _class_with_proxies(own_class)
-        self.module.__dict__.setdefault(_PROXIES, {})[self.attribute] = self
-        setattr(type(self.module), self.attribute, _proxy_property(self.attribute))
+        proxies = self.module.__dict__.setdefault(_PROXIES, {})
+        proxies[self.attribute] = self
+        own_class: Any = self.module._own_class if isinstance(self.module, _ModuleWithProxies) else type(self.module)
+        self.module.__class__ = _class_with_proxies(own_class, tuple(proxies))
 
     def __getattr__(self, attribute: str) -> Any:
         """What code attached to the parameter."""
@@ -150,33 +149,29 @@ class _ModuleWithProxies(nn.Module):
 
 
 @functools.cache
-def _class_with_proxies(cls: Any) -> type:
-    """A new class for modules of class ``cls``."""
-    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (_ModuleWithProxies, cls), {**names, "_own_class": cls})
+def _class_with_proxies(cls: Any, names: tuple[str, ...]) -> Any:
+    """The class of modules of class ``cls`` whose parameters of these names have proxies."""
+    attributes: dict[str, Any] = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    attributes |= {name: _proxy_property(name) for name in names}
+    return type(cls.__name__, (_ModuleWithProxies, cls), {**attributes, "_own_class": cls})
+
+
+def _new_with_proxies(cls: Any, names: tuple[str, ...], *arguments: Any) -> nn.Module:
+    with_proxies = _class_with_proxies(cls, names)
+    return with_proxies.__new__(with_proxies, *arguments)
 
 
 def _proxy_property(name: str) -> property:
     def get(module: nn.Module) -> Any:
-        weight = module.__dict__[_PROXIES].get(name)
+        parameter = module._parameters[name]
         # FSDP reads its shards as attributes; they are never what runs.
-        if weight is None or _is_sharded(module._parameters[name]):
-            return module._parameters[name]
-        return weight
+        return parameter if _is_sharded(parameter) else module.__dict__[_PROXIES][name]
 
     return property(get)
 
 
 def _is_sharded(parameter: Tensor | None) -> bool:
     return hasattr(parameter, "device_mesh")  # a DTensor, whose import takes a second
-
-
-def _new_with_proxies(cls: Any, names: tuple[str, ...], *arguments: Any) -> nn.Module:
-    with_proxies = _class_with_proxies(cls)
-    for name in names:
-        setattr(with_proxies, name, _proxy_property(name))
-    module: nn.Module = with_proxies.__new__(with_proxies, *arguments)
-    return module
 
 
 def _run(call: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
