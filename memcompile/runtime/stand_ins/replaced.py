@@ -27,7 +27,9 @@ from memcompile.runtime.stand_ins.hidden import HiddenActivation
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
-_INITIALISERS = frozenset(
+# What leaves a replaced parameter as it is; a loop that initialises every module's weights finds nothing to do.
+_KEEPS = token_wise.TRANSPOSES | CASTS | token_wise.RESHAPES
+_KEEPS |= frozenset(
     """uniform_ normal_ trunc_normal_ constant_ ones_ zeros_ xavier_uniform_ xavier_normal_ kaiming_uniform_
     kaiming_normal_ orthogonal_""".split()
 )
@@ -114,25 +116,23 @@ def _refused_operator(spelling: str) -> Callable:
     return method
 
 
+_METHODS = POINTWISE | CASTS | token_wise.DROPOUTS | token_wise.FEATURE_REDUCTIONS | {"min", "max"}
+_ARITHMETIC = [f"__{side}{name}__" for name in "add sub mul pow truediv".split() for side in ("", "r", "i")]
+_ARITHMETIC += ["__neg__", "__pos__", "__abs__"]
+_OTHERS = "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __invert__ __matmul__".split()
+_reached: tuple[tuple[Any, frozenset[str], list[str]], ...] = (
+    (HiddenActivation, _METHODS, _ARITHMETIC + _OTHERS),
+    (ReplacedParameter, POINTWISE, _ARITHMETIC),
+)
 # Python operators and tensor methods reach a stand-in as attributes, not through __torch_function__.
-_classes: tuple[Any, ...] = (HiddenActivation, ReplacedParameter)
-for _class in _classes:
+for _class, _methods, _operators in _reached:
     _class.__torch_function__ = classmethod(_torch_function)
-    for _name in sorted(POINTWISE):
+    for _name in sorted(_methods):
         for _spelling in (_name, f"{_name}_"):
             if not hasattr(_class, _spelling):
                 setattr(_class, _spelling, _forward_operator(_name))
-    for _name in ("add", "sub", "mul", "pow", "truediv"):
-        for _spelling in (f"__{_name}__", f"__r{_name}__", f"__i{_name}__"):
-            setattr(_class, _spelling, _forward_operator(canonical(f"__{_name}__")))
-    for _spelling in ("__neg__", "__pos__", "__abs__"):
+    for _spelling in _operators:
         setattr(_class, _spelling, _forward_operator(canonical(_spelling)))
-for _name in sorted(CASTS | token_wise.DROPOUTS | token_wise.FEATURE_REDUCTIONS | {"min", "max"}):
-    for _spelling in (_name, f"{_name}_"):
-        if not hasattr(HiddenActivation, _spelling):
-            setattr(HiddenActivation, _spelling, _forward_operator(_name))
-for _spelling in "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __invert__ __matmul__".split():
-    setattr(HiddenActivation, _spelling, _forward_operator(canonical(_spelling)))
 # Without these Python would have an answer of its own: an object is true.
 for _name in "bool int float len setitem floordiv mod xor".split():
     setattr(HiddenActivation, f"__{_name}__", _refused_operator(f"__{_name}__"))
@@ -152,9 +152,7 @@ def _dispatch(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         return hidden[0].run(name, hidden, args, kwargs)
     replaced = [a for a in operands if isinstance(a, ReplacedParameter)]
     others = [a for a in operands if isinstance(a, Tensor)]
-    if name in _INITIALISERS and not others:  # a loop that initialises every module's weights finds nothing to do
-        return replaced[0]
-    if name in token_wise.TRANSPOSES | CASTS | token_wise.RESHAPES and not others:
+    if name in _KEEPS and not others:
         return replaced[0]
     if name == "add" and len(others) == 1 and _is_down_bias(replaced[0], others[0]):
         return others[0]
