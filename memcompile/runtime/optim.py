@@ -171,27 +171,20 @@ def _check_parameter(parameter: Tensor, group: Options) -> None:
 class RowAdamW(RowOptimizer):
     """`torch.optim.AdamW` (Loshchilov & Hutter, arXiv 1711.05101), to rounding, for every row.
 
-    A dense AdamW moves every row in every step: by its momentum, its weight decay, and the decay of its moments. Here
-    a row that a step does not touch stays as it is, and does all the steps that it missed, under the learning rates,
-    weight decays and betas that they had, when it is touched next or when it is flushed. How, and how exactly, is told
-    in `lowering.update.skipped_steps`. So before rows are read, in a forward, an evaluation or a checkpoint of the
-    model, call `flush(parameter, rows)` or `flush(parameter)`.
+    A row that a step does not touch stays as it is, and does all the steps that it missed, under the learning rates,
+    weight decays and betas that they had, when it is touched next or flushed (`lowering.update.skipped_steps`). So
+    before rows are read, in a forward, an evaluation or a checkpoint of the model, call `flush`.
 
     State of a parameter: `exp_avg` and `exp_avg_sq` of its shape, `last_step` int32 [slots], `step`, `master` fp32 if
-    asked for, and `history`, float64, of the rates: one entry a change, at most max(1024, slots) of them; with more,
-    all rows are flushed, which costs one row a step on average. `state_dict` saves what rows have missed and changes
-    nothing; with the parameter as it is at that time, `load_state_dict` goes on bit for bit.
-
-    A step costs O(touched rows), but for the first, which allocates, and one in which eps has changed, which flushes
-    all rows.
+    asked for, and `history`, float64, of the rates: one entry a change, at most max(1024, slots) of them. With more,
+    or when eps has changed, all rows are flushed; every other step but the first costs O(touched rows).
 
     Args:
         lr: learning rate, a number or a tensor of one; any scheduler may change it.
         betas: with beta1**2 < beta2, so that a row's steps without gradients die out. Schedulers may change them.
         eps: positive.
         weight_decay: decoupled; lr * weight_decay < 1.
-        amsgrad: refused. Its denominator is a maximum over all steps, the skipped ones included, and a row would have
-            to do each.
+        amsgrad: refused. Its denominator is a maximum over all steps, and a row would have to do each.
         state_dtype: of the moments. None is float32, float64 for float64 parameters; bfloat16 is rounded
             stochastically.
         params, common: see `RowOptimizer`: maximize, master_weights, seed.
@@ -220,9 +213,8 @@ class RowAdamW(RowOptimizer):
 class LazyAdam(RowOptimizer):
     """`torch.optim.SparseAdam`, to rounding, with weight decay by choice.
 
-    A row's moments decay, and it moves, in the steps that touch it; the bias correction counts all steps. Weight
-    decay is decoupled (x = (1 - lr * weight_decay) * x, as in AdamW) and of touched rows alone, so a row that is
-    touched in one step out of a hundred decays a hundred times as slowly. No row misses anything.
+    A row's moments decay, and it moves and decays, in the steps that touch it; the bias correction counts all steps. No
+    row misses anything.
 
     State of a parameter: `exp_avg` and `exp_avg_sq` of its shape, `step`, and `master` fp32 if asked for.
 
@@ -230,7 +222,7 @@ class LazyAdam(RowOptimizer):
         lr: learning rate, a number or a tensor of one.
         betas, eps: as in `torch.optim.SparseAdam`; eps is positive and added to sqrt(exp_avg_sq) before the bias
             correction.
-        weight_decay: see above.
+        weight_decay: decoupled, as in AdamW, and of touched rows alone.
         state_dtype: of the moments, as of `RowAdamW`.
         params, common: see `RowOptimizer`: maximize, master_weights, seed.
     """
@@ -258,12 +250,11 @@ class RowwiseAdagrad(RowOptimizer):
 
         sum[row] += mean(g**2);  x -= lr / (sqrt(sum[row]) + eps) * g
 
-    "Exact" is that a row is updated once a step, by its summed gradient. With one number a row it is
-    `torch.optim.Adagrad`. Rows that a step does not touch stay as they are, weight decay included, as in FBGEMM; with
-    weight_decay = 0 they would in a dense Adagrad too.
+    A row is updated once a step, by its summed gradient. With one number a row it is `torch.optim.Adagrad`. Rows that a
+    step does not touch stay as they are, weight decay included, as in FBGEMM.
 
-    State of a parameter: `sum` [slots], fp32 or, for float64 parameters, float64 (it grows by ever smaller parts of
-    itself, and is a row's smallest cost); `step`; and `master` fp32 if asked for.
+    State of a parameter: `sum` [slots], fp32 or, for float64 parameters, float64; `step`; and `master` fp32 if asked
+    for.
 
     Args:
         lr: learning rate, a number or a tensor of one.
@@ -298,13 +289,10 @@ class RowSGD(RowOptimizer):
     With it, a row misses its decay until it is touched or flushed. The state is then `last_step` int32 [slots] and
     `history`, as of `RowAdamW`.
 
-    Momentum is refused. Its buffer would be as large as the table, moves a row long after its last gradient, and
-    with it coupled weight decay makes a skipped step a 2 x 2 matrix, whose products over a schedule have no compact
-    prefix. Who wants momentum for rows wants `RowAdamW`, where both are served.
-
     Args:
         lr: learning rate, a number or a tensor of one.
-        momentum: 0.
+        momentum: 0. Its buffer would be as large as the table, and with it a skipped step is a 2 x 2 matrix, whose
+            products over a schedule have no compact prefix.
         weight_decay: as in `torch.optim.SGD`; lr * weight_decay < 1.
         params, common: see `RowOptimizer`: maximize, master_weights, seed.
     """
