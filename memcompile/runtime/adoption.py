@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memcompile.runtime.live_objects import live_optimizers
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.table.hooks import meet
 from memcompile.runtime.table.table import tables_in
+from memcompile.runtime.wrappers import live_optimizers
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,8 @@ from memcompile.lowering.distributed.sharded_table import Shards, chunk_sizes
 from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, values_shape
 from memcompile.runtime import patches
 from memcompile.runtime._torch import local_part, sized_at_run_time
-from memcompile.runtime.live_objects import live_optimizers
 from memcompile.runtime.pool import MemoryPool, pool_of
-from memcompile.runtime.wrappers import is_in_ddp, is_sharded, unwrap
+from memcompile.runtime.wrappers import is_in_ddp, is_sharded, live_optimizers, unwrap
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer

@@ -23,11 +23,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from memcompile.errors import OptionError
-from memcompile.runtime.live_objects import live_optimizers
 from memcompile.runtime.storage.frozen_values import refuse_gradient
 from memcompile.runtime.table.named_states import add_names
 from memcompile.runtime.table.table import ValueTable, live_tables, tables_in
 from memcompile.runtime.table.which_rule import rule_in
+from memcompile.runtime.wrappers import live_optimizers
 
 log = logging.getLogger(__name__)
 
