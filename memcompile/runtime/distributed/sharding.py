@@ -32,8 +32,7 @@ _ORDER = "The order is: plan, shard, then DDP or fully_shard, then the optimizer
 _CUT = {"gate_weight": 0, "gate_bias": 0, "out_weight": 1}  # under tensor parallelism: the dim of value_dim
 # Its size is what graphs have for the most tokens of a rank, until that is agreed upon. Not an attribute of what a
 # module holds: Dynamo takes the sizes of those for constants.
-_NO_SIZE = 1_000_003  # what it looks like until then
-_ROOM = sized_at_run_time(torch.empty(1).expand(_NO_SIZE))
+_ROOM = sized_at_run_time(torch.empty(1).expand(1_000_003))
 
 
 @dataclasses.dataclass(eq=False)
@@ -277,5 +276,4 @@ def _to_cut(pool: MemoryPool) -> dict[tuple[MemoryLayer, str], nn.Parameter]:
 def _broadcast(tensor: Tensor, sharded: ShardedValues) -> None:
     """What the first rank of the mesh has."""
     for dim in range(sharded.mesh.ndim):
-        group = sharded.mesh.get_group(dim)
-        dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
+        dist.broadcast(tensor, group=sharded.mesh.get_group(dim), group_src=0)

@@ -40,8 +40,7 @@ def _around_planned(
     for pool in pools:
         pool.table.replicas = Replicas(ddp)
         if pool.table.sharded is None:
-            first = dist.get_global_rank(ddp.process_group, 0)
-            dist.broadcast(pool.values.detach(), first, group=ddp.process_group)
+            dist.broadcast(pool.values.detach(), group=ddp.process_group, group_src=0)
             continue
         mesh = pool.table.sharded.mesh
         missing = set(dist.get_process_group_ranks(ddp.process_group)) - set(mesh.mesh.flatten().tolist())
