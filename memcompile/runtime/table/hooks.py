@@ -103,8 +103,9 @@ def _tell_orphans(optimizer: Optimizer) -> None:
     """Warns where an optimizer without any table steps layers of one, and no other optimizer holds that table."""
     stepped = _ids_in(optimizer)
     for table in live_tables:
-        layers = [p for layer in table.layers() for p in layer.parameters()]
-        if not table.values.requires_grad or not any(id(p) in stepped for p in layers):
+        layers = [m for m in table.owner.modules() if getattr(m.__dict__.get("pool"), "table", None) is table]
+        steps_layers = any(id(p) in stepped for layer in layers for p in layer.parameters())
+        if not table.values.requires_grad or not steps_layers:
             continue
         if not any(id(table.values) in _ids_in(other) for other in live_optimizers()):
             log.warning(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +46,7 @@ class ValueTable:
         replicas: the DDP that the model is in, where the gradient of the values is sparse.
         model: gives the model that was planned, whose names optimizers' states are saved with; None once it is gone.
         flushed: whether all rows were flushed since replicas of the model last agreed on it.
+        name: of no other table of the process.
     """
 
     def __init__(self, owner: nn.Module, config: MemoryConfig) -> None:
@@ -62,6 +63,7 @@ class ValueTable:
         self._shown = ShownState()
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._row_state = HeldRowState(self)
+        self.name = self._row_state.name
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no optimizer and no DDP yet: its rows miss nothing, and have no state."""
@@ -71,11 +73,6 @@ class ValueTable:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["owner"], state["config"])  # type: ignore[misc]
         self.sharded = state["sharded"]
-
-    @property
-    def name(self) -> str:
-        """Of no other table of the process."""
-        return self._row_state.name
 
     # --- the values ----------------------------------------------------------------------------------------
 
@@ -122,10 +119,6 @@ class ValueTable:
             self._stepped = self.part
             self._row_state.put(self._no_row_state())
         watch_gradient(self)
-
-    def layers(self) -> Iterator[nn.Module]:
-        """The memory layers that read the table."""
-        return (m for m in self.owner.modules() if getattr(m.__dict__.get("pool"), "table", None) is self)
 
     # --- reading -------------------------------------------------------------------------------------------
 
