@@ -82,14 +82,14 @@ class WeightProxy(_TensorProxy):
         return f"WeightProxy({self.name})"
 
 
-class _DerivedWeightProxy(_TensorProxy):
+class _DerivedWeightProxy(WeightProxy):
     """A weight transposed or cast, for one call."""
 
-    def __init__(self, value: Tensor, weight: WeightProxy | _DerivedWeightProxy) -> None:
+    value: Any = None
+
+    def __init__(self, value: Tensor, weight: WeightProxy) -> None:
+        super().__init__(weight.name, weight.role, weight.layer, weight.module, weight.attribute)
         self.value = value
-        self.name: str = weight.name
-        self.role: Role = weight.role
-        self.layer = weight.layer
 
 
 class ActivationProxy(_TensorProxy):
@@ -114,9 +114,6 @@ class ActivationProxy(_TensorProxy):
 
     def __repr__(self) -> str:
         return f"ActivationProxy({tuple(self.value.shape)} of {self.layer.name})"
-
-
-_WEIGHTS = (WeightProxy, _DerivedWeightProxy)
 
 
 class _ModuleWithProxies(nn.Module):
@@ -178,11 +175,11 @@ def _run(call: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Runs ``call``, an operator of that name, on the tensors of its arguments; the result keeps their source."""
     found: list[_TensorProxy] = []
     result = call(*_unwrapped(args, found), **{key: _unwrapped(value, found) for key, value in kwargs.items()})
-    weights = [a for a in found if isinstance(a, _WEIGHTS)]
+    weights = [a for a in found if isinstance(a, WeightProxy)]
     activations = [a for a in found if isinstance(a, ActivationProxy)]
     if name in PROJECTIONS and found:
-        return _projected(result, projected_operand(name, args, kwargs, _WEIGHTS), weights, activations)
-    if name in _OF_A_WEIGHT and isinstance(args[0], _WEIGHTS):
+        return _projected(result, projected_operand(name, args, kwargs, WeightProxy), weights, activations)
+    if name in _OF_A_WEIGHT and isinstance(args[0], WeightProxy):
         return _DerivedWeightProxy(result, args[0])
     return _as_proxies(result, activations) if activations else result
 

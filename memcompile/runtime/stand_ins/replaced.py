@@ -178,11 +178,11 @@ def _is_derived(replaced: Sequence[ReplacedParameter], others: Sequence[Tensor])
     return all(p.role is Role.OTHER for p in replaced) and all(other.dim() <= rank for other in others)
 
 
-def projected_operand(name: str, args: tuple, kwargs: dict[str, Any], weights: type | tuple[type, ...]) -> Any:
+def projected_operand(name: str, args: tuple, kwargs: dict[str, Any], weight: type) -> Any:
     """What a projection projects: of an einsum's operands the one that is no weight."""
     if name == "einsum":
         operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
-        return next((a for a in operands if not isinstance(a, weights)), None)
+        return next((a for a in operands if not isinstance(a, weight)), None)
     position, keyword = token_wise.PROJECTED[name]
     return args[position] if len(args) > position else kwargs.get(keyword)
 
