@@ -311,8 +311,7 @@ def test_a_second_plan_adds_what_is_needed_by_then():
         from torch.distributed.pipelining.stage import _PipelineStageBase
         original = _PipelineStageBase.__init__
         import memcompile
-        from memcompile.runtime.pool import pool_of
-from tests.planned import planned_gpt
+        from tests.planned import planned_gpt
 
         model = planned_gpt()
         print(_PipelineStageBase.__init__ is original)
