@@ -4,8 +4,6 @@ Nothing here adds a parameter group: schedulers (LambdaLR, OneCycleLR, Sequentia
 and checkpoints of optimizers are matched by group.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Container, Iterable
 from typing import Any

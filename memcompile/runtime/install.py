@@ -2,8 +2,6 @@
 count, by which it is known before whether the model's own code runs with stand-ins.
 """
 
-from __future__ import annotations
-
 import contextlib
 import types
 from collections.abc import Iterator, Sequence

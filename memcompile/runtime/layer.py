@@ -1,7 +1,5 @@
 """MemoryLayer: the parameters that the memory of one FFN owns, and the call of the op with them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Each is a `torch.optim.Optimizer` around a rule of `runtime.table.rules`, for tables of any model.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any

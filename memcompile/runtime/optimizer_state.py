@@ -3,8 +3,6 @@
 `Optimizer.load_state_dict` casts it to the dtype of its parameter, which rounds fp32 moments of bf16 parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

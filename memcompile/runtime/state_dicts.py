@@ -1,7 +1,5 @@
 """State dicts of planned models: the plan travels with the weights, and dense checkpoints still load."""
 
-from __future__ import annotations
-
 import json
 import logging
 import weakref

@@ -1,7 +1,5 @@
 """What is around a model: compiled modules, data parallelism, sharding, and optimizers."""
 
-from __future__ import annotations
-
 import gc
 from typing import TypeVar
 

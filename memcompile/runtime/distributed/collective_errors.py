@@ -1,7 +1,5 @@
 """Errors of collectives that say which one it was: a rank that hangs is seen at the timeout, in whatever waits then."""
 
-from __future__ import annotations
-
 import linecache
 import re
 from collections.abc import Iterator

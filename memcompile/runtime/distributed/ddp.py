@@ -1,7 +1,5 @@
 """DistributedDataParallel around a model that is planned afterwards: its reducer must learn the new parameters."""
 
-from __future__ import annotations
-
 import gc
 
 from torch import nn

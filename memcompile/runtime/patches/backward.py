@@ -5,8 +5,6 @@ Until: process groups name the operation that timed out on every backend.
 The same: a backward that raises nothing, and every other error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

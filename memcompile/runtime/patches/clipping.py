@@ -8,8 +8,6 @@ Until: https://github.com/pytorch/pytorch/issues/180346 (`clip_grad_norm_` and s
 The same: gradients that are all plain tensors, or all on one mesh.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

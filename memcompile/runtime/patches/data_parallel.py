@@ -6,8 +6,6 @@ Until: https://github.com/pytorch/pytorch/issues/43690 (an option that ignores p
 The same: DDP around a module in which nothing is planned.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch.distributed as dist

@@ -5,8 +5,6 @@ Until: FSDP2 has an attribute of a parameter that is left alone.
 The same: all parameters that are no values of a memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -7,8 +7,6 @@ Until: it stays; a process in which no planned model lives has PyTorch's own beh
 The same: state dicts without a plan; loading into planned models.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -7,8 +7,6 @@ Until: https://github.com/pytorch/pytorch/issues/43706 (state keeps its dtype).
 The same: optimizers that hold no values of a memory.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """A change of PyTorch that is in force while an object lives that needs it."""
 
-from __future__ import annotations
-
 import functools
 import threading
 import weakref

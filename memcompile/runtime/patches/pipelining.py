@@ -5,8 +5,6 @@ Until: pipeline stages share parameters.
 The same: stages without memory layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -6,8 +6,6 @@ Until: https://github.com/pytorch/pytorch/issues/4829 (clipping of sparse gradie
 The same: dense tensors, and every operator that has a kernel for sparse tensors already.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@ Shapes are split in leading dimensions, which count tokens and may be symbolic, 
 integers. Every function returns None where an operator would mix the two.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

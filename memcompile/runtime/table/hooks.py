@@ -8,8 +8,6 @@ place, and the rows are stepped after the step.
 One hook of every optimizer of the process finds those that hold a table. It is there while there are tables.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import logging

@@ -4,8 +4,6 @@ PyTorch matches states by position. An optimizer that was built before the model
 in other places than one that is built after, where the program sorts parameters by name or size.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

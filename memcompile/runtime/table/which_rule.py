@@ -4,8 +4,6 @@ The table is stepped by `values_optimizer`, at `values_lr`, when the optimizer t
 `values_optimizer` the rule is that of the optimizer where there is one by rows, otherwise AdamW's.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import logging
