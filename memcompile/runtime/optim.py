@@ -17,7 +17,6 @@ from memcompile.runtime.optimizer_state import load_exactly
 from memcompile.runtime.table import rules
 from memcompile.runtime.table.rules import Options, Rule
 from memcompile.runtime.table.rules.rule import DTYPES, require
-from memcompile.runtime.table.touched_rows import distinct_rows
 
 
 class RowOptimizer(Optimizer):
@@ -110,7 +109,9 @@ class RowOptimizer(Optimizer):
         if group is None:
             raise ValueError(f"the parameter {list(parameter.shape)} is not in this optimizer")
         if rows is not None:
-            rows = distinct_rows(rows.detach().to(parameter.device), parameter.shape[0])
+            rows = torch.unique(rows.detach().to(parameter.device).reshape(-1).long())
+            if len(rows) and (rows[0] < 0 or rows[-1] >= parameter.shape[0]):
+                raise IndexError(f"rows {int(rows[0])} to {int(rows[-1])} of a table of {parameter.shape[0]}")
         state = self.state.get(parameter)
         if state and self.rule(parameter, state, group).flush(rows):
             torch.autograd.graph.increment_version(parameter)

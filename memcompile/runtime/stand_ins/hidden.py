@@ -190,7 +190,9 @@ class HiddenActivation:
                 raise self.mixes(f"{name} with the hidden activation of another FFN")
         if name in _SAME_SHAPE:
             return self
-        if name in POINTWISE or (name in ("min", "max") and _is_elementwise(args, kwargs)):
+        other = args[1] if len(args) > 1 else kwargs.get("other")
+        is_elementwise = isinstance(other, (Tensor, HiddenActivation))  # of a minimum: it is not along a dimension
+        if name in POINTWISE or (name in ("min", "max") and is_elementwise):
             features = broadcast([other.features for other in others])
         elif name in _SHAPE_METHODS:
             return getattr(self, name)(*args[1:], **kwargs)
@@ -256,9 +258,3 @@ class HiddenActivation:
 def _unpacked(sizes: tuple) -> Any:
     """Sizes that are given one by one, or as one sequence."""
     return sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], (int, torch.SymInt)) else sizes
-
-
-def _is_elementwise(args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a minimum or maximum is of two operands, and not along a dimension."""
-    other = args[1] if len(args) > 1 else kwargs.get("other")
-    return isinstance(other, (Tensor, HiddenActivation))
