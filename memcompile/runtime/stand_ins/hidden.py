@@ -190,19 +190,20 @@ class HiddenActivation:
                 raise self.mixes(f"{name} with the hidden activation of another FFN")
         if name in _SAME_SHAPE:
             return self
-        other = args[1] if len(args) > 1 else kwargs.get("other")
-        is_elementwise = isinstance(other, (Tensor, HiddenActivation))  # of a minimum: it is not along a dimension
+        second = args[1] if len(args) > 1 else None
+        # A minimum is of two operands, or along a dimension.
+        is_elementwise = isinstance(kwargs.get("other", second), (Tensor, HiddenActivation))
         if name in POINTWISE or (name in ("min", "max") and is_elementwise):
             features = broadcast([other.features for other in others])
         elif name in _SHAPE_METHODS:
             return getattr(self, name)(*args[1:], **kwargs)
         elif name in NORMS:
-            shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
+            shape = kwargs.get("normalized_shape", second) or ()
             features = self.features if len(shape) <= len(self.features) else None
         elif name in FEATURE_REDUCTIONS:
             features = self._reduced(name, args, kwargs)
         elif name in FEATURE_JOINS:
-            features = self._joined(name, others, kwargs.get("dim", args[1] if len(args) > 1 else 0))
+            features = self._joined(name, others, kwargs.get("dim", second or 0))
         else:
             features = None
         if features is None:
