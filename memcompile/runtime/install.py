@@ -50,15 +50,12 @@ def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn
     A layer is registered as ``memory`` on the module that held the down-projection's weight, so that its
     parameters read ``...mlp.down_proj.memory.half_keys``. The sites are named from ``root``.
 
-    Returns:
-        The parameters of the chosen FFNs; those of replaced ones are no longer in the model.
+    The model changes only after everything new exists: an error, or a table too large for the memory, leaves it
+    as it was. Returns the parameters of the chosen FFNs; those of replaced ones are no longer in the model.
 
     Raises:
         PlanError: the model already uses one of the names, its FFNs lie on different devices, or the file of its values
             does not fit.
-
-    The model changes only after everything new exists: an error, or a table too large for the memory, leaves it
-    as it was.
     """
     _check(pool, root, chosen)
     down = root.get_parameter(chosen[0].down)

@@ -1,5 +1,5 @@
-"""`Optimizer.load_state_dict` and `Optimizer.__getstate__`: the state of a memory's values is loaded in the dtype that
-it was saved in, and pickled and copied up to date.
+"""`Optimizer.load_state_dict` and `Optimizer.__getstate__`: states go to the parameters of their names; that of a
+memory's values is loaded in the dtype that it was saved in, and pickled and copied up to date.
 
 No public way: loading casts state to its parameter's dtype before a hook sees it, which would round the fp32 moments
 of bf16 values; pickling has no hook.
@@ -21,11 +21,6 @@ from memcompile.runtime.table.table import tables_in
 
 
 def _exact(load: Callable[..., None], optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """States go to the parameters of their names, and those of tables keep their dtypes.
-
-    Raises:
-        PlanError: the states are of other parameters; nothing is loaded then.
-    """
     held = {id(table.values) for table, _ in tables_in(optimizer)}
     if not held:
         load(optimizer, state_dict)

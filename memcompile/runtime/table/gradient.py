@@ -87,11 +87,7 @@ class Replicas:
 
 
 def _average_after_backward(table: ValueTable) -> None:
-    """Has the values' gradient averaged over the replicas when the backward that is running ends.
-
-    Raises:
-        PlanError: under DDP's `join()`.
-    """
+    """Has the values' gradient averaged over the replicas when the backward that is running ends."""
     replicas = table.replicas
     ddp = replicas.ddp if replicas is not None and replicas.wait else None
     if ddp is not None and ddp._join_config.enable:
