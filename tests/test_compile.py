@@ -134,7 +134,7 @@ def test_regional_compile_of_a_planned_model(lowered):
 def test_regional_compile_plans_each_region_that_is_not_planned():
     model = tiny_gpt(layers=2)
     model.blocks[0].compile(backend="memcompile", memory_layers=1, **SIZES)
-    assert pool_of(model.blocks[0]).root is model.blocks[0]
+    assert pool_of(model.blocks[0]).owner is model.blocks[0]
     assert pool_of(model.blocks[1]) is None
     with pytest.raises(PlanError, match=r"parts of Transformer already have a memory \('blocks.0'\)"):
         torch.compile(model, backend="memcompile", memory_layers=1)

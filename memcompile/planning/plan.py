@@ -30,9 +30,8 @@ from memcompile.runtime import patches
 from memcompile.runtime.adoption import adopt_optimizers
 from memcompile.runtime.distributed.ddp import check_rebuildable, rebuild
 from memcompile.runtime.distributed.sharding import check_plans_agree, check_same, cut, draw_part, redraw_layer
-from memcompile.runtime.install import install
+from memcompile.runtime.install import install, owner_of
 from memcompile.runtime.interrupts import uninterrupted
-from memcompile.runtime.owner import owner_of
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.state_dicts import config_of, plan_in
 from memcompile.runtime.storage.frozen_values import MappedValues

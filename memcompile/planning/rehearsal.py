@@ -12,7 +12,7 @@ from memcompile.common.sites import FfnSite
 from memcompile.errors import MemcompileError
 from memcompile.passes.capture.sandbox import caches_without_fakes, muted_loggers
 from memcompile.passes.capture.trace import Capture
-from memcompile.runtime.stand_ins.counting import counting_stand_ins
+from memcompile.runtime.install import counting_stand_ins
 
 log = logging.getLogger(__name__)
 

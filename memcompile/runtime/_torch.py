@@ -12,23 +12,11 @@ from torch import Tensor, autograd
 from torch._dynamo import OptimizedModule
 from torch._dynamo.decorators import mark_unbacked
 from torch.autograd import Variable
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = [
-    "OptimizedModule",
-    "after_backward",
-    "at_once",
-    "autograd",
-    "clip_grad",
-    "fsdp_init",
-    "local_part",
-    "pipeline_stage",
-    "sized_at_run_time",
-    "sparse_parts",
-    "whole_like",
-]
+__all__ = ["OptimizedModule", "autograd", "clip_grad"]  # which are imported for other files
 
 
 @contextmanager
@@ -62,16 +50,18 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole_like(values: DTensor, part: Tensor) -> DTensor:
-    """The DTensor that lies as `values`, of which `part` is what this rank holds.
+def whole_like(values: Tensor, part: Tensor) -> DTensor:
+    """The DTensor that lies as `values`, or as their first dimensions, of which `part` is what this rank holds.
 
     With a sparse part it passes for a strided tensor, as DTensors with sparse parts are known to nobody: what is done
     with it, by clipping for one, is done with the part.
     """
+    assert isinstance(values, DTensor)
     if not part.is_sparse:
-        return DTensor.from_local(
-            part, values.device_mesh, values.placements, run_check=False, shape=values.shape, stride=values.stride()
-        )
+        dims, mesh = part.dim(), values.device_mesh
+        placements = [Replicate() if isinstance(p, Shard) and p.dim >= dims else p for p in values.placements]
+        stride = values.stride()[values.dim() - dims :]
+        return DTensor.from_local(part, mesh, placements, run_check=False, shape=values.shape[:dims], stride=stride)
     whole: DTensor = torch.Tensor._make_wrapper_subclass(
         DTensor,
         values.shape,

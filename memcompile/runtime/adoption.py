@@ -4,8 +4,6 @@ Nothing here adds a parameter group: schedulers (LambdaLR, OneCycleLR, Sequentia
 and checkpoints of optimizers are matched by group.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Container, Iterable
 from typing import Any
@@ -14,10 +12,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memcompile.runtime.live_objects import live_objects
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.table.hooks import meet
-from memcompile.runtime.table.live_tables import tables_in
+from memcompile.runtime.table.table import tables_in
+from memcompile.runtime.wrappers import live_optimizers
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +37,7 @@ def adopt_optimizers(ffns: Iterable[nn.Parameter], pool: MemoryPool, root: nn.Mo
         if held:
             for parameter, group in held:
                 held_in[id(parameter)].append(group)
-            if not pool.adds:
-                _take_out(optimizer, held_in.keys())
-            if isinstance(optimizer, torch.optim.LBFGS):
-                _start_lbfgs(optimizer)
+            _take_out(optimizer, () if pool.adds else held_in.keys())
             adopted.append(optimizer)
             left = "" if pool.adds else "the replaced FFNs left it, "
             log.info("adopted %s: %sthe memory joined it", type(optimizer).__name__, left)
@@ -52,8 +47,11 @@ def adopt_optimizers(ffns: Iterable[nn.Parameter], pool: MemoryPool, root: nn.Mo
         if not parameter.requires_grad:  # values that are for inference
             continue
         alike = next((p for p in known if (p.dim() > 1) == (parameter.dim() > 1)), None)
-        vectors = _groups_of_vectors(adopted) if parameter.dim() <= 1 else []
-        for group in held_in[id(alike)] if alike is not None else vectors[:1] or held_in[id(known[0])]:
+        groups = held_in[id(alike)] if alike is not None else []
+        if alike is None and parameter.dim() <= 1:
+            filled = (group for optimizer in adopted for group in optimizer.param_groups if group["params"])
+            groups = [group for group in filled if all(p.dim() <= 1 for p in group["params"])][:1]
+        for group in groups or held_in[id(known[0])]:
             _insert_in_model_order(group, parameter, name, position)
     for optimizer in adopted:
         if isinstance(optimizer, torch.optim.Adagrad):
@@ -68,14 +66,6 @@ def leave_optimizers(parameter: nn.Parameter) -> None:
     for optimizer in live_optimizers():
         if any(p is parameter for group in optimizer.param_groups for p in group["params"]):
             _take_out(optimizer, {id(parameter)})
-            if isinstance(optimizer, torch.optim.LBFGS):
-                _start_lbfgs(optimizer)
-
-
-def _start_lbfgs(optimizer: torch.optim.LBFGS) -> None:
-    """Its history and size are of all parameters as one vector."""
-    optimizer.state.clear()
-    optimizer._numel_cache = None
 
 
 def _start_adagrad(optimizer: torch.optim.Adagrad, values: nn.Parameter) -> None:
@@ -100,26 +90,15 @@ def _insert_in_model_order(group: dict[str, Any], parameter: nn.Parameter, name:
         group["param_names"].insert(index, name)
 
 
-def _groups_of_vectors(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups if group["params"]]
-    return [group for group in groups if all(p.dim() <= 1 for p in group["params"])]
-
-
-def live_optimizers() -> list[Optimizer]:
-    """Every optimizer of the process."""
-    return [optimizer for optimizer in live_objects(Optimizer) if hasattr(optimizer, "param_groups")]
-
-
 def _take_out(optimizer: Optimizer, removed_ids: Container[int]) -> None:
     for group in optimizer.param_groups:
         keep = [index for index, parameter in enumerate(group["params"]) if id(parameter) not in removed_ids]
         for parameter in group["params"]:
             if id(parameter) in removed_ids:
                 optimizer.state.pop(parameter, None)
-        for key in per_parameter(group):
-            group[key][:] = [group[key][index] for index in keep]
-
-
-def per_parameter(group: dict[str, Any]) -> list[str]:
-    """The entries of a group that hold one item a parameter."""
-    return [key for key in ("params", "param_names") if key in group]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key][:] = [group[key][index] for index in keep]
+    if isinstance(optimizer, torch.optim.LBFGS):  # its history and size are of all parameters as one vector
+        optimizer.state.clear()
+        optimizer._numel_cache = None

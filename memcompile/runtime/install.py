@@ -1,21 +1,46 @@
-"""Puts memory layers into a model, in the place of its chosen FFNs or beside them."""
+"""Puts memory layers into a model, in the place of its chosen FFNs or beside them; or, for one rehearsal, layers that
+count, by which it is known before whether the model's own code runs with stand-ins.
+"""
 
-from __future__ import annotations
-
+import contextlib
+import types
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite
+from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite, owner_path
 from memcompile.errors import PlanError
 from memcompile.runtime.distributed.sharding import cut_layers, new_sharded_values
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.stand_ins.added import WeightProxy
 from memcompile.runtime.stand_ins.replaced import ReplacedParameter, Role
-from memcompile.runtime.state_dicts import watch_part, watch_state_dicts
+from memcompile.runtime.state_dicts import tell_part, watch_state_dicts
 from memcompile.runtime.storage.frozen_values import create_values, keep_in_place
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def owner_of(root: nn.Module, chosen: Sequence[FfnSite]) -> tuple[nn.Module, str]:
+    """Where the table of these sites lies, and what its names start with ("" or "model."): on the lowest module with a
+    forward of its own that contains the whole stack of blocks that they are of.
+
+    It is the decoder, not the LM head's wrapper, or the module of PEFT, Lightning or a loss: whoever saves, optimises,
+    copies or loads it has the table. It is no block, which FSDP2 shards by itself.
+    """
+    name = owner_path(chosen, lambda path: _runs(root, path))
+    return root.get_submodule(name), f"{name}." if name else ""
+
+
+def _runs(root: nn.Module, path: str) -> bool:
+    """Whether there is such a module with a forward of its own: a list has none, and a sequence none to speak of."""
+    try:
+        module = root.get_submodule(path)
+    except AttributeError:  # the path of a stack may end within a name, as `block` of `block3`
+        return False
+    return type(module).forward is not nn.Module.forward and not isinstance(module, _CONTAINERS)
 
 
 def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn.Parameter]:
@@ -25,15 +50,12 @@ def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn
     A layer is registered as ``memory`` on the module that held the down-projection's weight, so that its
     parameters read ``...mlp.down_proj.memory.half_keys``. The sites are named from ``root``.
 
-    Returns:
-        The parameters of the chosen FFNs; those of replaced ones are no longer in the model.
+    The model changes only after everything new exists: an error, or a table too large for the memory, leaves it
+    as it was. Returns the parameters of the chosen FFNs; those of replaced ones are no longer in the model.
 
     Raises:
         PlanError: the model already uses one of the names, its FFNs lie on different devices, or the file of its values
             does not fit.
-
-    The model changes only after everything new exists: an error, or a table too large for the memory, leaves it
-    as it was.
     """
     _check(pool, root, chosen)
     down = root.get_parameter(chosen[0].down)
@@ -41,7 +63,11 @@ def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn
         values = create_values(pool.config, down.dtype, down.device)
     else:
         values = new_sharded_values(pool, down.dtype, down.device)
-    layers = [_create_layer(pool, root, site) for site in chosen]
+    layers = []
+    for site in chosen:
+        down = root.get_parameter(site.down)
+        layer = MemoryLayer(pool, site.name or site.down, site.width, down.dtype, down.device)
+        layers.append(layer.train(_holder(root, site).training))
 
     parameters = [root.get_parameter(name) for site in chosen for name in site.parameters]
     pool.attach(values)
@@ -52,7 +78,7 @@ def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn
         put_stand_ins(root, site, layer, pool.adds)
         _holder(root, site).add_module(LAYER_NAME, layer)
         pool.layers[site.down.removeprefix(pool.prefix)] = layer
-        watch_part(layer)
+        layer.register_state_dict_pre_hook(tell_part)  # type: ignore[no-untyped-call]
     if not pool.adds:
         pool.removed_parameters = sum(parameter.numel() for parameter in parameters)
     if pool.table.sharded is not None:
@@ -70,12 +96,6 @@ def _keep_padded(root: nn.Module, layers: list[MemoryLayer]) -> None:
             module.use_nested_tensor = False
 
 
-def _create_layer(pool: MemoryPool, root: nn.Module, site: FfnSite) -> MemoryLayer:
-    down = root.get_parameter(site.down)
-    layer = MemoryLayer(pool, site.name or site.down, site.width, down.dtype, down.device)
-    return layer.train(_holder(root, site).training)
-
-
 def _holder(root: nn.Module, site: FfnSite) -> nn.Module:
     """The module that holds the down-projection's weight."""
     return root.get_submodule(site.down.rpartition(".")[0])
@@ -83,28 +103,16 @@ def _holder(root: nn.Module, site: FfnSite) -> nn.Module:
 
 def put_stand_ins(root: nn.Module, site: FfnSite, layer: Any, adds: bool) -> None:
     """Puts stand-ins that run ``layer`` in the place of the FFN's parameters, or before its weights."""
-    if adds:
-        _add(root, site, layer)
-    else:
-        _replace(root, site, layer)
-
-
-def _replace(root: nn.Module, site: FfnSite, layer: Any) -> None:
-    for name in site.parameters:
+    for name in (*site.up, site.down) if adds else site.parameters:
         path, _, attribute = name.rpartition(".")
-        holder = root.get_submodule(path)
-        parameter = root.get_parameter(name)
-        del holder._parameters[attribute]
+        holder, parameter = root.get_submodule(path), root.get_parameter(name)
         role = Role.UP if name in site.up else Role.DOWN if name == site.down else Role.OTHER
+        if adds:
+            WeightProxy(name, role, layer, holder, attribute).install()
+            continue
         width = parameter.numel() // site.width if role is Role.UP else 0
+        del holder._parameters[attribute]
         setattr(holder, attribute, ReplacedParameter(name, role, width, layer, parameter.shape))
-
-
-def _add(root: nn.Module, site: FfnSite, layer: Any) -> None:
-    for name in (*site.up, site.down):
-        path, _, attribute = name.rpartition(".")
-        role = Role.DOWN if name == site.down else Role.UP
-        WeightProxy(name, role, layer, root.get_submodule(path), attribute).install()
 
 
 def _check(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> None:
@@ -120,3 +128,41 @@ def _check(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> None:
             f"the chosen blocks lie on different devices ({', '.join(f'{n!r} on {d}' for d, n in devices.items())}), "
             f"but share one table of values: choose blocks of one device by memory_layers=[...]"
         )
+
+
+class CountingLayer:
+    """What stand-ins call in the place of a memory layer: returns its input, and counts.
+
+    Attributes:
+        calls: how often it ran.
+    """
+
+    def __init__(self, site: FfnSite, dtype: torch.dtype, device: torch.device) -> None:
+        self.name, self.width, self.calls = site.name or site.down, site.width, 0
+        self.query_weight = types.SimpleNamespace(dtype=dtype, device=device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * 1
+
+
+@contextlib.contextmanager
+def counting_stand_ins(root: nn.Module, sites: Sequence[FfnSite], adds: bool) -> Iterator[list[CountingLayer]]:
+    """Puts stand-ins with counting layers into the FFNs of ``sites``; afterwards the model is as it was."""
+    names = [name for site in sites for name in site.parameters]
+    holders = {id(h): h for h in (root.get_submodule(name.rpartition(".")[0]) for name in names)}.values()
+    before = [(h, type(h), dict(h.__dict__), dict(h._parameters)) for h in holders]
+    layers = []
+    try:
+        for site in sites:
+            down = root.get_parameter(site.down)
+            layers.append(CountingLayer(site, down.dtype, down.device))
+            put_stand_ins(root, site, layers[-1], adds)
+        yield layers
+    finally:
+        for holder, cls, attributes, parameters in before:
+            holder.__class__ = cls
+            for name in holder.__dict__.keys() - attributes.keys():
+                del holder.__dict__[name]
+            holder._parameters.clear()
+            holder._parameters.update(parameters)  # in their order

@@ -1,7 +1,5 @@
 """Ctrl-C waits while a model changes."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading

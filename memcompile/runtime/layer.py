@@ -1,7 +1,5 @@
 """MemoryLayer: the parameters that the memory of one FFN owns, and the call of the op with them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from memcompile.lowering.parameters import draw_layer, new_layer
 from memcompile.runtime.distributed.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.state_dicts import encode_plan
-from memcompile.runtime.table.live_tables import flush_while_traced
+from memcompile.runtime.table.table import flush_while_traced
 
 _Optional = Tensor | None
 LayerTensors = tuple[Tensor, Tensor, Tensor, Tensor, _Optional, _Optional, _Optional, _Optional, _Optional]

@@ -3,22 +3,18 @@
 `Optimizer.load_state_dict` casts it to the dtype of its parameter, which rounds fp32 moments of bf16 parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-Which = Callable[[Tensor], bool]
-
 
 def load_exactly(
     optimizer: Optimizer,
     load: Callable[[dict[str, Any]], object],
     state_dict: dict[str, Any],
-    exact: Which = lambda parameter: True,
+    exact: Callable[[Tensor], bool] = lambda parameter: True,
 ) -> None:
     """Loads a state dict, and gives each tensor of the state its dtype in the state dict back.
 
@@ -36,7 +32,7 @@ def load_exactly(
     restore_dtypes(optimizer, seen[0], exact)
 
 
-def restore_dtypes(optimizer: Optimizer, state_dict: Mapping[str, Any], exact: Which) -> None:
+def restore_dtypes(optimizer: Optimizer, state_dict: Mapping[str, Any], exact: Callable[[Tensor], bool]) -> None:
     """Gives each tensor of the state its dtype in a state dict back, which was loaded just before."""
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -77,11 +77,6 @@ class MemoryPool:
         return copied
 
     @property
-    def root(self) -> nn.Module:
-        """The module that holds the table."""
-        return self.owner
-
-    @property
     def adds(self) -> bool:
         """Whether the FFNs stay and the memory is added to their outputs."""
         return self.config.placement == "add"
@@ -111,10 +106,6 @@ class MemoryPool:
     def chosen(self) -> list[FfnSite]:
         """The FFNs with memory in their place or added to them, in execution order, named from the planned model."""
         return [site for site in self.sites if site.down.removeprefix(self.prefix) in self.layers]
-
-    def from_owner(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Names of the planned model as names of the owner."""
-        return tuple(name.removeprefix(self.prefix) for name in names)
 
 
 _LIVE: weakref.WeakSet[MemoryPool] = weakref.WeakSet()

@@ -1,7 +1,5 @@
 """State dicts of planned models: the plan travels with the weights, and dense checkpoints still load."""
 
-from __future__ import annotations
-
 import json
 import logging
 import weakref
@@ -47,11 +45,6 @@ def watch_state_dicts(pool: MemoryPool, root: nn.Module) -> None:
         root.register_load_state_dict_pre_hook(_move_table)  # type: ignore[no-untyped-call]
 
 
-def watch_part(layer: nn.Module) -> None:
-    """Tells when a part of the model that has this layer is saved without its table."""
-    layer.register_state_dict_pre_hook(_tell_part)  # type: ignore[no-untyped-call]
-
-
 def encode_plan(pool: MemoryPool) -> Tensor:
     """The plan as a uint8 tensor of JSON: the extra state of each memory layer.
 
@@ -68,7 +61,12 @@ def plan_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
         PlanError: the plan is there, but damaged or of a later version.
     """
     entry = next(plan_entries(state_dict), None)
-    return None if entry is None else _decode(entry)
+    if entry is None:
+        return None
+    try:
+        return checked_plan(json.loads(bytes(entry.tolist())))
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        raise PlanError(f"the plan in the checkpoint ({PLAN_KEY}) is damaged: {error}") from error
 
 
 def plan_entries(state_dict: Mapping[str, Any]) -> Iterator[Any]:
@@ -97,7 +95,8 @@ def _after_saving(owner: nn.Module, state_dict: dict[str, Any], prefix: str, loc
     _saved_whole.discard(pool_of(owner))
 
 
-def _tell_part(layer: Any, prefix: str, keep_vars: bool) -> None:
+def tell_part(layer: Any, prefix: str, keep_vars: bool) -> None:
+    """Tells when a part of the model that has this layer is saved without its table."""
     if layer.pool not in _saved_whole:
         told(layer.pool, "saved")
 
@@ -111,16 +110,7 @@ def _move_table(root: nn.Module, state_dict: dict[str, Any], prefix: str, *rest:
     state_dict.setdefault(f"{prefix}{inside}.{VALUES_NAME}", state_dict.pop(prefix + VALUES_NAME))
 
 
-def _check_state_dict(
-    owner: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    metadata: dict[str, Any],
-    strict: bool,
-    missing: list[str],
-    unexpected: list[str],
-    errors: list[str],
-) -> None:
+def _check_state_dict(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     pool = pool_of(owner)
     assert pool is not None, "the hook is installed on planned models alone"
     pool.table.flush()  # what rows have missed is of the values as they are now
@@ -145,7 +135,7 @@ def _check_state_dict(
 
 def _fill_from_dense(pool: MemoryPool, state_dict: dict[str, Any], prefix: str) -> None:
     """A dense checkpoint has no memory to load: the memory stays as it is, and replaced FFNs are not used."""
-    names = [name for site in pool.chosen for name in pool.from_owner(site.parameters)]
+    names = [name.removeprefix(pool.prefix) for site in pool.chosen for name in site.parameters]
     ffns = [name for name in names if prefix + name in state_dict]
     if not ffns:  # neither memory nor FFNs: a part of a model, loaded with strict=False
         return
@@ -247,10 +237,3 @@ def checked_plan(plan: Any, where: object = PLAN_KEY) -> dict[str, Any]:
     if saved_format > FORMAT:
         raise PlanError(f"the checkpoint's plan has format {saved_format}, this memcompile reads {FORMAT}: upgrade it")
     return {**plan, "config": {**_LATER_OPTIONS, **config}}
-
-
-def _decode(entry: Any) -> dict[str, Any]:
-    try:
-        return checked_plan(json.loads(bytes(entry.tolist())))
-    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        raise PlanError(f"the plan in the checkpoint ({PLAN_KEY}) is damaged: {error}") from error

@@ -1,16 +1,17 @@
-"""What wraps a model: compiled modules, data parallelism, sharding."""
-
-from __future__ import annotations
+"""What is around a model: compiled modules, data parallelism, sharding, and optimizers."""
 
 import gc
+from typing import TypeVar
 
-import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
 
 from memcompile.errors import PlanError
 from memcompile.runtime._torch import OptimizedModule
-from memcompile.runtime.live_objects import live_objects
+
+T = TypeVar("T")
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, list[DistributedDataParallel]]:
@@ -45,10 +46,18 @@ def is_in_ddp(root: nn.Module) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP or tensor parallelism already split the model's parameters."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
 
     sharded_modules = any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())
     return sharded_modules or any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def live_objects(kind: type[T]) -> list[T]:
+    """All of a class, and of classes derived from it."""
+    # type(o), not isinstance: a lazy proxy's __class__ may import half a library
+    return [o for o in gc.get_objects() if issubclass(type(o), kind)]
+
+
+def live_optimizers() -> list[Optimizer]:
+    """Every optimizer of the process that has groups: some are wrappers, or half built."""
+    return [optimizer for optimizer in live_objects(Optimizer) if hasattr(optimizer, "param_groups")]

@@ -9,7 +9,7 @@ from memcompile.common.pipeline import Pipeline
 from memcompile.errors import PlanError
 from memcompile.passes.detect.detect import find_in_model
 from memcompile.planning.rehearsal import rehearse
-from memcompile.runtime.stand_ins.counting import counting_stand_ins
+from memcompile.runtime.install import counting_stand_ins
 from tests.models import ZOO, around, plain_ffn
 from tests.planned import MEMORY
 

@@ -1,11 +1,10 @@
 """Errors of collectives that say which one it was: a rank that hangs is seen at the timeout, in whatever waits then."""
 
-from __future__ import annotations
-
 import linecache
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from types import TracebackType
 
 from memcompile.errors import CollectiveError
@@ -38,13 +37,12 @@ def named_collectives(where: str) -> Iterator[None]:
 def collective_in(traceback: TracebackType | None) -> str | None:
     """The collective in which an error was raised, by the names of its frames, or by the lines of generated code."""
     found = None
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
+    for frame, line_number in walk_tb(traceback):
+        code = frame.f_code
         if code.co_filename == collectives.__file__ and code.co_name in collectives.OPERATIONS:
             found = code.co_name
         else:
-            found = _generated(code.co_filename, traceback.tb_lineno) or found
-        traceback = traceback.tb_next
+            found = _generated(code.co_filename, line_number) or found
     return found
 
 
@@ -55,8 +53,5 @@ def _generated(filename: str, line_number: int) -> str | None:
         started = re.search(_OPERATION, line)
         return started[1] if started else None
     start = re.compile(rf"\b{wait[1]} = .*{_OPERATION}")
-    for number in range(line_number - 1, 0, -1):
-        found = start.search(linecache.getline(filename, number))
-        if found:
-            return found[1]
-    return None
+    before = map(start.search, reversed(linecache.getlines(filename)[: line_number - 1]))
+    return next((started[1] for started in before if started), None)

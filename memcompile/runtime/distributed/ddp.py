@@ -1,13 +1,14 @@
 """DistributedDataParallel around a model that is planned afterwards: its reducer must learn the new parameters."""
 
-from __future__ import annotations
-
 import gc
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memcompile.errors import PlanError
+
+_OPTIONS = """device_ids output_device dim process_group find_unused_parameters gradient_as_bucket_view static_graph
+skip_all_reduce_unused_params""".split()
 
 
 def check_rebuildable(ddp: DistributedDataParallel, sharded: bool) -> None:
@@ -32,17 +33,8 @@ def rebuild(ddp: DistributedDataParallel) -> None:
     """
     module, training, comm_hooks = ddp.module, ddp.training, ddp._comm_hooks
     module_hooks = {name: vars(ddp)[name] for name in vars(nn.Module()) if "hook" in name}
-    options = {
-        "device_ids": ddp.device_ids,
-        "output_device": ddp.output_device,
-        "dim": ddp.dim,
-        "process_group": ddp.process_group,
-        "bucket_cap_mb": None if ddp.bucket_bytes_cap_default else ddp.bucket_bytes_cap / 2**20,
-        "find_unused_parameters": ddp.find_unused_parameters,
-        "gradient_as_bucket_view": ddp.gradient_as_bucket_view,
-        "static_graph": ddp.static_graph,
-        "skip_all_reduce_unused_params": ddp.skip_all_reduce_unused_params,
-    }
+    options = {name: getattr(ddp, name) for name in _OPTIONS}
+    options["bucket_cap_mb"] = None if ddp.bucket_bytes_cap_default else ddp.bucket_bytes_cap / 2**20
     if not ddp.broadcast_buffers:  # naming the default would warn: the option is deprecated
         options["broadcast_buffers"] = False
     del ddp.reducer

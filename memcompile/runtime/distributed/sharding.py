@@ -1,26 +1,27 @@
-"""`shard`: the values of a planned model become a DTensor, of which each rank of a memory group holds a part."""
+"""`shard`: the values of a planned model become a DTensor, of which each rank of a memory group holds a part, which
+layers read and optimizers step.
+"""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from memcompile.common.sites import VALUES_NAME
 from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError, PlanError
+from memcompile.lowering.distributed.sharded_table import Shards, chunk_sizes
 from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, values_shape
 from memcompile.runtime import patches
-from memcompile.runtime._torch import local_part
-from memcompile.runtime.adoption import live_optimizers
-from memcompile.runtime.distributed.sharded_values import ShardedValues
+from memcompile.runtime._torch import local_part, sized_at_run_time
 from memcompile.runtime.pool import MemoryPool, pool_of
-from memcompile.runtime.wrappers import is_in_ddp, is_sharded, unwrap
+from memcompile.runtime.wrappers import is_in_ddp, is_sharded, live_optimizers, unwrap
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
@@ -29,6 +30,63 @@ DIMS = {"columns": 1, "rows": 0}
 TOKENS = ("uneven", "even", "shared")
 _ORDER = "The order is: plan, shard, then DDP or fully_shard, then the optimizer"
 _CUT = {"gate_weight": 0, "gate_bias": 0, "out_weight": 1}  # under tensor parallelism: the dim of value_dim
+# Its size is what graphs have for the most tokens of a rank, until that is agreed upon. Not an attribute of what a
+# module holds: Dynamo takes the sizes of those for constants.
+_ROOM = sized_at_run_time(torch.empty(1).expand(1_000_003))
+
+
+@dataclasses.dataclass(eq=False)
+class ShardedValues:
+    """How the values of a pool lie on a mesh.
+
+    Attributes:
+        mesh: of one dimension, the memory group, or of two, replicas before it.
+        shards: the cut over the memory group.
+        tokens: "uneven", "even" or "shared": see `memcompile.shard`.
+        own: the part as a leaf of autograd; `part` keeps it up to date.
+    """
+
+    mesh: DeviceMesh
+    shards: Shards
+    tokens: str
+    own: nn.Parameter | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedValues:
+        """Of a copied model, whose values have a storage of their own."""
+        return ShardedValues(self.mesh, self.shards, self.tokens)
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Of the values on the mesh."""
+        return (*([Replicate()] * (self.mesh.ndim - 1)), Shard(self.shards.dim))
+
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same part; None where no others do."""
+        return self.mesh.get_group(0) if self.mesh.ndim == 2 and self.mesh.size(0) > 1 else None
+
+    @property
+    def memory_mesh(self) -> DeviceMesh:
+        """The memory group alone."""
+        return self.mesh if self.mesh.ndim == 1 else self.mesh[self.mesh.mesh_dim_names[-1]]  # type: ignore[index]
+
+    def part(self, values: nn.Parameter) -> nn.Parameter:
+        """This rank's part of the values, on their storage: one leaf, whatever is loaded or cast. Its gradient is made
+        theirs: `runtime.table.gradient`.
+        """
+        local = local_part(values)
+        if self.own is None or self.own.is_meta != local.is_meta:  # which share no leaf
+            self.own = nn.Parameter(local.detach(), requires_grad=values.requires_grad)
+        elif (self.own.data_ptr(), self.own.dtype, self.own.shape) != (local.data_ptr(), local.dtype, local.shape):
+            self.own.data = local.detach()
+        return self.own.requires_grad_(values.requires_grad)  # type: ignore[return-value]
+
+    def capacity(self, x: Tensor) -> int | None:
+        """The `capacity` of a lookup of the tokens x [..., width]."""
+        if self.tokens == "even":
+            return x.shape[:-1].numel()
+        is_agreed = self.tokens == "uneven" and torch.compiler.is_compiling()  # before the graph runs
+        return _ROOM.shape[0] if is_agreed else None
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: str = "uneven") -> None:
@@ -73,7 +131,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: st
         if any(id(p) in replaced for group in optimizer.param_groups for p in group["params"]):
             raise PlanError(f"{type(optimizer).__name__} holds the memory's parameters already. {_ORDER}")
     check_plans_agree(pool, sharded)
-    put_sharded(pool, sharded, distribute_tensor(pool.values.detach(), mesh, sharded.placements))
+    values = distribute_tensor(pool.values.detach(), mesh, sharded.placements)
+    pool.owner._parameters[VALUES_NAME] = nn.Parameter(values, requires_grad=pool.values.requires_grad)
+    pool.table.sharded = sharded
+    patches.hold(pool)
+    pool.table.watch_gradient()
     cut_layers(pool)
 
 
@@ -103,7 +165,10 @@ def cut(config: MemoryConfig, mesh: DeviceMesh, by: str, tokens: str) -> Sharded
             f"values_storage={config.values_storage!r} keeps all values in one place, and for inference: shard values "
             f"on the devices, or serve them from one process"
         )
-    return ShardedValues.over(mesh, values_shape(config), DIMS[by], tokens)
+    dim, memory = DIMS[by], mesh.ndim - 1
+    sizes = chunk_sizes(values_shape(config)[dim], mesh.size(memory))
+    group, rank = mesh.get_group(memory).group_name, mesh.get_local_rank(memory)
+    return ShardedValues(mesh, Shards(group, sizes, rank, dim, same_tokens=tokens == "shared"), tokens)
 
 
 def check_same(pool: MemoryPool, sharded: ShardedValues) -> None:
@@ -119,32 +184,25 @@ def check_plans_agree(pool: MemoryPool, sharded: ShardedValues) -> None:
     parameters = {name: p for name, p in pool.owner.named_parameters() if name != VALUES_NAME}
     mine: dict[str, Any] = {
         **pool.config.to_dict(),
-        "parameters": {name: [list(p.shape), str(p.dtype)] for name, p in parameters.items()},
         "by": "columns" if sharded.shards.by_columns else "rows",
         "tokens": sharded.tokens,
+        **{f"parameters[{name!r}]": f"{list(p.shape)} {p.dtype}" for name, p in parameters.items()},
     }
-    plans = [(dist.get_rank(), json.dumps(mine))]
+    plans = [(dist.get_rank(), mine)]
     for dim in reversed(range(sharded.mesh.ndim)):  # all ranks of the mesh have all plans before any raises
         group = sharded.mesh.get_group(dim)
         everyones: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyones, plans, group=group)
         plans = [plan for of_rank in everyones for plan in of_rank]
-    (first, expected), *others = ((rank, json.loads(plan)) for rank, plan in plans)
+    (first, expected), *others = plans
     for rank, plan in others:
-        differing = [name for name in expected if plan.get(name) != expected.get(name)]
+        differing = [name for name in {**expected, **plan} if plan.get(name) != expected.get(name)]
         if differing:
-            told = ", ".join(_difference(name, expected.get(name), plan.get(name)) for name in differing)
+            told = ", ".join(f"{name} {expected.get(name)!r} and {plan.get(name)!r}" for name in differing[:5])
             raise PlanError(
                 f"ranks {first} and {rank} share one memory, but have planned otherwise: {told}. Build the same model "
                 f"with the same options on every rank"
             )
-
-
-def _difference(name: str, one: Any, other: Any) -> str:
-    if isinstance(one, dict) and isinstance(other, dict):
-        key = next(k for k in [*one, *other] if one.get(k) != other.get(k))
-        return f"{name}[{key!r}] {one.get(key)} and {other.get(key)}"
-    return f"{name} {one!r} and {other!r}"
 
 
 def new_sharded_values(pool: MemoryPool, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -153,7 +211,8 @@ def new_sharded_values(pool: MemoryPool, dtype: torch.dtype, device: torch.devic
     """
     assert pool.table.sharded is not None
     sharded, shape = pool.table.sharded, values_shape(pool.config)
-    part = torch.empty(sharded.own_shape(shape), dtype=dtype, device=device)
+    own = (shape[0], sharded.shards.own) if sharded.shards.by_columns else (sharded.shards.own, shape[1])
+    part = torch.empty(own, dtype=dtype, device=device)
     draw_part(part, sharded, shape)
     whole = DTensor.from_local(
         part, sharded.mesh, sharded.placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
@@ -172,14 +231,6 @@ def draw_part(part: Tensor, sharded: ShardedValues, shape: tuple[int, int]) -> N
     _broadcast(common, sharded)
     offset = sharded.shards.offset
     draw_values(part, int(common), shape, (0, offset) if sharded.shards.by_columns else (offset, 0))
-
-
-def put_sharded(pool: MemoryPool, sharded: ShardedValues, values: DTensor) -> None:
-    """Makes a DTensor the values of a pool."""
-    pool.owner._parameters[VALUES_NAME] = nn.Parameter(values, requires_grad=pool.values.requires_grad)
-    pool.table.sharded = sharded
-    patches.hold(pool)
-    pool.table.watch_gradient()
 
 
 def cut_layers(pool: MemoryPool) -> None:
@@ -225,5 +276,4 @@ def _to_cut(pool: MemoryPool) -> dict[tuple[MemoryLayer, str], nn.Parameter]:
 def _broadcast(tensor: Tensor, sharded: ShardedValues) -> None:
     """What the first rank of the mesh has."""
     for dim in range(sharded.mesh.ndim):
-        group = sharded.mesh.get_group(dim)
-        dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
+        dist.broadcast(tensor, group=sharded.mesh.get_group(dim), group_src=0)

@@ -8,47 +8,28 @@ they change takes long to import.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
+import torch.distributed as dist
 
 if TYPE_CHECKING:
     from memcompile.runtime.pool import MemoryPool
 
 
-def _always(pool: MemoryPool) -> bool:
-    return True
-
-
-def _has_sparse_gradient(pool: MemoryPool) -> bool:
-    return pool.config.gradient != "dense"
-
-
-def _is_sharded(pool: MemoryPool) -> bool:
-    return pool.table.sharded is not None
-
-
-def _can_be_replicated(pool: MemoryPool) -> bool:
-    return torch.distributed.is_available()
-
-
-def _is_one_of_several(pool: MemoryPool) -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-# The file of each patch, and which planned models need it.
-_NEEDED: dict[str, Callable[[MemoryPool], bool]] = {
-    "cache_key": _always,
-    "loading": _always,
-    "optimizer_loading": _always,
-    "data_parallel": _can_be_replicated,
-    "pipelining": _is_one_of_several,
-    "sparse_clipping": _has_sparse_gradient,
-    "clipping": _is_sharded,
-    "fully_shard": _is_sharded,
-    "backward": _is_sharded,
-}
+def needed_by(pool: MemoryPool) -> dict[str, bool]:
+    """The file of each patch, and whether a planned model needs it."""
+    is_sharded = pool.table.sharded is not None
+    return {
+        "cache_key": True,
+        "loading": True,
+        "optimizer_loading": True,
+        "data_parallel": True,
+        "pipelining": dist.is_initialized(),
+        "sparse_clipping": pool.config.gradient != "dense",
+        "clipping": is_sharded,
+        "fully_shard": is_sharded,
+        "backward": is_sharded,
+    }
 
 
 def hold(pool: MemoryPool) -> None:
@@ -56,6 +37,6 @@ def hold(pool: MemoryPool) -> None:
 
     To be called again once its values are sharded, or the process is one of several: it needs more of them then.
     """
-    for name, is_needed in _NEEDED.items():
-        if is_needed(pool):
+    for name, is_needed in needed_by(pool).items():
+        if is_needed:
             importlib.import_module(f"{__name__}.{name}").PATCH.hold(pool)

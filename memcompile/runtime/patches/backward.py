@@ -5,9 +5,6 @@ Until: process groups name the operation that timed out on every backend.
 The same: a backward that raises nothing, and every other error.
 """
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +13,9 @@ from memcompile.runtime.distributed.collective_errors import named_collectives
 from memcompile.runtime.patches.patch import Patch, Replaced
 
 
-def _named(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def run_backward(*args: Any, **kwargs: Any) -> Any:
-        with named_collectives("backward"):
-            return original(*args, **kwargs)
-
-    return run_backward
+def _named(run_backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with named_collectives("backward"):
+        return run_backward(*args, **kwargs)
 
 
 PATCH = Patch(Replaced(autograd, "_engine_run_backward", _named))

@@ -6,18 +6,12 @@ Until: https://github.com/pytorch/pytorch/issues/144344 (the key of a custom ope
 The same: code; the caches keep that of other models under another key.
 """
 
-from __future__ import annotations
-
 from memcompile.lowering.inductor.caches import tag_caches, untag_caches
 from memcompile.runtime.patches.patch import Patch
 
 
 class _Tag:
-    def install(self) -> None:
-        tag_caches()
-
-    def remove(self) -> None:
-        untag_caches()
+    install, remove = staticmethod(tag_caches), staticmethod(untag_caches)
 
 
 PATCH = Patch(_Tag())

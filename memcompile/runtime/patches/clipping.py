@@ -8,9 +8,6 @@ Until: https://github.com/pytorch/pytorch/issues/180346 (`clip_grad_norm_` and s
 The same: gradients that are all plain tensors, or all on one mesh.
 """
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,43 +20,31 @@ from memcompile.runtime._torch import clip_grad, local_part
 from memcompile.runtime.patches.patch import Patch, Replaced
 
 
-def _norm_by_mesh(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(original)
-    def total_norm(
-        tensors: Tensor | Iterable[Tensor],
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = False,
-        foreach: bool | None = None,
-    ) -> Tensor:
-        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        meshes = _by_mesh(tensors, tensors)
-        if len(meshes) < 2:
-            return original(tensors, norm_type, error_if_nonfinite, foreach)
-        norms = [original(group, norm_type, error_if_nonfinite, foreach) for group in meshes]
-        whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-        return torch.linalg.vector_norm(torch.stack([norm.to(whole[0].device) for norm in whole]), norm_type)
-
-    return total_norm
+def _norm_by_mesh(
+    total_norm: Callable[..., Tensor],
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    norms = [total_norm(group, norm_type, *args, **kwargs) for group in _by_mesh(tensors, tensors) or [[]]]
+    if len(norms) == 1:
+        return norms[0]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack([norm.to(whole[0].device) for norm in whole]), norm_type)
 
 
-def _clip_by_mesh(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def clip(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        with_grad = [p for p in parameters if p.grad is not None]
-        for group in _by_mesh(with_grad, [p.grad for p in with_grad]):
-            original(group, *args, **kwargs)
-
-    return clip
+def _clip_by_mesh(clip: Callable[..., None], parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    with_grad = [p for p in parameters if p.grad is not None]
+    for group in _by_mesh(with_grad, [p.grad for p in with_grad]):
+        clip(group, *args, **kwargs)
 
 
-def _unscale_by_mesh(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def unscale(tensors: list[Tensor], *args: Any) -> None:
-        for group in _by_mesh(tensors, tensors):
-            original(group, *args)
-
-    return unscale
+def _unscale_by_mesh(unscale: Callable[..., None], tensors: list[Tensor], *args: Any) -> None:
+    for group in _by_mesh(tensors, tensors):
+        unscale(group, *args)
 
 
 def _by_mesh(tensors: list[Tensor], like: list[Any]) -> list[list[Tensor]]:

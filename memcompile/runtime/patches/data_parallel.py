@@ -6,9 +6,6 @@ Until: https://github.com/pytorch/pytorch/issues/43690 (an option that ignores p
 The same: DDP around a module in which nothing is planned.
 """
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -16,59 +13,40 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from memcompile.errors import PlanError
-from memcompile.runtime.distributed.averaging import Replicas
-from memcompile.runtime.distributed.sharded_values import ShardedValues
 from memcompile.runtime.patches.patch import Patch, Replaced
-from memcompile.runtime.pool import MemoryPool, live_pools
+from memcompile.runtime.pool import live_pools
+from memcompile.runtime.table.gradient import Replicas
 
 
-def _around_planned(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def build(self: DistributedDataParallel, module: nn.Module, *args: object, **kwargs: object) -> None:
-        pools = _pools_left_alone(module)
-        if any(pool.table.sharded is not None and pool.table.sharded.tokens == "shared" for pool in pools):
-            raise PlanError(
-                "DDP takes no DTensors, and tensor parallelism (tokens='shared') cuts gates and output projections "
-                "into some: fully_shard(model, mesh=mesh['replicate']) averages over the replicas"
-            )
-        _leave_alone(module, pools)
-        original(self, module, *args, **kwargs)
-        for pool in pools:
-            pool.table.replicas = Replicas(self)
-            if pool.table.sharded is None:
-                first = dist.get_global_rank(self.process_group, 0)
-                dist.broadcast(pool.values.detach(), first, group=self.process_group)
-            else:
-                _check_covered(self, pool.table.sharded)
-
-    return build
-
-
-def _pools_left_alone(module: nn.Module) -> list[MemoryPool]:
+def _around_planned(
+    build: Callable[..., None], ddp: DistributedDataParallel, module: nn.Module, *args: object, **kwargs: object
+) -> None:
     inside = set(module.modules())
-    tables = [pool for pool in live_pools() if pool.owner in inside]
-    return [pool for pool in tables if pool.table.gradient != "dense" or pool.table.sharded is not None]
-
-
-def _check_covered(ddp: DistributedDataParallel, sharded: ShardedValues) -> None:
-    """Raises PlanError where ranks of a DDP would have other values: it leaves them alone."""
-    covered = set(sharded.mesh.mesh.flatten().tolist())
-    missing = set(dist.get_process_group_ranks(ddp.process_group)) - covered
-    if missing:
+    planned = [pool for pool in live_pools() if pool.owner in inside]
+    pools = [pool for pool in planned if pool.table.gradient != "dense" or pool.table.sharded is not None]
+    if any(pool.table.sharded is not None and pool.table.sharded.tokens == "shared" for pool in pools):
         raise PlanError(
-            f"ranks {sorted(missing)} of this DDP have no part in {sharded.mesh}, over which the memory is sharded, "
-            f"and its values would differ there: shard over a mesh of two dimensions, replicas and memory group"
+            "DDP takes no DTensors, and tensor parallelism (tokens='shared') cuts gates and output projections "
+            "into some: fully_shard(model, mesh=mesh['replicate']) averages over the replicas"
         )
-
-
-def _leave_alone(module: nn.Module, pools: list[MemoryPool]) -> None:
     values = {id(pool.values) for pool in pools}
     names = [name for name, parameter in module.named_parameters() if id(parameter) in values]
-    if names:
-        # The reducer calls a parameter of the module's own ".name".
-        names += [f".{name}" for name in names]
-        ignored = [*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *names]
+    if names:  # the reducer calls a parameter of the module's own ".name"
+        ignored = [*getattr(module, "_ddp_params_and_buffers_to_ignore", ()), *names, *(f".{name}" for name in names)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)  # type: ignore[no-untyped-call]
+    build(ddp, module, *args, **kwargs)
+    for pool in pools:
+        pool.table.replicas = Replicas(ddp)
+        if pool.table.sharded is None:
+            dist.broadcast(pool.values.detach(), group=ddp.process_group, group_src=0)
+            continue
+        mesh = pool.table.sharded.mesh
+        missing = set(dist.get_process_group_ranks(ddp.process_group)) - set(mesh.mesh.flatten().tolist())
+        if missing:
+            raise PlanError(
+                f"ranks {sorted(missing)} of this DDP have no part in {mesh}, over which the memory is sharded, "
+                f"and its values would differ there: shard over a mesh of two dimensions, replicas and memory group"
+            )
 
 
 PATCH = Patch(Replaced(DistributedDataParallel, "__init__", _around_planned))

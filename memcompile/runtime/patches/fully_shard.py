@@ -5,9 +5,6 @@ Until: FSDP2 has an attribute of a parameter that is left alone.
 The same: all parameters that are no values of a memory.
 """
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +13,10 @@ from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.pool import live_pools
 
 
-def _without_sharded_values(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def managed(*args: Any, **kwargs: Any) -> Any:
-        parameters, buffers = original(*args, **kwargs)
-        sharded = {id(pool.values) for pool in live_pools() if pool.table.sharded is not None}
-        return [p for p in parameters if id(p) not in sharded], buffers
-
-    return managed
+def _without_sharded_values(managed_states: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    parameters, buffers = managed_states(*args, **kwargs)
+    sharded = {id(pool.values) for pool in live_pools() if pool.table.sharded is not None}
+    return [p for p in parameters if id(p) not in sharded], buffers
 
 
 PATCH = Patch(Replaced(fsdp_init(), "_get_managed_states", _without_sharded_values))

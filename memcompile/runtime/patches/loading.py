@@ -7,9 +7,6 @@ Until: it stays; a process in which no planned model lives has PyTorch's own beh
 The same: state dicts without a plan; loading into planned models.
 """
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,21 +19,19 @@ from memcompile.runtime.pool import pool_of, pools_inside
 from memcompile.runtime.state_dicts import PLAN_KEY, is_plan, plan_entries
 
 
-def _guarded(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        entries = plan_entries(state_dict) if isinstance(state_dict, Mapping) else ()
-        if any(map(is_plan, entries)) and pool_of(self) is None and not pools_inside(self):
-            if not any(VALUES_NAME in module._parameters for module in self.modules()):
-                raise PlanError(
-                    f"the checkpoint holds a memory, but {type(self).__name__} has none: plan it first, "
-                    f"memcompile.plan(model, memory=memcompile.config_from(state_dict)), then load"
-                )
-            # a captured graph has the parameters, and no extra state
-            state_dict = {k: v for k, v in state_dict.items() if not (k.endswith(PLAN_KEY) and is_plan(v))}
-        return original(self, state_dict, *args, **kwargs)
-
-    return load_state_dict
+def _guarded(
+    load: Callable[..., Any], module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    entries = plan_entries(state_dict) if isinstance(state_dict, Mapping) else ()
+    if any(map(is_plan, entries)) and pool_of(module) is None and not pools_inside(module):
+        if not any(VALUES_NAME in part._parameters for part in module.modules()):
+            raise PlanError(
+                f"the checkpoint holds a memory, but {type(module).__name__} has none: plan it first, "
+                f"memcompile.plan(model, memory=memcompile.config_from(state_dict)), then load"
+            )
+        # a captured graph has the parameters, and no extra state
+        state_dict = {k: v for k, v in state_dict.items() if not (k.endswith(PLAN_KEY) and is_plan(v))}
+    return load(module, state_dict, *args, **kwargs)
 
 
 PATCH = Patch(Replaced(nn.Module, "load_state_dict", _guarded))

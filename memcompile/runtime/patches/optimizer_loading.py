@@ -1,5 +1,5 @@
-"""`Optimizer.load_state_dict` and `Optimizer.__getstate__`: the state of a memory's values is loaded in the dtype that
-it was saved in, and pickled and copied up to date.
+"""`Optimizer.load_state_dict` and `Optimizer.__getstate__`: states go to the parameters of their names; that of a
+memory's values is loaded in the dtype that it was saved in, and pickled and copied up to date.
 
 No public way: loading casts state to its parameter's dtype before a hook sees it, which would round the fp32 moments
 of bf16 values; pickling has no hook.
@@ -7,34 +7,32 @@ Until: https://github.com/pytorch/pytorch/issues/43706 (state keeps its dtype).
 The same: optimizers that hold no values of a memory.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
 
+from memcompile.runtime.optimizer_state import load_exactly
 from memcompile.runtime.patches.patch import Patch, Replaced
-from memcompile.runtime.table.hooks import flush_tables_of
-from memcompile.runtime.table.loading import load_state
+from memcompile.runtime.table.hooks import flush_tables_of, meet
+from memcompile.runtime.table.named_states import matched
+from memcompile.runtime.table.table import tables_in
 
 
-def _exact(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def load_state_dict(self: Optimizer, state_dict: dict[str, Any]) -> None:
-        load_state(self, functools.partial(original, self), state_dict)
+def _exact(load: Callable[..., None], optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    held = {id(table.values) for table, _ in tables_in(optimizer)}
+    if not held:
+        load(optimizer, state_dict)
+        return
+    meet(optimizer)
+    load_own = functools.partial(load, optimizer)
+    load_exactly(optimizer, load_own, matched(optimizer, state_dict), lambda parameter: id(parameter) in held)
 
-    return load_state_dict
 
-
-def _flushed(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    @functools.wraps(original)
-    def getstate(self: Optimizer) -> dict[str, Any]:
-        flush_tables_of(self)
-        return original(self)
-
-    return getstate
+def _flushed(getstate: Callable[..., dict[str, Any]], optimizer: Optimizer) -> dict[str, Any]:
+    flush_tables_of(optimizer)
+    return getstate(optimizer)
 
 
 PATCH = Patch(Replaced(Optimizer, "load_state_dict", _exact), Replaced(Optimizer, "__getstate__", _flushed))

@@ -1,7 +1,5 @@
 """A change of PyTorch that is in force while an object lives that needs it."""
 
-from __future__ import annotations
-
 import functools
 import threading
 import weakref
@@ -49,20 +47,26 @@ class Patch:
 
 
 class Replaced:
-    """Another function in the place of a module's or a class's own: `wrap(original)`."""
+    """Another function in the place of a module's or a class's own: `call(original, *args, **kwargs)`."""
 
-    def __init__(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        self.owner, self.name, self.wrap = owner, name, wrap
+    def __init__(self, owner: Any, name: str, call: Callable[..., Any]) -> None:
+        self.owner, self.name, self.call = owner, name, call
         self._original: Callable[..., Any] | None = None
         self._replacement: Callable[..., Any] | None = None
         self._active = False
 
     def install(self) -> None:
         self._active = True
-        now = vars(self.owner)[self.name]
-        if self._original is None or now is self._original:
-            self._original, self._replacement = now, self._switch(now, self.wrap(now))
-            setattr(self.owner, self.name, self._replacement)
+        original = vars(self.owner)[self.name]
+        if self._original is not None and original is not self._original:
+            return  # another library has wrapped the replacement
+
+        @functools.wraps(original)
+        def switch(*args: Any, **kwargs: Any) -> Any:
+            return self.call(original, *args, **kwargs) if self._active else original(*args, **kwargs)
+
+        self._original, self._replacement = original, switch
+        setattr(self.owner, self.name, switch)
 
     def remove(self) -> None:
         self._active = False
@@ -70,10 +74,3 @@ class Replaced:
             setattr(self.owner, self.name, self._original)
             self._original = self._replacement = None
         # Else another library has wrapped the replacement. It stays in there, and does what the original does.
-
-    def _switch(self, original: Callable[..., Any], wrapped: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def switch(*args: Any, **kwargs: Any) -> Any:
-            return (wrapped if self._active else original)(*args, **kwargs)
-
-        return switch

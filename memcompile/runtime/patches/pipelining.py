@@ -5,9 +5,6 @@ Until: pipeline stages share parameters.
 The same: stages without memory layers.
 """
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,18 +16,8 @@ from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.pool import live_pools
 
 
-def _checked(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def build(self: Any, submodule: nn.Module, *args: Any, **kwargs: Any) -> None:
-        _check_stage(submodule)
-        original(self, submodule, *args, **kwargs)
-
-    return build
-
-
-def _check_stage(stage: nn.Module) -> None:
-    """Raises PlanError for a stage with some of the layers that share one table: the others could not read it."""
-    inside = set(stage.modules())
+def _checked(build: Callable[..., None], stage: Any, submodule: nn.Module, *args: Any, **kwargs: Any) -> None:
+    inside = set(submodule.modules())
     for pool in live_pools():
         here = [name for name, layer in pool.layers.items() if layer in inside]
         away = [name for name, layer in pool.layers.items() if layer not in inside]
@@ -40,11 +27,12 @@ def _check_stage(stage: nn.Module) -> None:
                 f"{', '.join(away)} not. Choose blocks of one stage by memory_layers=[...], or plan each stage for "
                 f"itself, with a table of its own"
             )
-        if here and not any(p is pool.values for p in stage.parameters()):
+        if here and not any(p is pool.values for p in submodule.parameters()):
             raise PlanError(
                 f"this stage runs the memory layers {', '.join(here)}, but not the module that holds their table: plan "
                 f"the stage itself, memcompile.plan(stage, ...), instead of the model that it was cut from"
             )
+    build(stage, submodule, *args, **kwargs)
 
 
 PATCH = Patch(Replaced(pipeline_stage(), "__init__", _checked))

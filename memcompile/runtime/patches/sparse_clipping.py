@@ -6,8 +6,6 @@ Until: https://github.com/pytorch/pytorch/issues/4829 (clipping of sparse gradie
 The same: dense tensors, and every operator that has a kernel for sparse tensors already.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -30,26 +28,17 @@ def _vector_norm(
     return torch.linalg.vector_norm(stored, ord, dtype=dtype)
 
 
-def _clamp_min_(x: Tensor, min: Any) -> Tensor:
-    return _clamp_stored(x, "clamp_min_", min, min <= 0)
+def _clamp_(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    if (min is not None and min > 0) or (max is not None and max < 0):
+        raise NotImplementedError(f"clamp_({min}, {max}) of a sparse tensor would fill it: its zeros are not stored")
+    if not x.is_coalesced():
+        raise NotImplementedError("clamp_ of a sparse tensor that is not coalesced")
+    x.values().clamp_(min, max)
+    return x
 
 
 def _clamp_max_(x: Tensor, max: Any) -> Tensor:
-    return _clamp_stored(x, "clamp_max_", max, max >= 0)
-
-
-def _clamp_(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
-    x = x if min is None else _clamp_min_(x, min)
-    return x if max is None else _clamp_max_(x, max)
-
-
-def _clamp_stored(x: Tensor, name: str, bound: Any, keeps_zero: bool) -> Tensor:
-    if not keeps_zero:
-        raise NotImplementedError(f"{name}({bound}) of a sparse tensor would fill it: its zeros are not stored")
-    if not x.is_coalesced():
-        raise NotImplementedError(f"{name} of a sparse tensor that is not coalesced")
-    getattr(x.values(), name)(bound)
-    return x
+    return _clamp_(x, max=max)
 
 
 def _unscale_(tensors: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
@@ -61,7 +50,7 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "_amp_foreach_non_finite_check_and_unscale_": _unscale_,
     "linalg_vector_norm": _vector_norm,
     "clamp_": _clamp_,
-    "clamp_min_": _clamp_min_,
+    "clamp_min_": _clamp_,
     "clamp_max_": _clamp_max_,
 }
 

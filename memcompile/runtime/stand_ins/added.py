@@ -67,11 +67,10 @@ class WeightProxy(_TensorProxy):
 
     def install(self) -> None:
         """Has the module return this proxy for the attribute, whatever parameter is assigned to it later."""
-        own_class: Any = type(self.module)
-        if not issubclass(own_class, _ModuleWithProxies):
-            self.module.__class__ = _class_with_proxies(own_class)
-        self.module.__dict__.setdefault(_PROXIES, {})[self.attribute] = self
-        setattr(type(self.module), self.attribute, _proxy_property(self.attribute))
+        proxies = self.module.__dict__.setdefault(_PROXIES, {})
+        proxies[self.attribute] = self
+        own_class: Any = self.module._own_class if isinstance(self.module, _ModuleWithProxies) else type(self.module)
+        self.module.__class__ = _class_with_proxies(own_class, tuple(proxies))
 
     def __getattr__(self, attribute: str) -> Any:
         """What code attached to the parameter."""
@@ -83,14 +82,14 @@ class WeightProxy(_TensorProxy):
         return f"WeightProxy({self.name})"
 
 
-class _DerivedWeightProxy(_TensorProxy):
+class _DerivedWeightProxy(WeightProxy):
     """A weight transposed or cast, for one call."""
 
-    def __init__(self, value: Tensor, weight: WeightProxy | _DerivedWeightProxy) -> None:
+    value: Any = None
+
+    def __init__(self, value: Tensor, weight: WeightProxy) -> None:
+        super().__init__(weight.name, weight.role, weight.layer, weight.module, weight.attribute)
         self.value = value
-        self.name: str = weight.name
-        self.role: Role = weight.role
-        self.layer = weight.layer
 
 
 class ActivationProxy(_TensorProxy):
@@ -115,9 +114,6 @@ class ActivationProxy(_TensorProxy):
 
     def __repr__(self) -> str:
         return f"ActivationProxy({tuple(self.value.shape)} of {self.layer.name})"
-
-
-_WEIGHTS = (WeightProxy, _DerivedWeightProxy)
 
 
 class _ModuleWithProxies(nn.Module):
@@ -150,19 +146,23 @@ class _ModuleWithProxies(nn.Module):
 
 
 @functools.cache
-def _class_with_proxies(cls: Any) -> type:
-    """A new class for modules of class ``cls``."""
-    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (_ModuleWithProxies, cls), {**names, "_own_class": cls})
+def _class_with_proxies(cls: Any, names: tuple[str, ...]) -> Any:
+    """The class of modules of class ``cls`` whose parameters of these names have proxies."""
+    attributes: dict[str, Any] = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    attributes |= {name: _proxy_property(name) for name in names}
+    return type(cls.__name__, (_ModuleWithProxies, cls), {**attributes, "_own_class": cls})
+
+
+def _new_with_proxies(cls: Any, names: tuple[str, ...], *arguments: Any) -> nn.Module:
+    with_proxies = _class_with_proxies(cls, names)
+    return with_proxies.__new__(with_proxies, *arguments)
 
 
 def _proxy_property(name: str) -> property:
     def get(module: nn.Module) -> Any:
-        weight = module.__dict__[_PROXIES].get(name)
+        parameter = module._parameters[name]
         # FSDP reads its shards as attributes; they are never what runs.
-        if weight is None or _is_sharded(module._parameters[name]):
-            return module._parameters[name]
-        return weight
+        return parameter if _is_sharded(parameter) else module.__dict__[_PROXIES][name]
 
     return property(get)
 
@@ -171,27 +171,17 @@ def _is_sharded(parameter: Tensor | None) -> bool:
     return hasattr(parameter, "device_mesh")  # a DTensor, whose import takes a second
 
 
-def _new_with_proxies(cls: Any, names: tuple[str, ...], *arguments: Any) -> nn.Module:
-    with_proxies = _class_with_proxies(cls)
-    for name in names:
-        setattr(with_proxies, name, _proxy_property(name))
-    module: nn.Module = with_proxies.__new__(with_proxies, *arguments)
-    return module
-
-
 def _run(call: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Runs ``call``, an operator of that name, on the tensors of its arguments; the result keeps their source."""
     found: list[_TensorProxy] = []
     result = call(*_unwrapped(args, found), **{key: _unwrapped(value, found) for key, value in kwargs.items()})
-    weights = [a for a in found if isinstance(a, _WEIGHTS)]
+    weights = [a for a in found if isinstance(a, WeightProxy)]
     activations = [a for a in found if isinstance(a, ActivationProxy)]
-    if name in PROJECTIONS and len(weights) + len(activations) > 0:
-        return _projected(result, projected_operand(name, args, kwargs, _WEIGHTS), weights, activations)
-    if name in _OF_A_WEIGHT and isinstance(args[0], _WEIGHTS):
+    if name in PROJECTIONS and found:
+        return _projected(result, projected_operand(name, args, kwargs, WeightProxy), weights, activations)
+    if name in _OF_A_WEIGHT and isinstance(args[0], WeightProxy):
         return _DerivedWeightProxy(result, args[0])
-    if activations:
-        return _as_proxies(result, activations)
-    return result
+    return _as_proxies(result, activations) if activations else result
 
 
 def _unwrapped(argument: Any, found: list[_TensorProxy]) -> Any:

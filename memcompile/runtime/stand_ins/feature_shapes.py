@@ -4,8 +4,6 @@ Shapes are split in leading dimensions, which count tokens and may be symbolic, 
 integers. Every function returns None where an operator would mix the two.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,36 +19,25 @@ def viewed(sizes: Sequence[Any], tokens: Any, features: Features) -> tuple[Seque
     """
     total = math.prod(features)
     for rank in range(1, len(sizes) + 1):
-        trailing = sizes[len(sizes) - rank :]
-        if any(not isinstance(size, int) or size == -1 for size in trailing):
-            break
-        if math.prod(trailing) == total:
-            return sizes[: len(sizes) - rank], tuple(trailing)
-    for rank in range(1, len(sizes) + 1):
         leading, trailing = sizes[: len(sizes) - rank], sizes[len(sizes) - rank :]
-        known = [size for size in trailing if size != -1]
-        is_static = all(isinstance(size, int) for size in trailing)
-        is_open = is_static and len(known) == len(trailing) - 1 and total % math.prod(known) == 0
-        if is_open and math.prod(leading) == tokens:
-            missing = total // math.prod(known)
-            return leading, tuple(missing if size == -1 else size for size in trailing)
+        if not isinstance(trailing[0], int):
+            break
+        known = math.prod([size for size in trailing if size != -1])
+        if -1 not in trailing and known == total:
+            return leading, tuple(trailing)
+        if -1 in trailing and total % known == 0 and math.prod(leading) == tokens:
+            return leading, unflattened(total, trailing)
     return None
 
 
 def broadcast(shapes: Sequence[Features]) -> Features | None:
     """Features of an elementwise result."""
-    rank = len(shapes[0])
-    for shape in shapes:
-        if len(shape) != rank:
-            return None
-    result = []
-    for d in range(rank):
-        sizes = [shape[d] for shape in shapes]
-        widest = max(sizes)
-        if any(size not in (1, widest) for size in sizes):
-            return None
-        result.append(widest)
-    return tuple(result)
+    if any(len(shape) != len(shapes[0]) for shape in shapes):
+        return None
+    sizes = list(zip(*shapes, strict=True))
+    widest = [max(of_dim) for of_dim in sizes]
+    fits = all(size in (1, most) for of_dim, most in zip(sizes, widest, strict=True) for size in of_dim)
+    return tuple(widest) if fits else None
 
 
 def indexed(index: Any, leading: int, features: Features) -> Features | None:
@@ -67,25 +54,22 @@ def indexed(index: Any, leading: int, features: Features) -> Features | None:
     for item in items[leading:]:
         if item is None:
             result.append(1)
-        elif isinstance(item, slice):
-            length = _length(item, features[position])
-            if length is None:
-                return None
-            result.append(length)
-            position += 1
-        elif isinstance(item, int):
-            position += 1
-        else:
+            continue
+        if isinstance(item, slice):
+            result.append(_length(item, features[position]))
+        elif not isinstance(item, int):
             return None
-    return tuple(result)
+        position += 1
+    return None if -1 in result else tuple(result)
 
 
-def _length(item: slice, size: int) -> int | None:
-    """Elements that a slice takes of ``size``. Not by `slice.indices`, which Dynamo 2.11 does not know."""
+def _length(item: slice, size: int) -> int:
+    """Elements that a slice takes of ``size``; -1 for one that PyTorch refuses."""
+    # Not by `slice.indices`, which Dynamo 2.11 does not know
     step = 1 if item.step is None else item.step
     start, stop = 0 if item.start is None else item.start, size if item.stop is None else item.stop
     if step < 1:
-        return None
+        return -1
     start = max(0, start + size) if start < 0 else min(start, size)
     stop = max(0, stop + size) if stop < 0 else min(stop, size)
     return max(0, -((start - stop) // step))
@@ -93,9 +77,7 @@ def _length(item: slice, size: int) -> int | None:
 
 def unflattened(size: int, sizes: Sequence[int]) -> Features:
     """``sizes`` with the one that is -1 resolved."""
-    known = 1
-    for part in sizes:
-        known *= part if part != -1 else 1
+    known = math.prod([part for part in sizes if part != -1])
     return tuple([size // known if part == -1 else part for part in sizes])
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memcompile.common import token_wise
 from memcompile.common.token_wise import CASTS, DROPOUTS, FEATURE_JOINS, FEATURE_REDUCTIONS, NORMS, POINTWISE
 from memcompile.errors import CaptureError
 from memcompile.runtime.stand_ins.feature_shapes import Features, broadcast, indexed, parts, unflattened, viewed
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
 _SAME_SHAPE = CASTS | DROPOUTS
+_SHAPE_METHODS = token_wise.RESHAPES | token_wise.FEATURE_SPLITS | token_wise.TRANSPOSES | {"glu"}
+_SHAPE_METHODS -= {"slice", "t", "movedim", "numpy_T", "mT"}  # which are no methods of its
+# What it has of its input. A dropout that the model spells out makes tensors of its dtype and device.
+_OF_THE_INPUT = frozenset("dtype device is_cuda requires_grad new_empty new_zeros new_ones new_full".split())
 _TAKES_NORM_ORDER = frozenset({"norm", "vector_norm", "linalg_vector_norm"})
 
 
@@ -33,22 +38,6 @@ class HiddenActivation:
     @property
     def shape(self) -> torch.Size:
         return torch.Size((*self.x.shape[:-1], *self.features))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.x.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.x.is_cuda
-
-    @property
-    def requires_grad(self) -> bool:
-        return self.x.requires_grad
 
     @property
     def ndim(self) -> int:
@@ -73,7 +62,7 @@ class HiddenActivation:
     # --- views ---------------------------------------------------------------------------------------------------
 
     def view(self, *shape: Any) -> HiddenActivation:
-        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], (int, torch.SymInt)) else shape
+        sizes = _unpacked(shape)
         if isinstance(sizes, torch.dtype):
             raise self.mixes("view(dtype)")
         split = viewed(sizes, self.x.shape[:-1].numel(), self.features)
@@ -90,10 +79,8 @@ class HiddenActivation:
     reshape_as = view_as
 
     def expand(self, *shape: Any) -> HiddenActivation:
-        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], (int, torch.SymInt)) else shape
-        if len(sizes) != self.ndim or any(
-            new not in (-1, old) for new, old in zip(sizes, self.x.shape[:-1], strict=False)
-        ):
+        sizes, tokens = _unpacked(shape), self.x.shape[:-1]
+        if len(sizes) != self.ndim or any(new not in (-1, old) for new, old in zip(sizes, tokens, strict=False)):
             raise self.mixes(f"expand{tuple(sizes)}")
         wanted = sizes[self._leading :]
         return self._with(tuple(f if new == -1 else new for new, f in zip(wanted, self.features, strict=True)))
@@ -139,8 +126,7 @@ class HiddenActivation:
     swapaxes = transpose
 
     def permute(self, *dims: Any) -> HiddenActivation:
-        order = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
-        order = [d % self.ndim for d in order]
+        order = [d % self.ndim for d in _unpacked(dims)]
         if order[: self._leading] != list(range(self._leading)):
             raise self.mixes(f"permute{tuple(order)}")
         return self._with(tuple(self.features[d - self._leading] for d in order[self._leading :]))
@@ -188,30 +174,14 @@ class HiddenActivation:
     def glu(self, dim: int = -1) -> HiddenActivation:
         return self.chunk(2, dim)[0]
 
-    # --- tensors of its dtype and device: a dropout that the model spells out -----------------------------------------
-
-    def new_empty(self, *size: Any, **options: Any) -> Tensor:
-        return self.x.new_empty(*size, **options)
-
-    def new_zeros(self, *size: Any, **options: Any) -> Tensor:
-        return self.x.new_zeros(*size, **options)
-
-    def new_ones(self, *size: Any, **options: Any) -> Tensor:
-        return self.x.new_ones(*size, **options)
-
-    def new_full(self, *size: Any, **options: Any) -> Tensor:
-        return self.x.new_full(*size, **options)
-
     # --- operators -----------------------------------------------------------------------------------------------
 
     def project(self) -> Tensor:
         """The end of the FFN: one lookup with the input, in the shape that the down-projection sees."""
-        if len(self.features) > 1:
-            if any(size != 1 for size in self.features[:-1]):
-                raise self.mixes(f"a down-projection of features {self.features}")
-            x = self.x.reshape(*self.x.shape[:-1], *self.features[:-1], self.x.shape[-1])
-            return self.layer(x)
-        return self.layer(self.x)
+        x, ones = self.x, self.features[:-1]
+        if any(size != 1 for size in ones):
+            raise self.mixes(f"a down-projection of features {self.features}")
+        return self.layer(x.reshape(*x.shape[:-1], *ones, x.shape[-1]) if ones else x)
 
     def run(self, name: str, others: Sequence[HiddenActivation], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The result of operator ``name``, whose first hidden operand this is."""
@@ -220,17 +190,20 @@ class HiddenActivation:
                 raise self.mixes(f"{name} with the hidden activation of another FFN")
         if name in _SAME_SHAPE:
             return self
-        if name in POINTWISE or (name in ("min", "max") and _is_elementwise(args, kwargs)):
+        second = args[1] if len(args) > 1 else None
+        # A minimum is of two operands, or along a dimension.
+        is_elementwise = isinstance(kwargs.get("other", second), (Tensor, HiddenActivation))
+        if name in POINTWISE or (name in ("min", "max") and is_elementwise):
             features = broadcast([other.features for other in others])
-        elif name in SHAPE_METHODS:
+        elif name in _SHAPE_METHODS:
             return getattr(self, name)(*args[1:], **kwargs)
         elif name in NORMS:
-            shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
+            shape = kwargs.get("normalized_shape", second) or ()
             features = self.features if len(shape) <= len(self.features) else None
         elif name in FEATURE_REDUCTIONS:
             features = self._reduced(name, args, kwargs)
         elif name in FEATURE_JOINS:
-            features = self._joined(name, others, kwargs.get("dim", args[1] if len(args) > 1 else 0))
+            features = self._joined(name, others, kwargs.get("dim", second or 0))
         else:
             features = None
         if features is None:
@@ -245,8 +218,7 @@ class HiddenActivation:
         if dims is None:
             return None
         reduced = [self._feature(dim, name) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
-        sizes = [1 if i in reduced else size for i, size in enumerate(self.features) if kept or i not in reduced]
-        return tuple(sizes)
+        return tuple([1 if i in reduced else size for i, size in enumerate(self.features) if kept or i not in reduced])
 
     def _joined(self, name: str, others: Sequence[HiddenActivation], dim: int) -> Features | None:
         if name == "stack":
@@ -276,19 +248,14 @@ class HiddenActivation:
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):  # copy and pickle ask a bare instance for these
             raise AttributeError(attribute)
+        if attribute in _OF_THE_INPUT:
+            return getattr(self.x, attribute)
         raise self.mixes(f"`.{attribute}`")
 
     def __repr__(self) -> str:
         return f"HiddenActivation({tuple(self.shape)} of {self.layer.name})"
 
 
-def _is_elementwise(args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a minimum or maximum is of two operands, and not along a dimension."""
-    other = args[1] if len(args) > 1 else kwargs.get("other")
-    return isinstance(other, (Tensor, HiddenActivation))
-
-
-SHAPE_METHODS = frozenset(
-    """view reshape _unsafe_view view_as reshape_as expand expand_as flatten unflatten unsqueeze squeeze transpose
-    swapaxes permute chunk tensor_split split split_with_sizes narrow select unbind glu""".split()
-)
+def _unpacked(sizes: tuple) -> Any:
+    """Sizes that are given one by one, or as one sequence."""
+    return sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], (int, torch.SymInt)) else sizes

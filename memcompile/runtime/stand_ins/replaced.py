@@ -19,38 +19,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memcompile.common.token_wise import (
-    CASTS,
-    DROPOUTS,
-    FEATURE_REDUCTIONS,
-    POINTWISE,
-    PROJECTED,
-    PROJECTIONS,
-    RESHAPES,
-    TRANSPOSES,
-    canonical,
-)
+from memcompile.common import token_wise
+from memcompile.common.token_wise import CASTS, POINTWISE, PROJECTIONS, canonical
 from memcompile.errors import CaptureError
 from memcompile.runtime.stand_ins.hidden import HiddenActivation
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
-_INITIALISERS = frozenset(
-    f"{name}_"
-    for name in (
-        "uniform normal trunc_normal constant ones zeros xavier_uniform xavier_normal kaiming_uniform kaiming_normal "
-        "orthogonal"
-    ).split()
+# What leaves a replaced parameter as it is; a loop that initialises every module's weights finds nothing to do.
+_KEEPS = token_wise.TRANSPOSES | CASTS | token_wise.RESHAPES
+_KEEPS |= frozenset(
+    """uniform_ normal_ trunc_normal_ constant_ ones_ zeros_ xavier_uniform_ xavier_normal_ kaiming_uniform_
+    kaiming_normal_ orthogonal_""".split()
 )
 # Random or constant tensors in the shape of a hidden activation: a dropout that the model spells out.
-_FACTORIES: dict[str, Callable[..., Tensor]] = {
-    "rand_like": torch.rand,
-    "randn_like": torch.randn,
-    "zeros_like": torch.zeros,
-    "ones_like": torch.ones,
-    "empty_like": torch.empty,
-}
+_FACTORIES = {f"{name}_like": getattr(torch, name) for name in ("rand", "randn", "zeros", "ones", "empty")}
 
 
 class Role(enum.Enum):
@@ -81,14 +65,6 @@ class ReplacedParameter:
     def __init__(self, name: str, role: Role, width: int, layer: MemoryLayer, shape: torch.Size) -> None:
         self.name, self.role, self.width, self.layer, self.shape = name, role, width, layer, shape
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layer.query_weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.layer.query_weight.device
-
     def _itself(self, *args: Any, **kwargs: Any) -> ReplacedParameter:
         return self
 
@@ -114,6 +90,8 @@ class ReplacedParameter:
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):  # copy and pickle ask a bare instance for these
             raise AttributeError(attribute)
+        if attribute in ("dtype", "device"):
+            return getattr(self.layer.query_weight, attribute)
         raise AttributeError(
             f"{attribute!r} of {self.name}: this parameter was replaced by a memory "
             f"(memcompile.explain(model) lists which); exclude its block from memory_layers to keep it"
@@ -138,25 +116,23 @@ def _refused_operator(spelling: str) -> Callable:
     return method
 
 
+_METHODS = POINTWISE | CASTS | token_wise.DROPOUTS | token_wise.FEATURE_REDUCTIONS | {"min", "max"}
+_ARITHMETIC = [f"__{side}{name}__" for name in "add sub mul pow truediv".split() for side in ("", "r", "i")]
+_ARITHMETIC += ["__neg__", "__pos__", "__abs__"]
+_OTHERS = "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __invert__ __matmul__".split()
+_reached: tuple[tuple[Any, frozenset[str], list[str]], ...] = (
+    (HiddenActivation, _METHODS, _ARITHMETIC + _OTHERS),
+    (ReplacedParameter, POINTWISE, _ARITHMETIC),
+)
 # Python operators and tensor methods reach a stand-in as attributes, not through __torch_function__.
-_classes: tuple[Any, ...] = (HiddenActivation, ReplacedParameter)
-for _class in _classes:
+for _class, _methods, _operators in _reached:
     _class.__torch_function__ = classmethod(_torch_function)
-    for _name in sorted(POINTWISE):
+    for _name in sorted(_methods):
         for _spelling in (_name, f"{_name}_"):
             if not hasattr(_class, _spelling):
                 setattr(_class, _spelling, _forward_operator(_name))
-    for _name in ("add", "sub", "mul", "pow", "truediv"):
-        for _spelling in (f"__{_name}__", f"__r{_name}__", f"__i{_name}__"):
-            setattr(_class, _spelling, _forward_operator(canonical(f"__{_name}__")))
-    for _spelling in ("__neg__", "__pos__", "__abs__"):
+    for _spelling in _operators:
         setattr(_class, _spelling, _forward_operator(canonical(_spelling)))
-for _name in sorted(CASTS | DROPOUTS | FEATURE_REDUCTIONS | {"min", "max"}):
-    for _spelling in (_name, f"{_name}_"):
-        if not hasattr(HiddenActivation, _spelling):
-            setattr(HiddenActivation, _spelling, _forward_operator(_name))
-for _spelling in "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __invert__ __matmul__".split():
-    setattr(HiddenActivation, _spelling, _forward_operator(canonical(_spelling)))
 # Without these Python would have an answer of its own: an object is true.
 for _name in "bool int float len setitem floordiv mod xor".split():
     setattr(HiddenActivation, f"__{_name}__", _refused_operator(f"__{_name}__"))
@@ -176,9 +152,7 @@ def _dispatch(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         return hidden[0].run(name, hidden, args, kwargs)
     replaced = [a for a in operands if isinstance(a, ReplacedParameter)]
     others = [a for a in operands if isinstance(a, Tensor)]
-    if name in _INITIALISERS and not others:  # a loop that initialises every module's weights finds nothing to do
-        return replaced[0]
-    if name in TRANSPOSES | CASTS | RESHAPES and not others:
+    if name in _KEEPS and not others:
         return replaced[0]
     if name == "add" and len(others) == 1 and _is_down_bias(replaced[0], others[0]):
         return others[0]
@@ -204,12 +178,12 @@ def _is_derived(replaced: Sequence[ReplacedParameter], others: Sequence[Tensor])
     return all(p.role is Role.OTHER for p in replaced) and all(other.dim() <= rank for other in others)
 
 
-def projected_operand(name: str, args: tuple, kwargs: dict[str, Any], weights: type | tuple[type, ...]) -> Any:
+def projected_operand(name: str, args: tuple, kwargs: dict[str, Any], weight: type) -> Any:
     """What a projection projects: of an einsum's operands the one that is no weight."""
     if name == "einsum":
         operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
-        return next((a for a in operands if not isinstance(a, weights)), None)
-    position, keyword = PROJECTED[name]
+        return next((a for a in operands if not isinstance(a, weight)), None)
+    position, keyword = token_wise.PROJECTED[name]
     return args[position] if len(args) > position else kwargs.get(keyword)
 
 

@@ -8,12 +8,10 @@ place, and the rows are stepped after the step.
 One hook of every optimizer of the process finds those that hold a table. It is there while there are tables.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
+import logging
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,11 +22,12 @@ from torch.utils.hooks import RemovableHandle
 
 from memcompile.errors import OptionError
 from memcompile.runtime.storage.frozen_values import refuse_gradient
-from memcompile.runtime.table.live_tables import live_tables, tables_in
 from memcompile.runtime.table.named_states import add_names
-from memcompile.runtime.table.orphans import tell_orphans
-from memcompile.runtime.table.table import ValueTable
+from memcompile.runtime.table.table import ValueTable, live_tables, tables_in
 from memcompile.runtime.table.which_rule import rule_in
+from memcompile.runtime.wrappers import live_optimizers
+
+log = logging.getLogger(__name__)
 
 _everywhere: list[RemovableHandle] = []  # the hook of every optimizer, while there are tables
 
@@ -51,6 +50,7 @@ class _Hooked:
 
 
 _hooked: weakref.WeakKeyDictionary[Optimizer, _Hooked] = weakref.WeakKeyDictionary()
+_asked: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those without tables
 
 
 def watch_optimizers(table: ValueTable) -> None:
@@ -90,9 +90,32 @@ def flush_tables_of(optimizer: Optimizer) -> None:
 @torch.compiler.disable  # where a step is compiled: what hooks do is not for graphs
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not tables_in(optimizer):
-        tell_orphans(optimizer, live_tables)
+        if optimizer not in _asked:
+            _asked.add(optimizer)
+            _tell_orphans(optimizer)
     elif not _steps_others(optimizer):
         meet(optimizer)
+
+
+def _tell_orphans(optimizer: Optimizer) -> None:
+    """Warns where an optimizer without any table steps layers of one, and no other optimizer holds that table."""
+    stepped = _ids_in(optimizer)
+    for table in live_tables:
+        layers = [m for m in table.owner.modules() if getattr(m.__dict__.get("pool"), "table", None) is table]
+        steps_layers = any(id(p) in stepped for layer in layers for p in layer.parameters())
+        if not table.values.requires_grad or not steps_layers:
+            continue
+        if not any(id(table.values) in _ids_in(other) for other in live_optimizers()):
+            log.warning(
+                "memcompile: %s steps memory layers, but no optimizer holds their table, %s.memory_values: it does not "
+                "learn. Give the optimizer the parameters of that %s, or freeze the table by requires_grad_(False)",
+                type(optimizer).__name__,
+                *[type(table.owner).__name__] * 2,
+            )
+
+
+def _ids_in(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
 
 
 def _steps_others(optimizer: Optimizer) -> bool:
@@ -123,21 +146,17 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> t
         _take_aside(optimizer, hooked)
         return None
     _take_aside(optimizer, hooked)
-    with_gradients = _with_gradients(closure, optimizer, hooked)
-    if len(args) > 1:
-        return (args[0], with_gradients, *args[2:]), kwargs
-    return args, {**kwargs, "closure": with_gradients}
 
-
-def _with_gradients(closure: Callable[[], Any], optimizer: Optimizer, hooked: _Hooked) -> Callable[[], Any]:
     @functools.wraps(closure)
-    def run() -> Any:
+    def with_gradients() -> Any:
         _put_back(hooked)
         result = closure()  # where it raises, so does the step: the gradients stay in place
         _take_aside(optimizer, hooked)
         return result
 
-    return run
+    if len(args) > 1:
+        return (args[0], with_gradients, *args[2:]), kwargs
+    return args, {**kwargs, "closure": with_gradients}
 
 
 @torch.compiler.disable

@@ -4,15 +4,13 @@ PyTorch matches states by position. An optimizer that was built before the model
 in other places than one that is built after, where the program sorts parameters by name or size.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from memcompile.errors import PlanError
-from memcompile.runtime.table.live_tables import tables_in
+from memcompile.runtime.table.table import tables_in
 
 KEY = "memcompile_parameter_names"  # of a state dict: a name for each position, or None
 _ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
@@ -44,16 +42,14 @@ def matched(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             f"the state of {type(optimizer).__name__} is of other parameters: it lacks {lacks}, and has {has} instead. "
             f"Build the optimizer from the same parameters as in the run that saved it"
         )
-    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-    number_of = dict(zip(saved, numbers, strict=True))
-    state = {
-        place: state_dict["state"][number_of[n]] for place, n in enumerate(own) if number_of[n] in state_dict["state"]
-    }
-    groups, first = [], 0
-    for group, size in zip(state_dict["param_groups"], sizes, strict=True):
-        groups.append({**group, "params": list(range(first, first + size))})
-        first += size
-    return {**state_dict, "state": state, "param_groups": groups, KEY: own}
+    number_of = dict(zip(saved, _numbers(state_dict), strict=True))
+    numbers = iter([number_of[name] for name in own])
+    groups = [{**g, "params": [next(numbers) for _ in g["params"]]} for g in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups, KEY: own}
+
+
+def _numbers(state_dict: dict[str, Any]) -> list[int]:
+    return [number for group in state_dict["param_groups"] for number in group["params"]]
 
 
 def _names(optimizer: Optimizer) -> list[str | None]:
@@ -67,8 +63,7 @@ def _names(optimizer: Optimizer) -> list[str | None]:
 def _check_shapes(optimizer: Optimizer, state_dict: dict[str, Any], names: list[str | None]) -> None:
     values = {id(table.values) for table, _ in tables_in(optimizer)}  # whose states may have a number a row
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-    for parameter, number, name in zip(parameters, numbers, names, strict=True):
+    for parameter, number, name in zip(parameters, _numbers(state_dict), names, strict=True):
         state = state_dict["state"].get(number, {}) if id(parameter) not in values else {}
         for entry in _ELEMENTWISE:
             saved = state.get(entry)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memcompile.lowering.update.rate_history import RateHistory
 from memcompile.runtime._torch import sized_at_run_time
-from memcompile.runtime.table.rules.rule import MOMENTS, State
+from memcompile.runtime.table.rules import MOMENTS, State
 
 
 class _Held:

@@ -36,15 +36,18 @@ class ShownState:
         return same and int(given["step"]) == state["step"]
 
     def show(self, optimizer: Optimizer, table: ValueTable, state: State) -> None:
-        """Puts it there; the number of steps as PyTorch has it."""
-        self._entries = {name: _whole(value, table) for name, value in state.items() if name not in _MISSED}
+        """Puts it there: DTensors where the values are one, and the number of steps as PyTorch has it."""
+        entries = {name: value for name, value in state.items() if name not in (*_MISSED, "step")}
+        if isinstance(table.values, DTensor):
+            entries = {name: whole_like(table.values, value) for name, value in entries.items()}
+        self._entries = entries
         self._entries["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu")
         shown = optimizer.state.setdefault(table.values, {})
         for name in _MISSED:
             shown.pop(name, None)  # of an optimizer for rows, which loads the state that it would have on its own
         shown.update(self._entries)
 
-    def taken_over(self, optimizer: Optimizer, table: ValueTable, rule: Rule) -> State | None:
+    def taken_over(self, optimizer: Optimizer, table: ValueTable, rule: type[Rule]) -> State | None:
         """The state to go on from that the optimizer has for the values; None where it has none that the rule knows.
 
         Raises:
@@ -63,13 +66,3 @@ class ShownState:
                     f"all, by memcompile.checkpoint"
                 )
         return {**state, "step": int(given.get("step", 0))}
-
-
-def _whole(value: Any, table: ValueTable) -> Any:
-    """What the optimizer has in the place of an entry of the state: DTensors where the values are one."""
-    values = table.values
-    if not isinstance(value, Tensor) or not isinstance(values, DTensor):
-        return value
-    if table.sharded is not None:
-        return table.sharded.whole(value, values)
-    return whole_like(values, value) if value.dim() == values.dim() else value

@@ -1,9 +1,12 @@
-"""ValueTable: the values that all layers of a memory read, and the state of their rows, in one object."""
+"""ValueTable: the values that all layers of a memory read, and the state of their rows, in one object; and every one of
+the process, and which optimizers hold them.
+"""
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,17 +18,15 @@ from memcompile.config import MemoryConfig
 from memcompile.lowering.distributed.sharded_table import Shards
 from memcompile.lowering.gather.hits import sum_dtype
 from memcompile.lowering.gather.table_gather import TABLE_LOCK
-from memcompile.runtime._torch import at_once, local_part
+from memcompile.runtime._torch import at_once, local_part, whole_like
 from memcompile.runtime.table.gradient import watch_gradient
 from memcompile.runtime.table.row_state import HeldRowState, row_state_arguments
-from memcompile.runtime.table.rules import ADAMW, RULES, Options, Rule, State, step_rows
-from memcompile.runtime.table.rules.adamw import forget
-from memcompile.runtime.table.rules.rule import flush_rows, new_state
+from memcompile.runtime.table.rules import RULES, AdamW, Options, Rule, State
 from memcompile.runtime.table.shown_state import ShownState
 
 if TYPE_CHECKING:
-    from memcompile.runtime.distributed.averaging import Replicas
-    from memcompile.runtime.distributed.sharded_values import ShardedValues
+    from memcompile.runtime.distributed.sharding import ShardedValues
+    from memcompile.runtime.table.gradient import Replicas
 
 
 class ValueTable:
@@ -45,6 +46,7 @@ class ValueTable:
         replicas: the DDP that the model is in, where the gradient of the values is sparse.
         model: gives the model that was planned, whose names optimizers' states are saved with; None once it is gone.
         flushed: whether all rows were flushed since replicas of the model last agreed on it.
+        name: of no other table of the process.
     """
 
     def __init__(self, owner: nn.Module, config: MemoryConfig) -> None:
@@ -54,12 +56,14 @@ class ValueTable:
         self.replicas: Replicas | None = None
         self.flushed = False
         self._state: State | None = None
-        self._rule, self._options = ADAMW, ADAMW.defaults
+        self._rule: type[Rule] = AdamW
+        self._options = AdamW.defaults
         self._stepped: nn.Parameter | None = None  # what the state is of
         self._lay: tuple[torch.device, torch.dtype] | None = None  # where and how, in the last step
         self._shown = ShownState()
-        self._optimizer: weakref.finalize | None = None
+        self._optimizer: weakref.ref[Optimizer] | None = None
         self._row_state = HeldRowState(self)
+        self.name = self._row_state.name
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no optimizer and no DDP yet: its rows miss nothing, and have no state."""
@@ -69,11 +73,6 @@ class ValueTable:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["owner"], state["config"])  # type: ignore[misc]
         self.sharded = state["sharded"]
-
-    @property
-    def name(self) -> str:
-        """Of no other table of the process."""
-        return self._row_state.name
 
     # --- the values ----------------------------------------------------------------------------------------
 
@@ -101,7 +100,7 @@ class ValueTable:
 
     @grad.setter
     def grad(self, grad: Tensor | None) -> None:
-        self.values.grad = grad if self.sharded is None or grad is None else self.sharded.whole(grad, self.values)
+        self.values.grad = grad if self.sharded is None or grad is None else whole_like(self.values, grad)
 
     @property
     def gradient(self) -> str:
@@ -120,10 +119,6 @@ class ValueTable:
             self._stepped = self.part
             self._row_state.put(self._no_row_state())
         watch_gradient(self)
-
-    def layers(self) -> Iterator[nn.Module]:
-        """The memory layers that read the table."""
-        return (m for m in self.owner.modules() if getattr(m.__dict__.get("pool"), "table", None) is self)
 
     # --- reading -------------------------------------------------------------------------------------------
 
@@ -151,79 +146,56 @@ class ValueTable:
         if self._stepped is None or self._state is None or "last_step" not in self._state:
             return
         self._move_state()
-        table = _local(self._stepped)
-        if table.dtype is torch.float16:
-            table = table.float()
-        moved = flush_rows(table, self._state, self._rule, self._options, shards=self.shards)
-        if table.data_ptr() != _local(self._stepped).data_ptr():
-            _local(self._stepped).data.copy_(table)
-        forget(self._state)
+        moved = self._rule(_local(self._stepped), self._state, self._options, self.shards).flush()
         self._put_row_state()
         self.flushed = self.flushed or moved
 
     # --- stepping ------------------------------------------------------------------------------------------
 
     @at_once()
-    def step(self, optimizer: Optimizer, rule: Rule, options: Options) -> None:
+    def step(self, optimizer: Optimizer, rule: type[Rule], options: Options) -> None:
         """Steps the rows that the values' gradient touches, by a rule with these options, as a part of the step of the
         optimizer that holds them.
         """
         grad = self.grad
         if grad is not None and _unscaled(optimizer, grad):
             with TABLE_LOCK:
-                self._step(optimizer, rule, options, grad)
+                rows = self._go_on(optimizer, rule, options)
+                rows.step(grad)
+                self._put_row_state()
+                self._shown.show(optimizer, self, rows.state)
 
-    def _step(self, optimizer: Optimizer, rule: Rule, options: Options, grad: Tensor) -> None:
-        self._go_on(optimizer, rule, options)
-        assert self._state is not None
-        table = _local(self.part)
-        if table.dtype is torch.float16:  # rows are stepped in fp32, and rounded
-            wide = table.float()
-            step_rows(wide, self._state, rule, grad.float(), options, self.shards)
-            table.copy_(wide)
-        else:
-            step_rows(table, self._state, rule, grad, options, self.shards)
-        self._put_row_state()
-        self._shown.show(optimizer, self, self._state)
-
-    def _go_on(self, optimizer: Optimizer, rule: Rule, options: Options) -> None:
+    def _go_on(self, optimizer: Optimizer, rule: type[Rule], options: Options) -> Rule:
         """Goes on from the state that the optimizer has for the values: the one that this table showed there last, one
         that was loaded or put there, or none.
         """
         if not self._shown.is_in(optimizer, self.values, self._state) or rule is not self._rule:
             self.flush()
-            self._state = self._shown.taken_over(optimizer, self, rule) or new_state(_local(self.part), rule, options)
-            self._follow(optimizer)
+            self._state = self._shown.taken_over(optimizer, self, rule) or rule.new_state(_local(self.part), options)
+            self._optimizer = weakref.ref(optimizer, functools.partial(_end, weakref.ref(self)))
         assert self._state is not None
         self._stepped, self._rule, self._options = self.part, rule, options
-        rule.start(_local(self.part), self._state, options)  # moves the state with values that were moved or cast
         self._lay = (self.part.device, self.part.dtype)
+        rows = rule(_local(self.part), self._state, options, self.shards)
+        rows.start()  # moves the state with values that were moved or cast
+        return rows
 
     def _move_state(self) -> None:
         """Moves the state with values that were moved or cast since the last step, in the optimizer too."""
         values, state = self._stepped, self._state
         if values is None or state is None or self._lay == (values.device, values.dtype):
             return
-        optimizer = self._optimizer.peek() if self._optimizer is not None else None
-        shown = optimizer is not None and self._shown.is_in(optimizer[0], self.values, state)
-        self._rule.start(_local(values), state, self._options)
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        shown = optimizer is not None and self._shown.is_in(optimizer, self.values, state)
+        self._rule(_local(values), state, self._options).start()
         self._lay = (values.device, values.dtype)
         self._put_row_state()
         if optimizer is not None and shown:
-            self._shown.show(optimizer[0], self, state)
-
-    def _follow(self, optimizer: Optimizer) -> None:
-        """When the optimizer is gone, the values stay as its last step has them, and the state goes."""
-        if self._optimizer is not None:
-            self._optimizer.detach()
-        self._optimizer = weakref.finalize(optimizer, _end, weakref.ref(self))
-        self._optimizer.atexit = False
+            self._shown.show(optimizer, self, state)
 
     def end(self) -> None:
         """The rows are stepped no longer, or by other state: they are flushed, and their state goes."""
         self.flush()
-        if self._optimizer is not None:
-            self._optimizer.detach()
         self._state, self._stepped, self._shown, self._optimizer = None, None, ShownState(), None
         self._row_state.put(self._no_row_state())
 
@@ -252,7 +224,8 @@ def _local(values: Tensor) -> Tensor:
     return local_part(values).detach()
 
 
-def _end(table: weakref.ref[ValueTable]) -> None:
+def _end(table: weakref.ref[ValueTable], optimizer: weakref.ref[Optimizer]) -> None:
+    """When the optimizer is gone, the values stay as its last step has them, and the state goes."""
     alive = table()
     if alive is not None:
         alive.end()
@@ -265,4 +238,28 @@ def _unscaled(optimizer: Optimizer, grad: Tensor) -> bool:
         return False
     if scale is not None:
         (grad._values() if grad.is_sparse else grad).div_(scale)
+    return True
+
+
+live_tables: weakref.WeakSet[ValueTable] = weakref.WeakSet()
+
+
+def tables_in(optimizer: Optimizer) -> list[tuple[ValueTable, dict[str, Any]]]:
+    """The tables whose values an optimizer holds, each with its group."""
+    mine = {}
+    for table in live_tables:
+        # A deep copy that failed half way has none, or not even parameters.
+        values = table.owner.__dict__.get("_parameters", {}).get(VALUES_NAME)
+        if values is not None:
+            mine[id(values)] = table
+    groups = getattr(optimizer, "param_groups", ())
+    return [(mine[id(p)], group) for group in groups for p in group["params"] if id(p) in mine]
+
+
+@torch.compiler.assume_constant_result
+def flush_while_traced(name: str) -> bool:
+    """Flushes the table of this name when a program is traced, and not when it runs."""
+    for table in live_tables:
+        if table.name == name:
+            table.flush()
     return True

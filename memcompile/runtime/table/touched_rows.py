@@ -68,15 +68,3 @@ def _fingerprints(values: Tensor) -> Tensor:
 def _factors(dim: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return (torch.randint(-(2**62), 2**62, (dim,), generator=generator) * 2 + 1).to(device)
-
-
-def distinct_rows(rows: Tensor, slots: int) -> Tensor:
-    """The distinct ones, int64 [n], ascending.
-
-    Raises:
-        IndexError: one is not in a table of `slots` rows.
-    """
-    distinct = torch.unique(rows.reshape(-1).long())
-    if len(distinct) and (distinct[0] < 0 or distinct[-1] >= slots):
-        raise IndexError(f"rows {int(distinct[0])} to {int(distinct[-1])} of a table of {slots}")
-    return distinct

@@ -4,8 +4,6 @@ The table is stepped by `values_optimizer`, at `values_lr`, when the optimizer t
 `values_optimizer` the rule is that of the optimizer where there is one by rows, otherwise AdamW's.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import logging
@@ -17,23 +15,21 @@ from torch.optim import SGD, Adagrad, Adam, Optimizer, SparseAdam
 
 from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError
-from memcompile.runtime.optim.row_optimizer import RowOptimizer
+from memcompile.runtime.optim import RowOptimizer
 from memcompile.runtime.table import rules
 from memcompile.runtime.table.rules import RULES, Options, Rule
 
 log = logging.getLogger(__name__)
 
-DEFAULT = rules.ADAMW
 
-
-def rule_in(optimizer: Optimizer, group: dict[str, Any], config: MemoryConfig) -> tuple[Rule, Options]:
+def rule_in(optimizer: Optimizer, group: dict[str, Any], config: MemoryConfig) -> tuple[type[Rule], Options]:
     """The rule that steps the values of this group of an optimizer, and its options.
 
     Raises:
         OptionError: an option of the group is not served.
     """
     own = _rule_of(optimizer, group)
-    rule = RULES[config.values_optimizer] if config.values_optimizer is not None else own or DEFAULT
+    rule = RULES[config.values_optimizer] if config.values_optimizer is not None else own or rules.AdamW
     options = dict(rule.defaults)
     # What betas and eps mean is known of these alone.
     known = own is not None or any(_steps_as(optimizer, kind) for kind in (Adam, SGD, Adagrad, SparseAdam))
@@ -53,18 +49,18 @@ def rule_in(optimizer: Optimizer, group: dict[str, Any], config: MemoryConfig) -
     return rule, options
 
 
-def _rule_of(optimizer: Optimizer, group: dict[str, Any]) -> Rule | None:
+def _rule_of(optimizer: Optimizer, group: dict[str, Any]) -> type[Rule] | None:
     """The rule by which rows are stepped as an optimizer would step them; None where there is none."""
     if isinstance(optimizer, RowOptimizer):
         return optimizer.rule
     if _steps_as(optimizer, Adam):
         decoupled = group.get("decoupled_weight_decay", False) or not group["weight_decay"]
-        return rules.ADAMW if decoupled and not group["amsgrad"] else None
+        return rules.AdamW if decoupled and not group["amsgrad"] else None
     if _steps_as(optimizer, SGD):
         return None if group["momentum"] else rules.SGD
     if _steps_as(optimizer, SparseAdam):
-        return rules.LAZY_ADAM
-    return rules.ROW_WISE_ADAGRAD if _steps_as(optimizer, Adagrad) else None
+        return rules.LazyAdam
+    return rules.RowWiseAdagrad if _steps_as(optimizer, Adagrad) else None
 
 
 def _steps_as(optimizer: Optimizer, kind: type[Optimizer]) -> bool:

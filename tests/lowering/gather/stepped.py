@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memcompile.runtime.table.row_state import row_state_arguments
-from memcompile.runtime.table.rules import RULES, Options, Rule, State
-from memcompile.runtime.table.rules.rule import MOMENTS, flush_rows, new_state, step_rows
+from memcompile.runtime.table.rules import MOMENTS, RULES, Options, Rule, State
 from tests.runtime.optim.sequences import SCHEDULES, Sequence
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -24,7 +23,7 @@ class Stepped:
 
     values: Tensor  # [slots, dim]
     state: State
-    rule: Rule
+    rule: type[Rule]
     options: Options
 
     @property
@@ -37,7 +36,7 @@ class Stepped:
         state = {n: v.clone() if isinstance(v, Tensor) else v for n, v in self.state.items() if n != "master"}
         if dtype is torch.float64:
             state |= {name: state[name].double() for name in MOMENTS if name in state}
-        flush_rows(table, state, self.rule, self.options)
+        self.rule(table, state, self.options).flush()
         return table
 
 
@@ -57,10 +56,10 @@ def stepped(
     options = {**RULES[rule].defaults, "weight_decay": weight_decay, **more}
     wide = torch.float32 if dtype is torch.float16 else dtype
     table = sequence.initial(wide)
-    state = new_state(table, RULES[rule], options)
+    state = RULES[rule].new_state(table, options)
     for grad, lr in sequence.gradients(wide):
         options["lr"] = lr
-        step_rows(table, state, RULES[rule], grad, options)
+        RULES[rule](table, state, options).step(grad)
     return Stepped(table.to(dtype), state, RULES[rule], options)
 
 

@@ -13,7 +13,6 @@ from memcompile.lowering.gather.table_gather import current_table
 from memcompile.lowering.inductor.graph_pass import inductor_patches
 from memcompile.runtime.optim import RowAdamW, RowSGD
 from memcompile.runtime.table.row_state import row_state_arguments
-from memcompile.runtime.table.rules.rule import flush_rows, step_rows
 from tests.lowering.gather.stepped import MISSING, Stepped, stepped, tables
 from tests.lowering.gather.test_weighted_gather import dot_dtype, make, plain_dot, plain_gather
 from tests.tolerance import assert_as_accurate, largest_error
@@ -70,7 +69,7 @@ def test_what_is_drawn_has_missed_steps(rule):
 
 def test_a_table_that_misses_nothing_is_read_where_it_is():
     table = stepped()
-    flush_rows(table.values, table.state, table.rule, table.options)
+    table.rule(table.values, table.state, table.options).flush()
     assert current_table(table.values, table.row_state) is table.values
 
 
@@ -160,7 +159,7 @@ def test_a_flush_between_forward_and_backward_changes_nothing(rule, gradient):
         x, w = table.values.requires_grad_(), weights.requires_grad_()
         out = table_gather(x, slots, w, table.row_state, gradient)
         if flushes:
-            assert flush_rows(x, table.state, table.rule, table.options)
+            assert table.rule(x, table.state, table.options).flush()
         found.append((out.detach(), *(g.to_dense() for g in torch.autograd.grad(out, (x, w), grad))))
     for before, after in zip(*found, strict=True):
         torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-13)
@@ -171,7 +170,7 @@ def test_a_step_after_the_backward_is_read_by_the_next_forward():
     _, slots, weights, _ = make(dtype=torch.float32)
     before = table_gather(table.values, slots, weights, table.row_state, "sparse")
     grad = torch.sparse_coo_tensor([[int(slots[0, 0])]], torch.ones(1, 6), (11, 6), check_invariants=False)
-    step_rows(table.values, table.state, table.rule, grad, table.options)
+    table.rule(table.values, table.state, table.options).step(grad)
     after = table_gather(table.values, slots, weights, table.row_state, "sparse")
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, weighted_gather(table.flushed(torch.float32), slots, weights))

@@ -23,8 +23,8 @@ def module() -> types.ModuleType:
     return module
 
 
-def tenfold(original: Callable[[int], int]) -> Callable[[int], int]:
-    return lambda x: 10 * original(x)
+def tenfold(original: Callable[[int], int], x: int) -> int:
+    return 10 * original(x)
 
 
 def test_it_is_in_force_while_an_owner_lives(module):
@@ -105,7 +105,7 @@ def test_methods_of_classes():
             return 1
 
     original, owner = Thing.number, Owner()
-    Patch(Replaced(Thing, "number", lambda f: lambda self: f(self) + 1)).hold(owner)
+    Patch(Replaced(Thing, "number", lambda f, self: f(self) + 1)).hold(owner)
     assert Thing().number() == 2 and Thing.number.__doc__ == "How many."
     del owner
     assert vars(Thing)["number"] is original

@@ -15,6 +15,7 @@ import pytest
 
 from memcompile.runtime import patches
 from memcompile.runtime.patches.patch import Patch
+from memcompile.runtime.pool import pool_of
 from tests.planned import planned_gpt
 from tests.test_import import ALL_MODULES, ROOT, run
 
@@ -32,7 +33,7 @@ CHANGES_TORCH = {
 
 
 def test_each_file_is_a_patch_that_some_model_needs():
-    assert set(FILES) == set(patches._NEEDED)
+    assert set(FILES) == set(patches.needed_by(pool_of(planned_gpt())))
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -21,7 +21,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from memcompile.runtime.patches.patch import Patch
 from memcompile.runtime.pool import pool_of
-from memcompile.runtime.table.live_tables import live_tables
+from memcompile.runtime.table.table import live_tables
 from tests.planned import planned_gpt
 from tests.runtime.distributed.processes import run_on_ranks
 
@@ -293,7 +293,7 @@ def test_it_is_the_same_in_a_group(scenario, found_in_a_group):
 def test_each_patch_has_a_scenario():
     from memcompile.runtime import patches
 
-    assert {scenario.__name__ for scenario in ALONE + IN_A_GROUP} == set(patches._NEEDED)
+    assert {scenario.__name__ for scenario in ALONE + IN_A_GROUP} == set(patches.needed_by(pool_of(planned_gpt())))
 
 
 def test_differences_are_seen():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adafactor, AdamW, Optimizer
 
 import memcompile
-from memcompile.runtime.table import orphans
+from memcompile.runtime.table import hooks
 from tests.planned import batch
 from tests.runtime.table.stepping import model_of, snapshot, stepped_by_pytorch, train
 
@@ -211,7 +211,7 @@ def orphaned(model: nn.Module) -> Optimizer:
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == orphans.__name__]
+    return [r.getMessage() for r in caplog.records if r.name == hooks.__name__]
 
 
 def test_a_table_that_no_optimizer_holds_is_told_once(caplog):

@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from memcompile.runtime.pool import pool_of
-from memcompile.runtime.table.live_tables import live_tables
+from memcompile.runtime.table.table import live_tables
 from tests.planned import batch, planned_gpt
 
 VALUES_LR = 1e-3

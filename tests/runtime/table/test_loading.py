@@ -10,19 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from memcompile import PlanError
 from memcompile.runtime.pool import pool_of
-from memcompile.runtime.table.loading import load_state
 from tests.planned import assert_same, planned_gpt
 from tests.runtime.table.stepping import adamw, assert_as_dense, model_of, snapshot, stepped_by_pytorch, train
 
 PLAN = {"layers": 3, "memory_layers": 2, "n_keys": 32, "values_grad": "sparse"}
-
-
-def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    load_state(optimizer, optimizer.load_state_dict, state_dict)
 
 
 def build(dtype, state_dtype):
@@ -41,7 +36,7 @@ def test_resume_is_bit_for_bit(dtype, state_dtype):
     file.seek(0)
     saved = torch.load(file)
     resumed, other = build(dtype, state_dtype)
-    load(other, saved["optimizer"])
+    other.load_state_dict(saved["optimizer"])
     resumed.load_state_dict(saved["model"])
     train(resumed, other, range(4, 8))
     assert other.state[resumed.memory_values]["exp_avg"].dtype == getattr(torch, state_dtype)
@@ -63,7 +58,7 @@ def test_dense_and_sparse_training_read_each_others_checkpoints(first):
             model = planned_gpt(**PLAN | {"values_grad": second, "values_lr": None}).double()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         model.load_state_dict(saved["model"])
-        load(optimizer, saved["optimizer"])
+        optimizer.load_state_dict(saved["optimizer"])
         train(model, optimizer, range(4, 8))
         results.append({name: p for name, p in model.state_dict().items() if p.is_floating_point()})
     for name, tensor in results[0].items():
@@ -146,7 +141,7 @@ def test_states_go_to_the_parameters_of_their_names():
     resumed = model_of("sparse", seed=1)
     optimizer = AdamW(resumed.parameters(), lr=1e-2)
     resumed.load_state_dict(saved[0])
-    load(optimizer, saved[1])
+    optimizer.load_state_dict(saved[1])
     for parameter, twin in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(backwards.state[parameter]["exp_avg"], optimizer.state[twin]["exp_avg"])
     assert_same(snapshot(train(resumed, optimizer, range(3, 5))), snapshot(train(model, backwards, range(3, 5))))
@@ -160,11 +155,11 @@ def test_states_of_other_parameters_are_refused():
     saved = adamw(other).state_dict()
     assert len([*model.parameters()]) != len([*other.parameters()]), "PyTorch refuses those"
     with pytest.raises(ValueError, match="doesn't match the size"):
-        load(optimizer, saved)
+        optimizer.load_state_dict(saved)
     renamed = copy.deepcopy(before)
     renamed["memcompile_parameter_names"][0] = "another"
     with pytest.raises(PlanError, match=r"AdamW is of other parameters: it lacks \['memory_values'\].*\['another'\]"):
-        load(optimizer, renamed)
+        optimizer.load_state_dict(renamed)
     assert_states_equal(optimizer.state_dict(), before)
 
 
@@ -176,7 +171,7 @@ def test_states_in_another_order_without_names_are_refused():
     del saved["memcompile_parameter_names"]
     optimizer = adamw(model)
     with pytest.raises(PlanError, match="of parameters in another order: exp_avg"):
-        load(optimizer, saved)
+        optimizer.load_state_dict(saved)
     assert not optimizer.state
 
 

@@ -1,11 +1,10 @@
-"""How rows are stepped: each rule is a few functions of (state, rows, gradient, options), and knows no optimizer."""
+"""How rows are stepped: each rule knows a table, the state of its rows, and options, and no optimizer."""
 
-from memcompile.runtime.table.rules.adamw import ADAMW
-from memcompile.runtime.table.rules.lazy_adam import LAZY_ADAM
-from memcompile.runtime.table.rules.row_wise_adagrad import ROW_WISE_ADAGRAD
-from memcompile.runtime.table.rules.rule import Options, Rule, State, step_rows
+from memcompile.runtime.table.rules.adagrad import RowWiseAdagrad
+from memcompile.runtime.table.rules.adam import MOMENTS, AdamW, LazyAdam
+from memcompile.runtime.table.rules.rule import Options, Rule, State
 from memcompile.runtime.table.rules.sgd import SGD
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (ADAMW, LAZY_ADAM, ROW_WISE_ADAGRAD, SGD)}
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (AdamW, LazyAdam, RowWiseAdagrad, SGD)}
 
-__all__ = ["ADAMW", "LAZY_ADAM", "ROW_WISE_ADAGRAD", "RULES", "SGD", "Options", "Rule", "State", "step_rows"]
+__all__ = ["MOMENTS", "RULES", "SGD", "AdamW", "LazyAdam", "Options", "RowWiseAdagrad", "Rule", "State"]

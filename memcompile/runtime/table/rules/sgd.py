@@ -7,73 +7,41 @@ Without weight decay a row that a step does not touch stands still. With it, suc
 from torch import Tensor
 
 from memcompile.errors import OptionError
-from memcompile.lowering.distributed.sharded_table import Shards
 from memcompile.lowering.register.schema import operator
 from memcompile.lowering.update.missed_steps import factors_of_step, missed_decays
 from memcompile.lowering.update.rate_history import RateHistory
-from memcompile.runtime.table.rules.adamw import bound_history, record, start_misses
-from memcompile.runtime.table.rules.rule import (
-    COMMON_OPTIONS,
-    Options,
-    Rule,
-    State,
-    check_common,
-    require,
-    step_seed,
-    tables,
-)
+from memcompile.runtime.table.rules.rule import COMMON_OPTIONS, Options, Rule, require_decay_below_1
 
 
-def _check(options: Options) -> None:
-    check_common(options)
-    if options.get("momentum") or options.get("nesterov"):
-        raise OptionError("momentum: SGD by rows has none; for momentum that untouched rows keep, use row_adamw")
-    lr, decay = float(options["lr"]), float(options["weight_decay"])
-    require("weight_decay", decay, lr * decay < 1, f"lr * weight_decay below 1, with lr = {lr}")
+class SGD(Rule):
+    name = "row_sgd"
+    defaults = COMMON_OPTIONS
+    misses = True  # from the first step with weight decay on
 
+    @classmethod
+    def check(cls, options: Options) -> None:
+        super().check(options)
+        if options.get("momentum") or options.get("nesterov"):
+            raise OptionError("momentum: SGD by rows has none; for momentum that untouched rows keep, use row_adamw")
+        require_decay_below_1(options)
 
-def _start(table: Tensor, state: State, options: Options) -> None:
-    """Nothing: what weight decay needs comes with it."""
+    def _step(self, rows: Tensor, grad: Tensor) -> None:
+        lr, weight_decay = self.rates
+        if weight_decay:
+            self.start_misses()
+        self.state["step"] += 1
+        if "last_step" in self.state:
+            self.record(lr, factors_of_step(lr, weight_decay, (0.0, 0.0)))
+        self._run(rows, grad, lr)
+        if "last_step" in self.state:
+            self.bound_history()
 
+    def _flush(self, rows: Tensor) -> None:
+        self._run(rows, None, 0.0)
 
-def _step(table: Tensor, state: State, rows: Tensor, grad: Tensor, options: Options, shards: Shards | None) -> None:
-    lr, weight_decay = float(options["lr"]), float(options["weight_decay"])
-    if weight_decay:
-        start_misses(table, state)
-    state["step"] += 1
-    if "last_step" in state:
-        record(state, lr, factors_of_step(lr, weight_decay, (0.0, 0.0)))
-    _run(table, state, rows, grad, lr, options, shards)
-    if "last_step" in state:
-        bound_history(table, state, SGD, options, shards)
-
-
-def _flush(table: Tensor, state: State, rows: Tensor, options: Options, shards: Shards | None) -> None:
-    _run(table, state, rows, None, 0.0, options, shards)
-
-
-def _run(
-    table: Tensor,
-    state: State,
-    rows: Tensor,
-    grad: Tensor | None,
-    rate: float,
-    options: Options,
-    shards: Shards | None,
-) -> None:
-    decays = None
-    if "last_step" in state:
-        decays = missed_decays(RateHistory(state["history"]), state["last_step"][rows], state["step"])
-        state["last_step"].data.index_fill_(0, rows, state["step"])
-    operator("row_sgd")(*tables(table, state), rows, grad, step_seed(state, options, shards), decays, rate)
-
-
-SGD = Rule(
-    name="row_sgd",
-    defaults={"lr": 1e-3, "weight_decay": 0.0, **COMMON_OPTIONS},
-    check=_check,
-    start=_start,
-    step=_step,
-    flush=_flush,
-    misses=True,
-)
+    def _run(self, rows: Tensor, grad: Tensor | None, rate: float) -> None:
+        state, decays = self.state, None
+        if "last_step" in state:
+            decays = missed_decays(RateHistory(state["history"]), state["last_step"][rows], state["step"])
+            state["last_step"].data.index_fill_(0, rows, state["step"])
+        operator("row_sgd")(*self.tables(), rows, grad, self.seed(), decays, rate)
