@@ -31,7 +31,7 @@ float random_number() {  // a sum of uniform numbers: near enough to normal for 
 template <class Row>
 std::vector<Row> random_rows(int64_t count) {
   std::vector<Row> out(count);
-  for (Row& x : out) from_sum(random_number(), &x);
+  for (Row& x : out) x = Row(random_number());
   return out;
 }
 
@@ -125,7 +125,7 @@ void adam(int64_t panels) {
   std::vector<float> x = random_rows<float>(kDim);
   const std::vector<float> grad = random_rows<float>(kDim), terms = random_rows<float>(panels * (1 + MissedSteps<float>::kMoments));
   std::vector<State> m = random_rows<State>(kDim), v(kDim);
-  for (int64_t c = 0; c < kDim; ++c) from_sum(to_sum(m[c]) * to_sum(m[c]), &v[c]);
+  for (int64_t c = 0; c < kDim; ++c) v[c] = State(float(m[c]) * float(m[c]));
   const double numbers[6] = {1, 0.9, 0.999, 1e-3, 1, 1e-8};
   const AdamUpdate<float, State> update{AdamNumbers<float>(numbers)};
   const MissedSteps<float> missed{{1, 0.9f, 0.999f}, terms.data(), panels};

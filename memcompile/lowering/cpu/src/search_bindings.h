@@ -18,7 +18,7 @@ void check_top_k(int64_t top_k, int64_t n_keys) {
 }
 
 std::tuple<Tensor, Tensor> product_key_topk(const Tensor& scores_given, int64_t top_k) {
-  STD_TORCH_CHECK(scores_given.dim() == 4 && scores_given.size(0) == 2, "memcompile: scores must be [2, tokens, heads, n_keys]");
+  STD_TORCH_CHECK(has_shape(scores_given, {2, kAny, kAny, kAny}), "memcompile: scores must be [2, tokens, heads, n_keys]");
   const ScalarType type = scores_given.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "memcompile: scores must be float32 or float64");
   const int64_t tokens = scores_given.size(1), heads = scores_given.size(2), n_keys = scores_given.size(3);
@@ -116,8 +116,8 @@ ScalarType tile_type(const Tensor& query) {
 }
 
 std::tuple<Tensor, Tensor> product_key_search(const Tensor& query_given, const Tensor& half_keys_given, int64_t top_k) {
-  STD_TORCH_CHECK(query_given.dim() == 3 && half_keys_given.dim() == 4 && half_keys_given.size(0) == 2 &&
-                      query_given.size(1) == half_keys_given.size(1) && query_given.size(2) == 2 * half_keys_given.size(3),
+  STD_TORCH_CHECK(has_shape(half_keys_given, {2, kAny, kAny, kAny}) &&
+                      has_shape(query_given, {kAny, half_keys_given.size(1), 2 * half_keys_given.size(3)}),
                   "memcompile: query must be [tokens, heads, key_dim] and half_keys [2, heads, n_keys, key_dim / 2]");
   STD_TORCH_CHECK(query_given.scalar_type() == half_keys_given.scalar_type() && is_floating(query_given),
                   "memcompile: query and half_keys must have one floating dtype");

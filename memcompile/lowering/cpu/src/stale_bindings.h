@@ -12,46 +12,40 @@
 namespace memcompile {
 namespace {
 
-// What the operators that read stale rows are given: f(rows, slots, missed_steps), for one type of each.
+// What the operators that read stale rows are given, checked: f(rows, slots, missed_steps) for the type of each.
 template <class F>
-void with_stale_rows(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots,
-                       const Tensor& missed_steps, const Tensor& decays, const Tensor& panels, double eps, const F& f) {
+void with_stale_rows(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots_given,
+                     const Tensor& missed_given, const Tensor& decays, const Tensor& panels, double eps, const F& f) {
   STD_TORCH_CHECK(values.scalar_type() != ScalarType::Half, "memcompile: values must be float32, float64 or bfloat16");
   STD_TORCH_CHECK(is_table(values, values) && is_table(exp_avg, values) && is_table(exp_avg_sq, values) &&
-                      exp_avg_sq.scalar_type() == exp_avg.scalar_type() && is_floating(exp_avg),
+                      exp_avg_sq.scalar_type() == exp_avg.scalar_type(),
                   "memcompile: values, exp_avg and exp_avg_sq must be contiguous [slots, dim], the last two of one dtype");
-  STD_TORCH_CHECK(slots.dim() == 2 && missed_steps.dim() == 2 && missed_steps.size(0) == slots.size(0) &&
-                      missed_steps.size(1) == slots.size(1) && missed_steps.scalar_type() == ScalarType::Long,
+  STD_TORCH_CHECK(has_shape(missed_given, {slots_given.size(0), slots_given.size(1)}) && missed_given.scalar_type() == ScalarType::Long,
                   "memcompile: missed_steps must be int64 as slots [tokens, hits]");
-  check_range(missed_steps, decays.size(0), "missed_steps");
-  with_value_type(values, [&](auto value) {
-    using Value = decltype(value);
+  const Tensor slots = torch::stable::contiguous(slots_given), missed_steps = torch::stable::contiguous(missed_given);
+  with_value_type(values, [&]<class Value>(Value) {
     using S = Sum<Value>;
-    check_missed_steps<S>(decays, panels);
     std::vector<S> room;
-    const std::vector<MissedSteps<S>> entries = missed_steps_of<S>(torch::stable::contiguous(decays), torch::stable::contiguous(panels), room);
-    with_state_type<Value>(exp_avg, [&](auto state) {
-      using State = decltype(state);
+    const std::vector<MissedSteps<S>> entries = missed_entries<S>(missed_steps, decays, panels, room);
+    with_state_type<Value>(exp_avg, [&]<class State>(State) {
       const StaleRows<Value, State> rows(data<Value>(values), data<State>(exp_avg), data<State>(exp_avg_sq), values.size(1),
-                                           entries.data(), S(eps));
-      with_slot_type(slots, [&](auto slot) {
-        const auto* numbers = data<decltype(slot)>(slots);
-        check_slots(numbers, slots.numel(), values.size(0));
-        f.template operator()<Value>(rows, numbers, data<int64_t>(missed_steps));
+                                         entries.data(), S(eps));
+      with_slot_type(slots, [&]<class Slot>(Slot) {
+        check_range("slot", data<Slot>(slots), slots.numel(), values.size(0));
+        f(rows, data<Slot>(slots), data<int64_t>(missed_steps));
       });
     });
   });
 }
 
-Tensor stale_gather(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots_given,
-                      const Tensor& weights_given, const Tensor& missed_given, const Tensor& decays, const Tensor& panels, double eps) {
-  check_weights(slots_given, weights_given);
-  const Tensor slots = torch::stable::contiguous(slots_given), missed_steps = torch::stable::contiguous(missed_given);
+Tensor stale_gather(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots,
+                    const Tensor& weights_given, const Tensor& missed_steps, const Tensor& decays, const Tensor& panels, double eps) {
+  check_weights(slots, weights_given);
   const Tensor weights = as(weights_given, sum_type(values));
   const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
   Tensor out = torch::stable::new_empty(values, {tokens, dim}, values.scalar_type());
   with_stale_rows(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels, eps,
-                    [&]<class Value>(const auto& rows, const auto* s, const int64_t* missed) {
+                  [&]<class Value, class State>(const StaleRows<Value, State>& rows, const auto* s, const int64_t* missed) {
     using S = Sum<Value>;
     const S* w = data<S>(weights);
     Value* y = mutable_data<Value>(out);
@@ -60,24 +54,21 @@ Tensor stale_gather(const Tensor& values, const Tensor& exp_avg, const Tensor& e
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = t * hits;
         rows.weighted_sum(s + first, missed + first, w + first, hits, (end - t) * hits, part.data(), sums.data());
-        for (int64_t c = 0; c < dim; ++c) from_sum(sums[c], y + t * dim + c);
+        for (int64_t c = 0; c < dim; ++c) y[t * dim + c] = Value(sums[c]);
       }
     });
   });
   return out;
 }
 
-Tensor stale_dot(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots_given,
-                   const Tensor& grad_given, const Tensor& missed_given, const Tensor& decays, const Tensor& panels, double eps) {
-  const Tensor slots = torch::stable::contiguous(slots_given), missed_steps = torch::stable::contiguous(missed_given);
-  STD_TORCH_CHECK(slots.dim() == 2 && grad_given.dim() == 2 && grad_given.size(0) == slots.size(0) && values.dim() == 2 &&
-                      grad_given.size(1) == values.size(1) && grad_given.scalar_type() == values.scalar_type(),
-                  "memcompile: slots must be [tokens, hits], and grad [tokens, dim] in the dtype of values");
+Tensor stale_dot(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots,
+                 const Tensor& grad_given, const Tensor& missed_steps, const Tensor& decays, const Tensor& panels, double eps) {
+  check_dot(values, slots, grad_given);
   const Tensor grad = as(grad_given, sum_type(values));
   const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
   Tensor out = torch::stable::new_empty(values, {tokens, hits}, sum_type(values));
   with_stale_rows(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels, eps,
-                    [&]<class Value>(const auto& rows, const auto* s, const int64_t* missed) {
+                  [&]<class Value, class State>(const StaleRows<Value, State>& rows, const auto* s, const int64_t* missed) {
     using S = Sum<Value>;
     const S* u = data<S>(grad);
     S* dots = mutable_data<S>(out);
@@ -85,8 +76,7 @@ Tensor stale_dot(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_
       std::vector<S> vector(rows.room());
       for (int64_t t = begin; t < end; ++t) {
         std::copy(u + t * dim, u + (t + 1) * dim, vector.data());
-        const int64_t known = (end - t) * hits;
-        rows.dots(s + t * hits, missed + t * hits, hits, known, vector.data(), dots + t * hits);
+        rows.dots(s + t * hits, missed + t * hits, hits, (end - t) * hits, vector.data(), dots + t * hits);
       }
     });
   });
@@ -95,7 +85,7 @@ Tensor stale_dot(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_
 
 std::tuple<Tensor, Tensor> skipped_steps(const Tensor& rates_given, const Tensor& starts_given, int64_t until, int64_t terms,
                                          int64_t moments) {
-  STD_TORCH_CHECK(rates_given.dim() == 2 && rates_given.size(0) > 0 && rates_given.size(1) == Rates::kColumns &&
+  STD_TORCH_CHECK(has_shape(rates_given, {kAny, Rates::kColumns}) && rates_given.numel() > 0 &&
                       rates_given.scalar_type() == ScalarType::Double,
                   "memcompile: rates must be float64 [changes, ", Rates::kColumns, "]");
   STD_TORCH_CHECK(is_vector(starts_given, starts_given.numel(), ScalarType::Long), "memcompile: starts must be int64 [n]");
@@ -120,23 +110,17 @@ std::tuple<Tensor, Tensor> skipped_steps(const Tensor& rates_given, const Tensor
   const int64_t* const last = std::find(first, start + count, until);
   SkippedSteps all(rates, first, last - first, until, terms);
   parallel(all.steps(), 64, [&](int64_t begin, int64_t end) { all.make_steps(begin, end); });
-  std::vector<int64_t> counts(last - first);
+  std::vector<std::vector<double>> made(last - first);  // the panels of each
   parallel(last - first, 8 * terms, [&](int64_t begin, int64_t end) {
     SkippedSteps::Maker maker(all);
-    for (int64_t i = begin; i < end; ++i) counts[i] = maker.count(i);
+    for (int64_t i = begin; i < end; ++i) made[i] = moments == 7 ? maker.panels<7>(i) : maker.panels<14>(i);
   });
-  const int64_t most = counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end()), size = most * (1 + moments);
-  Tensor panels = torch::stable::new_empty(entries, {count, most, 1 + moments}, ScalarType::Double);
+  size_t most = 0;
+  for (const std::vector<double>& some : made) most = std::max(most, some.size());
+  Tensor panels = torch::stable::new_empty(entries, {count, int64_t(most) / (1 + moments), 1 + moments}, ScalarType::Double);
   double* out = mutable_data<double>(panels);
-  std::fill(out, out + count * size, 0.0);
-  parallel(last - first, 8 * terms, [&](int64_t begin, int64_t end) {
-    SkippedSteps::Maker maker(all);
-    for (int64_t i = begin; i < end; ++i) {
-      maker.count(i);
-      double* entry = out + (first - start + i) * size;
-      moments == 7 ? maker.fill<7>(entry) : maker.fill<14>(entry);
-    }
-  });
+  std::fill_n(out, count * most, 0.0);
+  for (size_t i = 0; i < made.size(); ++i) std::copy(made[i].begin(), made[i].end(), out + (first - start + i) * most);
   return {decays, panels};
 }
 

@@ -170,11 +170,11 @@ inline void update_adagrad(const ValueRow<Value>& row, int64_t dim, Sum<Value>* 
   }
   S sum = sum_of_lanes<S>(sums);
   for (int64_t c = whole; c < dim; ++c) {
-    const S g = row.grad[c] + added * to_sum(row.x[c]);
+    const S g = row.grad[c] + added * S(row.x[c]);
     sum += g * g;
   }
   if (dim > 0) *squares += sum / S(dim);
-  const S step = lr / (square_root(splat(*squares))[0] + eps);
+  const S step = lr / (std::sqrt(*squares) + eps);
   for_each_vector(row, dim, [&](const ValueRow<Value>& part, int64_t c, int64_t column, auto) __attribute__((always_inline)) {
     const Vector<S> x = load_lanes(part.x + c), g = load(part.grad + c) + added * x;
     part.store(x * kept - step * g, c, column);
