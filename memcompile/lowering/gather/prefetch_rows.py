@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memcompile.lowering.cpu.pages import read_ahead
 from memcompile.lowering.gather.hits import check_slots
+from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.operators import register_operator
 from memcompile.lowering.register.schema import operator
 from memcompile.lowering.register.vmap import fold_into_tokens, unfold_tokens
@@ -19,8 +20,7 @@ from memcompile.lowering.register.vmap import fold_into_tokens, unfold_tokens
 
 def _check(values: Tensor, slots: Tensor) -> None:
     check_slots(slots)
-    if values.dim() != 2:
-        raise ValueError(f"values: expected [num_slots, value_dim], got {list(values.shape)}")
+    expect("values", values, ("num_slots", "value_dim"))
 
 
 def _prefetch(values: Tensor, slots: Tensor) -> Tensor:

@@ -18,15 +18,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from memcompile.lowering.gather.hits import (
-    check_dot,
-    check_hits,
-    check_slots,
-    check_weights,
-    parts_of_tokens,
-    sum_dtype,
-    sums_of_hits,
-)
+from memcompile.lowering.gather.hits import check_dot, check_hits, check_slots, parts_of_tokens, sum_dtype, sums_of_hits
+from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.operators import register_differentiable
 from memcompile.lowering.register.schema import operator
 from memcompile.lowering.register.vmap import fold_into_tokens, offset_slots, unfold_tokens
@@ -34,13 +27,6 @@ from memcompile.lowering.register.vmap import fold_into_tokens, offset_slots, un
 # Gathered rows that gather_dot holds at once, in elements. On a CPU they stay in the second-level cache: 26 ms
 # against 92 with 2**22 on [512, 128] hits of bf16 rows of 1,024. An accelerator wants few launches.
 _CHUNK_ELEMENTS = {"cpu": 2**17, "accelerator": 2**26}
-
-
-def _check_values(values: Tensor) -> None:
-    if values.dim() != 2 or not values.is_floating_point():
-        raise ValueError(
-            f"values: expected floating point [num_slots, value_dim], got {values.dtype} {list(values.shape)}"
-        )
 
 
 def _reading_vmap(name: str) -> Callable[..., tuple[Tensor, int]]:
@@ -64,9 +50,9 @@ def _reading_vmap(name: str) -> Callable[..., tuple[Tensor, int]]:
 
 
 def _check_gather(values: Tensor, slots: Tensor, weights: Tensor) -> None:
-    _check_values(values)
+    expect("values", values, ("num_slots", "value_dim"))
     check_slots(slots)
-    check_weights(slots, weights)
+    expect("weights", weights, slots.shape)
 
 
 def _gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -97,7 +83,7 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tenso
 
 
 def _check_dot(values: Tensor, slots: Tensor, grad: Tensor) -> None:
-    _check_values(values)
+    expect("values", values, ("num_slots", "value_dim"))
     check_dot(values, slots, grad)
 
 

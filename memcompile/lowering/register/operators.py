@@ -38,6 +38,18 @@ def register_operator(
     _register_rules(name, check, fake, vmap)
 
 
+def register_arguments(name: str, arguments: type[Any]) -> None:
+    """Registers such an operator by a class of its arguments, in the order of its schema, with the methods `check`,
+    `fake`, and `run` for the kernel.
+    """
+    register_operator(
+        name,
+        check=lambda *args: arguments(*args).check(),
+        kernel=lambda *args: arguments(*args).run(),
+        fake=lambda *args: arguments(*args).fake(),
+    )
+
+
 def register_for_graphs(name: str, kernel: Callable[..., Any], fake: Callable[..., Any], key: str) -> None:
     """Registers an operator of graphs in which derivatives are there already: it has none itself, and one kernel, for
     the dispatch key `key`.

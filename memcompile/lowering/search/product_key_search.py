@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memcompile.lowering import cpu
 from memcompile.lowering._torch import functorch_is_active
+from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.kernels import without_autocast
 from memcompile.lowering.register.operators import register_differentiable
 from memcompile.lowering.register.schema import operator
@@ -23,17 +24,8 @@ from memcompile.lowering.triton.support import supports_search
 
 
 def _check(query: Tensor, half_keys: Tensor, top_k: int) -> None:
-    if half_keys.dim() != 4 or half_keys.shape[0] != 2:
-        raise ValueError(f"half_keys: expected [2, heads, n_keys, key_dim / 2], got {list(half_keys.shape)}")
-    if query.dim() != 3 or query.shape[1] != half_keys.shape[1] or query.shape[2] != 2 * half_keys.shape[3]:
-        raise ValueError(
-            f"query: expected [tokens, heads, key_dim] with heads = {half_keys.shape[1]} and "
-            f"key_dim = {2 * half_keys.shape[3]} as half_keys has them, got {list(query.shape)}"
-        )
-    if query.dtype != half_keys.dtype or not query.is_floating_point():
-        raise ValueError(
-            f"query and half_keys: expected one floating dtype for both, got {query.dtype} and {half_keys.dtype}"
-        )
+    expect("half_keys", half_keys, (2, "heads", "n_keys", "key_dim / 2"))
+    expect("query", query, ("tokens", half_keys.shape[1], 2 * half_keys.shape[3]), half_keys.dtype)
     check_top_k(top_k, half_keys.shape[2])
 
 

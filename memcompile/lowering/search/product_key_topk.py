@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.operators import register_differentiable
 from memcompile.lowering.register.schema import operator
 from memcompile.lowering.register.vmap import batch_first, unfold_tokens
@@ -23,10 +24,8 @@ MAX_SLOTS = 2**31  # slots are int32
 
 def check_scores(scores: Tensor, top_k: int) -> None:
     """Raise ValueError for arguments that `product_key_topk` cannot take."""
-    if scores.dim() != 4 or scores.shape[0] != 2:
-        raise ValueError(f"scores: expected [2, tokens, heads, n_keys], got {list(scores.shape)}")
-    if scores.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"scores: expected float32 or float64 (lower precisions reorder), got {scores.dtype}")
+    # Lower precisions would reorder the slots.
+    expect("scores", scores, (2, "tokens", "heads", "n_keys"), torch.float32, torch.float64)
     check_top_k(top_k, scores.shape[-1])
 
 

@@ -9,11 +9,12 @@ For each row x [dim] with gradient g and sum of squares s, as `rowwise_adagrad` 
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from memcompile.lowering.gather.hits import sum_dtype
-from memcompile.lowering.update.row_tables import RowUpdate, chunks, load_rows, register_update
+from memcompile.lowering.register.expect import expect
+from memcompile.lowering.register.operators import register_arguments
+from memcompile.lowering.update.row_tables import RowUpdate
 
 
 @dataclass(frozen=True)
@@ -32,28 +33,21 @@ class RowAdagrad(RowUpdate):
 
     def check(self) -> None:
         super().check()
-        slots, dtype, squares = self.param.shape[0], sum_dtype(self.param), self.squares
-        if squares.shape != (slots,) or squares.dtype is not dtype or not squares.is_contiguous():
-            raise ValueError(
-                f"squares: expected contiguous {dtype} {[slots]}, got {squares.dtype} {list(squares.shape)}"
-            )
+        expect("squares", self.squares, self.param.shape[:1], sum_dtype(self.param), contiguous=True)
 
-    def run(self) -> None:
-        dim = self.param.shape[1]
-        if dim == 0:
-            return  # the mean of nothing
-        assert self.grad is not None, "by the schema"
-        for part in chunks(self.rows, dim):
-            rows, g = self.rows[part], self.grad[part]
-            x = load_rows(self.table, rows)  # [n, dim]
-            if self.weight_decay and not self.decoupled:
-                g = torch.add(g, x, alpha=self.weight_decay)
-            total = self.squares.index_select(0, rows) + g.square().mean(1)  # [n]
-            self.squares.index_copy_(0, rows, total)
-            if self.weight_decay and self.decoupled:
-                x.mul_(1 - self.lr * self.weight_decay)
-            x.sub_((self.lr / (total.sqrt() + self.eps)).unsqueeze(1) * g)
-            self.store(rows, x)
+    def updated(self, part: slice, rows: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
+        assert grad is not None, "by the schema"
+        if x.shape[1] == 0:
+            return x  # the mean of nothing
+        total = self.squares.index_select(0, rows)  # [n]
+        if self.decoupled:
+            total += grad.square().mean(1)
+            x.mul_(1 - self.lr * self.weight_decay)
+        else:
+            grad = grad.add(x, alpha=self.weight_decay)
+            total += grad.square().mean(1)
+        self.squares.index_copy_(0, rows, total)
+        return x.sub_((self.lr / (total.sqrt() + self.eps)).unsqueeze(1) * grad)
 
 
-register_update("row_adagrad", RowAdagrad)
+register_arguments("row_adagrad", RowAdagrad)

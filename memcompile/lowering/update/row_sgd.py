@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memcompile.lowering.update.row_tables import RowUpdate, chunks, load_rows, register_update
+from memcompile.lowering.register.expect import expect
+from memcompile.lowering.register.operators import register_arguments
+from memcompile.lowering.update.row_tables import RowUpdate
 
 
 @dataclass(frozen=True)
@@ -22,19 +24,13 @@ class RowSgd(RowUpdate):
 
     def check(self) -> None:
         super().check()
-        decays = self.decays
-        if decays is not None and (decays.shape != self.rows.shape or decays.dtype is not torch.float64):
-            raise ValueError(f"decays: expected float64 as rows, got {decays.dtype} {list(decays.shape)}")
+        if self.decays is not None:
+            expect("decays", self.decays, self.rows.shape, torch.float64)
 
-    def run(self) -> None:
-        for part in chunks(self.rows, self.param.shape[1]):
-            rows = self.rows[part]
-            x = load_rows(self.table, rows)  # [n, dim]
-            if self.decays is not None:
-                x.mul_(self.decays[part].to(x.dtype).unsqueeze(1))
-            if self.grad is not None:
-                x.sub_(self.grad[part], alpha=self.rate)
-            self.store(rows, x)
+    def updated(self, part: slice, rows: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
+        if self.decays is not None:
+            x.mul_(self.decays[part].to(x.dtype).unsqueeze(1))
+        return x if grad is None else x.sub_(grad, alpha=self.rate)
 
 
-register_update("row_sgd", RowSgd)
+register_arguments("row_sgd", RowSgd)

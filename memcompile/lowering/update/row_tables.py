@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering.gather.hits import sum_dtype
-from memcompile.lowering.register.operators import register_operator
+from memcompile.lowering.register.expect import expect
 from memcompile.lowering.update.stochastic_rounding import round_rows
 
 PARAM, EXP_AVG, EXP_AVG_SQ = range(3)  # the tables of a step, which round apart
@@ -44,20 +44,26 @@ class RowUpdate:
 
     def check(self) -> None:
         """Raises ValueError for arguments that the operator cannot take."""
-        param, master, rows, grad = self.param, self.master, self.rows, self.grad
-        check_table("param", param, param)
+        param, master = self.param, self.master
+        check_table("param", param)
         if master is not None:
-            check_table("master", master, param)
-            if master.dtype is not torch.float32 or param.dtype is not torch.bfloat16:
-                raise ValueError(f"master: expected float32 for a bfloat16 param, got {master.dtype} for {param.dtype}")
-        if rows.dim() != 1 or rows.dtype is not torch.int64:
-            raise ValueError(f"rows: expected int64 [n], got {rows.dtype} {list(rows.shape)}")
-        dtype, shape = sum_dtype(param), (len(rows), param.shape[1])
-        if grad is not None and (grad.shape != shape or grad.dtype is not dtype):
-            raise ValueError(f"grad: expected {dtype} {list(shape)}, got {grad.dtype} {list(grad.shape)}")
+            expect("param with a master", param, param.shape, torch.bfloat16)
+            expect("master", master, param.shape, torch.float32, contiguous=True)
+        expect("rows", self.rows, ("n",), torch.int64)
+        if self.grad is not None:
+            expect("grad", self.grad, (len(self.rows), param.shape[1]), sum_dtype(param))
 
     def run(self) -> None:
         """Updates the rows, in operations of PyTorch."""
+        for part in chunks(self.rows, self.param.shape[1]):
+            rows, grad = self.rows[part], None if self.grad is None else self.grad[part]
+            self.store(rows, self.updated(part, rows, load_rows(self.table, rows), grad))
+
+    def fake(self) -> None:
+        """Nothing is returned."""
+
+    def updated(self, part: slice, rows: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
+        """What a `part` of the rows becomes: x [n, dim] by its gradient [n, dim]. State is updated in place."""
         raise NotImplementedError
 
     def store(self, rows: Tensor, x: Tensor) -> None:
@@ -67,31 +73,20 @@ class RowUpdate:
             self.param.index_copy_(0, rows, x.to(self.param.dtype))
 
 
-def register_update(name: str, update: type[RowUpdate]) -> None:
-    """Registers the operator `name`, whose arguments and whose implementation in PyTorch are `update`'s."""
-    register_operator(
-        name,
-        check=lambda *args: update(*args).check(),
-        kernel=lambda *args: update(*args).run(),
-        fake=lambda *args: None,
-    )
-
-
-def check_table(name: str, table: Tensor, like: Tensor) -> None:
-    """Raises ValueError unless the table is floating point, contiguous and of the shape of `like`."""
-    if table.shape != like.shape or table.dim() != 2 or not table.is_contiguous():
-        raise ValueError(f"{name}: expected contiguous {list(like.shape)}, got {list(table.shape)}")
-    allowed = (torch.float64,) if like.dtype is torch.float64 else (torch.float32, torch.bfloat16)
-    if table.dtype not in allowed:
-        raise ValueError(f"{name}: expected {' or '.join(map(str, allowed))}, got {table.dtype}")
+def check_table(name: str, table: Tensor) -> None:
+    """Raises ValueError unless these are rows that an operator updates or corrects: of no float16, contiguous."""
+    expect(name, table, ("slots", "dim"), torch.float32, torch.float64, torch.bfloat16, contiguous=True)
 
 
 def check_moments(exp_avg: Tensor, exp_avg_sq: Tensor, table: Tensor) -> None:
     """Raises ValueError for what are not Adam's moments of this table."""
-    check_table("exp_avg", exp_avg, table)
-    check_table("exp_avg_sq", exp_avg_sq, table)
-    if exp_avg.dtype is not exp_avg_sq.dtype:
-        raise ValueError(f"exp_avg_sq: expected {exp_avg.dtype} as exp_avg, got {exp_avg_sq.dtype}")
+    expect("exp_avg", exp_avg, table.shape, *moment_dtypes(table), contiguous=True)
+    expect("exp_avg_sq", exp_avg_sq, table.shape, exp_avg.dtype, contiguous=True)
+
+
+def moment_dtypes(table: Tensor) -> tuple[torch.dtype, ...]:
+    """The dtypes of moments beside this table."""
+    return (torch.float64,) if table.dtype is torch.float64 else (torch.float32, torch.bfloat16)
 
 
 def chunks(rows: Tensor, dim: int) -> Iterator[slice]:
