@@ -19,7 +19,8 @@ from torch import Tensor, fx
 from memcompile._torch import OVERLAP, compile_fx, list_backends, register_backend
 from memcompile.common.pipeline import Step, run
 from memcompile.errors import PlanError
-from memcompile.lowering import cpu, inductor_patches
+from memcompile.lowering import cpu
+from memcompile.lowering.inductor.graph_pass import inductor_patches
 from memcompile.passes.checks.capacity import Agreement, agreement_of
 from memcompile.passes.checks.captured_memory import verify_captured_memory
 from memcompile.passes.checks.dense_gradient import make_dense_where_read

@@ -16,6 +16,7 @@ from torch import Tensor
 from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.distributed.collectives import sum_gradients, sum_over_ranks
 from memcompile.lowering.distributed.sharded_table import Shards, sharded_gather
+from memcompile.lowering.gather.table_gather import gather
 from memcompile.lowering.register.schema import LIBRARY, operator
 from memcompile.lowering.search.product_key_topk import check_top_k
 
@@ -229,9 +230,9 @@ class _Lookup:
         values, row_state = self.values, self.row_state or ()
         if self.shards is not None:
             return sharded_gather(values, slots, weights, self.shards, self.capacity, self.values_grad, row_state)
-        if functorch_is_active() or (self.values_grad == "dense" and not row_state):
+        if functorch_is_active():
             return operator("weighted_gather")(values, slots, weights)  # type: ignore[no-any-return]
-        return operator("table_gather")(values, slots, weights, row_state, self.values_grad)  # type: ignore[no-any-return]
+        return gather(values, slots, weights, row_state, self.values_grad)
 
     def _project(self, y: Tensor, bias: Tensor | None) -> Tensor:
         return y if self.out_weight is None else F.linear(y, self.out_weight, bias)

@@ -72,8 +72,8 @@ def _backward_as_is(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return sum_gradients(grad, ctx.group), None
 
 
-_sum_gradients = autograd_kernel("SumGradients", forward=_forward_as_is, backward=_backward_summed)
-_sum_over_ranks = autograd_kernel("SumOverRanks", forward=_forward_summed, backward=_backward_as_is)
+_sum_gradients = autograd_kernel("sum_gradients", forward=_forward_as_is, backward=_backward_summed)
+_sum_over_ranks = autograd_kernel("sum_over_ranks", forward=_forward_summed, backward=_backward_as_is)
 
 
 def sum_gradients(tensor: Tensor, group: str) -> Tensor:

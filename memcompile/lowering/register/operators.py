@@ -50,12 +50,18 @@ def register_arguments(name: str, arguments: type[Any]) -> None:
     )
 
 
-def register_for_graphs(name: str, kernel: Callable[..., Any], fake: Callable[..., Any], key: str) -> None:
-    """Registers an operator of graphs in which derivatives are there already: it has none itself, and one kernel, for
-    the dispatch key `key`.
+def register_for_graphs(
+    name: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    key: str,
+    derivative: Callable[..., Any] = torch.library.fallthrough_kernel,
+) -> None:
+    """Registers an operator with one kernel, for the dispatch key `key`. By default it has no derivative: it is of
+    graphs in which derivatives are there already.
     """
     LIBRARY.impl(name, torch.no_grad()(kernel), key)  # type: ignore[no-untyped-call]
-    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, derivative, "Autograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
 
@@ -86,16 +92,9 @@ def register_differentiable(
         with below_autograd():
             return run(*args)
 
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            f"{NAMESPACE}::{name} has no forward-mode derivative. "
-            "Use reverse mode: backward(), torch.func.grad, vjp or jacrev."
-        )
-
-    title = "".join(part.capitalize() for part in name.split("_"))
-    derivative = autograd_kernel(title, forward=forward, setup_context=setup_context, backward=backward, jvp=jvp)
+    methods = {"forward": forward, "setup_context": setup_context, "backward": backward}
     register_in_pytorch(name, InPyTorch(check, kernel))
-    LIBRARY.impl(name, derivative, "Autograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, autograd_kernel(f"{NAMESPACE}::{name}", **methods), "Autograd")  # type: ignore[no-untyped-call]
     _register_rules(name, check, fake, vmap)
 
 

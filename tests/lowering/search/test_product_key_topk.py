@@ -8,8 +8,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from memcompile.lowering import product_key_topk_reference
 from memcompile.lowering.search.product_key_topk import candidate_pairs
+from tests.lowering.reference import product_key_topk_reference
 
 product_key_topk = torch.ops.memcompile.product_key_topk.default
 
