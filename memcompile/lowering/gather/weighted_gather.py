@@ -1,10 +1,13 @@
-"""Three operators, closed under differentiation: `weighted_gather`, `gather_dot` and `weighted_scatter`.
+"""Three operators, closed under differentiation: `weighted_gather`, `gather_dot` and `weighted_scatter`; `row_sums`.
 
 With rows V [num_slots, value_dim], slots s and weights w [tokens, hits], and u [tokens, value_dim]:
 
     weighted_gather (V, s, w)[t]    = sum_h w[t, h] * V[s[t, h]]              [tokens, value_dim]
     gather_dot      (V, s, u)[t, h] = V[s[t, h]] . u[t]                       [tokens, hits]
     weighted_scatter(s, w, u)[n]    = sum_{t, h: s[t, h] = n} w[t, h] * u[t]  [num_slots, value_dim]
+
+`row_sums` (s, w, u) has the distinct slots, int64 [rows], ascending, and the rows of `weighted_scatter` that they hit,
+bit for bit: nothing in it is of the table's size. How many there are is known at run time only. It has no derivative.
 
 Rows come out in the dtype that rows came in, dots in fp32 for half dtypes. All three are derivatives of one
 trilinear form, so each one's gradients are the other two. No kernel builds [tokens, hits, value_dim], and
@@ -15,12 +18,13 @@ The kernels here run where a device has none of its own; they round the weights 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from memcompile.lowering.gather.hits import check_dot, check_hits, check_slots, parts_of_tokens, sum_dtype, sums_of_hits
 from memcompile.lowering.register.expect import expect
-from memcompile.lowering.register.operators import register_differentiable
+from memcompile.lowering.register.operators import register_differentiable, register_operator
 from memcompile.lowering.register.schema import operator
 from memcompile.lowering.register.vmap import fold_into_tokens, offset_slots, unfold_tokens
 
@@ -46,9 +50,6 @@ def _reading_vmap(name: str) -> Callable[..., tuple[Tensor, int]]:
     return rule
 
 
-# --- weighted_gather ------------------------------------------------------------------------------
-
-
 def _check_gather(values: Tensor, slots: Tensor, weights: Tensor) -> None:
     expect("values", values, ("num_slots", "value_dim"))
     check_slots(slots)
@@ -65,10 +66,6 @@ def _gather_fake(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return values.new_empty(slots.shape[0], values.shape[1])
 
 
-def _gather_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
     values, slots, weights = ctx.saved_tensors
     grad_values = grad_weights = None
@@ -77,9 +74,6 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tenso
     if ctx.needs_input_grad[2]:
         grad_weights = operator("gather_dot")(values, slots, grad).to(weights.dtype)
     return grad_values, None, grad_weights
-
-
-# --- gather_dot -----------------------------------------------------------------------------------
 
 
 def _check_dot(values: Tensor, slots: Tensor, grad: Tensor) -> None:
@@ -111,9 +105,6 @@ def _dot_backward(ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, None, Ten
     return grad_values, None, grad_grad
 
 
-# --- weighted_scatter -----------------------------------------------------------------------------
-
-
 def _check_scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> None:
     check_hits(slots, weights, grad)
 
@@ -138,10 +129,6 @@ def _scatter_vmap(
     return out.reshape(batch, num_slots, grad.shape[1]), 0
 
 
-def _scatter_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:3])
-
-
 def _scatter_backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
     slots, weights, grad = ctx.saved_tensors
     grad_weights = grad_grad = None
@@ -152,13 +139,24 @@ def _scatter_backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor | None, 
     return None, grad_weights, grad_grad, None
 
 
+def _sums(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    rows, sums = sums_of_hits(slots, weights, grad)
+    if len(rows) and (rows[0] < 0 or rows[-1] >= num_slots):
+        raise IndexError(f"slots: {int(rows[0])} to {int(rows[-1])} are out of range for a table of {num_slots} rows")
+    return rows, sums
+
+
+def _sums_fake(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return slots.new_empty(count, dtype=torch.int64), grad.new_empty(count, grad.shape[1])
+
+
 register_differentiable(
     "weighted_gather",
     check=_check_gather,
     kernel=_gather,
     fake=_gather_fake,
     vmap=_reading_vmap("weighted_gather"),
-    setup_context=_gather_setup,
     backward=_gather_backward,
 )
 register_differentiable(
@@ -167,7 +165,6 @@ register_differentiable(
     kernel=_dot,
     fake=_dot_fake,
     vmap=_reading_vmap("gather_dot"),
-    setup_context=_gather_setup,
     backward=_dot_backward,
 )
 register_differentiable(
@@ -176,6 +173,6 @@ register_differentiable(
     kernel=_scatter,
     fake=_scatter_fake,
     vmap=_scatter_vmap,
-    setup_context=_scatter_setup,
     backward=_scatter_backward,
 )
+register_operator("row_sums", check=_check_scatter, kernel=_sums, fake=_sums_fake)

@@ -72,15 +72,16 @@ def register_differentiable(
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     vmap: Callable[..., Any],
-    setup_context: Callable[[Any, Any, Any], None],
     backward: Callable[..., Any],
+    setup_context: Callable[[Any, Any, Any], None] | None = None,
     under_autograd: Callable[..., Any] | None = None,
 ) -> None:
     """Registers an operator with its derivative.
 
     Args:
-        setup_context, backward: as in `torch.autograd.Function`. `backward` is built of differentiable
-            operations, so that derivatives of any order exist.
+        backward: as in `torch.autograd.Function`, built of differentiable operations, so that derivatives of any order
+            exist.
+        setup_context: as in `torch.autograd.Function`. By default all tensors that the operator is given are saved.
         under_autograd: what runs below autograd, the operator itself by default. An operator that gives its
             body here is taken apart whenever it is traced with autograd, and keeps its derivative.
         The rest is as in `register_operator`.
@@ -92,10 +93,14 @@ def register_differentiable(
         with below_autograd():
             return run(*args)
 
-    methods = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    methods = {"forward": forward, "setup_context": setup_context or _save_inputs, "backward": backward}
     register_in_pytorch(name, InPyTorch(check, kernel))
     LIBRARY.impl(name, autograd_kernel(f"{NAMESPACE}::{name}", **methods), "Autograd")  # type: ignore[no-untyped-call]
     _register_rules(name, check, fake, vmap)
+
+
+def _save_inputs(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*(given for given in inputs if isinstance(given, torch.Tensor)))
 
 
 def _register_rules(

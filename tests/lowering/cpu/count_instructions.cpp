@@ -132,8 +132,8 @@ void adam(int64_t panels) {
   measured([&] {
     for (int64_t t = 0; t < kTokens; ++t) {
       const ValueRow<float> row{x.data(), nullptr, grad.data(), noise_key(t, 0, kParam)};
-      update.run(row, m.data(), v.data(), panels ? &missed : nullptr, kDim, {noise_key(t, 0, kExpAvg), noise_key(t, 0, kExpAvgSq)},
-                 x.data(), m.data(), v.data());
+      update.run({row, m.data(), v.data(), noise_key(t, 0, kExpAvg), noise_key(t, 0, kExpAvgSq), panels ? &missed : nullptr,
+                  x.data(), m.data(), v.data()}, kDim);
     }
   });
 }

@@ -139,9 +139,8 @@ void row_adam(const Tensor& param, Optional master, const Tensor& rows_given, Op
           // What comes next is fetched ahead: of a row that only decays, nothing but the value is read.
           const int64_t after = std::min(i + 1, end - 1), at = rows.at(i), next = rows.at(after);
           const int64_t next_moments = decays_alone(after) ? at : next;
-          const uint32_t keys[2] = {rows.key(i, kExpAvg), rows.key(i, kExpAvgSq)};
-          update.run(rows[i], m + at, v + at, late ? &entries[entry[i]] : nullptr, rows.dim, keys, rows.x + next,
-                     m + next_moments, v + next_moments);
+          update.run({rows[i], m + at, v + at, rows.key(i, kExpAvg), rows.key(i, kExpAvgSq), late ? &entries[entry[i]] : nullptr,
+                      rows.x + next, m + next_moments, v + next_moments}, rows.dim);
         }
       });
     });

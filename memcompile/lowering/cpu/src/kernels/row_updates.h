@@ -96,59 +96,64 @@ __attribute__((always_inline)) inline Vector<S> steps_a_moment(const MissedSteps
   return total;
 }
 
+// A row with its moments, what it has missed, or null, and where the tables' rows are that come next.
+template <class Value, class State>
+struct AdamRow {
+  ValueRow<Value> value;
+  State *exp_avg, *exp_avg_sq;
+  uint32_t avg_key, avg_sq_key;
+  const MissedSteps<Sum<Value>>* missed;
+  const Value* next;
+  const State *next_avg, *next_avg_sq;
+};
+
 template <class Value, class State>
 struct AdamUpdate {
   using S = Sum<Value>;
   AdamNumbers<S> number;
 
-  template <bool keeps_moments>
-  void update(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const MissedSteps<S>* missed, int64_t c, int64_t column,
-              const uint32_t (&keys)[2]) const {
-    Vector<S> x = load_lanes(row.x + c), m = load_lanes(exp_avg + c), v = load_lanes(exp_avg_sq + c);
-    if (missed) {
-      const Vector<S> moved = missed->count ? m * steps_a_moment(*missed, square_root(v), number.eps) : Vector<S>{};
-      x = x * missed->decay[0] - moved;
-      m *= missed->decay[1];
-      v *= missed->decay[2];
-    }
-    if (row.grad) {
-      const Vector<S> g = load(row.grad + c);
-      // As torch.lerp: from the nearer end, so that what is near m or near g has their precision.
-      m = number.taken1 < S(0.5) ? m + number.taken1 * (g - m) : g + number.beta1 * (m - g);
-      v = v * number.beta2 + number.taken2 * (g * g);
-      x = x * number.decay - number.rate * m / (square_root(v) * number.scale + number.eps);
-    }
-    row.store(x, c, column);
-    if constexpr (keeps_moments) return;
-    store_lanes(exp_avg + c, m, keys[0], column);
-    store_lanes(exp_avg_sq + c, v, keys[1], column);
-  }
-
-  // `ahead` are the tables' rows that come next.
-  void run(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const MissedSteps<S>* missed, int64_t dim,
-           const uint32_t (&keys)[2], const Value* values_ahead, const State* avg_ahead, const State* avg_sq_ahead) const {
+  void run(const AdamRow<Value, State>& row, int64_t dim) const {
     const AdamUpdate copy = *this;  // whose numbers no store can change, so that they stay in registers
-    if (!row.grad && missed && missed->keeps_moments()) {
-      copy.template run_row<true>(row, exp_avg, exp_avg_sq, missed, dim, keys, values_ahead, avg_ahead, avg_sq_ahead);
+    if (!row.value.grad && row.missed && row.missed->keeps_moments()) {
+      copy.template run_row<true>(row, dim);
     } else {
-      copy.template run_row<false>(row, exp_avg, exp_avg_sq, missed, dim, keys, values_ahead, avg_ahead, avg_sq_ahead);
+      copy.template run_row<false>(row, dim);
     }
   }
 
  private:
   template <bool keeps_moments>
-  __attribute__((always_inline)) void run_row(const ValueRow<Value>& row, State* exp_avg, State* exp_avg_sq, const MissedSteps<S>* missed, int64_t dim,
-                                              const uint32_t (&keys)[2], const Value* values_ahead, const State* avg_ahead,
-                                              const State* avg_sq_ahead) const {
-    for_each_vector(row, dim, [&](const ValueRow<Value>& part, int64_t c, int64_t column, auto in_room) __attribute__((always_inline)) {
+  __attribute__((always_inline)) void run_row(const AdamRow<Value, State>& row, int64_t dim) const {
+    const auto [value, exp_avg, exp_avg_sq, avg_key, avg_sq_key, missed, next, next_avg, next_avg_sq] = row;
+    const auto update = [&](const ValueRow<Value>& part, State* avg, State* avg_sq, int64_t c, int64_t column) __attribute__((always_inline)) {
+      Vector<S> x = load_lanes(part.x + c), m = load_lanes(avg + c), v = load_lanes(avg_sq + c);
+      if (missed) {
+        const Vector<S> moved = missed->count ? m * steps_a_moment(*missed, square_root(v), number.eps) : Vector<S>{};
+        x = x * missed->decay[0] - moved;
+        m *= missed->decay[1];
+        v *= missed->decay[2];
+      }
+      if (part.grad) {
+        const Vector<S> g = load(part.grad + c);
+        // As torch.lerp: from the nearer end, so that what is near m or near g has their precision.
+        m = number.taken1 < S(0.5) ? m + number.taken1 * (g - m) : g + number.beta1 * (m - g);
+        v = v * number.beta2 + number.taken2 * (g * g);
+        x = x * number.decay - number.rate * m / (square_root(v) * number.scale + number.eps);
+      }
+      part.store(x, c, column);
+      if constexpr (keeps_moments) return;
+      store_lanes(avg + c, m, avg_key, column);
+      store_lanes(avg_sq + c, v, avg_sq_key, column);
+    };
+    for_each_vector(value, dim, [&](const ValueRow<Value>& part, int64_t c, int64_t column, auto in_room) __attribute__((always_inline)) {
       if constexpr (!in_room) {
-        __builtin_prefetch(values_ahead + c, 1, 0);
-        __builtin_prefetch(avg_ahead + c, 1, 0);
-        __builtin_prefetch(avg_sq_ahead + c, 1, 0);
-        update<keeps_moments>(part, exp_avg, exp_avg_sq, missed, c, column, keys);
+        __builtin_prefetch(next + c, 1, 0);
+        __builtin_prefetch(next_avg + c, 1, 0);
+        __builtin_prefetch(next_avg_sq + c, 1, 0);
+        update(part, exp_avg, exp_avg_sq, c, column);
       } else {
         Tail<State> m(exp_avg + column, dim - column), v(exp_avg_sq + column, dim - column);
-        update<keeps_moments>(part, m.data(), v.data(), missed, c, column, keys);
+        update(part, m.data(), v.data(), c, column);
         if constexpr (keeps_moments) return;
         m.write(exp_avg + column);
         v.write(exp_avg_sq + column);
