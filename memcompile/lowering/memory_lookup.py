@@ -20,8 +20,7 @@ from memcompile.lowering.gather.table_gather import gather
 from memcompile.lowering.register.schema import LIBRARY, operator
 from memcompile.lowering.search.product_key_topk import check_top_k
 
-VALUES_GRADS = ("dense", "sparse")
-VALUES_STORAGES = ("device", "host", "mmap")
+_CHOICES = {"values_grad": ("dense", "sparse"), "values_storage": ("device", "host", "mmap")}
 
 
 def memory_lookup(
@@ -138,11 +137,9 @@ class _Lookup:
         """Raises ValueError for arguments that do not fit each other."""
         self._check_search()
         self._check_read()
-        if self.values_grad not in VALUES_GRADS:
-            raise ValueError(f"values_grad: expected one of {', '.join(VALUES_GRADS)}, got {self.values_grad!r}")
-        if self.values_storage not in VALUES_STORAGES:
-            storages = ", ".join(VALUES_STORAGES)
-            raise ValueError(f"values_storage: expected one of {storages}, got {self.values_storage!r}")
+        for name, choices in _CHOICES.items():
+            if (given := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {given!r}")
         if self.values_storage != "device" and self.values.requires_grad:
             raise ValueError(
                 f"values: those of values_storage={self.values_storage!r} do not learn: values.requires_grad_(False), "

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -50,20 +51,19 @@ def draw_layer(parameters: Mapping[str, Tensor | None], config: MemoryConfig) ->
     """
     query_weight, half_keys = parameters["query_weight"], parameters["half_keys"]
     assert query_weight is not None and half_keys is not None
-    nn.init.xavier_uniform_(query_weight)
+    normal = functools.partial(nn.init.normal_, std=1 / math.sqrt(query_weight.shape[1]))
     bound = (2 * half_keys.shape[-1]) ** -0.5
-    nn.init.uniform_(half_keys, -bound, bound)
-    for name, parameter in parameters.items():
-        if parameter is None:
-            continue
-        if name == "out_weight" and config.placement == "add":
-            nn.init.zeros_(parameter)
-        elif name in ("gate_weight", "out_weight"):
-            nn.init.normal_(parameter, std=1 / math.sqrt(query_weight.shape[1]))
-        elif name.endswith("_bias"):
-            nn.init.zeros_(parameter)
-        elif name == "temperature":
-            nn.init.constant_(parameter, 10.0)  # as cosine attention starts (Swin v2)
+    draws: dict[str, Callable[[Tensor], Tensor]] = {
+        "query_weight": nn.init.xavier_uniform_,
+        "half_keys": functools.partial(nn.init.uniform_, a=-bound, b=bound),
+        "gate_weight": normal,
+        "out_weight": nn.init.zeros_ if config.placement == "add" else normal,
+        "temperature": functools.partial(nn.init.constant_, val=10.0),  # as cosine attention starts (Swin v2)
+    }
+    for name in LAYER_PARAMETERS:
+        parameter = parameters.get(name)
+        if parameter is not None:
+            draws.get(name, nn.init.zeros_)(parameter)
 
 
 _BLOCK = 4096, 16  # rows and columns that are drawn at once

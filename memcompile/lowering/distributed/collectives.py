@@ -10,15 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memcompile.lowering._torch import autograd_kernel, below_autograd, process_group
+from memcompile.lowering._torch import autograd_kernel, below_autograd
 
 OPERATIONS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 _FUNCTIONAL = torch.ops._c10d_functional
-
-
-def ranks_of(group: str) -> int:
-    """How many ranks the group of this name has."""
-    return process_group(group).size()
 
 
 def all_gather(tensor: Tensor, ranks: int, group: str) -> Tensor:
@@ -58,7 +53,7 @@ def _forward_as_is(ctx: Any, tensor: Tensor, group: str) -> Tensor:
     return tensor.view_as(tensor)
 
 
-def _backward_summed(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+def _backward_summed(ctx: Any, grad: Tensor) -> tuple[Any, None]:
     return sum_over_ranks(grad, ctx.group), None
 
 
@@ -68,19 +63,11 @@ def _forward_summed(ctx: Any, tensor: Tensor, group: str) -> Tensor:
         return all_reduce(tensor, group)
 
 
-def _backward_as_is(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+def _backward_as_is(ctx: Any, grad: Tensor) -> tuple[Any, None]:
     return sum_gradients(grad, ctx.group), None
 
 
-_sum_gradients = autograd_kernel("sum_gradients", forward=_forward_as_is, backward=_backward_summed)
-_sum_over_ranks = autograd_kernel("sum_over_ranks", forward=_forward_summed, backward=_backward_as_is)
-
-
-def sum_gradients(tensor: Tensor, group: str) -> Tensor:
-    """The tensor, which all ranks have; its gradient is the sum of theirs."""
-    return _sum_gradients(tensor, group)  # type: ignore[no-any-return]
-
-
-def sum_over_ranks(tensor: Tensor, group: str) -> Tensor:
-    """The sum over the ranks; all of them have its gradient."""
-    return _sum_over_ranks(tensor, group)  # type: ignore[no-any-return]
+# (tensor, group) -> the tensor, which all ranks have; its gradient is the sum of theirs. And -> the sum over the ranks; all
+# of them have its gradient.
+sum_gradients = autograd_kernel("sum_gradients", forward=_forward_as_is, backward=_backward_summed)
+sum_over_ranks = autograd_kernel("sum_over_ranks", forward=_forward_summed, backward=_backward_as_is)

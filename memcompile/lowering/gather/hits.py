@@ -35,6 +35,16 @@ def check_dot(values: Tensor, slots: Tensor, grad: Tensor) -> None:
     expect("grad", grad, (slots.shape[0], values.shape[1]), values.dtype)
 
 
+def new_sums(values: Tensor, slots: Tensor, *rest: object) -> Tensor:
+    """Room for weighted sums of rows: [tokens, value_dim]. It is the fake of what returns them."""
+    return values.new_empty(slots.shape[0], values.shape[1])
+
+
+def new_dots(values: Tensor, slots: Tensor, *rest: object) -> Tensor:
+    """Room for dots with rows: [tokens, hits], in the dtype of sums."""
+    return values.new_empty(slots.shape, dtype=sum_dtype(values))
+
+
 def parts_of_tokens(slots: Tensor, dim: int, elements: Mapping[str, int]) -> Iterator[slice]:
     """Some tokens after others, whose rows [tokens, hits, dim] have at most so many `elements`, of "cpu" or of
     "accelerator"; at least one token.

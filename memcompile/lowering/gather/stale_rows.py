@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from memcompile.lowering.gather.hits import check_dot, check_slots, parts_of_tokens, sum_dtype
+from memcompile.lowering.gather.hits import check_dot, check_slots, new_dots, new_sums, parts_of_tokens, sum_dtype
 from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.operators import register_arguments
 from memcompile.lowering.update.row_adam import check_missed_steps, steps_a_moment
@@ -64,7 +64,7 @@ class _Gather(_StaleRows):
         expect("weights", self.other, self.slots.shape)
 
     def fake(self) -> Tensor:
-        return self.values.new_empty(self.slots.shape[0], self.values.shape[1])
+        return new_sums(self.values, self.slots)
 
     def run(self) -> Tensor:
         out = self.fake()
@@ -79,7 +79,7 @@ class _Dot(_StaleRows):
         check_dot(self.values, self.slots, self.other)
 
     def fake(self) -> Tensor:
-        return self.values.new_empty(self.slots.shape, dtype=sum_dtype(self.values))
+        return new_dots(self.values, self.slots)
 
     def run(self) -> Tensor:
         out = self.fake()

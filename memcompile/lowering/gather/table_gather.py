@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering._torch import autograd_kernel, below_autograd, is_keyed, is_traced
-from memcompile.lowering.gather.hits import check_hits, sum_dtype
+from memcompile.lowering.gather.hits import check_hits, new_dots, new_sums, sum_dtype
 from memcompile.lowering.register.operators import register_for_graphs
 from memcompile.lowering.register.schema import NAMESPACE, operator
 from memcompile.lowering.update.missed_steps import missed_decays, missed_steps
@@ -61,10 +61,6 @@ def _gather(values: Tensor, slots: Tensor, weights: Tensor, row_state: RowState,
         return operator("weighted_gather")(values, slots, weights)  # type: ignore[no-any-return]
 
 
-def _gather_fake(values: Tensor, slots: Tensor, weights: Tensor, row_state: RowState, gradient: str) -> Tensor:
-    return values.new_empty(slots.shape[0], values.shape[1])
-
-
 def _dot(values: Tensor, slots: Tensor, grad: Tensor, row_state: RowState) -> Tensor:
     with TABLE_LOCK:
         values, last = _stale(values, slots, row_state)
@@ -72,10 +68,6 @@ def _dot(values: Tensor, slots: Tensor, grad: Tensor, row_state: RowState) -> Te
             return _stale_read("stale_dot", values, slots, grad, row_state, last)
         dots: Tensor = operator("gather_dot")(values, slots, grad)
         return dots if last is None else dots * _decays(row_state, last).to(dots.dtype)
-
-
-def _dot_fake(values: Tensor, slots: Tensor, grad: Tensor, row_state: RowState) -> Tensor:
-    return values.new_empty(slots.shape, dtype=sum_dtype(values))
 
 
 def _has_moments(row_state: RowState) -> bool:
@@ -93,8 +85,7 @@ def _stale_read(name: str, values: Tensor, slots: Tensor, other: Tensor, row_sta
     history = RateHistory(row_state[0])
     missed = missed_steps(history, last, history.step, sum_dtype(values))
     assert missed is not None, "asked where rows have missed steps"
-    parts = missed.entries, missed.decays, missed.panels, history.eps
-    return operator(name)(values, *row_state[2:], slots, other, *parts)  # type: ignore[no-any-return]
+    return operator(name)(values, *row_state[2:], slots, other, *missed, history.eps)  # type: ignore[no-any-return]
 
 
 def _stale(values: Tensor, slots: Tensor, row_state: RowState) -> tuple[Tensor, Tensor | None]:
@@ -202,9 +193,9 @@ def _forward(*args: Any) -> Any:
         return operator("table_gather")(*args)
 
 
-register_for_graphs("table_dot", _dot, _dot_fake, "CompositeExplicitAutograd")
+register_for_graphs("table_dot", _dot, new_dots, "CompositeExplicitAutograd")
 register_for_graphs("sparse_scatter", _sparse_scatter, _scatter_fake, "CompositeExplicitAutograd")
 _derivative = autograd_kernel(
     f"{NAMESPACE}::table_gather", forward=_forward, setup_context=_setup_context, backward=_backward
 )
-register_for_graphs("table_gather", _gather, _gather_fake, "CompositeExplicitAutograd", _derivative)
+register_for_graphs("table_gather", _gather, new_sums, "CompositeExplicitAutograd", _derivative)

@@ -22,7 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memcompile.lowering.gather.hits import check_dot, check_hits, check_slots, parts_of_tokens, sum_dtype, sums_of_hits
+from memcompile.lowering.gather.hits import (
+    check_dot,
+    check_hits,
+    check_slots,
+    new_dots,
+    new_sums,
+    parts_of_tokens,
+    sum_dtype,
+    sums_of_hits,
+)  # fmt: skip
 from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.operators import register_differentiable, register_operator
 from memcompile.lowering.register.schema import operator
@@ -62,10 +71,6 @@ def _gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(slots, rows, per_sample_weights=weights, mode="sum")
 
 
-def _gather_fake(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    return values.new_empty(slots.shape[0], values.shape[1])
-
-
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
     values, slots, weights = ctx.saved_tensors
     grad_values = grad_weights = None
@@ -83,16 +88,12 @@ def _check_dot(values: Tensor, slots: Tensor, grad: Tensor) -> None:
 
 def _dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
     values, grad, dtype = values.detach(), grad.detach(), sum_dtype(values)
-    out = values.new_empty(slots.shape, dtype=dtype)
+    out = new_dots(values, slots)
     for tokens in parts_of_tokens(slots, values.shape[1], _CHUNK_ELEMENTS):
         part = slots[tokens]
         rows = values.index_select(0, part.reshape(-1)).to(dtype).reshape(*part.shape, values.shape[1])
         out[tokens] = (rows @ grad[tokens].to(dtype).unsqueeze(-1)).squeeze(-1)  # [tokens, hits, value_dim] @ [.., 1]
     return out
-
-
-def _dot_fake(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
-    return values.new_empty(slots.shape, dtype=sum_dtype(values))
 
 
 def _dot_backward(ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
@@ -155,7 +156,7 @@ register_differentiable(
     "weighted_gather",
     check=_check_gather,
     kernel=_gather,
-    fake=_gather_fake,
+    fake=new_sums,
     vmap=_reading_vmap("weighted_gather"),
     backward=_gather_backward,
 )
@@ -163,7 +164,7 @@ register_differentiable(
     "gather_dot",
     check=_check_dot,
     kernel=_dot,
-    fake=_dot_fake,
+    fake=new_dots,
     vmap=_reading_vmap("gather_dot"),
     backward=_dot_backward,
 )

@@ -14,16 +14,16 @@ from torch import Tensor, fx
 from memcompile.lowering.register.operators import register_for_graphs
 from memcompile.lowering.register.schema import operator
 
-_FUNCTIONAL = "_c10d_functional"
-
 
 def order_collectives(graph: fx.Graph) -> int:
     """Adds what the graph lacks for a total order of its collectives, in place. Returns how many it makes wait."""
     waiting = 0
-    started = [node for node in graph.nodes if _is_functional(node) and node.target is not _wait()]
+    wait = torch.ops._c10d_functional.wait_tensor.default
+    functional = [node for node in graph.nodes if getattr(node.target, "namespace", None) == "_c10d_functional"]
+    started = [node for node in functional if node.target is not wait]
     for before, after in itertools.pairwise(started):
         if not _depends(after, before):
-            done = next((user for user in before.users if user.target is _wait()), before)
+            done = next((user for user in before.users if user.target is wait), before)
             with graph.inserting_before(after):
                 sent = after.args[0]
                 copy = graph.call_function(operator("in_order"), (sent, done))
@@ -31,15 +31,6 @@ def order_collectives(graph: fx.Graph) -> int:
             after.update_arg(0, copy)
             waiting += 1
     return waiting
-
-
-def _is_functional(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == _FUNCTIONAL
-
-
-def _wait() -> torch._ops.OpOverload:
-    wait: torch._ops.OpOverload = torch.ops._c10d_functional.wait_tensor.default
-    return wait
 
 
 def _depends(node: fx.Node, on: fx.Node) -> bool:

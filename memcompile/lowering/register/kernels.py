@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering._torch import unregister
-from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
+from memcompile.lowering.register.schema import NAMESPACE, operator
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,12 @@ class InPyTorch:
 
     def __call__(self, *args: Any) -> Any:
         self.check(*args)
-        with without_autocast(device_of(*args)):
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        with without_autocast(device):
             return self.kernel(*args)
 
 
 IN_PYTORCH: dict[str, InPyTorch] = {}  # by name: every operator that a device may have a kernel for
-
-
-def register_in_pytorch(name: str, implementation: InPyTorch) -> None:
-    """Gives the operator `name` its implementation for every device without a kernel."""
-    IN_PYTORCH[name] = implementation
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-
-
-def device_of(*args: Any) -> torch.device:
-    """The device of the first tensor among the arguments."""
-    return next(arg.device for arg in args if isinstance(arg, Tensor))
 
 
 def without_autocast(device: torch.device) -> torch.autocast:

@@ -12,7 +12,7 @@ import torch
 
 from memcompile.lowering._torch import autograd_kernel, below_autograd, is_traced
 from memcompile.lowering.inductor.caches import tag_traced
-from memcompile.lowering.register.kernels import InPyTorch, register_in_pytorch
+from memcompile.lowering.register.kernels import IN_PYTORCH, InPyTorch
 from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
 
 
@@ -33,9 +33,7 @@ def register_operator(
         fake: shapes and dtypes of the outputs.
         vmap: a rule as `torch.library.register_vmap` takes it.
     """
-    register_in_pytorch(name, InPyTorch(check, torch.no_grad()(kernel)))
-    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
-    _register_rules(name, check, fake, vmap)
+    _register(name, InPyTorch(check, torch.no_grad()(kernel)), fake, vmap, torch.library.fallthrough_kernel)
 
 
 def register_arguments(name: str, arguments: type[Any]) -> None:
@@ -94,24 +92,29 @@ def register_differentiable(
             return run(*args)
 
     methods = {"forward": forward, "setup_context": setup_context or _save_inputs, "backward": backward}
-    register_in_pytorch(name, InPyTorch(check, kernel))
-    LIBRARY.impl(name, autograd_kernel(f"{NAMESPACE}::{name}", **methods), "Autograd")  # type: ignore[no-untyped-call]
-    _register_rules(name, check, fake, vmap)
+    _register(name, InPyTorch(check, kernel), fake, vmap, autograd_kernel(f"{NAMESPACE}::{name}", **methods))
 
 
 def _save_inputs(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*(given for given in inputs if isinstance(given, torch.Tensor)))
 
 
-def _register_rules(
-    name: str, check: Callable[..., None], fake: Callable[..., Any], vmap: Callable[..., Any] | None
+def _register(
+    name: str,
+    in_pytorch: InPyTorch,
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any] | None,
+    derivative: Callable[..., Any],
 ) -> None:
     def checked_fake(*args: Any) -> Any:
         if any(map(is_traced, args)):
             tag_traced()
-        check(*args)
+        in_pytorch.check(*args)
         return fake(*args)
 
+    IN_PYTORCH[name] = in_pytorch
+    LIBRARY.impl(name, in_pytorch, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, derivative, "Autograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     if vmap is not None:
         torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)

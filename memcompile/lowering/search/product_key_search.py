@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memcompile.lowering import cpu
 from memcompile.lowering._torch import functorch_is_active
+from memcompile.lowering.gather.hits import sum_dtype
 from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.kernels import without_autocast
 from memcompile.lowering.register.operators import register_differentiable
@@ -29,14 +30,9 @@ def _check(query: Tensor, half_keys: Tensor, top_k: int) -> None:
     check_top_k(top_k, half_keys.shape[2])
 
 
-def _scores_dtype(query: Tensor) -> torch.dtype:
-    return torch.promote_types(query.dtype, torch.float32)
-
-
 def _kernel(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     tokens, heads, key_dim = query.shape
-    if query.dtype != _scores_dtype(query):
-        query, half_keys = query.float(), half_keys.float()
+    query, half_keys = query.to(sum_dtype(query)), half_keys.to(sum_dtype(half_keys))
     halves = query.reshape(tokens, heads, 2, key_dim // 2).permute(2, 1, 0, 3)  # [2, heads, tokens, key_dim / 2]
     with without_autocast(query.device):  # off already, but where the operator is taken apart
         scores = halves @ half_keys.mT  # [2, heads, tokens, n_keys]
@@ -53,7 +49,7 @@ def _under_autograd(query: Tensor, half_keys: Tensor, top_k: int) -> Any:
 
 def _fake(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], query.shape[1], top_k)
-    return query.new_empty(shape, dtype=_scores_dtype(query)), query.new_empty(shape, dtype=torch.int32)
+    return query.new_empty(shape, dtype=sum_dtype(query)), query.new_empty(shape, dtype=torch.int32)
 
 
 def _vmap(info: Any, in_dims: Any, query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Any, Any]:

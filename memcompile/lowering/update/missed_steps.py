@@ -1,7 +1,7 @@
 """What rows have missed of AdamW's or SGD's steps, by the steps that they were last touched in."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from memcompile.lowering.update.row_adam import moments_of
 _NONE = 1e-300  # stands for a beta1 of 0 where its logarithm is taken
 
 
-@dataclass(frozen=True)
-class MissedSteps:
+class MissedSteps(NamedTuple):
     """What n rows have missed, as `row_adam` and `stale_gather` read it."""
 
     entries: Tensor  # int64, of the shape of the rows: where each is in
