@@ -135,8 +135,6 @@ class _Lookup:
 
     def check(self) -> None:
         """Raises ValueError for arguments that do not fit each other."""
-        self._check_search()
-        self._check_read()
         for name, choices in _CHOICES.items():
             if (given := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {given!r}")
@@ -146,7 +144,6 @@ class _Lookup:
                 f"or values_storage='device' to train them"
             )
 
-    def _check_search(self) -> None:
         x, query_weight, half_keys, heads = self.x, self.query_weight, self.half_keys, self.heads
         if x.dim() < 1:
             raise ValueError("x: expected [..., d], got a scalar")
@@ -169,9 +166,7 @@ class _Lookup:
         _expect_shape("half_keys", half_keys, (2, heads, n_keys, key_dim // 2), "[2, heads, n_keys, key_dim / 2]")
         _expect_shape("temperature", self.temperature, (heads,), "[heads]")
         check_top_k(self.top_k, n_keys)
-
-    def _check_read(self) -> None:
-        shards, values, n_keys, out_weight = self.shards, self.values, self.half_keys.shape[2], self.out_weight
+        shards, values, out_weight = self.shards, self.values, self.out_weight
         shape = values.shape if shards is None or values.dim() != 2 else shards.whole(values)
         if len(shape) != 2 or shape[0] != n_keys * n_keys:
             raise ValueError(f"values: expected [n_keys**2 = {n_keys * n_keys}, value_dim], got {list(shape)}")

@@ -67,7 +67,7 @@ def _backward_as_is(ctx: Any, grad: Tensor) -> tuple[Any, None]:
     return sum_gradients(grad, ctx.group), None
 
 
-# (tensor, group) -> the tensor, which all ranks have; its gradient is the sum of theirs. And -> the sum over the ranks; all
-# of them have its gradient.
+# Of (tensor, group): the tensor, which all ranks have, with the sum of their gradients as its own.
 sum_gradients = autograd_kernel("sum_gradients", forward=_forward_as_is, backward=_backward_summed)
+# Of (tensor, group): the sum over the ranks, all of which have its gradient.
 sum_over_ranks = autograd_kernel("sum_over_ranks", forward=_forward_summed, backward=_backward_as_is)

@@ -22,7 +22,7 @@ def check_slots(slots: Tensor) -> None:
     expect("slots", slots, ("tokens", "hits"), torch.int32, torch.int64)
 
 
-def check_hits(slots: Tensor, weights: Tensor, grad: Tensor) -> None:
+def check_hits(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int = 0) -> None:
     """Raises ValueError for what are not slots, weights and a gradient of the same tokens."""
     check_slots(slots)
     expect("weights", weights, slots.shape)
@@ -31,6 +31,7 @@ def check_hits(slots: Tensor, weights: Tensor, grad: Tensor) -> None:
 
 def check_dot(values: Tensor, slots: Tensor, grad: Tensor) -> None:
     """Raises ValueError unless rows of the values at these slots have dots with the gradient."""
+    expect("values", values, ("num_slots", "value_dim"))
     check_slots(slots)
     expect("grad", grad, (slots.shape[0], values.shape[1]), values.dtype)
 

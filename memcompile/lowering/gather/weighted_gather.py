@@ -81,11 +81,6 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tenso
     return grad_values, None, grad_weights
 
 
-def _check_dot(values: Tensor, slots: Tensor, grad: Tensor) -> None:
-    expect("values", values, ("num_slots", "value_dim"))
-    check_dot(values, slots, grad)
-
-
 def _dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
     values, grad, dtype = values.detach(), grad.detach(), sum_dtype(values)
     out = new_dots(values, slots)
@@ -104,10 +99,6 @@ def _dot_backward(ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, None, Ten
     if ctx.needs_input_grad[2]:
         grad_grad = operator("weighted_gather")(values, slots, grad_dots)
     return grad_values, None, grad_grad
-
-
-def _check_scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> None:
-    check_hits(slots, weights, grad)
 
 
 def _scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> Tensor:
@@ -162,7 +153,7 @@ register_differentiable(
 )
 register_differentiable(
     "gather_dot",
-    check=_check_dot,
+    check=check_dot,
     kernel=_dot,
     fake=new_dots,
     vmap=_reading_vmap("gather_dot"),
@@ -170,10 +161,10 @@ register_differentiable(
 )
 register_differentiable(
     "weighted_scatter",
-    check=_check_scatter,
+    check=check_hits,
     kernel=_scatter,
     fake=_scatter_fake,
     vmap=_scatter_vmap,
     backward=_scatter_backward,
 )
-register_operator("row_sums", check=_check_scatter, kernel=_sums, fake=_sums_fake)
+register_operator("row_sums", check=check_hits, kernel=_sums, fake=_sums_fake)

@@ -96,12 +96,6 @@ def _backward(ctx: Any, grad_weights: Tensor, _: Any) -> tuple[Tensor | None, Te
 
 
 register_differentiable(
-    "product_key_search",
-    check=_check,
-    kernel=_kernel,
-    fake=_fake,
-    vmap=_vmap,
-    setup_context=_setup_context,
-    backward=_backward,
-    under_autograd=_under_autograd,
-)
+    "product_key_search", check=_check, kernel=_kernel, fake=_fake, vmap=_vmap, backward=_backward,
+    setup_context=_setup_context, under_autograd=_under_autograd,
+)  # fmt: skip

@@ -41,10 +41,8 @@ class RowAdam(RowUpdate):
     Attributes:
         exp_avg, exp_avg_sq: [slots, dim], contiguous, both in the dtype that rows are updated in, or in bfloat16, which
             is rounded stochastically.
-        missed_steps: int64 [n], the entry of `decays` and `panels` that tells what each row has missed; None, as those
-            are, where no row has missed a step.
-        decays: float64 [entries, 3], of the row and both moments.
-        panels: float64 [entries, panels, 1 + K]: a centre and moments.
+        missed_steps, decays, panels: int64 [n], float64 [entries, 3] and [entries, panels, 1 + K], the fields of
+            `MissedSteps`; None where no row has missed a step.
         numbers: float64 [6] on the CPU, see above.
     """
 

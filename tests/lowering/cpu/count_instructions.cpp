@@ -127,7 +127,7 @@ void adam(int64_t panels) {
   std::vector<State> m = random_rows<State>(kDim), v(kDim);
   for (int64_t c = 0; c < kDim; ++c) v[c] = State(float(m[c]) * float(m[c]));
   const double numbers[6] = {1, 0.9, 0.999, 1e-3, 1, 1e-8};
-  const AdamUpdate<float, State> update{AdamNumbers<float>(numbers)};
+  const AdamUpdate<float, State> update(numbers);
   const MissedSteps<float> missed{{1, 0.9f, 0.999f}, terms.data(), panels};
   measured([&] {
     for (int64_t t = 0; t < kTokens; ++t) {

@@ -126,7 +126,7 @@ void row_adam(const Tensor& param, Optional master, const Tensor& rows_given, Op
     if (late) entries = missed_entries<S>(*missed_steps, *decays, *panels, room);
     const int64_t* entry = late ? data<int64_t>(*missed_steps) : nullptr;
     with_state_type<Value>(exp_avg, [&]<class State>(State) {
-      const AdamUpdate<Value, State> update{AdamNumbers<S>(data<double>(numbers))};
+      const AdamUpdate<Value, State> update(data<double>(numbers));
       State* m = mutable_data<State>(exp_avg);
       State* v = mutable_data<State>(exp_avg_sq);
       parallel(rows.count, 4 * rows.dim, [&](int64_t begin, int64_t end) {

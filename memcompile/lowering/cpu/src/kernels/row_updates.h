@@ -73,16 +73,6 @@ struct MissedSteps {
   bool is_decay_alone() const { return count == 0 && keeps_moments(); }
 };
 
-// Of row_adam's numbers; 1 - beta in double, since fp32 of beta2 = 0.999 has an error of 2e-5 of it.
-template <class S>
-struct AdamNumbers {
-  S decay, beta1, beta2, rate, scale, eps, taken1, taken2;
-
-  explicit AdamNumbers(const double* from)
-      : decay(S(from[0])), beta1(S(from[1])), beta2(S(from[2])), rate(S(from[3])), scale(S(from[4])), eps(S(from[5])),
-        taken1(S(1 - from[1])), taken2(S(1 - from[2])) {}
-};
-
 // The skipped steps for m = 1 and root = sqrt(v).
 template <class S>
 __attribute__((always_inline)) inline Vector<S> steps_a_moment(const MissedSteps<S>& missed, Vector<S> root, S eps) {
@@ -108,9 +98,14 @@ struct AdamRow {
 };
 
 template <class Value, class State>
-struct AdamUpdate {
+class AdamUpdate {
+ public:
   using S = Sum<Value>;
-  AdamNumbers<S> number;
+
+  // Of row_adam's numbers; 1 - beta in double, since fp32 of beta2 = 0.999 has an error of 2e-5 of it.
+  explicit AdamUpdate(const double* from)
+      : decay_(S(from[0])), beta1_(S(from[1])), beta2_(S(from[2])), rate_(S(from[3])), scale_(S(from[4])), eps_(S(from[5])),
+        taken1_(S(1 - from[1])), taken2_(S(1 - from[2])) {}
 
   void run(const AdamRow<Value, State>& row, int64_t dim) const {
     const AdamUpdate copy = *this;  // whose numbers no store can change, so that they stay in registers
@@ -128,7 +123,7 @@ struct AdamUpdate {
     const auto update = [&](const ValueRow<Value>& part, State* avg, State* avg_sq, int64_t c, int64_t column) __attribute__((always_inline)) {
       Vector<S> x = load_lanes(part.x + c), m = load_lanes(avg + c), v = load_lanes(avg_sq + c);
       if (missed) {
-        const Vector<S> moved = missed->count ? m * steps_a_moment(*missed, square_root(v), number.eps) : Vector<S>{};
+        const Vector<S> moved = missed->count ? m * steps_a_moment(*missed, square_root(v), eps_) : Vector<S>{};
         x = x * missed->decay[0] - moved;
         m *= missed->decay[1];
         v *= missed->decay[2];
@@ -136,9 +131,9 @@ struct AdamUpdate {
       if (part.grad) {
         const Vector<S> g = load(part.grad + c);
         // As torch.lerp: from the nearer end, so that what is near m or near g has their precision.
-        m = number.taken1 < S(0.5) ? m + number.taken1 * (g - m) : g + number.beta1 * (m - g);
-        v = v * number.beta2 + number.taken2 * (g * g);
-        x = x * number.decay - number.rate * m / (square_root(v) * number.scale + number.eps);
+        m = taken1_ < S(0.5) ? m + taken1_ * (g - m) : g + beta1_ * (m - g);
+        v = v * beta2_ + taken2_ * (g * g);
+        x = x * decay_ - rate_ * m / (square_root(v) * scale_ + eps_);
       }
       part.store(x, c, column);
       if constexpr (keeps_moments) return;
@@ -160,6 +155,8 @@ struct AdamUpdate {
       }
     });
   }
+
+  S decay_, beta1_, beta2_, rate_, scale_, eps_, taken1_, taken2_;
 };
 
 // x = kept * x - lr / (sqrt(squares) + eps) * g with g = grad + added * x, where squares has grown by the mean of g**2.
