@@ -24,9 +24,9 @@ template <class F>
 void with_rows_and_slots(const Tensor& rows, const Tensor& slots, int64_t num_slots, const F& f) {
   with_row_type(rows, [&]<class Row>(Row) {
     with_slot_type(slots, [&]<class Slot>(Slot) {
-      const Slot* numbers = data<Slot>(slots);
+      const Slot* numbers = slots.const_data_ptr<Slot>();
       check_range("slot", numbers, slots.numel(), num_slots);
-      f(Table<Row>{data<Row>(rows), rows.stride(0), rows.size(1)}, numbers);
+      f(Table<Row>{rows.const_data_ptr<Row>(), rows.stride(0), rows.size(1)}, numbers);
     });
   });
 }
@@ -38,8 +38,8 @@ Tensor weighted_gather(const Tensor& values_given, const Tensor& slots_given, co
   const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
   Tensor out = torch::stable::new_empty(values, {tokens, dim}, values.scalar_type());
   with_rows_and_slots(values, slots, values.size(0), [&]<class Row, class Slot>(const Table<Row>& table, const Slot* s) {
-    const Sum<Row>* w = data<Sum<Row>>(weights);
-    Row* y = mutable_data<Row>(out);
+    const Sum<Row>* w = weights.const_data_ptr<Sum<Row>>();
+    Row* y = out.mutable_data_ptr<Row>();
     parallel(tokens, hits * dim, [&](int64_t begin, int64_t end) {
       RowSums<Row> sums(dim);
       for (int64_t t = begin; t < end; ++t) {
@@ -57,8 +57,8 @@ Tensor gather_dot(const Tensor& values_given, const Tensor& slots_given, const T
   const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
   Tensor out = torch::stable::new_empty(values, {tokens, hits}, sum_type(values));
   with_rows_and_slots(values, slots, values.size(0), [&]<class Row, class Slot>(const Table<Row>& table, const Slot* s) {
-    const Row* u = data<Row>(grad);
-    Sum<Row>* dots = mutable_data<Sum<Row>>(out);
+    const Row* u = grad.const_data_ptr<Row>();
+    Sum<Row>* dots = out.mutable_data_ptr<Sum<Row>>();
     parallel(tokens, hits * dim, [&](int64_t begin, int64_t end) {
       std::vector<Sum<Row>> copy(dim);
       for (int64_t t = begin; t < end; ++t) {
@@ -70,15 +70,16 @@ Tensor gather_dot(const Tensor& values_given, const Tensor& slots_given, const T
 }
 
 Tensor prefetch_rows(const Tensor& values, const Tensor& slots_given) {
-  STD_TORCH_CHECK(values.dim() == 2 && slots_given.dim() == 2, "memcompile: values must be [num_rows, dim] and slots [tokens, hits]");
+  STD_TORCH_CHECK(values.dim() == 2 && slots_given.dim() == 2,
+                  "memcompile: values must be [num_rows, dim] and slots [tokens, hits]");
   const Tensor slots = torch::stable::contiguous(slots_given);
   const int64_t count = slots.numel(), bytes = values.element_size();
   Tensor out = torch::stable::new_empty(slots, {slots.size(0), slots.size(1)}, slots.scalar_type());
   const MappedRows rows(values.const_data_ptr(), values.stride(0) * bytes, values.size(1) * bytes);
   with_slot_type(slots, [&]<class Slot>(Slot) {
-    const Slot* numbers = data<Slot>(slots);
+    const Slot* numbers = slots.const_data_ptr<Slot>();
     check_range("slot", numbers, count, values.size(0));
-    std::copy(numbers, numbers + count, mutable_data<Slot>(out));
+    std::copy(numbers, numbers + count, out.mutable_data_ptr<Slot>());
     if (rows.are_there(numbers, count)) return;
     const std::vector<PageRun> runs = rows.pages_of(numbers, count);
     constexpr int64_t elements = 1 << 10;  // that asking for a run costs as much as
@@ -110,7 +111,7 @@ void with_runs(const Tensor& slots_given, const Tensor& weights_given, const Ten
     const SortedHits<Slot> sorted =
         sort_by_slot(s, slots.numel(), num_slots, torch::stable::get_num_threads(),
                      [](int64_t begin, int64_t end, const auto& part) { torch::stable::parallel_for(begin, end, 1, part); });
-    const WeightedHits<Row> hits{sorted.hits.get(), data<Sum<Row>>(weights), slots.size(1), table};
+    const WeightedHits<Row> hits{sorted.hits.get(), weights.const_data_ptr<Sum<Row>>(), slots.size(1), table};
     f(sorted, hits, ends_of_runs(sorted.slots.get(), slots.numel()));
   });
 }
@@ -128,7 +129,7 @@ Tensor weighted_scatter(const Tensor& slots, const Tensor& weights, const Tensor
     const int64_t dim = hits.grad.dim;
     out = torch::stable::new_empty(grad, {num_slots, dim}, grad.scalar_type());
     advise_huge_pages(out);
-    Row* rows = mutable_data<Row>(out);
+    Row* rows = out.mutable_data_ptr<Row>();
     const int64_t runs = int64_t(ends.size()) - 1;
     if (runs == 0) zero_rows(rows, dim, 0, num_slots);
     for_each_run(hits, ends, [&](int64_t run, HitSums<Row>& sums) {
@@ -147,10 +148,11 @@ std::tuple<Tensor, Tensor> row_sums(const Tensor& slots, const Tensor& weights, 
       const SortedHits<Slot>& sorted, const WeightedHits<Row>& hits, const std::vector<int64_t>& ends) {
     const int64_t runs = int64_t(ends.size()) - 1, dim = hits.grad.dim;
     rows = torch::stable::new_empty(grad, {runs}, ScalarType::Long);
-    for (int64_t run = 0; run < runs; ++run) mutable_data<int64_t>(rows)[run] = sorted.slots[ends[run]];
+    int64_t* row = rows.mutable_data_ptr<int64_t>();
+    for (int64_t run = 0; run < runs; ++run) row[run] = sorted.slots[ends[run]];
     out = torch::stable::new_empty(grad, {runs, dim}, grad.scalar_type());
     advise_huge_pages(out);
-    Row* sums_out = mutable_data<Row>(out);
+    Row* sums_out = out.mutable_data_ptr<Row>();
     for_each_run(hits, ends, [&](int64_t run, HitSums<Row>& sums) { sums.sum(ends[run], ends[run + 1], sums_out + run * dim); });
   });
   return {rows, out};

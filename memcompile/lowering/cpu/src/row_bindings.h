@@ -16,10 +16,6 @@ bool is_table(const Tensor& table, const Tensor& like) {
   return table.dim() == 2 && has_shape(table, {like.size(0), like.size(1)}) && table.is_contiguous();
 }
 
-bool is_vector(const Tensor& tensor, int64_t size, ScalarType type) {
-  return has_shape(tensor, {size}) && tensor.scalar_type() == type;
-}
-
 Optional contiguous(const Optional& tensor) {
   return tensor ? Optional(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
@@ -68,18 +64,20 @@ void with_updated_rows(const Tensor& param, const Optional& master, const Tensor
   const ScalarType type = param.scalar_type();
   STD_TORCH_CHECK(is_table(param, param) && is_floating(param) && type != ScalarType::Half,
                   "memcompile: param must be contiguous [slots, dim] and float32, float64 or bfloat16");
-  STD_TORCH_CHECK(!master || (is_table(*master, param) && master->scalar_type() == ScalarType::Float && type == ScalarType::BFloat16),
+  STD_TORCH_CHECK(!master || (is_table(*master, param) && master->scalar_type() == ScalarType::Float &&
+                              type == ScalarType::BFloat16),
                   "memcompile: master must be float32 as param, which is then bfloat16");
   const int64_t count = rows_given.numel(), dim = param.size(1);
-  STD_TORCH_CHECK(is_vector(rows_given, count, ScalarType::Long), "memcompile: rows must be int64 [n]");
-  STD_TORCH_CHECK(!grad_given || (has_shape(*grad_given, {count, dim}) && grad_given->scalar_type() == sum_type(param)),
+  STD_TORCH_CHECK(is(rows_given, ScalarType::Long, {count}), "memcompile: rows must be int64 [n]");
+  STD_TORCH_CHECK(!grad_given || is(*grad_given, sum_type(param), {count, dim}),
                   "memcompile: grad must be [n, dim] in the dtype of the sums of param");
   const Tensor rows = torch::stable::contiguous(rows_given), table = master.value_or(param);
   const Optional grad = contiguous(grad_given);
-  check_range("row", data<int64_t>(rows), count, param.size(0));
+  check_range("row", rows.const_data_ptr<int64_t>(), count, param.size(0));
   with_value_type(table, [&]<class Value>(Value) {
-    f(UpdatedRows<Value>{mutable_data<Value>(table), master ? mutable_data<BFloat16>(param) : nullptr,
-                         grad ? data<Sum<Value>>(*grad) : nullptr, data<int64_t>(rows), count, dim, uint32_t(seed)});
+    f(UpdatedRows<Value>{table.mutable_data_ptr<Value>(), master ? param.mutable_data_ptr<BFloat16>() : nullptr,
+                         grad ? grad->const_data_ptr<Sum<Value>>() : nullptr, rows.const_data_ptr<int64_t>(), count, dim,
+                         uint32_t(seed)});
   });
 }
 
@@ -89,16 +87,16 @@ template <class S>
 std::vector<MissedSteps<S>> missed_entries(const Tensor& missed_steps, const Tensor& decays_given, const Tensor& panels_given,
                                            std::vector<S>& room) {
   constexpr int64_t size = 1 + MissedSteps<S>::kMoments;
-  STD_TORCH_CHECK(has_shape(decays_given, {kAny, 3}) && decays_given.scalar_type() == ScalarType::Double,
+  STD_TORCH_CHECK(is(decays_given, ScalarType::Double, {kAny, 3}),
                   "memcompile: decays must be float64 [entries, 3]");
   std::vector<MissedSteps<S>> out(decays_given.size(0));
-  STD_TORCH_CHECK(has_shape(panels_given, {int64_t(out.size()), kAny, size}) && panels_given.scalar_type() == ScalarType::Double,
+  STD_TORCH_CHECK(is(panels_given, ScalarType::Double, {int64_t(out.size()), kAny, size}),
                   "memcompile: panels must be float64 [entries, panels, ", size, "]");
-  check_range("missed_steps: entry", data<int64_t>(missed_steps), missed_steps.numel(), int64_t(out.size()));
+  check_range("missed_steps: entry", missed_steps.const_data_ptr<int64_t>(), missed_steps.numel(), int64_t(out.size()));
   const Tensor decays = torch::stable::contiguous(decays_given), panels = torch::stable::contiguous(panels_given);
-  room.assign(data<double>(panels), data<double>(panels) + panels.numel());
+  room.assign(panels.const_data_ptr<double>(), panels.const_data_ptr<double>() + panels.numel());
   for (size_t i = 0; i < out.size(); ++i) {
-    const double* decay = data<double>(decays) + 3 * i;
+    const double* decay = decays.const_data_ptr<double>() + 3 * i;
     const S* first = room.data() + i * panels.size(1) * size;
     int64_t count = panels.size(1);  // those at the end have no moments: other entries have more panels
     while (count > 0 && std::all_of(first + (count - 1) * size + 1, first + count * size, [](S m) { return m == 0; })) --count;
@@ -113,22 +111,23 @@ void row_adam(const Tensor& param, Optional master, const Tensor& rows_given, Op
   STD_TORCH_CHECK(is_table(exp_avg, param), "memcompile: exp_avg must be contiguous and of the shape of param");
   STD_TORCH_CHECK(is_table(exp_avg_sq, param) && exp_avg_sq.scalar_type() == exp_avg.scalar_type(),
                   "memcompile: exp_avg_sq must be as exp_avg");
-  STD_TORCH_CHECK(is_vector(numbers, 6, ScalarType::Double) && numbers.is_contiguous(), "memcompile: numbers must be float64 [6]");
+  STD_TORCH_CHECK(is(numbers, ScalarType::Double, {6}) && numbers.is_contiguous(), "memcompile: numbers must be float64 [6]");
   const bool late = missed_given.has_value();
   STD_TORCH_CHECK(late == decays.has_value() && late == panels.has_value(),
                   "memcompile: missed_steps, decays and panels must be there together");
   const Optional missed_steps = contiguous(missed_given);
   with_updated_rows(param, master, rows_given, grad, seed, [&]<class Value>(const UpdatedRows<Value>& rows) {
     using S = Sum<Value>;
-    STD_TORCH_CHECK(!late || is_vector(*missed_steps, rows.count, ScalarType::Long), "memcompile: missed_steps must be int64 as rows");
+    STD_TORCH_CHECK(!late || is(*missed_steps, ScalarType::Long, {rows.count}),
+                    "memcompile: missed_steps must be int64 as rows");
     std::vector<S> room;
     std::vector<MissedSteps<S>> entries;
     if (late) entries = missed_entries<S>(*missed_steps, *decays, *panels, room);
-    const int64_t* entry = late ? data<int64_t>(*missed_steps) : nullptr;
+    const int64_t* entry = late ? missed_steps->const_data_ptr<int64_t>() : nullptr;
     with_state_type<Value>(exp_avg, [&]<class State>(State) {
-      const AdamUpdate<Value, State> update(data<double>(numbers));
-      State* m = mutable_data<State>(exp_avg);
-      State* v = mutable_data<State>(exp_avg_sq);
+      const AdamUpdate<Value, State> update(numbers.const_data_ptr<double>());
+      State* m = exp_avg.mutable_data_ptr<State>();
+      State* v = exp_avg_sq.mutable_data_ptr<State>();
       parallel(rows.count, 4 * rows.dim, [&](int64_t begin, int64_t end) {
         const auto decays_alone = [&](int64_t i) { return late && !rows.grad && entries[entry[i]].is_decay_alone(); };
         for (int64_t i = begin; i < end; ++i) {
@@ -149,12 +148,12 @@ void row_adam(const Tensor& param, Optional master, const Tensor& rows_given, Op
 
 void row_adagrad(const Tensor& param, Optional master, const Tensor& rows_given, const Tensor& grad, int64_t seed,
                  const Tensor& squares, double lr, double eps, double weight_decay, bool decoupled) {
-  STD_TORCH_CHECK(param.dim() == 2 && is_vector(squares, param.size(0), sum_type(param)) && squares.is_contiguous(),
+  STD_TORCH_CHECK(param.dim() == 2 && is(squares, sum_type(param), {param.size(0)}) && squares.is_contiguous(),
                   "memcompile: squares must be contiguous [slots] in the dtype of the sums of param");
   const double added = decoupled ? 0 : weight_decay, kept = decoupled ? 1 - lr * weight_decay : 1;
   with_updated_rows(param, master, rows_given, grad, seed, [&]<class Value>(const UpdatedRows<Value>& rows) {
     using S = Sum<Value>;
-    S* sums = mutable_data<S>(squares);
+    S* sums = squares.mutable_data_ptr<S>();
     parallel(rows.count, 2 * rows.dim, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         update_adagrad(rows[i], rows.dim, sums + rows.rows[i], S(lr), S(eps), S(added), S(kept));
@@ -165,12 +164,12 @@ void row_adagrad(const Tensor& param, Optional master, const Tensor& rows_given,
 
 void row_sgd(const Tensor& param, Optional master, const Tensor& rows_given, Optional grad, int64_t seed,
              Optional decays_given, double rate) {
-  STD_TORCH_CHECK(!decays_given || is_vector(*decays_given, rows_given.numel(), ScalarType::Double),
+  STD_TORCH_CHECK(!decays_given || is(*decays_given, ScalarType::Double, {rows_given.numel()}),
                   "memcompile: decays must be float64 as rows");
   const Optional decays = contiguous(decays_given);
   with_updated_rows(param, master, rows_given, grad, seed, [&]<class Value>(const UpdatedRows<Value>& rows) {
     using S = Sum<Value>;
-    const double* decay = decays ? data<double>(*decays) : nullptr;
+    const double* decay = decays ? decays->const_data_ptr<double>() : nullptr;
     parallel(rows.count, rows.dim, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) update_sgd(rows[i], rows.dim, decay ? S(decay[i]) : S(1), S(rate));
     });

@@ -27,9 +27,9 @@ std::tuple<Tensor, Tensor> product_key_topk(const Tensor& scores_given, int64_t 
   Tensor logits = torch::stable::new_empty(scores, {tokens, heads, top_k}, type);
   Tensor slots = torch::stable::new_empty(scores, {tokens, heads, top_k}, ScalarType::Int);
   const auto run = [&]<class Score>(Score) {
-    const Score* all = data<Score>(scores);
-    Score* logits_out = mutable_data<Score>(logits);
-    int32_t* slots_out = mutable_data<int32_t>(slots);
+    const Score* all = scores.const_data_ptr<Score>();
+    Score* logits_out = logits.mutable_data_ptr<Score>();
+    int32_t* slots_out = slots.mutable_data_ptr<int32_t>();
     parallel(tokens * heads, 2 * n_keys, [&](int64_t begin, int64_t end) {
       ProductKeySearch<Score> search(n_keys, top_k);
       for (int64_t row = begin; row < end; ++row) {
@@ -102,7 +102,9 @@ struct Search {
         const Row* queries = query + (first * heads + head) * 2 * half_dim;
         tile.multiply({queries, heads * 2 * half_dim, half_dim}, size, keys(head, 0), n_keys, firsts);
         tile.multiply({queries + half_dim, heads * 2 * half_dim, half_dim}, size, keys(head, 1), n_keys, seconds);
-        for (int64_t t = 0; t < size; ++t) choose(search, firsts + t * n_keys, seconds + t * n_keys, (first + t) * heads + head);
+        for (int64_t t = 0; t < size; ++t) {
+          choose(search, firsts + t * n_keys, seconds + t * n_keys, (first + t) * heads + head);
+        }
       }
     });
   }
@@ -134,8 +136,8 @@ std::tuple<Tensor, Tensor> product_key_search(const Tensor& query_given, const T
   Tensor weights = torch::stable::new_empty(query, {tokens, heads, top_k}, sum_type(query));
   Tensor slots = torch::stable::new_empty(query, {tokens, heads, top_k}, ScalarType::Int);
   with_row_type(query, [&]<class Row>(Row) {
-    const Search<Row> search{data<Row>(query), data<Row>(half_keys), tokens, heads, n_keys, half_dim, top_k,
-                             mutable_data<Sum<Row>>(weights), mutable_data<int32_t>(slots)};
+    const Search<Row> search{query.const_data_ptr<Row>(), half_keys.const_data_ptr<Row>(), tokens, heads, n_keys, half_dim,
+                             top_k, weights.mutable_data_ptr<Sum<Row>>(), slots.mutable_data_ptr<int32_t>()};
     if (few) {
       search.run_few();
     } else if constexpr (kHasTile<Row>) {

@@ -20,7 +20,7 @@ void with_stale_rows(const Tensor& values, const Tensor& exp_avg, const Tensor& 
   STD_TORCH_CHECK(is_table(values, values) && is_table(exp_avg, values) && is_table(exp_avg_sq, values) &&
                       exp_avg_sq.scalar_type() == exp_avg.scalar_type(),
                   "memcompile: values, exp_avg and exp_avg_sq must be contiguous [slots, dim], the last two of one dtype");
-  STD_TORCH_CHECK(has_shape(missed_given, {slots_given.size(0), slots_given.size(1)}) && missed_given.scalar_type() == ScalarType::Long,
+  STD_TORCH_CHECK(is(missed_given, ScalarType::Long, {slots_given.size(0), slots_given.size(1)}),
                   "memcompile: missed_steps must be int64 as slots [tokens, hits]");
   const Tensor slots = torch::stable::contiguous(slots_given), missed_steps = torch::stable::contiguous(missed_given);
   with_value_type(values, [&]<class Value>(Value) {
@@ -28,18 +28,19 @@ void with_stale_rows(const Tensor& values, const Tensor& exp_avg, const Tensor& 
     std::vector<S> room;
     const std::vector<MissedSteps<S>> entries = missed_entries<S>(missed_steps, decays, panels, room);
     with_state_type<Value>(exp_avg, [&]<class State>(State) {
-      const StaleRows<Value, State> rows(data<Value>(values), data<State>(exp_avg), data<State>(exp_avg_sq), values.size(1),
-                                         entries.data(), S(eps));
+      const StaleRows<Value, State> rows(values.const_data_ptr<Value>(), exp_avg.const_data_ptr<State>(),
+                                         exp_avg_sq.const_data_ptr<State>(), values.size(1), entries.data(), S(eps));
       with_slot_type(slots, [&]<class Slot>(Slot) {
-        check_range("slot", data<Slot>(slots), slots.numel(), values.size(0));
-        f(rows, data<Slot>(slots), data<int64_t>(missed_steps));
+        check_range("slot", slots.const_data_ptr<Slot>(), slots.numel(), values.size(0));
+        f(rows, slots.const_data_ptr<Slot>(), missed_steps.const_data_ptr<int64_t>());
       });
     });
   });
 }
 
 Tensor stale_gather(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots,
-                    const Tensor& weights_given, const Tensor& missed_steps, const Tensor& decays, const Tensor& panels, double eps) {
+                    const Tensor& weights_given, const Tensor& missed_steps, const Tensor& decays, const Tensor& panels,
+                    double eps) {
   check_weights(slots, weights_given);
   const Tensor weights = as(weights_given, sum_type(values));
   const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
@@ -47,8 +48,8 @@ Tensor stale_gather(const Tensor& values, const Tensor& exp_avg, const Tensor& e
   with_stale_rows(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels, eps,
                   [&]<class Value, class State>(const StaleRows<Value, State>& rows, const auto* s, const int64_t* missed) {
     using S = Sum<Value>;
-    const S* w = data<S>(weights);
-    Value* y = mutable_data<Value>(out);
+    const S* w = weights.const_data_ptr<S>();
+    Value* y = out.mutable_data_ptr<Value>();
     parallel(tokens, 4 * hits * dim, [&](int64_t begin, int64_t end) {
       std::vector<S> part(rows.room()), sums(rows.room());
       for (int64_t t = begin; t < end; ++t) {
@@ -70,8 +71,8 @@ Tensor stale_dot(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_
   with_stale_rows(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels, eps,
                   [&]<class Value, class State>(const StaleRows<Value, State>& rows, const auto* s, const int64_t* missed) {
     using S = Sum<Value>;
-    const S* u = data<S>(grad);
-    S* dots = mutable_data<S>(out);
+    const S* u = grad.const_data_ptr<S>();
+    S* dots = out.mutable_data_ptr<S>();
     parallel(tokens, 4 * hits * dim, [&](int64_t begin, int64_t end) {
       std::vector<S> vector(rows.room());
       for (int64_t t = begin; t < end; ++t) {
@@ -85,25 +86,25 @@ Tensor stale_dot(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_
 
 std::tuple<Tensor, Tensor> skipped_steps(const Tensor& rates_given, const Tensor& starts_given, int64_t until, int64_t terms,
                                          int64_t moments) {
-  STD_TORCH_CHECK(has_shape(rates_given, {kAny, Rates::kColumns}) && rates_given.numel() > 0 &&
-                      rates_given.scalar_type() == ScalarType::Double,
+  STD_TORCH_CHECK(is(rates_given, ScalarType::Double, {kAny, Rates::kColumns}) && rates_given.numel() > 0,
                   "memcompile: rates must be float64 [changes, ", Rates::kColumns, "]");
-  STD_TORCH_CHECK(is_vector(starts_given, starts_given.numel(), ScalarType::Long), "memcompile: starts must be int64 [n]");
+  STD_TORCH_CHECK(is(starts_given, ScalarType::Long, {kAny}), "memcompile: starts must be int64 [n]");
   STD_TORCH_CHECK(terms > 0 && (moments == 7 || moments == 14), "memcompile: terms must be positive, and moments 7 or 14");
   const Tensor entries = torch::stable::contiguous(rates_given), starts = torch::stable::contiguous(starts_given);
   const int64_t count = starts.numel();
-  const int64_t* start = data<int64_t>(starts);
+  const int64_t* start = starts.const_data_ptr<int64_t>();
   STD_TORCH_CHECK(count == 0 || (start[0] >= -1 && start[count - 1] <= until &&
                                  std::adjacent_find(start, start + count, std::greater_equal<>()) == start + count),
                   "memcompile: starts must be steps from -1 to ", until, ", ascending and each once");
-  const Rates rates(data<double>(entries), entries.size(0));
+  const Rates rates(entries.const_data_ptr<double>(), entries.size(0));
   Tensor decays = torch::stable::new_empty(entries, {count, 3}, ScalarType::Double);
+  double* decay = decays.mutable_data_ptr<double>();
   const int64_t last_entry = rates.entry_of(until);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t after = std::max<int64_t>(start[i], 0), entry = rates.entry_of(after);
     for (const auto factor : {Rates::kDecay, Rates::kBeta1, Rates::kBeta2}) {
       const bool of_zero = start[i] < 0 && factor != Rates::kDecay;  // moments that row_adam need not read
-      mutable_data<double>(decays)[3 * i + factor] = of_zero ? 1 : std::exp(rates.log_product(factor, after, entry, until, last_entry));
+      *decay++ = of_zero ? 1 : std::exp(rates.log_product(factor, after, entry, until, last_entry));
     }
   }
   const int64_t* const first = std::find_if(start, start + count, [](int64_t step) { return step >= 0; });
@@ -118,7 +119,7 @@ std::tuple<Tensor, Tensor> skipped_steps(const Tensor& rates_given, const Tensor
   size_t most = 0;
   for (const std::vector<double>& some : made) most = std::max(most, some.size());
   Tensor panels = torch::stable::new_empty(entries, {count, int64_t(most) / (1 + moments), 1 + moments}, ScalarType::Double);
-  double* out = mutable_data<double>(panels);
+  double* out = panels.mutable_data_ptr<double>();
   std::fill_n(out, count * most, 0.0);
   for (size_t i = 0; i < made.size(); ++i) std::copy(made[i].begin(), made[i].end(), out + (first - start + i) * most);
   return {decays, panels};

@@ -59,16 +59,6 @@ inline Tensor as(const Tensor& tensor, ScalarType type) {
   return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
 }
 
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 // f(Slot{}) for the type of the slots.
 template <class F>
 auto with_slot_type(const Tensor& slots, const F& f) {
@@ -83,6 +73,10 @@ inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> sizes
   bool has = tensor.dim() == int64_t(sizes.size());
   for (int64_t i = 0; has && i < tensor.dim(); ++i) has = sizes.begin()[i] == kAny || sizes.begin()[i] == tensor.size(i);
   return has;
+}
+
+inline bool is(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
+  return tensor.scalar_type() == type && has_shape(tensor, sizes);
 }
 
 inline void check_weights(const Tensor& slots, const Tensor& weights) {
