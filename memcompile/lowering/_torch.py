@@ -76,11 +76,6 @@ def is_traced(tensor: Tensor) -> bool:
     return isinstance(tensor, (FakeTensor, FunctionalTensor))
 
 
-def process_group(name: str) -> torch.distributed.ProcessGroup:
-    """The process group that functional collectives know by this name."""
-    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
-
-
 def graph_pass_base() -> type:
     """The class that a graph pass with a cache key derives from.
 

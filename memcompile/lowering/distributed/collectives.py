@@ -31,9 +31,9 @@ def reduce_scatter(tensor: Tensor, ranks: int, group: str) -> Tensor:
     return _done(_FUNCTIONAL.reduce_scatter_tensor(tensor.contiguous(), "sum", ranks, group))
 
 
-def all_reduce(tensor: Tensor, group: str) -> Tensor:
-    """The sum over the ranks."""
-    return _done(_FUNCTIONAL.all_reduce(tensor.contiguous(), "sum", group))
+def all_reduce(tensor: Tensor, group: str, operation: str = "sum") -> Tensor:
+    """The sum over the ranks, or another reduction."""
+    return _done(_FUNCTIONAL.all_reduce(tensor.contiguous(), operation, group))
 
 
 def all_to_all(

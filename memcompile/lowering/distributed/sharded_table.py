@@ -29,14 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memcompile.lowering._torch import (
-    autograd_kernel,
-    below_autograd,
-    functorch_is_active,
-    is_keyed,
-    is_traced,
-    process_group,
-)
+from memcompile.lowering._torch import autograd_kernel, below_autograd, functorch_is_active, is_keyed, is_traced
 from memcompile.lowering.distributed import collectives
 from memcompile.lowering.gather.hits import sum_dtype
 from memcompile.lowering.gather.table_gather import check_unchanged, gather
@@ -148,8 +141,7 @@ def sharded_gather(
 
 def most_tokens(tokens: int, group: str, device: torch.device) -> int:
     """The most tokens that a rank of the group has now. A collective, and it waits for the device."""
-    counts = collectives.all_gather(torch.tensor([tokens], device=device), process_group(group).size(), group)
-    return int(counts.max())
+    return int(collectives.all_reduce(torch.tensor([tokens], device=device), group, "max"))
 
 
 def _forward(

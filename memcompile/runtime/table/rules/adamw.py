@@ -111,7 +111,7 @@ def _run(
     moments = (as_rows(state[name]) for name in MOMENTS)
     history, last_step = RateHistory(state["history"]), state["last_step"]
     missed = missed_steps(history, last_step[rows], until, sum_dtype(table))
-    parts = (None, None, None) if missed is None else missed
+    parts = (None, None, None) if missed is None else (missed.entries, missed.decays, missed.panels)
     constants = torch.tensor([*numbers, history.eps], dtype=torch.float64, device="cpu")
     seed = step_seed(state, options, shards)
     operator("row_adam")(*tables(table, state), rows, grad, seed, *moments, *parts, constants)
