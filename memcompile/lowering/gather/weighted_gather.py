@@ -73,11 +73,9 @@ def _gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
     values, slots, weights = ctx.saved_tensors
-    grad_values = grad_weights = None
-    if ctx.needs_input_grad[0]:
-        grad_values = operator("weighted_scatter")(slots, weights, grad, values.shape[0])
-    if ctx.needs_input_grad[2]:
-        grad_weights = operator("gather_dot")(values, slots, grad).to(weights.dtype)
+    of_values, _, of_weights = ctx.needs_input_grad
+    grad_values = operator("weighted_scatter")(slots, weights, grad, values.shape[0]) if of_values else None
+    grad_weights = operator("gather_dot")(values, slots, grad).to(weights.dtype) if of_weights else None
     return grad_values, None, grad_weights
 
 
@@ -93,11 +91,9 @@ def _dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
 
 def _dot_backward(ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
     values, slots, grad = ctx.saved_tensors
-    grad_values = grad_grad = None
-    if ctx.needs_input_grad[0]:
-        grad_values = operator("weighted_scatter")(slots, grad_dots, grad, values.shape[0])
-    if ctx.needs_input_grad[2]:
-        grad_grad = operator("weighted_gather")(values, slots, grad_dots)
+    of_values, _, of_grad = ctx.needs_input_grad
+    grad_values = operator("weighted_scatter")(slots, grad_dots, grad, values.shape[0]) if of_values else None
+    grad_grad = operator("weighted_gather")(values, slots, grad_dots) if of_grad else None
     return grad_values, None, grad_grad
 
 
@@ -123,11 +119,9 @@ def _scatter_vmap(
 
 def _scatter_backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
     slots, weights, grad = ctx.saved_tensors
-    grad_weights = grad_grad = None
-    if ctx.needs_input_grad[1]:
-        grad_weights = operator("gather_dot")(grad_out, slots, grad).to(weights.dtype)
-    if ctx.needs_input_grad[2]:
-        grad_grad = operator("weighted_gather")(grad_out, slots, weights)
+    _, of_weights, of_grad, _ = ctx.needs_input_grad
+    grad_weights = operator("gather_dot")(grad_out, slots, grad).to(weights.dtype) if of_weights else None
+    grad_grad = operator("weighted_gather")(grad_out, slots, weights) if of_grad else None
     return None, grad_weights, grad_grad, None
 
 

@@ -48,14 +48,13 @@ class LateKernels:
 
     Until then each operator has a kernel there that loads all of them and calls the operator again. Then the dispatcher
     finds the device's own kernels; where they cannot be loaded it finds those in operations of PyTorch.
+
+    Args:
+        key: the device's dispatch key, "CPU" or "CUDA".
+        load: registers the kernels, and returns whether they are there.
     """
 
     def __init__(self, key: str, load: Callable[[], bool]) -> None:
-        """
-        Args:
-            key: the device's dispatch key, "CPU" or "CUDA".
-            load: registers the kernels, and returns whether they are there.
-        """
         self._key, self._load = key, load
         self._names: tuple[str, ...] = ()
         self._first_calls: torch.library.Library | None = None

@@ -78,10 +78,9 @@ def _backward(ctx: Any, grad_weights: Tensor, _: Any) -> tuple[Tensor | None, Te
     sides, _, n_keys, half_dim = half_keys.shape
     bags, top_k = tokens * heads * sides, slots.shape[-1]
     # One row a half-key, in the order of half_keys: row = (side * heads + head) * n_keys + key.
-    side = torch.arange(sides, device=slots.device, dtype=slots.dtype)[None, :, None]
-    head = torch.arange(heads, device=slots.device, dtype=slots.dtype)[:, None, None]
     keys = torch.stack([slots // n_keys, slots % n_keys], dim=2)  # [tokens, heads, 2, k]
-    rows = ((side * heads + head) * n_keys + keys).reshape(bags, top_k)
+    first = torch.arange(sides * heads, device=slots.device, dtype=slots.dtype).view(sides, heads, 1) * n_keys
+    rows = (first.transpose(0, 1) + keys).reshape(bags, top_k)
     factors = grad_logits[:, :, None].expand(-1, -1, sides, -1).reshape(bags, top_k)
 
     grad_query = grad_half_keys = None
