@@ -6,7 +6,7 @@ which Inductor fuses, and the operators `product_key_topk`, `weighted_gather` an
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -95,31 +95,11 @@ def memory_lookup(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Lookup:
-    """The operator's arguments, in the order of its schema."""
+_DEFAULTS = {argument.name: argument.default_value for argument in operator("memory_lookup")._schema.arguments}
 
-    x: Tensor
-    query_weight: Tensor
-    query_bias: Tensor | None
-    half_keys: Tensor
-    values: Tensor
-    gate_weight: Tensor | None
-    gate_bias: Tensor | None
-    out_weight: Tensor | None
-    out_bias: Tensor | None
-    temperature: Tensor | None
-    heads: int
-    top_k: int
-    values_grad: str = "dense"
-    values_storage: str = "device"
-    group: str = ""
-    parts: Sequence[int] = ()
-    part: int = 0
-    shard_dim: int = 1
-    same_tokens: bool = False
-    capacity: int | None = None
-    row_state: Sequence[Tensor] | None = None
+
+class _Lookup(SimpleNamespace):
+    """The operator's arguments, by their names in its schema."""
 
     @property
     def shards(self) -> Shards | None:
@@ -245,7 +225,9 @@ def _expect_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], mean
 
 
 def _run(*args: Any) -> Tensor:
-    lookup = _Lookup(*args)
+    lookup = _Lookup(
+        **_DEFAULTS | dict(zip(_DEFAULTS, args, strict=False))
+    )  # PyTorch leaves out those that are defaults
     lookup.check()
     return lookup.run()
 

@@ -21,7 +21,6 @@ The collectives are functional, so graphs hold them, and compute may stand betwe
 parts of the table are read: no rank ever holds more of it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ from torch import Tensor
 from memcompile.lowering._torch import autograd_kernel, below_autograd, functorch_is_active, is_keyed, is_traced
 from memcompile.lowering.distributed import collectives
 from memcompile.lowering.gather.hits import sum_dtype
-from memcompile.lowering.gather.table_gather import check_unchanged, gather
+from memcompile.lowering.gather.table_gather import RowState, check_unchanged, gather
 from memcompile.lowering.register.schema import operator
 
 _WORDS = {torch.float32: torch.int32, torch.float64: torch.int64}  # slots as wide as weights travel with them
@@ -103,7 +102,7 @@ def sharded_gather(
     shards: Shards,
     capacity: int | None,
     gradient: str,
-    row_state: Sequence[Tensor] = (),
+    row_state: RowState = (),
 ) -> Tensor:
     """`weighted_gather` of this rank's tokens over a whole table, or `table_gather` where the gradient is sparse.
 
@@ -152,7 +151,7 @@ def _forward(
     shards: Shards,
     capacity: int,
     gradient: str,
-    row_state: Sequence[Tensor],
+    row_state: RowState,
 ) -> Tensor:
     tokens = slots.shape[0]
     with below_autograd():
@@ -252,7 +251,7 @@ def _tokens_to_columns(grad: Tensor, capacity: int, shards: Shards) -> Tensor:
     return received.view(shards.ranks * capacity, own)
 
 
-def _dots(table: Tensor, slots: Tensor, grad: Tensor, row_state: Sequence[Tensor], shards: Shards) -> Tensor:
+def _dots(table: Tensor, slots: Tensor, grad: Tensor, row_state: RowState, shards: Shards) -> Tensor:
     """The gradient of all tokens' weights, as far as the own part makes it."""
     if not table.numel():
         return torch.zeros_like(slots, dtype=sum_dtype(table))

@@ -138,27 +138,14 @@ def _sums_fake(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> 
 
 
 register_differentiable(
-    "weighted_gather",
-    check=_check_gather,
-    kernel=_gather,
-    fake=new_sums,
+    "weighted_gather", check=_check_gather, kernel=_gather, fake=new_sums, backward=_gather_backward,
     vmap=_reading_vmap("weighted_gather"),
-    backward=_gather_backward,
+)  # fmt: skip
+register_differentiable(
+    "gather_dot", check=check_dot, kernel=_dot, fake=new_dots, vmap=_reading_vmap("gather_dot"), backward=_dot_backward
 )
 register_differentiable(
-    "gather_dot",
-    check=check_dot,
-    kernel=_dot,
-    fake=new_dots,
-    vmap=_reading_vmap("gather_dot"),
-    backward=_dot_backward,
-)
-register_differentiable(
-    "weighted_scatter",
-    check=check_hits,
-    kernel=_scatter,
-    fake=_scatter_fake,
+    "weighted_scatter", check=check_hits, kernel=_scatter, fake=_scatter_fake, backward=_scatter_backward,
     vmap=_scatter_vmap,
-    backward=_scatter_backward,
-)
+)  # fmt: skip
 register_operator("row_sums", check=check_hits, kernel=_sums, fake=_sums_fake)

@@ -15,14 +15,11 @@ from memcompile.lowering.inductor.caches import tag_traced
 from memcompile.lowering.register.kernels import IN_PYTORCH, InPyTorch
 from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
 
+Function = Callable[..., Any]
+
 
 def register_operator(
-    name: str,
-    *,
-    check: Callable[..., None],
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    vmap: Callable[..., Any] | None = None,
+    name: str, *, check: Function, kernel: Function, fake: Function, vmap: Function | None = None
 ) -> None:
     """Registers an operator that has no derivative: what it returns requires no gradient, whatever it is given.
 
@@ -49,11 +46,7 @@ def register_arguments(name: str, arguments: type[Any]) -> None:
 
 
 def register_for_graphs(
-    name: str,
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    key: str,
-    derivative: Callable[..., Any] = torch.library.fallthrough_kernel,
+    name: str, kernel: Function, fake: Function, key: str, derivative: Function = torch.library.fallthrough_kernel
 ) -> None:
     """Registers an operator with one kernel, for the dispatch key `key`. By default it has no derivative: it is of
     graphs in which derivatives are there already.
@@ -66,13 +59,13 @@ def register_for_graphs(
 def register_differentiable(
     name: str,
     *,
-    check: Callable[..., None],
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    vmap: Callable[..., Any],
-    backward: Callable[..., Any],
-    setup_context: Callable[[Any, Any, Any], None] | None = None,
-    under_autograd: Callable[..., Any] | None = None,
+    check: Function,
+    kernel: Function,
+    fake: Function,
+    vmap: Function,
+    backward: Function,
+    setup_context: Function | None = None,
+    under_autograd: Function | None = None,
 ) -> None:
     """Registers an operator with its derivative.
 
@@ -99,13 +92,7 @@ def _save_inputs(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*(given for given in inputs if isinstance(given, torch.Tensor)))
 
 
-def _register(
-    name: str,
-    in_pytorch: InPyTorch,
-    fake: Callable[..., Any],
-    vmap: Callable[..., Any] | None,
-    derivative: Callable[..., Any],
-) -> None:
+def _register(name: str, in_pytorch: InPyTorch, fake: Function, vmap: Function | None, derivative: Function) -> None:
     def checked_fake(*args: Any) -> Any:
         if any(map(is_traced, args)):
             tag_traced()

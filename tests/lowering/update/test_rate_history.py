@@ -76,9 +76,3 @@ def test_it_grows_by_doubling_and_starts_again():
     history.forget()
     assert (history.step, len(history), history.eps) == (100, 0, 1e-3)
     assert torch.equal(history.tensor, RateHistory.new(100, 1e-3).tensor)
-
-
-def test_of_entries():
-    history = history_of([(0.1, 0.01, 0.9), (0.2, 0.01, 0.9)])
-    same = RateHistory.of(history.entries, 2)
-    assert same.step == 2 and torch.equal(same.entries, history.entries)
