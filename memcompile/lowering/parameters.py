@@ -95,10 +95,9 @@ def draw_values(
             generator.manual_seed(seed + row // _BLOCK[0] * blocks_a_row + column // _BLOCK[1])
             block = torch.randn(_BLOCK, generator=generator, device=values.device).mul_(value_dim**-0.5)
             top, left = max(row, first_row), max(column, first_column)
-            bottom = min(row + _BLOCK[0], first_row + rows)
-            right = min(column + _BLOCK[1], first_column + columns)
-            part = values.detach()[top - first_row : bottom - first_row, left - first_column : right - first_column]
-            part.copy_(block[top - row : bottom - row, left - column : right - column])
+            bottom, right = row + _BLOCK[0] - first_row, column + _BLOCK[1] - first_column  # or where the part ends
+            part = values.detach()[top - first_row : bottom, left - first_column : right]
+            part.copy_(block[top - row :, left - column :][: part.shape[0], : part.shape[1]])
 
 
 def draw_seed() -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memcompile.lowering.register.expect import expect
+from memcompile.lowering.register.schema import expect
 
 
 def sum_dtype(rows: Tensor) -> torch.dtype:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering.gather.hits import check_slots
-from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.operators import register_operator
-from memcompile.lowering.register.schema import operator
+from memcompile.lowering.register.schema import expect, operator
 from memcompile.lowering.register.vmap import fold_into_tokens, unfold_tokens
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from memcompile.lowering.gather.hits import check_dot, check_slots, new_dots, new_sums, parts_of_tokens, sum_dtype
-from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.operators import register_arguments
+from memcompile.lowering.register.schema import expect
 from memcompile.lowering.update.row_adam import check_missed_steps, steps_a_moment
 from memcompile.lowering.update.row_tables import check_moments, check_table, load_rows
 

@@ -32,9 +32,8 @@ from memcompile.lowering.gather.hits import (
     sum_dtype,
     sums_of_hits,
 )  # fmt: skip
-from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.operators import register_differentiable, register_operator
-from memcompile.lowering.register.schema import operator
+from memcompile.lowering.register.schema import expect, operator
 from memcompile.lowering.register.vmap import fold_into_tokens, offset_slots, unfold_tokens
 
 # Gathered rows that gather_dot holds at once, in elements. On a CPU they stay in the second-level cache: 26 ms

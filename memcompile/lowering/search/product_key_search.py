@@ -15,10 +15,9 @@ from torch import Tensor
 from memcompile.lowering import cpu
 from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.gather.hits import sum_dtype
-from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.kernels import without_autocast
 from memcompile.lowering.register.operators import register_differentiable
-from memcompile.lowering.register.schema import operator
+from memcompile.lowering.register.schema import expect, operator
 from memcompile.lowering.register.vmap import batch_first, fold_into_tokens, unfold_tokens
 from memcompile.lowering.search.product_key_topk import check_top_k
 from memcompile.lowering.triton.support import supports_search

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.operators import register_differentiable
-from memcompile.lowering.register.schema import operator
+from memcompile.lowering.register.schema import expect, operator
 from memcompile.lowering.register.vmap import batch_first, unfold_tokens
 
 MAX_SLOTS = 2**31  # slots are int32

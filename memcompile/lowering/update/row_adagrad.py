@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from memcompile.lowering.gather.hits import sum_dtype
-from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.operators import register_arguments
+from memcompile.lowering.register.schema import expect
 from memcompile.lowering.update.row_tables import RowUpdate
 
 

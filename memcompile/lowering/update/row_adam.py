@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.operators import register_arguments
+from memcompile.lowering.register.schema import expect
 from memcompile.lowering.update.row_tables import EXP_AVG, EXP_AVG_SQ, RowUpdate, check_moments, load_rows, store_rows
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.operators import register_arguments
+from memcompile.lowering.register.schema import expect
 from memcompile.lowering.update.row_tables import RowUpdate
 
 

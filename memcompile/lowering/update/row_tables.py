@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering.gather.hits import sum_dtype
-from memcompile.lowering.register.expect import expect
+from memcompile.lowering.register.schema import expect
 from memcompile.lowering.update.stochastic_rounding import round_rows
 
 PARAM, EXP_AVG, EXP_AVG_SQ = range(3)  # the tables of a step, which round apart

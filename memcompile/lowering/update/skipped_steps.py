@@ -39,8 +39,8 @@ import math
 import torch
 from torch import Tensor
 
-from memcompile.lowering.register.expect import expect
 from memcompile.lowering.register.operators import register_operator
+from memcompile.lowering.register.schema import expect
 from memcompile.lowering.update.rate_history import BETA1, BETA2, COLUMNS, DECAY, LOGS, LR, located, log_product
 
 _HALF_WIDTH = 1 / 16  # of a panel, relative to its centre

@@ -1,4 +1,4 @@
-"""Stochastic rounding of fp32 rows to bf16, the same in PyTorch operators, C++ (`cpu/src/lanes.h`) and Triton.
+"""Stochastic rounding of fp32 rows to bf16, the same in PyTorch operators, C++ (`row_updates.h`) and Triton.
 
 An element goes to the next bf16 above or below, with probabilities that make its expectation exact, so that small
 steps are not lost. The random bits are a hash of (seed, table, row, column): repeats are bit for bit the same, on any

@@ -110,11 +110,10 @@ void sums() {
   const std::vector<int32_t> slots = random_slots();
   const SortedHits<int32_t> sorted = sort_by_slot(slots.data(), int64_t(slots.size()), kSlots, 1,
                                                   [](int64_t begin, int64_t end, const auto& f) { f(begin, end); });
-  const WeightedHits<float> hits{sorted.hits.get(), weights.data(), kHits, {grad.data(), kDim, kDim}};
   std::vector<float> out(kDim);
   measured([&] {
     const std::vector<int64_t> ends = ends_of_runs(sorted.slots.get(), int64_t(slots.size()));
-    HitSums<float> sum(hits, 0, ends.back());
+    HitSums<float> sum(sorted.hits.get(), weights.data(), kHits, {grad.data(), kDim, kDim}, 0, ends.back());
     for (size_t run = 0; run + 1 < ends.size(); ++run) sum.sum(ends[run], ends[run + 1], out.data());
   });
 }

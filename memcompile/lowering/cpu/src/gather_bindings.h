@@ -90,17 +90,8 @@ Tensor prefetch_rows(const Tensor& values, const Tensor& slots_given) {
   return out;
 }
 
-// f(run, sums) for every run of hits on the thread that has its first hit, in order; each thread has sums of its own.
-template <class Row, class F>
-void for_each_run(const WeightedHits<Row>& hits, const std::vector<int64_t>& ends, const F& f) {
-  parallel(ends.back(), hits.grad.dim, [&](int64_t begin, int64_t end) {
-    const auto first = std::lower_bound(ends.begin(), ends.end() - 1, begin), last = std::lower_bound(first, ends.end() - 1, end);
-    HitSums<Row> sums(hits, *first, *last);
-    for (auto run = first; run < last; ++run) f(run - ends.begin(), sums);
-  });
-}
-
-// f(sorted, hits, ends): the hits sorted by slot, what they weigh, and where each slot's end.
+// f(slots, ends, for_each_run): the slots of the sorted hits, and where each slot's end. for_each_run(g) is g(run, sums) for
+// every run of hits on the thread that has its first hit, in order; each thread has sums of its own.
 template <class F>
 void with_runs(const Tensor& slots_given, const Tensor& weights_given, const Tensor& grad_given, int64_t num_slots, const F& f) {
   check_weights(slots_given, weights_given);
@@ -111,8 +102,16 @@ void with_runs(const Tensor& slots_given, const Tensor& weights_given, const Ten
     const SortedHits<Slot> sorted =
         sort_by_slot(s, slots.numel(), num_slots, torch::stable::get_num_threads(),
                      [](int64_t begin, int64_t end, const auto& part) { torch::stable::parallel_for(begin, end, 1, part); });
-    const WeightedHits<Row> hits{sorted.hits.get(), weights.const_data_ptr<Sum<Row>>(), slots.size(1), table};
-    f(sorted, hits, ends_of_runs(sorted.slots.get(), slots.numel()));
+    const std::vector<int64_t> ends = ends_of_runs(sorted.slots.get(), slots.numel());
+    const Sum<Row>* weight = weights.const_data_ptr<Sum<Row>>();
+    f.template operator()<Row>(sorted.slots.get(), ends, [&](const auto& g) {
+      parallel(ends.back(), table.dim, [&](int64_t begin, int64_t end) {
+        const auto runs_end = ends.end() - 1, first = std::lower_bound(ends.begin(), runs_end, begin);
+        const auto last = std::lower_bound(first, runs_end, end);
+        HitSums<Row> sums(sorted.hits.get(), weight, slots.size(1), table, *first, *last);
+        for (auto run = first; run < last; ++run) g(run - ends.begin(), sums);
+      });
+    });
   });
 }
 
@@ -124,17 +123,16 @@ void zero_rows(Row* out, int64_t dim, int64_t first, int64_t last) {
 
 Tensor weighted_scatter(const Tensor& slots, const Tensor& weights, const Tensor& grad, int64_t num_slots) {
   Tensor out;
-  with_runs(slots, weights, grad, num_slots, [&]<class Slot, class Row>(
-      const SortedHits<Slot>& sorted, const WeightedHits<Row>& hits, const std::vector<int64_t>& ends) {
-    const int64_t dim = hits.grad.dim;
+  const int64_t dim = grad.size(1);
+  with_runs(slots, weights, grad, num_slots, [&]<class Row>(const auto* slot_of, const auto& ends, const auto& for_each_run) {
     out = torch::stable::new_empty(grad, {num_slots, dim}, grad.scalar_type());
     advise_huge_pages(out);
     Row* rows = out.mutable_data_ptr<Row>();
     const int64_t runs = int64_t(ends.size()) - 1;
     if (runs == 0) zero_rows(rows, dim, 0, num_slots);
-    for_each_run(hits, ends, [&](int64_t run, HitSums<Row>& sums) {
-      const int64_t slot = sorted.slots[ends[run]];
-      zero_rows(rows, dim, run == 0 ? 0 : int64_t(sorted.slots[ends[run] - 1]) + 1, slot);
+    for_each_run([&](int64_t run, HitSums<Row>& sums) {
+      const int64_t slot = slot_of[ends[run]];
+      zero_rows(rows, dim, run == 0 ? 0 : int64_t(slot_of[ends[run] - 1]) + 1, slot);
       sums.sum(ends[run], ends[run + 1], rows + slot * dim);
       if (run + 1 == runs) zero_rows(rows, dim, slot + 1, num_slots);
     });
@@ -144,16 +142,16 @@ Tensor weighted_scatter(const Tensor& slots, const Tensor& weights, const Tensor
 
 std::tuple<Tensor, Tensor> row_sums(const Tensor& slots, const Tensor& weights, const Tensor& grad, int64_t num_slots) {
   Tensor rows, out;
-  with_runs(slots, weights, grad, num_slots, [&]<class Slot, class Row>(
-      const SortedHits<Slot>& sorted, const WeightedHits<Row>& hits, const std::vector<int64_t>& ends) {
-    const int64_t runs = int64_t(ends.size()) - 1, dim = hits.grad.dim;
+  const int64_t dim = grad.size(1);
+  with_runs(slots, weights, grad, num_slots, [&]<class Row>(const auto* slot_of, const auto& ends, const auto& for_each_run) {
+    const int64_t runs = int64_t(ends.size()) - 1;
     rows = torch::stable::new_empty(grad, {runs}, ScalarType::Long);
     int64_t* row = rows.mutable_data_ptr<int64_t>();
-    for (int64_t run = 0; run < runs; ++run) row[run] = sorted.slots[ends[run]];
+    for (int64_t run = 0; run < runs; ++run) row[run] = slot_of[ends[run]];
     out = torch::stable::new_empty(grad, {runs, dim}, grad.scalar_type());
     advise_huge_pages(out);
     Row* sums_out = out.mutable_data_ptr<Row>();
-    for_each_run(hits, ends, [&](int64_t run, HitSums<Row>& sums) { sums.sum(ends[run], ends[run + 1], sums_out + run * dim); });
+    for_each_run([&](int64_t run, HitSums<Row>& sums) { sums.sum(ends[run], ends[run + 1], sums_out + run * dim); });
   });
   return {rows, out};
 }

@@ -70,24 +70,16 @@ std::vector<int64_t> ends_of_runs(const Slot* sorted, int64_t count) {
   return ends;
 }
 
-// Sorted hits with what they weigh: each adds weights[hit] * the gradient of the token that it is of.
-template <class Row>
-struct WeightedHits {
-  const int64_t* hits;
-  const Sum<Row>* weights;
-  int64_t hits_a_token;
-  Table<Row> grad;
-};
-
-// Sums of the hits from `first` to `last`, a run at a time and in order, so that the next run's rows are fetched ahead.
+// Sums of the sorted hits from `first` to `last`, a run at a time and in order, so that the next run's rows are fetched ahead.
+// Each hit adds its weight times the gradient of the token that it is of.
 template <class Row>
 class HitSums {
  public:
-  HitSums(const WeightedHits<Row>& all, int64_t first, int64_t last)
-      : grad_(all.grad), first_(first), last_(last), tokens_(last - first), weights_(last - first), sums_(all.grad.dim) {
+  HitSums(const int64_t* hits, const Sum<Row>* weights, int64_t hits_a_token, const Table<Row>& grad, int64_t first, int64_t last)
+      : grad_(grad), first_(first), last_(last), tokens_(last - first), weights_(last - first), sums_(grad.dim) {
     for (int64_t i = first; i < last; ++i) {
-      tokens_[i - first] = all.hits[i] / all.hits_a_token;
-      weights_[i - first] = all.weights[all.hits[i]];
+      tokens_[i - first] = hits[i] / hits_a_token;
+      weights_[i - first] = weights[hits[i]];
     }
   }
 
