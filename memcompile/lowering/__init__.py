@@ -10,13 +10,13 @@ from memcompile.lowering.search import product_key_search, product_key_topk
 from memcompile.lowering.triton.load import load as load_triton
 from memcompile.lowering.triton.load import load_for
 from memcompile.lowering.triton.settings import is_interpreted
-from memcompile.lowering.update import row_adagrad, row_adam, row_sgd, skipped_steps
+from memcompile.lowering.update import row_adam, row_tables, skipped_steps
 
 __all__ = ["cpu", "memory_lookup", "operator"]
 
 _REGISTERED_BY_IMPORT = (
-    prefetch_rows, stale_rows, table_gather, weighted_gather, flops, product_key_search, product_key_topk,
-    row_adagrad, row_adam, row_sgd, skipped_steps,
+    prefetch_rows, stale_rows, table_gather, weighted_gather, flops, product_key_search, product_key_topk, row_adam,
+    row_tables, skipped_steps,
 )  # fmt: skip
 
 if is_interpreted():

@@ -100,8 +100,7 @@ def run_graph_pass(graph_pass: GraphPass, graph: torch.fx.Graph, is_inference: b
     """Call `graph_pass` as Inductor would."""
     from torch._inductor import custom_graph_pass
 
-    inference_aware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
-    if inference_aware is not None and isinstance(graph_pass, inference_aware):
+    if isinstance(graph_pass, getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", ())):
         graph_pass(graph, is_inference)
     else:
         graph_pass(graph)

@@ -20,24 +20,6 @@ LAYER_PARAMETERS = (
 )  # fmt: skip
 
 
-def layer_shapes(config: MemoryConfig, width: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter that a layer of these (resolved) options has; the others are None."""
-    heads, key_dim, n_keys, value_dim = config.heads, config.key_dim, config.n_keys, config.value_dim
-    assert key_dim is not None and n_keys is not None and value_dim is not None
-    shapes: dict[str, tuple[int, ...]] = {
-        "query_weight": (heads * key_dim, width),
-        "query_bias": (heads * key_dim,),
-        "half_keys": (2, heads, n_keys, key_dim // 2),
-    }
-    if config.gate:
-        shapes |= {"gate_weight": (value_dim, width), "gate_bias": (value_dim,)}
-    if config.gate or config.placement == "add" or value_dim != width:
-        shapes |= {"out_weight": (width, value_dim), "out_bias": (width,)}
-    if config.qk_norm:
-        shapes |= {"temperature": (heads,)}
-    return shapes
-
-
 def values_shape(config: MemoryConfig) -> tuple[int, int]:
     """[slots, value_dim] of these (resolved) options."""
     assert config.n_keys is not None and config.value_dim is not None
@@ -116,8 +98,22 @@ def new_values(config: MemoryConfig, dtype: torch.dtype, device: torch.device) -
 def new_layer(
     config: MemoryConfig, width: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, nn.Parameter | None]:
-    """The drawn parameters of one layer, by name in the order of `LAYER_PARAMETERS`; None where it has none."""
-    shapes = layer_shapes(config, width)
+    """The drawn parameters of one layer of these (resolved) options, by name in the order of `LAYER_PARAMETERS`; None where
+    it has none.
+    """
+    heads, key_dim, n_keys, value_dim = config.heads, config.key_dim, config.n_keys, config.value_dim
+    assert key_dim is not None and n_keys is not None and value_dim is not None
+    shapes: dict[str, tuple[int, ...]] = {
+        "query_weight": (heads * key_dim, width),
+        "query_bias": (heads * key_dim,),
+        "half_keys": (2, heads, n_keys, key_dim // 2),
+    }
+    if config.gate:
+        shapes |= {"gate_weight": (value_dim, width), "gate_bias": (value_dim,)}
+    if config.gate or config.placement == "add" or value_dim != width:
+        shapes |= {"out_weight": (width, value_dim), "out_bias": (width,)}
+    if config.qk_norm:
+        shapes |= {"temperature": (heads,)}
     parameters = {
         name: nn.Parameter(torch.empty(shapes[name], dtype=dtype, device=device)) if name in shapes else None
         for name in LAYER_PARAMETERS

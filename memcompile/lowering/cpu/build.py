@@ -57,12 +57,6 @@ def compiler() -> list[str]:
     raise BuildError(f"no C++ compiler ({tried}): install g++, or set CXX")
 
 
-def architecture_flag() -> str:
-    """The flag for ``MEMCOMPILE_CPU_ARCH``, by default the processor that this runs on."""
-    name = os.environ.get("MEMCOMPILE_CPU_ARCH") or "native"
-    return f"-mcpu={name}" if platform.machine() in ("arm64", "aarch64") else f"-march={name}"
-
-
 def kernels() -> Path:
     """Path of the library with the kernels, which registers them when it is loaded. Built where it is not there yet:
     about ten seconds. Two processes may ask at once.
@@ -86,7 +80,9 @@ def build(source: Path, flags: Sequence[str], key: str = "") -> Path:
     Raises:
         BuildError: as `kernels`.
     """
-    command = [*compiler(), architecture_flag(), *FLAGS]
+    architecture = os.environ.get("MEMCOMPILE_CPU_ARCH") or "native"  # the processor that this runs on
+    flag = "-mcpu" if platform.machine() in ("arm64", "aarch64") else "-march"
+    command = [*compiler(), f"{flag}={architecture}", *FLAGS]
     # The predefined macros name the compiler's version and the instruction sets that "native" stands for.
     macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull], "is MEMCOMPILE_CPU_ARCH one that it knows?")
     command += ["-fPIC", "-shared", "-fvisibility=hidden"]

@@ -34,15 +34,12 @@ def order_collectives(graph: fx.Graph) -> int:
 
 
 def _depends(node: fx.Node, on: fx.Node) -> bool:
-    seen, ahead = {node}, [node]
-    while ahead:
-        for argument in ahead.pop().all_input_nodes:
-            if argument is on:
-                return True
-            if argument not in seen:
-                seen.add(argument)
-                ahead.append(argument)
-    return False
+    seen: set[fx.Node] = set()
+    ahead = {node}
+    while ahead and on not in ahead:
+        seen |= ahead
+        ahead = {argument for later in ahead for argument in later.all_input_nodes} - seen
+    return on in ahead
 
 
 def _in_order(tensor: Tensor, after: Tensor) -> Tensor:

@@ -17,11 +17,8 @@ from memcompile.lowering.register.schema import NAMESPACE, operator
 
 @dataclass(frozen=True)
 class InPyTorch:
-    """An operator in operations of PyTorch, for the devices, and the arguments, that no other kernel takes.
-
-    Attributes:
-        check: raises ValueError for arguments that the operator cannot take.
-        kernel: may assume what `check` holds, and that autocast is off.
+    """An operator in operations of PyTorch, for the devices, and the arguments, that no other kernel takes: its `check`
+    and `kernel` as `register_operator` has them. The kernel may assume that autocast is off.
     """
 
     check: Callable[..., None]

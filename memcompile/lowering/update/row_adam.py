@@ -57,10 +57,10 @@ class RowAdam(RowUpdate):
         super().check()
         check_moments(self.exp_avg, self.exp_avg_sq, self.param)
         expect("numbers", self.numbers, (6,), torch.float64)
-        missed_steps, decays, panels = self.missed_steps, self.decays, self.panels
-        if missed_steps is not None and decays is not None and panels is not None:
-            check_missed_steps(self.rows, self.param, missed_steps, decays, panels)
-        elif not (missed_steps is None and decays is None and panels is None):
+        missed = [part for part in (self.missed_steps, self.decays, self.panels) if part is not None]
+        if len(missed) == 3:
+            check_missed_steps(self.rows, self.param, *missed)
+        elif missed:
             raise ValueError("missed_steps, decays and panels: expected all of them or none")
 
     def updated(self, part: slice, rows: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:

@@ -1,4 +1,5 @@
-"""What the operators that update rows of a table in place share: their arguments, and rows in and out of tables.
+"""The operators that update rows of a table in place: the arguments that they share, rows in and out of tables, and two
+of them, `row_sgd` and `row_adagrad`.
 
 They read and write the rows that they are given and no others, and return nothing. A row that the table does not have
 raises, but on a GPU, where Triton's kernels leave it out: they do not wait to know.
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering.gather.hits import sum_dtype
+from memcompile.lowering.register.operators import register_arguments
 from memcompile.lowering.register.schema import expect
 from memcompile.lowering.update.stochastic_rounding import round_rows
 
@@ -104,3 +106,67 @@ def store_rows(table: Tensor, rows: Tensor, x: Tensor, seed: int, number: int) -
     """Writes rows back: bf16 from fp32 is rounded stochastically."""
     lower = table.dtype is torch.bfloat16 and x.dtype is torch.float32
     table.index_copy_(0, rows, round_rows(x, rows, seed, number) if lower else x)
+
+
+@dataclass(frozen=True)
+class RowSgd(RowUpdate):
+    """The arguments of `row_sgd`: x = decay * x - rate * g, each row with the decay of what it has missed.
+
+    Attributes:
+        decays: float64 [n], of each row; None for 1.
+        rate: of the gradient.
+    """
+
+    decays: Tensor | None
+    rate: float
+
+    def check(self) -> None:
+        super().check()
+        if self.decays is not None:
+            expect("decays", self.decays, self.rows.shape, torch.float64)
+
+    def updated(self, part: slice, rows: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
+        if self.decays is not None:
+            x.mul_(self.decays[part].to(x.dtype).unsqueeze(1))
+        return x if grad is None else x.sub_(grad, alpha=self.rate)
+
+
+@dataclass(frozen=True)
+class RowAdagrad(RowUpdate):
+    """The arguments of `row_adagrad`, of which `grad` is no option: Adagrad with one sum of squares a row.
+
+    For each row x [dim] with gradient g and sum of squares s, as `rowwise_adagrad` of FBGEMM (its
+    `fbgemm_gpu/codegen/genscript/optimizers.py`) has it:
+
+        L2         g' = g + weight_decay * x,  s += mean(g'**2),  x -= lr / (sqrt(s) + eps) * g'
+        decoupled  s += mean(g**2),  x = (1 - lr * weight_decay) * x - lr / (sqrt(s) + eps) * g
+
+    Attributes:
+        squares: [slots], contiguous, in the dtype that rows are updated in: the sums of squares.
+    """
+
+    squares: Tensor
+    lr: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+
+    def check(self) -> None:
+        super().check()
+        expect("squares", self.squares, self.param.shape[:1], sum_dtype(self.param), contiguous=True)
+
+    def updated(self, part: slice, rows: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
+        assert grad is not None, "by the schema"
+        if x.shape[1] == 0:
+            return x  # the mean of nothing
+        if self.weight_decay and not self.decoupled:
+            grad = grad.add(x, alpha=self.weight_decay)
+        total = self.squares.index_select(0, rows) + grad.square().mean(1)  # [n]
+        if self.decoupled:
+            x.mul_(1 - self.lr * self.weight_decay)
+        self.squares.index_copy_(0, rows, total)
+        return x.sub_((self.lr / (total.sqrt() + self.eps)).unsqueeze(1) * grad)
+
+
+register_arguments("row_sgd", RowSgd)
+register_arguments("row_adagrad", RowAdagrad)

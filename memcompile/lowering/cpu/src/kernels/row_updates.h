@@ -1,4 +1,4 @@
-// One row of a table updated by its gradient, as row_adam.py, row_adagrad.py and row_sgd.py have it: a vector at a time,
+// One row of a table updated by its gradient, as row_adam.py and row_tables.py have it: a vector at a time,
 // everything that it needs read once and written once. Vectors are in the order of the columns, whatever the rows' type; fp32
 // is rounded to bf16 stochastically, with the random bits of stochastic_rounding.py.
 #pragma once
