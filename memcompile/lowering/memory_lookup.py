@@ -151,13 +151,12 @@ class _Lookup(SimpleNamespace):
         if len(shape) != 2 or shape[0] != n_keys * n_keys:
             raise ValueError(f"values: expected [n_keys**2 = {n_keys * n_keys}, value_dim], got {list(shape)}")
         value_dim = shards.own if shards is not None and shards.same_tokens else shape[1]
-        if self.gate_weight is None and self.gate_bias is not None:
-            raise ValueError("gate_bias: given without gate_weight")
+        for part in ("gate", "out"):
+            if getattr(self, f"{part}_weight") is None and getattr(self, f"{part}_bias") is not None:
+                raise ValueError(f"{part}_bias: given without {part}_weight")
         _expect_shape("gate_weight", self.gate_weight, (value_dim, self.x.shape[-1]), "[value_dim, d]")
         _expect_shape("gate_bias", self.gate_bias, (value_dim,), "[value_dim]")
         if out_weight is None:
-            if self.out_bias is not None:
-                raise ValueError("out_bias: given without out_weight")
             return
         if out_weight.dim() != 2 or out_weight.shape[1] != value_dim:
             raise ValueError(f"out_weight: expected [d_out, value_dim = {value_dim}], got {list(out_weight.shape)}")

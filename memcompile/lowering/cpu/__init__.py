@@ -26,15 +26,12 @@ def _load() -> bool:
     if is_interpreted():  # then the CPU runs the GPU's kernels
         return False
     asked = os.environ.get("MEMCOMPILE_CPU_KERNELS", "1")
-    if asked.lower() in ("0", "off", "false", "no"):
-        log.warning(
-            "MEMCOMPILE_CPU_KERNELS=%s: memory layers run as PyTorch operators on the CPU, which is slower", asked
-        )
-        return False
     try:
+        if asked.lower() in ("0", "off", "false", "no"):
+            raise BuildError(f"MEMCOMPILE_CPU_KERNELS={asked}")
         torch.ops.load_library(kernels())  # type: ignore[no-untyped-call]
     except (BuildError, OSError) as error:
-        log.warning("memory layers run as PyTorch operators on the CPU, which is slower: %s", error)
+        log.warning("%s: memory layers run as PyTorch operators on the CPU, which is slower", error)
         return False
     return True
 
