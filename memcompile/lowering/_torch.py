@@ -123,8 +123,7 @@ def has_onednn_linear() -> bool:
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` by oneDNN: matrices at any strides, a contiguous bias."""
-    output: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return output
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 def size_hint(size: int | torch.SymInt) -> int:

@@ -147,9 +147,11 @@ class _Lookup(SimpleNamespace):
         _expect_shape("temperature", self.temperature, (heads,), "[heads]")
         check_top_k(self.top_k, n_keys)
         shards, values, out_weight = self.shards, self.values, self.out_weight
-        shape = values.shape if shards is None or values.dim() != 2 else shards.whole(values)
+        shape = list(values.shape)
+        if shards is not None and values.dim() == 2:
+            shape[shards.dim] = sum(shards.sizes)
         if len(shape) != 2 or shape[0] != n_keys * n_keys:
-            raise ValueError(f"values: expected [n_keys**2 = {n_keys * n_keys}, value_dim], got {list(shape)}")
+            raise ValueError(f"values: expected [n_keys**2 = {n_keys * n_keys}, value_dim], got {shape}")
         value_dim = shards.own if shards is not None and shards.same_tokens else shape[1]
         for part in ("gate", "out"):
             if getattr(self, f"{part}_weight") is None and getattr(self, f"{part}_bias") is not None:

@@ -18,7 +18,7 @@ _FUNCTIONAL = torch.ops._c10d_functional
 
 def all_gather(tensor: Tensor, ranks: int, group: str) -> Tensor:
     """[n, ...] of each rank -> [ranks * n, ...] of all."""
-    return _done(_FUNCTIONAL.all_gather_into_tensor(tensor.contiguous(), ranks, group))
+    return _FUNCTIONAL.wait_tensor(_FUNCTIONAL.all_gather_into_tensor(tensor.contiguous(), ranks, group))
 
 
 def reduce_scatter(tensor: Tensor, ranks: int, group: str) -> Tensor:
@@ -28,24 +28,21 @@ def reduce_scatter(tensor: Tensor, ranks: int, group: str) -> Tensor:
         elements = [size * tensor.shape[1:].numel()] * ranks
         parts = all_to_all(tensor.reshape(-1), elements, elements, group)
         return parts.view(ranks, size, *tensor.shape[1:]).sum(0)
-    return _done(_FUNCTIONAL.reduce_scatter_tensor(tensor.contiguous(), "sum", ranks, group))
+    return _FUNCTIONAL.wait_tensor(_FUNCTIONAL.reduce_scatter_tensor(tensor.contiguous(), "sum", ranks, group))
 
 
 def all_reduce(tensor: Tensor, group: str, operation: str = "sum") -> Tensor:
     """The sum over the ranks, or another reduction."""
-    return _done(_FUNCTIONAL.all_reduce(tensor.contiguous(), operation, group))
+    return _FUNCTIONAL.wait_tensor(_FUNCTIONAL.all_reduce(tensor.contiguous(), operation, group))
 
 
 def all_to_all(
     tensor: Tensor, received: Sequence[int | torch.SymInt], sent: Sequence[int | torch.SymInt], group: str
 ) -> Tensor:
     """Sends `sent[q]` entries of [n] to each rank q, in order, and has `received[q]` from each."""
-    return _done(_FUNCTIONAL.all_to_all_single(tensor.contiguous(), list(received), list(sent), group))
-
-
-def _done(started: Tensor) -> Tensor:
-    done: Tensor = _FUNCTIONAL.wait_tensor(started)
-    return done
+    return _FUNCTIONAL.wait_tensor(
+        _FUNCTIONAL.all_to_all_single(tensor.contiguous(), list(received), list(sent), group)
+    )
 
 
 def _forward_as_is(ctx: Any, tensor: Tensor, group: str) -> Tensor:

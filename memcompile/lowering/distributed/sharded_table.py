@@ -83,11 +83,6 @@ class Shards:
         """Whether each of several ranks has tokens of its own."""
         return self.ranks > 1 and not self.same_tokens
 
-    def whole(self, part: Tensor) -> tuple[int, int]:
-        """The shape [slots, value_dim] of the table that this is a part of."""
-        slots, dim = part.shape
-        return (slots, sum(self.sizes)) if self.by_columns else (sum(self.sizes), dim)
-
 
 def chunk_sizes(total: int, ranks: int) -> tuple[int, ...]:
     """What `torch.chunk`, and so DTensor's `Shard`, gives to each rank: the last ones get less, or nothing."""
@@ -256,10 +251,8 @@ def _dots(table: Tensor, slots: Tensor, grad: Tensor, row_state: RowState, shard
     if not table.numel():
         return torch.zeros_like(slots, dtype=sum_dtype(table))
     hits, _ = _own_hits(slots, slots, shards)
-    if row_state:
-        dots: Tensor = operator("table_dot")(table, hits, grad, row_state)
-    else:
-        dots = operator("gather_dot")(table, hits, grad)
+    state = [row_state] if row_state else []
+    dots = operator("table_dot" if row_state else "gather_dot")(table, hits, grad, *state)
     return dots if shards.by_columns else torch.where(_is_own(slots, shards), dots, 0)
 
 

@@ -54,8 +54,7 @@ def _gather(values: Tensor, slots: Tensor, weights: Tensor, row_state: RowState,
     with TABLE_LOCK:
         values, last = _stale(values, slots, row_state)
         if last is not None and _has_moments(row_state):
-            out: Tensor = _stale_read("stale_gather", values, slots, weights, row_state, last)
-            return out.to(values.dtype)
+            return _stale_read("stale_gather", values, slots, weights, row_state, last).to(values.dtype)
         if last is not None:
             weights = weights * _decays(row_state, last).to(weights.dtype)
         return operator("weighted_gather")(values, slots, weights)  # type: ignore[no-any-return]

@@ -71,8 +71,7 @@ for _name, _signature in SCHEMAS.items():
 
 def operator(name: str) -> torch._ops.OpOverload:
     """The overload `torch.ops.memcompile.<name>.default`."""
-    overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    return overload
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def expect(
