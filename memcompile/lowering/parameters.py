@@ -98,7 +98,7 @@ def new_values(config: MemoryConfig, dtype: torch.dtype, device: torch.device) -
 def new_layer(
     config: MemoryConfig, width: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, nn.Parameter | None]:
-    """The drawn parameters of a layer of these (resolved) options, in the order of `LAYER_PARAMETERS`; some are None."""
+    """The drawn parameters of a layer of these (resolved) options, in the order of `LAYER_PARAMETERS`, or None."""
     heads, key_dim, n_keys, value_dim = config.heads, config.key_dim, config.n_keys, config.value_dim
     assert key_dim is not None and n_keys is not None and value_dim is not None
     shapes: dict[str, tuple[int, ...]] = {

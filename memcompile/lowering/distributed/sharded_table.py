@@ -251,8 +251,10 @@ def _dots(table: Tensor, slots: Tensor, grad: Tensor, row_state: RowState, shard
     if not table.numel():
         return torch.zeros_like(slots, dtype=sum_dtype(table))
     hits, _ = _own_hits(slots, slots, shards)
-    state = [row_state] if row_state else []
-    dots = operator("table_dot" if row_state else "gather_dot")(table, hits, grad, *state)
+    if row_state:
+        dots = operator("table_dot")(table, hits, grad, row_state)
+    else:
+        dots = operator("gather_dot")(table, hits, grad)
     return dots if shards.by_columns else torch.where(_is_own(slots, shards), dots, 0)
 
 
