@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-_HEADER = ("step", "changes", "eps")  # the first row of the tensor
 _START, LR, LOGS = 0, 1, 2  # columns of an entry; then for each factor its logarithm, and the sum of earlier ones
 _FACTORS = 3
 DECAY, BETA1, BETA2 = range(_FACTORS)
@@ -30,7 +29,7 @@ class RateHistory:
     def new(cls, step: int, eps: float = 0.0) -> "RateHistory":
         """A history without entries, of rows that are all as of `step`."""
         tensor = torch.zeros(1 + _ROOM, COLUMNS, dtype=torch.float64, device="cpu")
-        tensor[0, : len(_HEADER)] = torch.tensor([step, 0, eps], dtype=torch.float64, device="cpu")
+        tensor[0, 0], tensor[0, 2] = step, eps
         return cls(tensor)
 
     def __len__(self) -> int:

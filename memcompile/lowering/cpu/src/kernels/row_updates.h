@@ -164,7 +164,8 @@ class AdamUpdate {
   template <bool keeps_moments>
   __attribute__((always_inline)) void run_row(const AdamRow<Value, State>& row, int64_t dim) const {
     const auto [value, exp_avg, exp_avg_sq, avg_key, avg_sq_key, missed, next, next_avg, next_avg_sq] = row;
-    const auto update = [&](const ValueRow<Value>& part, State* avg, State* avg_sq, int64_t c, int64_t column) __attribute__((always_inline)) {
+    const auto update = [&](const ValueRow<Value>& part, State* avg, State* avg_sq, int64_t c,
+                            int64_t column) __attribute__((always_inline)) {
       Vector<S> x = load_lanes(part.x + c), m = load_lanes(avg + c), v = load_lanes(avg_sq + c);
       if (missed) {
         const Vector<S> moved = missed->count ? m * steps_a_moment(*missed, square_root(v), eps_) : Vector<S>{};
@@ -184,7 +185,8 @@ class AdamUpdate {
       store_lanes(avg + c, m, avg_key, column);
       store_lanes(avg_sq + c, v, avg_sq_key, column);
     };
-    for_each_vector(value, dim, [&](const ValueRow<Value>& part, int64_t c, int64_t column, auto in_room) __attribute__((always_inline)) {
+    for_each_vector(value, dim, [&](const ValueRow<Value>& part, int64_t c, int64_t column,
+                                    auto in_room) __attribute__((always_inline)) {
       if constexpr (!in_room) {
         __builtin_prefetch(next + c, 1, 0);
         __builtin_prefetch(next_avg + c, 1, 0);
