@@ -72,7 +72,7 @@ def register_differentiable(
     Args:
         backward: as in `torch.autograd.Function`, built of differentiable operations, so that derivatives of any order
             exist.
-        setup_context: as in `torch.autograd.Function`. By default all tensors that the operator is given are saved.
+        setup_context: as in `torch.autograd.Function`. By default the first three inputs are saved.
         under_autograd: what runs below autograd, the operator itself by default. An operator that gives its
             body here is taken apart whenever it is traced with autograd, and keeps its derivative.
         The rest is as in `register_operator`.
@@ -84,12 +84,12 @@ def register_differentiable(
         with below_autograd():
             return run(*args)
 
-    methods = {"forward": forward, "setup_context": setup_context or _save_inputs, "backward": backward}
+    methods = {"forward": forward, "setup_context": setup_context or _save_three, "backward": backward}
     _register(name, InPyTorch(check, kernel), fake, vmap, autograd_kernel(f"{NAMESPACE}::{name}", **methods))
 
 
-def _save_inputs(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*(given for given in inputs if isinstance(given, torch.Tensor)))
+def _save_three(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:3])
 
 
 def _register(name: str, in_pytorch: InPyTorch, fake: Function, vmap: Function | None, derivative: Function) -> None:

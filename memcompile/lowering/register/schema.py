@@ -84,11 +84,14 @@ def expect(
         dtypes: with none of them, any that is floating point.
         contiguous: whether the tensor must be.
     """
-    sizes = zip(shape, tensor.shape, strict=False)
-    has_shape = len(shape) == tensor.dim() and all(isinstance(size, str) or size == own for size, own in sizes)
+    own = tensor.shape
     has_dtype = tensor.dtype in dtypes if dtypes else tensor.is_floating_point()
-    if has_shape and has_dtype and (tensor.is_contiguous() or not contiguous):
-        return
+    if has_dtype and len(own) == len(shape) and (not contiguous or tensor.is_contiguous()):
+        for size, actual in zip(shape, own, strict=True):
+            if not isinstance(size, str) and size != actual:
+                break
+        else:
+            return
     kind = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "floating point"
     wanted = f"{'contiguous ' if contiguous else ''}{kind} [{', '.join(map(str, shape))}]"
-    raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype} {list(tensor.shape)}")
+    raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype} {list(own)}")
