@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from memcompile._torch import OVERLAP, compile_fx, list_backends, register_backend
 from memcompile.common.pipeline import Pipeline
 from memcompile.errors import PlanError
-from memcompile.lowering import cpu, inductor_patches
+from memcompile.lowering import cpu
+from memcompile.lowering.inductor.graph_pass import inductor_patches
 from memcompile.passes.checks.captured_memory import make_dense_where_read, verify_captured_memory
 from memcompile.runtime.pool import MemoryPool, live_pools
 from memcompile.sharded_graphs import agreement_of, run_sharded, tables_among

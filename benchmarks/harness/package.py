@@ -37,7 +37,9 @@ def load_kernels() -> None:
 
 def compile_options() -> dict[str, Any]:
     """Options of torch.compile with which Inductor lowers memcompile's operators."""
-    from memcompile.lowering import inductor_patches  # imports Inductor, which eager workers do not need
+    from memcompile.lowering.inductor.graph_pass import (
+        inductor_patches,  # imports Inductor, which eager workers do not need
+    )
 
     return inductor_patches("benchmark")
 

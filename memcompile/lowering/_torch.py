@@ -3,7 +3,6 @@
 Tried on torch 2.11, 2.13 and 2.15. Inductor is imported inside functions: it takes longer than all the rest.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,31 +11,9 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
-
-__all__ = [
-    "GraphPass",
-    "KeyedPass",
-    "autograd_kernel",
-    "below_autograd",
-    "configured_pre_passes",
-    "decompose_in_graphs",
-    "functorch_is_active",
-    "graph_pass_base",
-    "has_kernel",
-    "has_onednn_linear",
-    "is_keyed",
-    "is_traced",
-    "onednn_linear",
-    "process_group",
-    "run_graph_pass",
-    "size_hint",
-    "unregister",
-]
-
-log = logging.getLogger(__name__)
 
 # Any callable on a graph: what Inductor's `post_grad_custom_pre_pass` may hold.
 GraphPass = Callable[..., None]
@@ -60,15 +37,23 @@ def below_autograd() -> Iterator[None]:
 
 
 def autograd_kernel(name: str, **methods: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator's Autograd kernel: `apply` of an autograd.Function with these static methods.
+    """An operator's Autograd kernel: `apply` of an autograd.Function with these static methods; it raises on
+    forward-mode differentiation.
 
     When it runs, the dispatcher has already picked the torch.func level. `torch.autograd.Function` would pick it
     once more, through a higher-order operator that has no Autograd kernel, and raise; its base class does not.
     """
-    members = {method: staticmethod(function) for method, function in methods.items()}
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative. Use reverse mode: backward(), torch.func.grad, vjp or jacrev."
+        )
+
     # The one thing that `Function` adds and compiled autograd asks for.
-    members["_compiled_autograd_key"] = staticmethod(torch.autograd.Function._compiled_autograd_key)
-    function: Any = type(name, (_SingleLevelFunction,), members)
+    methods |= {"jvp": jvp, "_compiled_autograd_key": torch.autograd.Function._compiled_autograd_key}
+    title = "".join(part.capitalize() for part in name.rpartition(":")[2].split("_"))
+    members = {method: staticmethod(function) for method, function in methods.items()}
+    function: Any = type(title, (_SingleLevelFunction,), members)
 
     def kernel(*args: Any) -> Any:
         with enable_single_level_autograd_function():
@@ -89,11 +74,6 @@ def is_keyed() -> bool:
 def is_traced(tensor: Tensor) -> bool:
     """Whether AOTAutograd or Dynamo is tracing what is done with the tensor."""
     return isinstance(tensor, (FakeTensor, FunctionalTensor))
-
-
-def process_group(name: str) -> torch.distributed.ProcessGroup:
-    """The process group that functional collectives know by this name."""
-    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def graph_pass_base() -> type:
@@ -120,8 +100,7 @@ def run_graph_pass(graph_pass: GraphPass, graph: torch.fx.Graph, is_inference: b
     """Call `graph_pass` as Inductor would."""
     from torch._inductor import custom_graph_pass
 
-    inference_aware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
-    if inference_aware is not None and isinstance(graph_pass, inference_aware):
+    if isinstance(graph_pass, getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", ())):
         graph_pass(graph, is_inference)
     else:
         graph_pass(graph)
@@ -144,8 +123,7 @@ def has_onednn_linear() -> bool:
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` by oneDNN: matrices at any strides, a contiguous bias."""
-    output: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return output
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 def size_hint(size: int | torch.SymInt) -> int:
@@ -160,11 +138,6 @@ def decompose_in_graphs(
     among them, unless that is None. Exported programs keep the operator. It is what `torch.library.triton_op` does,
     for an operator that exists.
     """
-    try:
-        from torch._subclasses.functional_tensor import FunctionalTensorMode
-    except ImportError:  # graphs keep the operator, and run it as eager does
-        log.warning("torch %s is not known: Inductor calls memory operators and does not see inside", torch.__version__)
-        return
 
     def rule(mode: Any, overload: Any, types: Any, args: Any, kwargs: Any) -> Any:
         body = None if torch.compiler.is_exporting() else body_for(*args)

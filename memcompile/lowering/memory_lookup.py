@@ -6,7 +6,7 @@ which Inductor fuses, and the operators `product_key_topk`, `weighted_gather` an
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor
 from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.distributed.collectives import sum_gradients, sum_over_ranks
 from memcompile.lowering.distributed.sharded_table import Shards, sharded_gather
+from memcompile.lowering.gather.table_gather import gather
 from memcompile.lowering.register.schema import LIBRARY, operator
 from memcompile.lowering.search.product_key_topk import check_top_k
 
-VALUES_GRADS = ("dense", "sparse")
-VALUES_STORAGES = ("device", "host", "mmap")
+_CHOICES = {"values_grad": ("dense", "sparse"), "values_storage": ("device", "host", "mmap")}
 
 
 def memory_lookup(
@@ -95,31 +95,11 @@ def memory_lookup(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Lookup:
-    """The operator's arguments, in the order of its schema."""
+_DEFAULTS = {argument.name: argument.default_value for argument in operator("memory_lookup")._schema.arguments}
 
-    x: Tensor
-    query_weight: Tensor
-    query_bias: Tensor | None
-    half_keys: Tensor
-    values: Tensor
-    gate_weight: Tensor | None
-    gate_bias: Tensor | None
-    out_weight: Tensor | None
-    out_bias: Tensor | None
-    temperature: Tensor | None
-    heads: int
-    top_k: int
-    values_grad: str = "dense"
-    values_storage: str = "device"
-    group: str = ""
-    parts: Sequence[int] = ()
-    part: int = 0
-    shard_dim: int = 1
-    same_tokens: bool = False
-    capacity: int | None = None
-    row_state: Sequence[Tensor] | None = None
+
+class _Lookup(SimpleNamespace):
+    """The operator's arguments, by their names in its schema."""
 
     @property
     def shards(self) -> Shards | None:
@@ -135,20 +115,15 @@ class _Lookup:
 
     def check(self) -> None:
         """Raises ValueError for arguments that do not fit each other."""
-        self._check_search()
-        self._check_read()
-        if self.values_grad not in VALUES_GRADS:
-            raise ValueError(f"values_grad: expected one of {', '.join(VALUES_GRADS)}, got {self.values_grad!r}")
-        if self.values_storage not in VALUES_STORAGES:
-            storages = ", ".join(VALUES_STORAGES)
-            raise ValueError(f"values_storage: expected one of {storages}, got {self.values_storage!r}")
+        for name, choices in _CHOICES.items():
+            if (given := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {given!r}")
         if self.values_storage != "device" and self.values.requires_grad:
             raise ValueError(
                 f"values: those of values_storage={self.values_storage!r} do not learn: values.requires_grad_(False), "
                 f"or values_storage='device' to train them"
             )
 
-    def _check_search(self) -> None:
         x, query_weight, half_keys, heads = self.x, self.query_weight, self.half_keys, self.heads
         if x.dim() < 1:
             raise ValueError("x: expected [..., d], got a scalar")
@@ -171,20 +146,19 @@ class _Lookup:
         _expect_shape("half_keys", half_keys, (2, heads, n_keys, key_dim // 2), "[2, heads, n_keys, key_dim / 2]")
         _expect_shape("temperature", self.temperature, (heads,), "[heads]")
         check_top_k(self.top_k, n_keys)
-
-    def _check_read(self) -> None:
-        shards, values, n_keys, out_weight = self.shards, self.values, self.half_keys.shape[2], self.out_weight
-        shape = values.shape if shards is None or values.dim() != 2 else shards.whole(values)
+        shards, values, out_weight = self.shards, self.values, self.out_weight
+        shape = list(values.shape)
+        if shards is not None and values.dim() == 2:
+            shape[shards.dim] = sum(shards.sizes)
         if len(shape) != 2 or shape[0] != n_keys * n_keys:
-            raise ValueError(f"values: expected [n_keys**2 = {n_keys * n_keys}, value_dim], got {list(shape)}")
+            raise ValueError(f"values: expected [n_keys**2 = {n_keys * n_keys}, value_dim], got {shape}")
         value_dim = shards.own if shards is not None and shards.same_tokens else shape[1]
-        if self.gate_weight is None and self.gate_bias is not None:
-            raise ValueError("gate_bias: given without gate_weight")
+        for part in ("gate", "out"):
+            if getattr(self, f"{part}_weight") is None and getattr(self, f"{part}_bias") is not None:
+                raise ValueError(f"{part}_bias: given without {part}_weight")
         _expect_shape("gate_weight", self.gate_weight, (value_dim, self.x.shape[-1]), "[value_dim, d]")
         _expect_shape("gate_bias", self.gate_bias, (value_dim,), "[value_dim]")
         if out_weight is None:
-            if self.out_bias is not None:
-                raise ValueError("out_bias: given without out_weight")
             return
         if out_weight.dim() != 2 or out_weight.shape[1] != value_dim:
             raise ValueError(f"out_weight: expected [d_out, value_dim = {value_dim}], got {list(out_weight.shape)}")
@@ -229,9 +203,9 @@ class _Lookup:
         values, row_state = self.values, self.row_state or ()
         if self.shards is not None:
             return sharded_gather(values, slots, weights, self.shards, self.capacity, self.values_grad, row_state)
-        if functorch_is_active() or (self.values_grad == "dense" and not row_state):
+        if functorch_is_active():
             return operator("weighted_gather")(values, slots, weights)  # type: ignore[no-any-return]
-        return operator("table_gather")(values, slots, weights, row_state, self.values_grad)  # type: ignore[no-any-return]
+        return gather(values, slots, weights, row_state, self.values_grad)
 
     def _project(self, y: Tensor, bias: Tensor | None) -> Tensor:
         return y if self.out_weight is None else F.linear(y, self.out_weight, bias)
@@ -252,7 +226,9 @@ def _expect_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], mean
 
 
 def _run(*args: Any) -> Tensor:
-    lookup = _Lookup(*args)
+    lookup = _Lookup(
+        **_DEFAULTS | dict(zip(_DEFAULTS, args, strict=False))
+    )  # PyTorch leaves out those that are defaults
     lookup.check()
     return lookup.run()
 

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +18,6 @@ from memcompile.lowering import cpu
 LAYER_PARAMETERS = (
     "query_weight", "query_bias", "half_keys", "gate_weight", "gate_bias", "out_weight", "out_bias", "temperature",
 )  # fmt: skip
-
-
-def layer_shapes(config: MemoryConfig, width: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter that a layer of these (resolved) options has; the others are None."""
-    heads, key_dim, n_keys, value_dim = config.heads, config.key_dim, config.n_keys, config.value_dim
-    assert key_dim is not None and n_keys is not None and value_dim is not None
-    shapes: dict[str, tuple[int, ...]] = {
-        "query_weight": (heads * key_dim, width),
-        "query_bias": (heads * key_dim,),
-        "half_keys": (2, heads, n_keys, key_dim // 2),
-    }
-    if config.gate:
-        shapes |= {"gate_weight": (value_dim, width), "gate_bias": (value_dim,)}
-    if config.gate or config.placement == "add" or value_dim != width:
-        shapes |= {"out_weight": (width, value_dim), "out_bias": (width,)}
-    if config.qk_norm:
-        shapes |= {"temperature": (heads,)}
-    return shapes
 
 
 def values_shape(config: MemoryConfig) -> tuple[int, int]:
@@ -50,20 +33,19 @@ def draw_layer(parameters: Mapping[str, Tensor | None], config: MemoryConfig) ->
     """
     query_weight, half_keys = parameters["query_weight"], parameters["half_keys"]
     assert query_weight is not None and half_keys is not None
-    nn.init.xavier_uniform_(query_weight)
+    normal = functools.partial(nn.init.normal_, std=1 / math.sqrt(query_weight.shape[1]))
     bound = (2 * half_keys.shape[-1]) ** -0.5
-    nn.init.uniform_(half_keys, -bound, bound)
-    for name, parameter in parameters.items():
-        if parameter is None:
-            continue
-        if name == "out_weight" and config.placement == "add":
-            nn.init.zeros_(parameter)
-        elif name in ("gate_weight", "out_weight"):
-            nn.init.normal_(parameter, std=1 / math.sqrt(query_weight.shape[1]))
-        elif name.endswith("_bias"):
-            nn.init.zeros_(parameter)
-        elif name == "temperature":
-            nn.init.constant_(parameter, 10.0)  # as cosine attention starts (Swin v2)
+    draws: dict[str, Callable[[Tensor], Tensor]] = {
+        "query_weight": nn.init.xavier_uniform_,
+        "half_keys": functools.partial(nn.init.uniform_, a=-bound, b=bound),
+        "gate_weight": normal,
+        "out_weight": nn.init.zeros_ if config.placement == "add" else normal,
+        "temperature": functools.partial(nn.init.constant_, val=10.0),  # as cosine attention starts (Swin v2)
+    }
+    for name in LAYER_PARAMETERS:
+        parameter = parameters.get(name)
+        if parameter is not None:
+            draws.get(name, nn.init.zeros_)(parameter)
 
 
 _BLOCK = 4096, 16  # rows and columns that are drawn at once
@@ -95,10 +77,9 @@ def draw_values(
             generator.manual_seed(seed + row // _BLOCK[0] * blocks_a_row + column // _BLOCK[1])
             block = torch.randn(_BLOCK, generator=generator, device=values.device).mul_(value_dim**-0.5)
             top, left = max(row, first_row), max(column, first_column)
-            bottom = min(row + _BLOCK[0], first_row + rows)
-            right = min(column + _BLOCK[1], first_column + columns)
-            part = values.detach()[top - first_row : bottom - first_row, left - first_column : right - first_column]
-            part.copy_(block[top - row : bottom - row, left - column : right - column])
+            bottom, right = row + _BLOCK[0] - first_row, column + _BLOCK[1] - first_column  # or where the part ends
+            part = values.detach()[top - first_row : bottom, left - first_column : right]
+            part.copy_(block[top - row :, left - column :][: part.shape[0], : part.shape[1]])
 
 
 def draw_seed() -> int:
@@ -117,8 +98,20 @@ def new_values(config: MemoryConfig, dtype: torch.dtype, device: torch.device) -
 def new_layer(
     config: MemoryConfig, width: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, nn.Parameter | None]:
-    """The drawn parameters of one layer, by name in the order of `LAYER_PARAMETERS`; None where it has none."""
-    shapes = layer_shapes(config, width)
+    """The drawn parameters of a layer of these (resolved) options, in the order of `LAYER_PARAMETERS`, or None."""
+    heads, key_dim, n_keys, value_dim = config.heads, config.key_dim, config.n_keys, config.value_dim
+    assert key_dim is not None and n_keys is not None and value_dim is not None
+    shapes: dict[str, tuple[int, ...]] = {
+        "query_weight": (heads * key_dim, width),
+        "query_bias": (heads * key_dim,),
+        "half_keys": (2, heads, n_keys, key_dim // 2),
+    }
+    if config.gate:
+        shapes |= {"gate_weight": (value_dim, width), "gate_bias": (value_dim,)}
+    if config.gate or config.placement == "add" or value_dim != width:
+        shapes |= {"out_weight": (width, value_dim), "out_bias": (width,)}
+    if config.qk_norm:
+        shapes |= {"temperature": (heads,)}
     parameters = {
         name: nn.Parameter(torch.empty(shapes[name], dtype=dtype, device=device)) if name in shapes else None
         for name in LAYER_PARAMETERS

@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from memcompile.lowering import memory_lookup, memory_lookup_reference
-from memcompile.lowering.reference import scores_reference
+from memcompile.lowering import memory_lookup
 from tests.gpu.how import how
 from tests.gpu.sizes import Layer
 from tests.lowering.cases import TENSOR_NAMES, gradients
+from tests.lowering.reference import memory_lookup_reference, scores_reference
 from tests.tolerance import assert_as_accurate
 
 VALUES = TENSOR_NAMES.index("values")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from memcompile.lowering import inductor_patches
+from memcompile.lowering.inductor.graph_pass import inductor_patches
 
 HOW = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 

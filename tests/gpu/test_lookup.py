@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from memcompile.lowering.reference import scores_reference
 from tests.gpu import exact
 from tests.gpu.how import HOW
 from tests.gpu.sizes import Layer
 from tests.lowering.cases import gradients
+from tests.lowering.reference import scores_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memcompile.lowering import product_key_topk_reference
+from tests.lowering.reference import product_key_topk_reference
 
 TENSOR_NAMES = (
     "x",

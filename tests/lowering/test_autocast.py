@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memcompile.lowering import memory_lookup, product_key_topk_reference
+from memcompile.lowering import memory_lookup
 from tests.lowering.cases import VARIANTS, Case, Recorder, assert_best
+from tests.lowering.reference import product_key_topk_reference
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from memcompile.lowering import memory_lookup, memory_lookup_reference
-from memcompile.lowering.reference import scores_reference
+from memcompile.lowering import memory_lookup
 from tests.lowering.cases import (
     TENSOR_NAMES,
     VARIANTS,
@@ -22,6 +21,7 @@ from tests.lowering.cases import (
     leaves,
     weights_at,
 )
+from tests.lowering.reference import memory_lookup_reference, scores_reference
 from tests.tolerance import assert_as_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from memcompile.lowering import memory_lookup_reference
 from tests.lowering.cases import Case
+from tests.lowering.reference import memory_lookup_reference
 from tests.tolerance import assert_as_accurate
 
 

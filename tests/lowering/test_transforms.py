@@ -5,8 +5,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
-from memcompile.lowering import memory_lookup, memory_lookup_reference
+from memcompile.lowering import memory_lookup
 from tests.lowering.cases import VARIANTS, Case, in_dtype
+from tests.lowering.reference import memory_lookup_reference
 
 FULL = in_dtype(VARIANTS["full"], torch.float64)
 TENSORS = [t.detach() for t in FULL.tensors()]

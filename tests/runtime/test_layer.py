@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import memcompile
-from memcompile.lowering import memory_lookup_reference
+from tests.lowering.reference import memory_lookup_reference
 from tests.models import WIDTH, tiny_gpt
 from tests.planned import planned_gpt
 from tests.tolerance import assert_as_accurate

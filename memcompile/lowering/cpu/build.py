@@ -17,7 +17,8 @@ from filelock import FileLock
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
-_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden")
+INCLUDE = Path(torch.__file__).parent / "include"
+FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", f"-I{SOURCES}", "-isystem", str(INCLUDE))
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11, the oldest that is supported
 
 
@@ -56,12 +57,6 @@ def compiler() -> list[str]:
     raise BuildError(f"no C++ compiler ({tried}): install g++, or set CXX")
 
 
-def architecture_flag() -> str:
-    """The flag for ``MEMCOMPILE_CPU_ARCH``, by default the processor that this runs on."""
-    name = os.environ.get("MEMCOMPILE_CPU_ARCH") or "native"
-    return f"-mcpu={name}" if platform.machine() in ("arm64", "aarch64") else f"-march={name}"
-
-
 def kernels() -> Path:
     """Path of the library with the kernels, which registers them when it is loaded. Built where it is not there yet:
     about ten seconds. Two processes may ask at once.
@@ -69,9 +64,10 @@ def kernels() -> Path:
     Raises:
         BuildError: no compiler, a compiler that fails, or no directory to write to.
     """
-    include, libraries = Path(torch.__file__).parent / "include", Path(torch.__file__).parent / "lib"
-    linked = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else [f"-L{libraries}", "-ltorch_cpu"]
-    return build(SOURCES / "bindings.cpp", [STABLE_ABI, "-isystem", str(include), *linked], torch.__version__)
+    linked = [f"-L{INCLUDE.parent / 'lib'}", "-ltorch_cpu"]
+    if platform.system() == "Darwin":
+        linked = ["-undefined", "dynamic_lookup"]
+    return build(SOURCES / "bindings.cpp", [STABLE_ABI, *linked], torch.__version__)
 
 
 def build(source: Path, flags: Sequence[str], key: str = "") -> Path:
@@ -84,9 +80,12 @@ def build(source: Path, flags: Sequence[str], key: str = "") -> Path:
     Raises:
         BuildError: as `kernels`.
     """
-    command = [*compiler(), architecture_flag(), *_FLAGS, f"-I{SOURCES}"]
+    architecture = os.environ.get("MEMCOMPILE_CPU_ARCH") or "native"  # the processor that this runs on
+    flag = "-mcpu" if platform.machine() in ("arm64", "aarch64") else "-march"
+    command = [*compiler(), f"{flag}={architecture}", *FLAGS]
     # The predefined macros name the compiler's version and the instruction sets that "native" stands for.
-    macros = _run([*command[:-2], "-dM", "-E", "-x", "c++", os.devnull], "is MEMCOMPILE_CPU_ARCH one that it knows?")
+    macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull], "is MEMCOMPILE_CPU_ARCH one that it knows?")
+    command += ["-fPIC", "-shared", "-fvisibility=hidden"]
     digest = hashlib.sha256("\0".join([macros, key, source.name, *command, *flags]).encode())
     for path in sorted({*SOURCES.rglob("*.*"), *source.parent.glob("*.h"), source}):
         digest.update(path.read_bytes())

@@ -10,20 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memcompile.lowering._torch import autograd_kernel, below_autograd, process_group
+from memcompile.lowering._torch import autograd_kernel, below_autograd
 
 OPERATIONS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 _FUNCTIONAL = torch.ops._c10d_functional
 
 
-def ranks_of(group: str) -> int:
-    """How many ranks the group of this name has."""
-    return process_group(group).size()
-
-
 def all_gather(tensor: Tensor, ranks: int, group: str) -> Tensor:
     """[n, ...] of each rank -> [ranks * n, ...] of all."""
-    return _done(_FUNCTIONAL.all_gather_into_tensor(tensor.contiguous(), ranks, group))
+    return _FUNCTIONAL.wait_tensor(_FUNCTIONAL.all_gather_into_tensor(tensor.contiguous(), ranks, group))
 
 
 def reduce_scatter(tensor: Tensor, ranks: int, group: str) -> Tensor:
@@ -33,24 +28,21 @@ def reduce_scatter(tensor: Tensor, ranks: int, group: str) -> Tensor:
         elements = [size * tensor.shape[1:].numel()] * ranks
         parts = all_to_all(tensor.reshape(-1), elements, elements, group)
         return parts.view(ranks, size, *tensor.shape[1:]).sum(0)
-    return _done(_FUNCTIONAL.reduce_scatter_tensor(tensor.contiguous(), "sum", ranks, group))
+    return _FUNCTIONAL.wait_tensor(_FUNCTIONAL.reduce_scatter_tensor(tensor.contiguous(), "sum", ranks, group))
 
 
-def all_reduce(tensor: Tensor, group: str) -> Tensor:
-    """The sum over the ranks."""
-    return _done(_FUNCTIONAL.all_reduce(tensor.contiguous(), "sum", group))
+def all_reduce(tensor: Tensor, group: str, operation: str = "sum") -> Tensor:
+    """The sum over the ranks, or another reduction."""
+    return _FUNCTIONAL.wait_tensor(_FUNCTIONAL.all_reduce(tensor.contiguous(), operation, group))
 
 
 def all_to_all(
     tensor: Tensor, received: Sequence[int | torch.SymInt], sent: Sequence[int | torch.SymInt], group: str
 ) -> Tensor:
     """Sends `sent[q]` entries of [n] to each rank q, in order, and has `received[q]` from each."""
-    return _done(_FUNCTIONAL.all_to_all_single(tensor.contiguous(), list(received), list(sent), group))
-
-
-def _done(started: Tensor) -> Tensor:
-    done: Tensor = _FUNCTIONAL.wait_tensor(started)
-    return done
+    return _FUNCTIONAL.wait_tensor(
+        _FUNCTIONAL.all_to_all_single(tensor.contiguous(), list(received), list(sent), group)
+    )
 
 
 def _forward_as_is(ctx: Any, tensor: Tensor, group: str) -> Tensor:
@@ -58,7 +50,7 @@ def _forward_as_is(ctx: Any, tensor: Tensor, group: str) -> Tensor:
     return tensor.view_as(tensor)
 
 
-def _backward_summed(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+def _backward_summed(ctx: Any, grad: Tensor) -> tuple[Any, None]:
     return sum_over_ranks(grad, ctx.group), None
 
 
@@ -68,19 +60,11 @@ def _forward_summed(ctx: Any, tensor: Tensor, group: str) -> Tensor:
         return all_reduce(tensor, group)
 
 
-def _backward_as_is(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+def _backward_as_is(ctx: Any, grad: Tensor) -> tuple[Any, None]:
     return sum_gradients(grad, ctx.group), None
 
 
-_sum_gradients = autograd_kernel("SumGradients", forward=_forward_as_is, backward=_backward_summed)
-_sum_over_ranks = autograd_kernel("SumOverRanks", forward=_forward_summed, backward=_backward_as_is)
-
-
-def sum_gradients(tensor: Tensor, group: str) -> Tensor:
-    """The tensor, which all ranks have; its gradient is the sum of theirs."""
-    return _sum_gradients(tensor, group)  # type: ignore[no-any-return]
-
-
-def sum_over_ranks(tensor: Tensor, group: str) -> Tensor:
-    """The sum over the ranks; all of them have its gradient."""
-    return _sum_over_ranks(tensor, group)  # type: ignore[no-any-return]
+# Of (tensor, group): the tensor, which all ranks have, with the sum of their gradients as its own.
+sum_gradients = autograd_kernel("sum_gradients", forward=_forward_as_is, backward=_backward_summed)
+# Of (tensor, group): the sum over the ranks, all of which have its gradient.
+sum_over_ranks = autograd_kernel("sum_over_ranks", forward=_forward_summed, backward=_backward_as_is)

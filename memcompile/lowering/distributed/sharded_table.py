@@ -21,7 +21,6 @@ The collectives are functional, so graphs hold them, and compute may stand betwe
 parts of the table are read: no rank ever holds more of it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ from torch import Tensor
 from memcompile.lowering._torch import autograd_kernel, below_autograd, functorch_is_active, is_keyed, is_traced
 from memcompile.lowering.distributed import collectives
 from memcompile.lowering.gather.hits import sum_dtype
-from memcompile.lowering.gather.table_gather import check_unchanged
+from memcompile.lowering.gather.table_gather import RowState, check_unchanged, gather
 from memcompile.lowering.register.schema import operator
 
 _WORDS = {torch.float32: torch.int32, torch.float64: torch.int64}  # slots as wide as weights travel with them
@@ -84,11 +83,6 @@ class Shards:
         """Whether each of several ranks has tokens of its own."""
         return self.ranks > 1 and not self.same_tokens
 
-    def whole(self, part: Tensor) -> tuple[int, int]:
-        """The shape [slots, value_dim] of the table that this is a part of."""
-        slots, dim = part.shape
-        return (slots, sum(self.sizes)) if self.by_columns else (sum(self.sizes), dim)
-
 
 def chunk_sizes(total: int, ranks: int) -> tuple[int, ...]:
     """What `torch.chunk`, and so DTensor's `Shard`, gives to each rank: the last ones get less, or nothing."""
@@ -103,7 +97,7 @@ def sharded_gather(
     shards: Shards,
     capacity: int | None,
     gradient: str,
-    row_state: Sequence[Tensor] = (),
+    row_state: RowState = (),
 ) -> Tensor:
     """`weighted_gather` of this rank's tokens over a whole table, or `table_gather` where the gradient is sparse.
 
@@ -141,11 +135,7 @@ def sharded_gather(
 
 def most_tokens(tokens: int, group: str, device: torch.device) -> int:
     """The most tokens that a rank of the group has now. A collective, and it waits for the device."""
-    counts = collectives.all_gather(torch.tensor([tokens], device=device), collectives.ranks_of(group), group)
-    return int(counts.max())
-
-
-# --- forward --------------------------------------------------------------------------------------
+    return int(collectives.all_reduce(torch.tensor([tokens], device=device), group, "max"))
 
 
 def _forward(
@@ -156,7 +146,7 @@ def _forward(
     shards: Shards,
     capacity: int,
     gradient: str,
-    row_state: Sequence[Tensor],
+    row_state: RowState,
 ) -> Tensor:
     tokens = slots.shape[0]
     with below_autograd():
@@ -164,22 +154,17 @@ def _forward(
             slots, weights = _gather_hits(slots, weights, capacity, shards)
         hits, shares = _own_hits(slots, weights, shards)
         if table.numel():
-            sums = _gather(table, hits, shares, row_state, gradient)
+            sums = gather(table, hits, shares, row_state, gradient)
         else:
             sums = table.new_zeros(slots.shape[0], table.shape[1])
-        if shards.own_tokens:
-            return_sums = _columns_to_tokens if shards.by_columns else _partial_sums_to_tokens
-            sums = return_sums(sums, capacity, shards)[:tokens]
+        if shards.own_tokens and shards.by_columns:
+            sums = _columns_to_tokens(sums, capacity, shards)[:tokens]
+        elif shards.own_tokens:
+            sums = collectives.reduce_scatter(sums, shards.ranks, shards.group)[:tokens]
     ctx.save_for_backward(slots, weights)  # of all tokens
     ctx.table, ctx.row_state, ctx.version = table, row_state, table._version  # as `table_gather` keeps them
     ctx.shards, ctx.capacity, ctx.gradient = shards, capacity, gradient
     return sums
-
-
-def _gather(table: Tensor, slots: Tensor, weights: Tensor, row_state: Sequence[Tensor], gradient: str) -> Tensor:
-    if gradient == "dense" and not row_state:
-        return operator("weighted_gather")(table, slots, weights)  # type: ignore[no-any-return]
-    return operator("table_gather")(table, slots, weights, row_state, gradient)  # type: ignore[no-any-return]
 
 
 def _gather_hits(slots: Tensor, weights: Tensor, capacity: int, shards: Shards) -> tuple[Tensor, Tensor]:
@@ -221,14 +206,6 @@ def _columns_to_tokens(sums: Tensor, capacity: int, shards: Shards) -> Tensor:
     return torch.cat([block.view(capacity, size) for block, size in zip(blocks, sizes, strict=True)], 1)
 
 
-def _partial_sums_to_tokens(sums: Tensor, capacity: int, shards: Shards) -> Tensor:
-    """[P * C, value_dim] over own rows -> [C, value_dim] over all. One reduce-scatter."""
-    return collectives.reduce_scatter(sums, shards.ranks, shards.group)
-
-
-# --- backward -------------------------------------------------------------------------------------
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None, None]:
     if torch.is_grad_enabled():
         raise NotImplementedError("the gradient of sharded memory values has no derivative of its own (create_graph)")
@@ -239,8 +216,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | Non
     shards = ctx.shards
     tokens, capacity = grad.shape[0], ctx.capacity
     if shards.own_tokens:
-        grad = _padded(grad, capacity)
-        grad = (_tokens_to_columns if shards.by_columns else _tokens_to_all)(grad, capacity, shards)
+        padded = _padded(grad, capacity)
+        if shards.by_columns:
+            grad = _tokens_to_columns(padded, capacity, shards)
+        else:
+            grad = collectives.all_gather(padded, shards.ranks, shards.group)  # [P * C, value_dim]
     grad_table = grad_weights = None
     if ctx.needs_input_grad[2]:
         grad_weights = _dots(table, slots, grad, ctx.row_state, shards)
@@ -266,18 +246,13 @@ def _tokens_to_columns(grad: Tensor, capacity: int, shards: Shards) -> Tensor:
     return received.view(shards.ranks * capacity, own)
 
 
-def _tokens_to_all(grad: Tensor, capacity: int, shards: Shards) -> Tensor:
-    """[C, value_dim] of the own tokens -> [P * C, value_dim] of all. One all-gather."""
-    return collectives.all_gather(grad, shards.ranks, shards.group)
-
-
-def _dots(table: Tensor, slots: Tensor, grad: Tensor, row_state: Sequence[Tensor], shards: Shards) -> Tensor:
+def _dots(table: Tensor, slots: Tensor, grad: Tensor, row_state: RowState, shards: Shards) -> Tensor:
     """The gradient of all tokens' weights, as far as the own part makes it."""
     if not table.numel():
         return torch.zeros_like(slots, dtype=sum_dtype(table))
     hits, _ = _own_hits(slots, slots, shards)
     if row_state:
-        dots: Tensor = operator("table_dot")(table, hits, grad, row_state)
+        dots = operator("table_dot")(table, hits, grad, row_state)
     else:
         dots = operator("gather_dot")(table, hits, grad)
     return dots if shards.by_columns else torch.where(_is_own(slots, shards), dots, 0)
@@ -295,8 +270,4 @@ def _scatter(table: Tensor, slots: Tensor, weights: Tensor, grad: Tensor, gradie
     return operator("sparse_scatter")(table, [slots], [weights], [grad])  # type: ignore[no-any-return]
 
 
-def _no_forward_mode(ctx: Any, *tangents: Any) -> Any:
-    raise NotImplementedError("sharded memory values have no forward-mode derivative: use backward()")
-
-
-_sharded_gather = autograd_kernel("ShardedGather", forward=_forward, backward=_backward, jvp=_no_forward_mode)
+_sharded_gather = autograd_kernel("sharded_gather", forward=_forward, backward=_backward)

@@ -9,50 +9,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memcompile.lowering.register.schema import expect
+
 
 def sum_dtype(rows: Tensor) -> torch.dtype:
     """The dtype that rows are summed and updated in: float64 for float64, else float32."""
     return torch.promote_types(rows.dtype, torch.float32)
 
 
-def check_hits(slots: Tensor, weights: Tensor, grad: Tensor) -> None:
-    """Raises ValueError for what are not slots, weights and a gradient of the same tokens."""
-    check_slots(slots)
-    check_weights(slots, weights)
-    check_grad(slots, grad)
-
-
 def check_slots(slots: Tensor) -> None:
     """Raises ValueError unless they are int32 or int64 [tokens, hits]."""
-    if slots.dim() != 2 or slots.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"slots: expected int32 or int64 [tokens, hits], got {slots.dtype} {list(slots.shape)}")
+    expect("slots", slots, ("tokens", "hits"), torch.int32, torch.int64)
 
 
-def check_weights(slots: Tensor, weights: Tensor) -> None:
-    """Raises ValueError unless the weights are floating point and of the shape of the slots."""
-    if weights.shape != slots.shape or not weights.is_floating_point():
-        raise ValueError(
-            f"weights: expected floating point {list(slots.shape)} as slots, got {weights.dtype} {list(weights.shape)}"
-        )
-
-
-def check_grad(slots: Tensor, grad: Tensor) -> None:
-    """Raises ValueError unless the gradient is floating point [tokens, value_dim]."""
-    if grad.dim() != 2 or grad.shape[0] != slots.shape[0] or not grad.is_floating_point():
-        raise ValueError(
-            f"grad: expected floating point [tokens = {slots.shape[0]}, value_dim], got {grad.dtype} {list(grad.shape)}"
-        )
+def check_hits(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int = 0) -> None:
+    """Raises ValueError for what are not slots, weights and a gradient of the same tokens."""
+    check_slots(slots)
+    expect("weights", weights, slots.shape)
+    expect("grad", grad, (slots.shape[0], "value_dim"))
 
 
 def check_dot(values: Tensor, slots: Tensor, grad: Tensor) -> None:
     """Raises ValueError unless rows of the values at these slots have dots with the gradient."""
+    expect("values", values, ("num_slots", "value_dim"))
     check_slots(slots)
-    check_grad(slots, grad)
-    if grad.dtype != values.dtype or grad.shape[1] != values.shape[1]:
-        raise ValueError(
-            f"grad: expected value_dim = {values.shape[1]} and {values.dtype} as values, "
-            f"got {grad.shape[1]} and {grad.dtype}"
-        )
+    expect("grad", grad, (slots.shape[0], values.shape[1]), values.dtype)
+
+
+def new_sums(values: Tensor, slots: Tensor, *rest: object) -> Tensor:
+    """Room for weighted sums of rows: [tokens, value_dim]. It is the fake of what returns them."""
+    return values.new_empty(slots.shape[0], values.shape[1])
+
+
+def new_dots(values: Tensor, slots: Tensor, *rest: object) -> Tensor:
+    """Room for dots with rows: [tokens, hits], in the dtype of sums."""
+    return values.new_empty(slots.shape, dtype=sum_dtype(values))
 
 
 def parts_of_tokens(slots: Tensor, dim: int, elements: Mapping[str, int]) -> Iterator[slice]:

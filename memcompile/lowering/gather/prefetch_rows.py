@@ -5,27 +5,33 @@ time of one, and a gather asks for one page after the other. It returns a copy o
 after it in every graph, and keeps it there. There is no derivative.
 """
 
+import ctypes
+import mmap
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memcompile.lowering.cpu.pages import read_ahead
 from memcompile.lowering.gather.hits import check_slots
 from memcompile.lowering.register.operators import register_operator
-from memcompile.lowering.register.schema import operator
+from memcompile.lowering.register.schema import expect, operator
 from memcompile.lowering.register.vmap import fold_into_tokens, unfold_tokens
 
 
 def _check(values: Tensor, slots: Tensor) -> None:
     check_slots(slots)
-    if values.dim() != 2:
-        raise ValueError(f"values: expected [num_slots, value_dim], got {list(values.shape)}")
+    expect("values", values, ("num_slots", "value_dim"))
 
 
 def _prefetch(values: Tensor, slots: Tensor) -> Tensor:
-    if values.device.type == "cpu":
-        read_ahead(values, torch.unique(slots).tolist())  # type: ignore[no-untyped-call]
+    """As the CPU's kernels do it in `prefetch.h`; where there is no madvise, nothing is read ahead."""
+    if values.device.type == "cpu" and hasattr(mmap, "MADV_WILLNEED"):
+        madvise = ctypes.CDLL(None).madvise
+        stride, size = values.stride(0) * values.element_size(), values.shape[1] * values.element_size()
+        for row in torch.unique(slots).tolist():  # type: ignore[no-untyped-call]
+            start = values.data_ptr() + row * stride
+            page = start // mmap.PAGESIZE * mmap.PAGESIZE
+            madvise(ctypes.c_void_p(page), ctypes.c_size_t(start + size - page), mmap.MADV_WILLNEED)
     return slots.clone(memory_format=torch.contiguous_format)
 
 

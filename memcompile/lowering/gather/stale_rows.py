@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from memcompile.lowering.gather.hits import check_dot, check_slots, check_weights, parts_of_tokens, sum_dtype
-from memcompile.lowering.register.operators import register_operator
+from memcompile.lowering.gather.hits import check_dot, check_slots, new_dots, new_sums, parts_of_tokens, sum_dtype
+from memcompile.lowering.register.operators import register_arguments
+from memcompile.lowering.register.schema import expect
 from memcompile.lowering.update.row_adam import check_missed_steps, steps_a_moment
 from memcompile.lowering.update.row_tables import check_moments, check_table, load_rows
 
@@ -42,18 +43,10 @@ class _StaleRows:
     eps: float
 
     def check(self) -> None:
-        check_table("values", self.values, self.values)
+        check_table("values", self.values)
         check_moments(self.exp_avg, self.exp_avg_sq, self.values)
         check_slots(self.slots)
-        check_missed_steps("slots", self.slots, self.values, self.missed_steps, self.decays, self.panels)
-
-    def check_gather(self) -> None:
-        self.check()
-        check_weights(self.slots, self.other)
-
-    def check_dot(self) -> None:
-        self.check()
-        check_dot(self.values, self.slots, self.other)
+        check_missed_steps(self.slots, self.values, self.missed_steps, self.decays, self.panels)
 
     def current(self) -> Iterator[tuple[slice, Tensor]]:
         """Some tokens after others, and the rows that they hit as they are after all steps: [tokens, hits, dim]."""
@@ -64,34 +57,36 @@ class _StaleRows:
             moved = m * steps_a_moment(v.sqrt(), self.panels[missed].to(dtype), self.eps)  # [hits of the part, dim]
             yield part, (x * self.decays[missed, :1].to(dtype) - moved).view(*self.slots[part].shape, dim)
 
-    def gather(self) -> Tensor:
-        out = self.new_sums()
+
+class _Gather(_StaleRows):
+    def check(self) -> None:
+        super().check()
+        expect("weights", self.other, self.slots.shape)
+
+    def fake(self) -> Tensor:
+        return new_sums(self.values, self.slots)
+
+    def run(self) -> Tensor:
+        out = self.fake()
         for part, rows in self.current():
             out[part] = (self.other[part].to(rows.dtype).unsqueeze(1) @ rows).squeeze(1)
         return out
 
-    def dot(self) -> Tensor:
-        out = self.new_dots()
+
+class _Dot(_StaleRows):
+    def check(self) -> None:
+        super().check()
+        check_dot(self.values, self.slots, self.other)
+
+    def fake(self) -> Tensor:
+        return new_dots(self.values, self.slots)
+
+    def run(self) -> Tensor:
+        out = self.fake()
         for part, rows in self.current():
             out[part] = (rows @ self.other[part].to(rows.dtype).unsqueeze(-1)).squeeze(-1)
         return out
 
-    def new_sums(self) -> Tensor:
-        return self.values.new_empty(self.slots.shape[0], self.values.shape[1])
 
-    def new_dots(self) -> Tensor:
-        return self.values.new_empty(self.slots.shape, dtype=sum_dtype(self.values))
-
-
-register_operator(
-    "stale_gather",
-    check=lambda *args: _StaleRows(*args).check_gather(),
-    kernel=lambda *args: _StaleRows(*args).gather(),
-    fake=lambda *args: _StaleRows(*args).new_sums(),
-)
-register_operator(
-    "stale_dot",
-    check=lambda *args: _StaleRows(*args).check_dot(),
-    kernel=lambda *args: _StaleRows(*args).dot(),
-    fake=lambda *args: _StaleRows(*args).new_dots(),
-)
+register_arguments("stale_gather", _Gather)
+register_arguments("stale_dot", _Dot)

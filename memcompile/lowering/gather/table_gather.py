@@ -20,107 +20,87 @@ hold these operators whole, and `merge_scatters` sums those of the layers that s
 derivative.
 """
 
-import functools
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memcompile.lowering._torch import autograd_kernel, below_autograd, is_keyed, is_traced
-from memcompile.lowering.gather.hits import check_hits, sum_dtype
+from memcompile.lowering.gather.hits import check_hits, new_dots, new_sums, sum_dtype
 from memcompile.lowering.register.operators import register_for_graphs
-from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
+from memcompile.lowering.register.schema import NAMESPACE, operator
 from memcompile.lowering.update.missed_steps import missed_decays, missed_steps
 from memcompile.lowering.update.rate_history import RateHistory
+from memcompile.lowering.update.row_tables import moment_dtypes
 
 RowState = Sequence[Tensor]
 
 # Between the rows of a table and their state there is no step and no flush of another thread.
 TABLE_LOCK = threading.RLock()
 
-
-def _alone(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(kernel)
-    def run(*args: Any) -> Tensor:
-        with TABLE_LOCK:
-            return kernel(*args)
-
-    return run
-
-
 _HITS_A_ROW = 4  # from which a copy of a table is cheaper than to correct each hit
 
 
-@_alone
-def _gather(values: Tensor, slots: Tensor, weights: Tensor, row_state: RowState, gradient: str) -> Tensor:
-    values, stale = _stale(values, slots, row_state)
-    if stale is None:
+def gather(values: Tensor, slots: Tensor, weights: Tensor, row_state: RowState, gradient: str) -> Tensor:
+    """`weighted_gather` where that is all that is asked for, since graphs see inside of it; else `table_gather`."""
+    if gradient == "dense" and not row_state:
         return operator("weighted_gather")(values, slots, weights)  # type: ignore[no-any-return]
-    if stale.moments is None:
-        return operator("weighted_gather")(values, slots, weights * stale.decays().to(weights.dtype))  # type: ignore[no-any-return]
-    out: Tensor = operator("stale_gather")(values, *stale.moments, slots, weights, *stale.missed(values))
-    return out.to(values.dtype)
+    return operator("table_gather")(values, slots, weights, row_state, gradient)  # type: ignore[no-any-return]
 
 
-def _gather_fake(values: Tensor, slots: Tensor, weights: Tensor, row_state: RowState, gradient: str) -> Tensor:
-    return values.new_empty(slots.shape[0], values.shape[1])
+def _gather(values: Tensor, slots: Tensor, weights: Tensor, row_state: RowState, gradient: str) -> Tensor:
+    with TABLE_LOCK:
+        values, last = _stale(values, slots, row_state)
+        if last is not None and _has_moments(row_state):
+            return _stale_read("stale_gather", values, slots, weights, row_state, last).to(values.dtype)
+        if last is not None:
+            weights = weights * _decays(row_state, last).to(weights.dtype)
+        return operator("weighted_gather")(values, slots, weights)  # type: ignore[no-any-return]
 
 
-@_alone
 def _dot(values: Tensor, slots: Tensor, grad: Tensor, row_state: RowState) -> Tensor:
-    values, stale = _stale(values, slots, row_state)
-    if stale is not None and stale.moments is not None:
-        return operator("stale_dot")(values, *stale.moments, slots, grad, *stale.missed(values))  # type: ignore[no-any-return]
-    dots: Tensor = operator("gather_dot")(values, slots, grad)
-    return dots if stale is None else dots * stale.decays().to(dots.dtype)
+    with TABLE_LOCK:
+        values, last = _stale(values, slots, row_state)
+        if last is not None and _has_moments(row_state):
+            return _stale_read("stale_dot", values, slots, grad, row_state, last)
+        dots: Tensor = operator("gather_dot")(values, slots, grad)
+        return dots if last is None else dots * _decays(row_state, last).to(dots.dtype)
 
 
-def _dot_fake(values: Tensor, slots: Tensor, grad: Tensor, row_state: RowState) -> Tensor:
-    return values.new_empty(slots.shape, dtype=sum_dtype(values))
+def _has_moments(row_state: RowState) -> bool:
+    return row_state[2].numel() > 0
 
 
-@dataclass(frozen=True)
-class _Stale:
-    """Rows that have missed steps."""
-
-    history: RateHistory
-    last: Tensor  # int32, the steps that the rows are as of
-    moments: tuple[Tensor, Tensor] | None
-
-    def decays(self) -> Tensor:
-        """What the rows are multiplied by, where they miss nothing else."""
-        return missed_decays(self.history, self.last, self.history.step)
-
-    def missed(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-        """What the operators take that read stale rows."""
-        missed = missed_steps(self.history, self.last, self.history.step, sum_dtype(values))
-        assert missed is not None, "asked where rows have missed steps"
-        return missed.entries, missed.decays, missed.panels, self.history.eps
+def _decays(row_state: RowState, last: Tensor) -> Tensor:
+    """What rows as of the steps `last` are multiplied by, where they miss nothing else."""
+    history = RateHistory(row_state[0])
+    return missed_decays(history, last, history.step)
 
 
-def _stale(values: Tensor, slots: Tensor, row_state: RowState) -> tuple[Tensor, _Stale | None]:
-    """The table to read, and what the rows of these slots [tokens, hits] have missed; None where that is nothing."""
+def _stale_read(name: str, values: Tensor, slots: Tensor, other: Tensor, row_state: RowState, last: Tensor) -> Tensor:
+    """`stale_gather` or `stale_dot` of rows as of the steps `last`, some of which have missed steps."""
+    history = RateHistory(row_state[0])
+    missed = missed_steps(history, last, history.step, sum_dtype(values))
+    assert missed is not None, "asked where rows have missed steps"
+    return operator(name)(values, *row_state[2:], slots, other, *missed, history.eps)  # type: ignore[no-any-return]
+
+
+def _stale(values: Tensor, slots: Tensor, row_state: RowState) -> tuple[Tensor, Tensor | None]:
+    """The table to read, and the steps that the rows of these slots [tokens, hits] are as of, int32; None where they
+    have missed none.
+    """
     if not row_state or row_state[1].numel() == 0:
         return values, None
-    history, last_step, moment = RateHistory(row_state[0]), row_state[1], row_state[2]
-    is_cast = values.dtype is torch.float16 or (moment.numel() > 0 and moment.dtype not in _moment_dtypes(values))
+    history, last_step, moment, _ = row_state
+    is_cast = values.dtype is torch.float16 or (moment.numel() > 0 and moment.dtype not in moment_dtypes(values))
     # A copy of bf16 would be rounded.
     is_small = slots.numel() >= _HITS_A_ROW * values.shape[0] and values.dtype is not torch.bfloat16
     if is_cast or is_small:
         return current_table(values, row_state), None
     last = last_step.index_select(0, slots.reshape(-1)).view(slots.shape)
-    if not bool((last != history.step).any()):
-        return values, None
-    moments = (row_state[2], row_state[3]) if row_state[2].numel() else None
-    return values, _Stale(history, last, moments)
-
-
-def _moment_dtypes(values: Tensor) -> tuple[torch.dtype, ...]:
-    """The dtypes of moments beside these values; others are of values that were cast since their last step."""
-    return (torch.float64,) if values.dtype is torch.float64 else (torch.float32, torch.bfloat16)
+    return values, last if bool((last != RateHistory(history).step).any()) else None
 
 
 def current_table(values: Tensor, row_state: RowState) -> Tensor:
@@ -129,16 +109,15 @@ def current_table(values: Tensor, row_state: RowState) -> Tensor:
     rows = (last_step != RateHistory(history).step).nonzero()[:, 0]
     if len(rows) == 0:
         return values
-    some = values[rows].to(sum_dtype(values))
-    stale = _Stale(RateHistory(history), last_step[rows].unsqueeze(1), None)
-    if moments[0].numel() == 0:
-        current = some * stale.decays().to(some.dtype)
+    current, last = values[rows].to(sum_dtype(values)), last_step[rows].unsqueeze(1)
+    if not _has_moments(row_state):
+        current = current * _decays(row_state, last).to(current.dtype)
     else:
+        # Moments of another dtype are beside values that were cast since their last step.
+        of_rows = [m[rows] if m.dtype in moment_dtypes(current) else m[rows].to(current.dtype) for m in moments]
         own = torch.arange(len(rows), device=rows.device).unsqueeze(1)  # a hit a row, of weight 1
-        of_rows = [moment[rows] for moment in moments]
-        of_rows = [moment if moment.dtype in _moment_dtypes(some) else moment.to(some.dtype) for moment in of_rows]
-        ones = torch.ones_like(own, dtype=some.dtype)
-        current = operator("stale_gather")(some, *of_rows, own, ones, *stale.missed(some))
+        ones = torch.ones_like(own, dtype=current.dtype)
+        current = _stale_read("stale_gather", current, own, ones, [history, last_step, *of_rows], last)
     return values.index_copy(0, rows, current.to(values.dtype))
 
 
@@ -146,28 +125,21 @@ Factors = Sequence[Tensor]  # slots, weights or gradients, of one layer each
 
 
 def _sparse_scatter(values: Tensor, slots: Factors, weights: Factors, grads: Factors, opaque: bool = False) -> Tensor:
-    joined, *factors = _joined(slots, weights, grads)
-    if joined.numel() == 0 or bool((joined >= 0).all()):
-        rows, sums = operator("row_sums")(joined, *factors, values.shape[0])
-        return coalesced(rows, sums, values.shape[0])
-    rows, sums = operator("row_sums")(joined + 1, *factors, values.shape[0] + 1)
-    first = int(rows[0] == 0)  # the row of what hits none
-    return coalesced(rows[first:] - 1, sums[first:], values.shape[0])
+    for hits in zip(slots, weights, grads, strict=True):
+        check_hits(*hits)
+    joined, *factors = (parts[0] if len(parts) == 1 else torch.cat([*parts]) for parts in (slots, weights, grads))
+    # A slot of -1 is no hit: it becomes a row before the table, which is left out.
+    before = int(joined.numel() > 0 and bool((joined < 0).any()))
+    rows, sums = operator("row_sums")(joined + before if before else joined, *factors, values.shape[0] + before)
+    first = int(before > 0 and bool(rows[0] == 0))
+    return coalesced(rows[first:] - before, sums[first:], values.shape[0])
 
 
 def _scatter_fake(values: Tensor, slots: Factors, weights: Factors, grads: Factors, opaque: bool = False) -> Tensor:
     # Graphs do not ask how many rows there are. For opaque ones see `merge_scatters`: their sizes and strides are what
     # a sparse tensor reports.
-    return values.new_empty_strided(values.shape, (0, 0)) if opaque else _without_rows(values)
-
-
-def _joined(slots: Factors, weights: Factors, grads: Factors) -> tuple[Tensor, ...]:
-    for factors in zip(slots, weights, grads, strict=True):
-        check_hits(*factors)
-    return tuple(parts[0] if len(parts) == 1 else torch.cat([*parts]) for parts in (slots, weights, grads))
-
-
-def _without_rows(values: Tensor) -> Tensor:
+    if opaque:
+        return values.new_empty_strided(values.shape, (0, 0))
     rows = torch.empty(0, dtype=torch.int64, device=values.device)
     return coalesced(rows, values.new_empty(0, values.shape[1]), values.shape[0])
 
@@ -220,15 +192,9 @@ def _forward(*args: Any) -> Any:
         return operator("table_gather")(*args)
 
 
-def _no_forward_mode(ctx: Any, *tangents: Any) -> Any:
-    raise NotImplementedError(f"{NAMESPACE}::table_gather has no forward-mode derivative: use backward()")
-
-
-register_for_graphs("table_dot", _dot, _dot_fake, "CompositeExplicitAutograd")
+register_for_graphs("table_dot", _dot, new_dots, "CompositeExplicitAutograd")
 register_for_graphs("sparse_scatter", _sparse_scatter, _scatter_fake, "CompositeExplicitAutograd")
-LIBRARY.impl("table_gather", _gather, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake(f"{NAMESPACE}::table_gather", _gather_fake, lib=LIBRARY)
 _derivative = autograd_kernel(
-    "TableGather", forward=_forward, setup_context=_setup_context, backward=_backward, jvp=_no_forward_mode
+    f"{NAMESPACE}::table_gather", forward=_forward, setup_context=_setup_context, backward=_backward
 )
-LIBRARY.impl("table_gather", _derivative, "Autograd")  # type: ignore[no-untyped-call]
+register_for_graphs("table_gather", _gather, new_sums, "CompositeExplicitAutograd", _derivative)

@@ -1,10 +1,13 @@
-"""Three operators, closed under differentiation: `weighted_gather`, `gather_dot` and `weighted_scatter`.
+"""Three operators, closed under differentiation: `weighted_gather`, `gather_dot` and `weighted_scatter`; `row_sums`.
 
 With rows V [num_slots, value_dim], slots s and weights w [tokens, hits], and u [tokens, value_dim]:
 
     weighted_gather (V, s, w)[t]    = sum_h w[t, h] * V[s[t, h]]              [tokens, value_dim]
     gather_dot      (V, s, u)[t, h] = V[s[t, h]] . u[t]                       [tokens, hits]
     weighted_scatter(s, w, u)[n]    = sum_{t, h: s[t, h] = n} w[t, h] * u[t]  [num_slots, value_dim]
+
+`row_sums` (s, w, u) has the distinct slots, int64 [rows], ascending, and the rows of `weighted_scatter` that they hit,
+bit for bit: nothing in it is of the table's size. How many there are is known at run time only. It has no derivative.
 
 Rows come out in the dtype that rows came in, dots in fp32 for half dtypes. All three are derivatives of one
 trilinear form, so each one's gradients are the other two. No kernel builds [tokens, hits, value_dim], and
@@ -15,6 +18,7 @@ The kernels here run where a device has none of its own; they round the weights 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,25 +26,19 @@ from memcompile.lowering.gather.hits import (
     check_dot,
     check_hits,
     check_slots,
-    check_weights,
+    new_dots,
+    new_sums,
     parts_of_tokens,
     sum_dtype,
     sums_of_hits,
-)
-from memcompile.lowering.register.operators import register_differentiable
-from memcompile.lowering.register.schema import operator
+)  # fmt: skip
+from memcompile.lowering.register.operators import register_differentiable, register_operator
+from memcompile.lowering.register.schema import expect, operator
 from memcompile.lowering.register.vmap import fold_into_tokens, offset_slots, unfold_tokens
 
 # Gathered rows that gather_dot holds at once, in elements. On a CPU they stay in the second-level cache: 26 ms
 # against 92 with 2**22 on [512, 128] hits of bf16 rows of 1,024. An accelerator wants few launches.
 _CHUNK_ELEMENTS = {"cpu": 2**17, "accelerator": 2**26}
-
-
-def _check_values(values: Tensor) -> None:
-    if values.dim() != 2 or not values.is_floating_point():
-        raise ValueError(
-            f"values: expected floating point [num_slots, value_dim], got {values.dtype} {list(values.shape)}"
-        )
 
 
 def _reading_vmap(name: str) -> Callable[..., tuple[Tensor, int]]:
@@ -60,13 +58,10 @@ def _reading_vmap(name: str) -> Callable[..., tuple[Tensor, int]]:
     return rule
 
 
-# --- weighted_gather ------------------------------------------------------------------------------
-
-
 def _check_gather(values: Tensor, slots: Tensor, weights: Tensor) -> None:
-    _check_values(values)
+    expect("values", values, ("num_slots", "value_dim"))
     check_slots(slots)
-    check_weights(slots, weights)
+    expect("weights", weights, slots.shape)
 
 
 def _gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -75,35 +70,17 @@ def _gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(slots, rows, per_sample_weights=weights, mode="sum")
 
 
-def _gather_fake(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    return values.new_empty(slots.shape[0], values.shape[1])
-
-
-def _gather_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
     values, slots, weights = ctx.saved_tensors
-    grad_values = grad_weights = None
-    if ctx.needs_input_grad[0]:
-        grad_values = operator("weighted_scatter")(slots, weights, grad, values.shape[0])
-    if ctx.needs_input_grad[2]:
-        grad_weights = operator("gather_dot")(values, slots, grad).to(weights.dtype)
+    of_values, _, of_weights = ctx.needs_input_grad
+    grad_values = operator("weighted_scatter")(slots, weights, grad, values.shape[0]) if of_values else None
+    grad_weights = operator("gather_dot")(values, slots, grad).to(weights.dtype) if of_weights else None
     return grad_values, None, grad_weights
-
-
-# --- gather_dot -----------------------------------------------------------------------------------
-
-
-def _check_dot(values: Tensor, slots: Tensor, grad: Tensor) -> None:
-    _check_values(values)
-    check_dot(values, slots, grad)
 
 
 def _dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
     values, grad, dtype = values.detach(), grad.detach(), sum_dtype(values)
-    out = values.new_empty(slots.shape, dtype=dtype)
+    out = new_dots(values, slots)
     for tokens in parts_of_tokens(slots, values.shape[1], _CHUNK_ELEMENTS):
         part = slots[tokens]
         rows = values.index_select(0, part.reshape(-1)).to(dtype).reshape(*part.shape, values.shape[1])
@@ -111,25 +88,12 @@ def _dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
     return out
 
 
-def _dot_fake(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
-    return values.new_empty(slots.shape, dtype=sum_dtype(values))
-
-
 def _dot_backward(ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
     values, slots, grad = ctx.saved_tensors
-    grad_values = grad_grad = None
-    if ctx.needs_input_grad[0]:
-        grad_values = operator("weighted_scatter")(slots, grad_dots, grad, values.shape[0])
-    if ctx.needs_input_grad[2]:
-        grad_grad = operator("weighted_gather")(values, slots, grad_dots)
+    of_values, _, of_grad = ctx.needs_input_grad
+    grad_values = operator("weighted_scatter")(slots, grad_dots, grad, values.shape[0]) if of_values else None
+    grad_grad = operator("weighted_gather")(values, slots, grad_dots) if of_grad else None
     return grad_values, None, grad_grad
-
-
-# --- weighted_scatter -----------------------------------------------------------------------------
-
-
-def _check_scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> None:
-    check_hits(slots, weights, grad)
 
 
 def _scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> Tensor:
@@ -152,44 +116,35 @@ def _scatter_vmap(
     return out.reshape(batch, num_slots, grad.shape[1]), 0
 
 
-def _scatter_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:3])
-
-
 def _scatter_backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
     slots, weights, grad = ctx.saved_tensors
-    grad_weights = grad_grad = None
-    if ctx.needs_input_grad[1]:
-        grad_weights = operator("gather_dot")(grad_out, slots, grad).to(weights.dtype)
-    if ctx.needs_input_grad[2]:
-        grad_grad = operator("weighted_gather")(grad_out, slots, weights)
+    _, of_weights, of_grad, _ = ctx.needs_input_grad
+    grad_weights = operator("gather_dot")(grad_out, slots, grad).to(weights.dtype) if of_weights else None
+    grad_grad = operator("weighted_gather")(grad_out, slots, weights) if of_grad else None
     return None, grad_weights, grad_grad, None
 
 
+def _sums(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    rows, sums = sums_of_hits(slots, weights, grad)
+    if len(rows) and (rows[0] < 0 or rows[-1] >= num_slots):
+        raise IndexError(f"slots: {int(rows[0])} to {int(rows[-1])} are out of range for a table of {num_slots} rows")
+    return rows, sums
+
+
+def _sums_fake(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return slots.new_empty(count, dtype=torch.int64), grad.new_empty(count, grad.shape[1])
+
+
 register_differentiable(
-    "weighted_gather",
-    check=_check_gather,
-    kernel=_gather,
-    fake=_gather_fake,
+    "weighted_gather", check=_check_gather, kernel=_gather, fake=new_sums, backward=_gather_backward,
     vmap=_reading_vmap("weighted_gather"),
-    setup_context=_gather_setup,
-    backward=_gather_backward,
+)  # fmt: skip
+register_differentiable(
+    "gather_dot", check=check_dot, kernel=_dot, fake=new_dots, vmap=_reading_vmap("gather_dot"), backward=_dot_backward
 )
 register_differentiable(
-    "gather_dot",
-    check=_check_dot,
-    kernel=_dot,
-    fake=_dot_fake,
-    vmap=_reading_vmap("gather_dot"),
-    setup_context=_gather_setup,
-    backward=_dot_backward,
-)
-register_differentiable(
-    "weighted_scatter",
-    check=_check_scatter,
-    kernel=_scatter,
-    fake=_scatter_fake,
+    "weighted_scatter", check=check_hits, kernel=_scatter, fake=_scatter_fake, backward=_scatter_backward,
     vmap=_scatter_vmap,
-    setup_context=_scatter_setup,
-    backward=_scatter_backward,
-)
+)  # fmt: skip
+register_operator("row_sums", check=check_hits, kernel=_sums, fake=_sums_fake)

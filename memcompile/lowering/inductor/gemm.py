@@ -18,8 +18,7 @@ _MANY = 2**20  # multiplications from which oneDNN is faster, the cost of its ca
 @functools.cache
 def mkl_is_held_back() -> bool:
     """Whether fp32 products are MKL's, on a processor whose AVX-512 it does not use."""
-    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    if not mkl or not has_onednn_linear():
+    if not torch.backends.mkl.is_available() or not has_onednn_linear():  # type: ignore[no-untyped-call]
         return False
     cpuinfo = Path("/proc/cpuinfo")
     vendor = cpuinfo.read_text() if cpuinfo.exists() else ""

@@ -25,13 +25,10 @@ def merge_scatters(graph: fx.Graph) -> int:
     for node, scattered in reversed(parts.items()):
         outside = [user for user in node.users if user not in parts]
         if outside:
-            node.replace_all_uses_with(_merged(graph, node, scattered), delete_user_cb=outside.__contains__)
+            factors = [[factor for part in scattered for factor in part.args[i]] for i in (1, 2, 3)]  # type: ignore[union-attr]
+            with graph.inserting_before(node):
+                merged = graph.call_function(scatter, (scattered[0].args[0], *factors, True))  # type: ignore[arg-type]
+            node.replace_all_uses_with(merged, delete_user_cb=outside.__contains__)
         if not node.users:
             graph.erase_node(node)
     return sum(node.target is scatter for node in parts)
-
-
-def _merged(graph: fx.Graph, node: fx.Node, scattered: list[fx.Node]) -> fx.Node:
-    factors = [[factor for part in scattered for factor in part.args[i]] for i in (1, 2, 3)]  # type: ignore[union-attr]
-    with graph.inserting_before(node):
-        return graph.call_function(scattered[0].target, (scattered[0].args[0], *factors, True))  # type: ignore[arg-type]

@@ -14,16 +14,16 @@ from torch import Tensor, fx
 from memcompile.lowering.register.operators import register_for_graphs
 from memcompile.lowering.register.schema import operator
 
-_FUNCTIONAL = "_c10d_functional"
-
 
 def order_collectives(graph: fx.Graph) -> int:
     """Adds what the graph lacks for a total order of its collectives, in place. Returns how many it makes wait."""
     waiting = 0
-    started = [node for node in graph.nodes if _is_functional(node) and node.target is not _wait()]
+    wait = torch.ops._c10d_functional.wait_tensor.default
+    functional = [node for node in graph.nodes if getattr(node.target, "namespace", None) == "_c10d_functional"]
+    started = [node for node in functional if node.target is not wait]
     for before, after in itertools.pairwise(started):
         if not _depends(after, before):
-            done = next((user for user in before.users if user.target is _wait()), before)
+            done = next((user for user in before.users if user.target is wait), before)
             with graph.inserting_before(after):
                 sent = after.args[0]
                 copy = graph.call_function(operator("in_order"), (sent, done))
@@ -33,25 +33,13 @@ def order_collectives(graph: fx.Graph) -> int:
     return waiting
 
 
-def _is_functional(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == _FUNCTIONAL
-
-
-def _wait() -> torch._ops.OpOverload:
-    wait: torch._ops.OpOverload = torch.ops._c10d_functional.wait_tensor.default
-    return wait
-
-
 def _depends(node: fx.Node, on: fx.Node) -> bool:
-    seen, ahead = {node}, [node]
-    while ahead:
-        for argument in ahead.pop().all_input_nodes:
-            if argument is on:
-                return True
-            if argument not in seen:
-                seen.add(argument)
-                ahead.append(argument)
-    return False
+    seen: set[fx.Node] = set()
+    ahead = {node}
+    while ahead and on not in ahead:
+        seen |= ahead
+        ahead = {argument for later in ahead for argument in later.all_input_nodes} - seen
+    return on in ahead
 
 
 def _in_order(tensor: Tensor, after: Tensor) -> Tensor:

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering._torch import unregister
-from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
+from memcompile.lowering.register.schema import NAMESPACE, operator
 
 
 @dataclass(frozen=True)
 class InPyTorch:
-    """An operator in operations of PyTorch, for the devices, and the arguments, that no other kernel takes.
-
-    Attributes:
-        check: raises ValueError for arguments that the operator cannot take.
-        kernel: may assume what `check` holds, and that autocast is off.
+    """An operator in operations of PyTorch, for the devices, and the arguments, that no other kernel takes: its `check`
+    and `kernel` as `register_operator` has them. The kernel may assume that autocast is off.
     """
 
     check: Callable[..., None]
@@ -29,22 +26,12 @@ class InPyTorch:
 
     def __call__(self, *args: Any) -> Any:
         self.check(*args)
-        with without_autocast(device_of(*args)):
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        with without_autocast(device):
             return self.kernel(*args)
 
 
 IN_PYTORCH: dict[str, InPyTorch] = {}  # by name: every operator that a device may have a kernel for
-
-
-def register_in_pytorch(name: str, implementation: InPyTorch) -> None:
-    """Gives the operator `name` its implementation for every device without a kernel."""
-    IN_PYTORCH[name] = implementation
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-
-
-def device_of(*args: Any) -> torch.device:
-    """The device of the first tensor among the arguments."""
-    return next(arg.device for arg in args if isinstance(arg, Tensor))
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
@@ -58,14 +45,13 @@ class LateKernels:
 
     Until then each operator has a kernel there that loads all of them and calls the operator again. Then the dispatcher
     finds the device's own kernels; where they cannot be loaded it finds those in operations of PyTorch.
+
+    Args:
+        key: the device's dispatch key, "CPU" or "CUDA".
+        load: registers the kernels, and returns whether they are there.
     """
 
     def __init__(self, key: str, load: Callable[[], bool]) -> None:
-        """
-        Args:
-            key: the device's dispatch key, "CPU" or "CUDA".
-            load: registers the kernels, and returns whether they are there.
-        """
         self._key, self._load = key, load
         self._names: tuple[str, ...] = ()
         self._first_calls: torch.library.Library | None = None

@@ -12,17 +12,14 @@ import torch
 
 from memcompile.lowering._torch import autograd_kernel, below_autograd, is_traced
 from memcompile.lowering.inductor.caches import tag_traced
-from memcompile.lowering.register.kernels import InPyTorch, register_in_pytorch
+from memcompile.lowering.register.kernels import IN_PYTORCH, InPyTorch
 from memcompile.lowering.register.schema import LIBRARY, NAMESPACE, operator
+
+Function = Callable[..., Any]
 
 
 def register_operator(
-    name: str,
-    *,
-    check: Callable[..., None],
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    vmap: Callable[..., Any] | None = None,
+    name: str, *, check: Function, kernel: Function, fake: Function, vmap: Function | None = None
 ) -> None:
     """Registers an operator that has no derivative: what it returns requires no gradient, whatever it is given.
 
@@ -33,36 +30,49 @@ def register_operator(
         fake: shapes and dtypes of the outputs.
         vmap: a rule as `torch.library.register_vmap` takes it.
     """
-    register_in_pytorch(name, InPyTorch(check, torch.no_grad()(kernel)))
-    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
-    _register_rules(name, check, fake, vmap)
+    _register(name, InPyTorch(check, torch.no_grad()(kernel)), fake, vmap, torch.library.fallthrough_kernel)
 
 
-def register_for_graphs(name: str, kernel: Callable[..., Any], fake: Callable[..., Any], key: str) -> None:
-    """Registers an operator of graphs in which derivatives are there already: it has none itself, and one kernel, for
-    the dispatch key `key`.
+def register_arguments(name: str, arguments: type[Any]) -> None:
+    """Registers such an operator by a class of its arguments, in the order of its schema, with the methods `check`,
+    `fake`, and `run` for the kernel.
+    """
+    register_operator(
+        name,
+        check=lambda *args: arguments(*args).check(),
+        kernel=lambda *args: arguments(*args).run(),
+        fake=lambda *args: arguments(*args).fake(),
+    )
+
+
+def register_for_graphs(
+    name: str, kernel: Function, fake: Function, key: str, derivative: Function = torch.library.fallthrough_kernel
+) -> None:
+    """Registers an operator with one kernel, for the dispatch key `key`. By default it has no derivative: it is of
+    graphs in which derivatives are there already.
     """
     LIBRARY.impl(name, torch.no_grad()(kernel), key)  # type: ignore[no-untyped-call]
-    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, derivative, "Autograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
 
 
 def register_differentiable(
     name: str,
     *,
-    check: Callable[..., None],
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    vmap: Callable[..., Any],
-    setup_context: Callable[[Any, Any, Any], None],
-    backward: Callable[..., Any],
-    under_autograd: Callable[..., Any] | None = None,
+    check: Function,
+    kernel: Function,
+    fake: Function,
+    vmap: Function,
+    backward: Function,
+    setup_context: Function | None = None,
+    under_autograd: Function | None = None,
 ) -> None:
     """Registers an operator with its derivative.
 
     Args:
-        setup_context, backward: as in `torch.autograd.Function`. `backward` is built of differentiable
-            operations, so that derivatives of any order exist.
+        backward: as in `torch.autograd.Function`, built of differentiable operations, so that derivatives of any order
+            exist.
+        setup_context: as in `torch.autograd.Function`. By default the first three inputs are saved.
         under_autograd: what runs below autograd, the operator itself by default. An operator that gives its
             body here is taken apart whenever it is traced with autograd, and keeps its derivative.
         The rest is as in `register_operator`.
@@ -74,28 +84,24 @@ def register_differentiable(
         with below_autograd():
             return run(*args)
 
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            f"{NAMESPACE}::{name} has no forward-mode derivative. "
-            "Use reverse mode: backward(), torch.func.grad, vjp or jacrev."
-        )
-
-    title = "".join(part.capitalize() for part in name.split("_"))
-    derivative = autograd_kernel(title, forward=forward, setup_context=setup_context, backward=backward, jvp=jvp)
-    register_in_pytorch(name, InPyTorch(check, kernel))
-    LIBRARY.impl(name, derivative, "Autograd")  # type: ignore[no-untyped-call]
-    _register_rules(name, check, fake, vmap)
+    methods = {"forward": forward, "setup_context": setup_context or _save_three, "backward": backward}
+    _register(name, InPyTorch(check, kernel), fake, vmap, autograd_kernel(f"{NAMESPACE}::{name}", **methods))
 
 
-def _register_rules(
-    name: str, check: Callable[..., None], fake: Callable[..., Any], vmap: Callable[..., Any] | None
-) -> None:
+def _save_three(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _register(name: str, in_pytorch: InPyTorch, fake: Function, vmap: Function | None, derivative: Function) -> None:
     def checked_fake(*args: Any) -> Any:
         if any(map(is_traced, args)):
             tag_traced()
-        check(*args)
+        in_pytorch.check(*args)
         return fake(*args)
 
+    IN_PYTORCH[name] = in_pytorch
+    LIBRARY.impl(name, in_pytorch, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, derivative, "Autograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=LIBRARY)
     if vmap is not None:
         torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)

@@ -1,6 +1,11 @@
-"""Every operator of memcompile: its name and its signature. What each computes is in the file of its name."""
+"""Every operator of memcompile: its name and its signature. What each computes is in the file of its name, and there it
+says what it asks of tensors, by `expect`.
+"""
+
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "memcompile"
 
@@ -66,5 +71,27 @@ for _name, _signature in SCHEMAS.items():
 
 def operator(name: str) -> torch._ops.OpOverload:
     """The overload `torch.ops.memcompile.<name>.default`."""
-    overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    return overload
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def expect(
+    name: str, tensor: Tensor, shape: Sequence[int | str], *dtypes: torch.dtype, contiguous: bool = False
+) -> None:
+    """Raises ValueError, which names the argument, unless the tensor has this shape and one of these dtypes.
+
+    Args:
+        shape: its sizes; a word stands for any size.
+        dtypes: with none of them, any that is floating point.
+        contiguous: whether the tensor must be.
+    """
+    own = tensor.shape
+    has_dtype = tensor.dtype in dtypes if dtypes else tensor.is_floating_point()
+    if has_dtype and len(own) == len(shape) and (not contiguous or tensor.is_contiguous()):
+        for size, actual in zip(shape, own, strict=True):
+            if not isinstance(size, str) and size != actual:
+                break
+        else:
+            return
+    kind = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "floating point"
+    wanted = f"{'contiguous ' if contiguous else ''}{kind} [{', '.join(map(str, shape))}]"
+    raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype} {list(own)}")

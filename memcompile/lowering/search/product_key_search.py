@@ -14,37 +14,24 @@ from torch import Tensor
 
 from memcompile.lowering import cpu
 from memcompile.lowering._torch import functorch_is_active
+from memcompile.lowering.gather.hits import sum_dtype
 from memcompile.lowering.register.kernels import without_autocast
 from memcompile.lowering.register.operators import register_differentiable
-from memcompile.lowering.register.schema import operator
+from memcompile.lowering.register.schema import expect, operator
 from memcompile.lowering.register.vmap import batch_first, fold_into_tokens, unfold_tokens
 from memcompile.lowering.search.product_key_topk import check_top_k
 from memcompile.lowering.triton.support import supports_search
 
 
 def _check(query: Tensor, half_keys: Tensor, top_k: int) -> None:
-    if half_keys.dim() != 4 or half_keys.shape[0] != 2:
-        raise ValueError(f"half_keys: expected [2, heads, n_keys, key_dim / 2], got {list(half_keys.shape)}")
-    if query.dim() != 3 or query.shape[1] != half_keys.shape[1] or query.shape[2] != 2 * half_keys.shape[3]:
-        raise ValueError(
-            f"query: expected [tokens, heads, key_dim] with heads = {half_keys.shape[1]} and "
-            f"key_dim = {2 * half_keys.shape[3]} as half_keys has them, got {list(query.shape)}"
-        )
-    if query.dtype != half_keys.dtype or not query.is_floating_point():
-        raise ValueError(
-            f"query and half_keys: expected one floating dtype for both, got {query.dtype} and {half_keys.dtype}"
-        )
+    expect("half_keys", half_keys, (2, "heads", "n_keys", "key_dim / 2"))
+    expect("query", query, ("tokens", half_keys.shape[1], 2 * half_keys.shape[3]), half_keys.dtype)
     check_top_k(top_k, half_keys.shape[2])
-
-
-def _scores_dtype(query: Tensor) -> torch.dtype:
-    return torch.promote_types(query.dtype, torch.float32)
 
 
 def _kernel(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     tokens, heads, key_dim = query.shape
-    if query.dtype != _scores_dtype(query):
-        query, half_keys = query.float(), half_keys.float()
+    query, half_keys = query.to(sum_dtype(query)), half_keys.to(sum_dtype(half_keys))
     halves = query.reshape(tokens, heads, 2, key_dim // 2).permute(2, 1, 0, 3)  # [2, heads, tokens, key_dim / 2]
     with without_autocast(query.device):  # off already, but where the operator is taken apart
         scores = halves @ half_keys.mT  # [2, heads, tokens, n_keys]
@@ -61,7 +48,7 @@ def _under_autograd(query: Tensor, half_keys: Tensor, top_k: int) -> Any:
 
 def _fake(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], query.shape[1], top_k)
-    return query.new_empty(shape, dtype=_scores_dtype(query)), query.new_empty(shape, dtype=torch.int32)
+    return query.new_empty(shape, dtype=sum_dtype(query)), query.new_empty(shape, dtype=torch.int32)
 
 
 def _vmap(info: Any, in_dims: Any, query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Any, Any]:
@@ -90,10 +77,9 @@ def _backward(ctx: Any, grad_weights: Tensor, _: Any) -> tuple[Tensor | None, Te
     sides, _, n_keys, half_dim = half_keys.shape
     bags, top_k = tokens * heads * sides, slots.shape[-1]
     # One row a half-key, in the order of half_keys: row = (side * heads + head) * n_keys + key.
-    side = torch.arange(sides, device=slots.device, dtype=slots.dtype)[None, :, None]
-    head = torch.arange(heads, device=slots.device, dtype=slots.dtype)[:, None, None]
     keys = torch.stack([slots // n_keys, slots % n_keys], dim=2)  # [tokens, heads, 2, k]
-    rows = ((side * heads + head) * n_keys + keys).reshape(bags, top_k)
+    first = torch.arange(sides * heads, device=slots.device, dtype=slots.dtype).view(sides, heads, 1) * n_keys
+    rows = (first.transpose(0, 1) + keys).reshape(bags, top_k)
     factors = grad_logits[:, :, None].expand(-1, -1, sides, -1).reshape(bags, top_k)
 
     grad_query = grad_half_keys = None
@@ -108,12 +94,6 @@ def _backward(ctx: Any, grad_weights: Tensor, _: Any) -> tuple[Tensor | None, Te
 
 
 register_differentiable(
-    "product_key_search",
-    check=_check,
-    kernel=_kernel,
-    fake=_fake,
-    vmap=_vmap,
-    setup_context=_setup_context,
-    backward=_backward,
-    under_autograd=_under_autograd,
-)
+    "product_key_search", check=_check, kernel=_kernel, fake=_fake, vmap=_vmap, backward=_backward,
+    setup_context=_setup_context, under_autograd=_under_autograd,
+)  # fmt: skip

@@ -15,18 +15,15 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering.register.operators import register_differentiable
-from memcompile.lowering.register.schema import operator
+from memcompile.lowering.register.schema import expect, operator
 from memcompile.lowering.register.vmap import batch_first, unfold_tokens
 
 MAX_SLOTS = 2**31  # slots are int32
 
 
-def check_scores(scores: Tensor, top_k: int) -> None:
-    """Raise ValueError for arguments that `product_key_topk` cannot take."""
-    if scores.dim() != 4 or scores.shape[0] != 2:
-        raise ValueError(f"scores: expected [2, tokens, heads, n_keys], got {list(scores.shape)}")
-    if scores.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"scores: expected float32 or float64 (lower precisions reorder), got {scores.dtype}")
+def _check(scores: Tensor, top_k: int) -> None:
+    # Lower precisions would reorder the slots.
+    expect("scores", scores, (2, "tokens", "heads", "n_keys"), torch.float32, torch.float64)
     check_top_k(top_k, scores.shape[-1])
 
 
@@ -109,11 +106,6 @@ def _backward(ctx: Any, grad_logits: Tensor, _: Any) -> tuple[Tensor, None]:
 
 
 register_differentiable(
-    "product_key_topk",
-    check=check_scores,
-    kernel=_kernel,
-    fake=_fake,
-    vmap=_vmap,
+    "product_key_topk", check=_check, kernel=_kernel, fake=_fake, vmap=_vmap, backward=_backward,
     setup_context=_setup_context,
-    backward=_backward,
-)
+)  # fmt: skip

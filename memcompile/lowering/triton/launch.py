@@ -21,10 +21,8 @@ from memcompile.lowering.triton.kernels.row_updates import update_adagrad, updat
 from memcompile.lowering.triton.kernels.segments import add_atomically, join_chunks, sum_chunks
 from memcompile.lowering.triton.kernels.select import select_computed, select_stored
 from memcompile.lowering.triton.settings import is_interpreted, uses_atomics
-from memcompile.lowering.update.row_adagrad import RowAdagrad
 from memcompile.lowering.update.row_adam import RowAdam, moments_of
-from memcompile.lowering.update.row_sgd import RowSgd
-from memcompile.lowering.update.row_tables import RowUpdate
+from memcompile.lowering.update.row_tables import RowAdagrad, RowSgd, RowUpdate
 
 Size = Any  # int or torch.SymInt
 

@@ -13,10 +13,8 @@ from memcompile.lowering.register.schema import LIBRARY, NAMESPACE
 from memcompile.lowering.triton import launch, template
 from memcompile.lowering.triton.settings import is_interpreted
 from memcompile.lowering.triton.support import are_together, supports, supports_search, supports_tensors
-from memcompile.lowering.update.row_adagrad import RowAdagrad
 from memcompile.lowering.update.row_adam import RowAdam
-from memcompile.lowering.update.row_sgd import RowSgd
-from memcompile.lowering.update.row_tables import RowUpdate
+from memcompile.lowering.update.row_tables import RowAdagrad, RowSgd, RowUpdate
 
 Supports = Callable[..., bool]
 

@@ -1,20 +1,19 @@
 """What rows have missed of AdamW's or SGD's steps, by the steps that they were last touched in."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from memcompile.lowering.register.schema import operator
-from memcompile.lowering.update.rate_history import BETA1, BETA2, DECAY, RateHistory
+from memcompile.lowering.update.rate_history import BETA1, BETA2, DECAY, LOGS, RateHistory, located, log_product
 from memcompile.lowering.update.row_adam import moments_of
 
 _NONE = 1e-300  # stands for a beta1 of 0 where its logarithm is taken
 
 
-@dataclass(frozen=True)
-class MissedSteps:
+class MissedSteps(NamedTuple):
     """What n rows have missed, as `row_adam` and `stale_gather` read it."""
 
     entries: Tensor  # int64, of the shape of the rows: where each is in
@@ -57,7 +56,8 @@ def missed_steps(history: RateHistory, last: Tensor, until: int, dtype: torch.dt
 def missed_decays(history: RateHistory, last: Tensor, until: int) -> Tensor:
     """What values are multiplied by for the steps after `last`, float64 of its shape."""
     after = last.long() if len(history) == 1 else last.long().cpu()
-    product = history.log_product(DECAY, after, torch.full_like(after, until)).exp()
+    entries, end = history.entries, torch.full_like(after, until)
+    product = log_product(entries, DECAY, located(entries, after), located(entries, end)).exp()
     return product.to(last.device, non_blocking=True)
 
 
@@ -80,6 +80,6 @@ def _distinct(last: Tensor) -> tuple[Tensor, Tensor]:
 def _terms(history: RateHistory, dtype: torch.dtype) -> int:
     """J, for the largest beta1 / sqrt(beta2) in the history."""
     entries = history.entries
-    log_q = float((entries[:, 2 + 2 * BETA1] - entries[:, 2 + 2 * BETA2] / 2).max())
+    log_q = float((entries[:, LOGS + 2 * BETA1] - entries[:, LOGS + 2 * BETA2] / 2).max())
     log_u = (-61 if dtype is torch.float64 else -32) * math.log(2)
     return max(1, math.ceil((log_u + math.log(-math.expm1(log_q))) / log_q))

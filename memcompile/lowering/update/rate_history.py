@@ -1,15 +1,12 @@
 """What every past step multiplied a row by, in one tensor, with one entry for each change of the rates."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-_HEADER = ("step", "changes", "eps")  # the first row of the tensor
-_START, _LR, _LOGS = 0, 1, 2  # columns of an entry; then for each factor its logarithm, and the sum of earlier ones
+_START, LR, LOGS = 0, 1, 2  # columns of an entry; then for each factor its logarithm, and the sum of earlier ones
 _FACTORS = 3
 DECAY, BETA1, BETA2 = range(_FACTORS)
-COLUMNS = _LOGS + 2 * _FACTORS
+COLUMNS = LOGS + 2 * _FACTORS
 _ROOM = 8  # entries that a new history has room for
 
 
@@ -32,15 +29,8 @@ class RateHistory:
     def new(cls, step: int, eps: float = 0.0) -> "RateHistory":
         """A history without entries, of rows that are all as of `step`."""
         tensor = torch.zeros(1 + _ROOM, COLUMNS, dtype=torch.float64, device="cpu")
-        tensor[0, : len(_HEADER)] = torch.tensor([step, 0, eps], dtype=torch.float64, device="cpu")
+        tensor[0, 0], tensor[0, 2] = step, eps
         return cls(tensor)
-
-    @classmethod
-    def of(cls, entries: Tensor, step: int) -> "RateHistory":
-        """The history with these entries [n, 8] of the steps up to `step`."""
-        header = entries.new_zeros(1, COLUMNS)
-        header[0, :2] = entries.new_tensor([step, len(entries)])
-        return cls(torch.cat([header, entries]))
 
     def __len__(self) -> int:
         """How many entries there are."""
@@ -67,9 +57,9 @@ class RateHistory:
         new = [float(step), lr]
         last = self.tensor[count].tolist() if count else None
         for i in range(_FACTORS):
-            at = _LOGS + 2 * i
+            at = LOGS + 2 * i
             new += [logs[i], last[at + 1] + (step - last[_START]) * last[at] if last else 0.0]
-        if last and new[_LR] == last[_LR] and new[_LOGS::2] == last[_LOGS::2]:
+        if last and new[LR] == last[LR] and new[LOGS::2] == last[LOGS::2]:
             return
         if count + 1 == len(self.tensor):
             self.tensor = torch.cat([self.tensor, torch.zeros_like(self.tensor)])
@@ -82,41 +72,31 @@ class RateHistory:
         """
         self.tensor = RateHistory.new(self.step, self.eps).tensor
 
-    def lr(self, steps: Tensor) -> Tensor:
-        """The learning rates, float64, of these steps."""
-        return self.entries[self._entry_of(steps), _LR]
 
-    def log(self, factor: int, steps: Tensor) -> Tensor:
-        """The logarithms, float64, of a factor in these steps."""
-        return self.entries[self._entry_of(steps), _LOGS + 2 * factor]
+Located = tuple[Tensor, Tensor]  # steps, and which entries of a history they are in
 
-    def log_product(
-        self, factor: int, after: Tensor, until: Tensor, spread: Callable[[Tensor], Tensor] = lambda x: x
-    ) -> Tensor:
-        """The logarithm, float64, of the product of a factor over the steps `after` + 1 to `until`.
 
-        A product within one entry is a power; across entries it is the difference of two sums. The steps are on the
-        CPU, as the entries are; while there is one entry, on any device.
+def located(entries: Tensor, steps: Tensor) -> Located:
+    """The steps, and for each the entry that it is in. They are on the CPU, as the entries are; while there is one
+    entry, on any device.
+    """
+    if len(entries) == 1:
+        return steps, torch.zeros_like(steps)
+    found = torch.searchsorted(entries[:, _START].contiguous(), steps.double(), right=True) - 1
+    return steps, found.clamp(min=0)  # step 0 is before all entries
 
-        Args:
-            spread: makes of numbers of the shape of `until` the shape of the result, as by an index: what is looked up
-                for a step is then looked up once, however often the step occurs.
-        """
-        if len(self) == 1:
-            return (spread(until) - after).double() * float(self.entries[0, _LOGS + 2 * factor])
-        first, last = self._entry_of(after), self._entry_of(until)
-        at = _LOGS + 2 * factor
-        entries = self.entries
-        within = (spread(until) - after) * spread(entries[last, at])
 
-        def total(entry: Tensor, steps: Tensor) -> Tensor:
-            return entries[entry, at + 1] + (steps + 1 - entries[entry, _START]) * entries[entry, at]
+def log_product(entries: Tensor, factor: int, after: Located, until: Located) -> Tensor:
+    """The logarithm, float64, of the product of a factor over the steps `after` + 1 to `until`.
 
-        across = spread(total(last, until)) - total(first, after)
-        return torch.where(first == spread(last), within, across)
+    A product within one entry is a power; across entries it is the difference of two sums.
+    """
+    at = LOGS + 2 * factor
+    if len(entries) == 1:
+        return (until[0] - after[0]).double() * float(entries[0, at])
 
-    def _entry_of(self, steps: Tensor) -> Tensor:
-        if len(self) == 1:
-            return torch.zeros_like(steps)
-        found = torch.searchsorted(self.entries[:, _START].contiguous(), steps.double(), right=True) - 1
-        return found.clamp(min=0)  # step 0 is before all entries
+    def total(step: Tensor, entry: Tensor) -> Tensor:
+        return entries[entry, at + 1] + (step + 1 - entries[entry, _START]) * entries[entry, at]
+
+    within = (until[0] - after[0]) * entries[until[1], at]
+    return torch.where(after[1] == until[1], within, total(*until) - total(*after))

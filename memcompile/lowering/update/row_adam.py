@@ -24,16 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memcompile.lowering.update.row_tables import (
-    EXP_AVG,
-    EXP_AVG_SQ,
-    RowUpdate,
-    check_moments,
-    chunks,
-    load_rows,
-    register_update,
-    store_rows,
-)
+from memcompile.lowering.register.operators import register_arguments
+from memcompile.lowering.register.schema import expect
+from memcompile.lowering.update.row_tables import EXP_AVG, EXP_AVG_SQ, RowUpdate, check_moments, load_rows, store_rows
 
 
 def moments_of(dtype: torch.dtype) -> int:
@@ -48,10 +41,8 @@ class RowAdam(RowUpdate):
     Attributes:
         exp_avg, exp_avg_sq: [slots, dim], contiguous, both in the dtype that rows are updated in, or in bfloat16, which
             is rounded stochastically.
-        missed_steps: int64 [n], the entry of `decays` and `panels` that tells what each row has missed; None, as those
-            are, where no row has missed a step.
-        decays: float64 [entries, 3], of the row and both moments.
-        panels: float64 [entries, panels, 1 + K]: a centre and moments.
+        missed_steps, decays, panels: int64 [n], float64 [entries, 3] and [entries, panels, 1 + K], the fields of
+            `MissedSteps`; None where no row has missed a step.
         numbers: float64 [6] on the CPU, see above.
     """
 
@@ -65,49 +56,36 @@ class RowAdam(RowUpdate):
     def check(self) -> None:
         super().check()
         check_moments(self.exp_avg, self.exp_avg_sq, self.param)
-        numbers, missed_steps, decays, panels = self.numbers, self.missed_steps, self.decays, self.panels
-        if numbers.shape != (6,) or numbers.dtype is not torch.float64 or numbers.device.type not in ("cpu", "meta"):
-            raise ValueError(f"numbers: expected float64 [6] on the CPU, got {numbers.dtype} {list(numbers.shape)}")
-        if missed_steps is None or decays is None or panels is None:
-            if not (missed_steps is None and decays is None and panels is None):
-                raise ValueError("missed_steps, decays and panels: expected all of them or none")
-            return
-        check_missed_steps("rows", self.rows, self.param, missed_steps, decays, panels)
+        expect("numbers", self.numbers, (6,), torch.float64)
+        missed = [part for part in (self.missed_steps, self.decays, self.panels) if part is not None]
+        if len(missed) == 3:
+            check_missed_steps(self.rows, self.param, *missed)
+        elif missed:
+            raise ValueError("missed_steps, decays and panels: expected all of them or none")
 
-    def run(self) -> None:
+    def updated(self, part: slice, rows: Tensor, x: Tensor, grad: Tensor | None) -> Tensor:
         decay, beta1, beta2, rate, scale, eps = self.numbers.tolist()
-        missed_steps, decays, panels = self.missed_steps, self.decays, self.panels
-        for part in chunks(self.rows, self.param.shape[1]):
-            rows = self.rows[part]
-            x, m, v = (load_rows(table, rows) for table in (self.table, self.exp_avg, self.exp_avg_sq))  # [n, dim]
-            if missed_steps is not None and decays is not None and panels is not None:
-                missed = missed_steps[part]
-                past = decays[missed].to(x.dtype).unsqueeze(-1)  # [n, 3, 1]
-                x = x * past[:, 0] - m * steps_a_moment(v.sqrt(), panels[missed].to(x.dtype), eps)
-                m, v = m * past[:, 1], v * past[:, 2]
-            if self.grad is not None:
-                g = self.grad[part]
-                m.lerp_(g, 1 - beta1)
-                v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                x.mul_(decay).addcdiv_(m, v.sqrt().mul_(scale).add_(eps), value=-rate)
-            self.store(rows, x)
-            if self.grad is None and decays is not None and bool((decays[:, 1:] == 1).all()):
-                continue
+        m, v = (load_rows(table, rows) for table in (self.exp_avg, self.exp_avg_sq))  # [n, dim]
+        if self.missed_steps is not None and self.decays is not None and self.panels is not None:
+            missed = self.missed_steps[part]
+            past = self.decays[missed].to(x.dtype).unsqueeze(-1)  # [n, 3, 1]
+            x = x * past[:, 0] - m * steps_a_moment(v.sqrt(), self.panels[missed].to(x.dtype), eps)
+            m, v = m * past[:, 1], v * past[:, 2]
+        if grad is not None:
+            m.lerp_(grad, 1 - beta1)
+            v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            x.mul_(decay).addcdiv_(m, v.sqrt().mul_(scale).add_(eps), value=-rate)
+        if grad is not None or self.decays is None or not bool((self.decays[:, 1:] == 1).all()):
             store_rows(self.exp_avg, rows, m, self.seed, EXP_AVG)
             store_rows(self.exp_avg_sq, rows, v, self.seed, EXP_AVG_SQ)
+        return x
 
 
-def check_missed_steps(
-    name: str, of: Tensor, table: Tensor, missed_steps: Tensor, decays: Tensor, panels: Tensor
-) -> None:
+def check_missed_steps(of: Tensor, table: Tensor, missed_steps: Tensor, decays: Tensor, panels: Tensor) -> None:
     """Raises ValueError for what are not missed steps of rows of this table, for each of the rows, or hits, `of`."""
-    if missed_steps.shape != of.shape or missed_steps.dtype is not torch.int64:
-        raise ValueError(f"missed_steps: expected int64 as {name}, got {missed_steps.dtype} {list(missed_steps.shape)}")
-    if decays.dtype is not torch.float64 or decays.dim() != 2 or decays.shape[1] != 3:
-        raise ValueError(f"decays: expected float64 [entries, 3], got {decays.dtype} {list(decays.shape)}")
-    size = 1 + moments_of(table.dtype)
-    if panels.dtype is not torch.float64 or panels.dim() != 3 or panels.shape[::2] != (len(decays), size):
-        raise ValueError(f"panels: expected float64 [entries, panels, {size}], got {panels.dtype} {list(panels.shape)}")
+    expect("missed_steps", missed_steps, of.shape, torch.int64)
+    expect("decays", decays, ("entries", 3), torch.float64)
+    expect("panels", panels, (len(decays), "panels", 1 + moments_of(table.dtype)), torch.float64)
 
 
 def steps_a_moment(root: Tensor, panels: Tensor, eps: float) -> Tensor:
@@ -124,4 +102,4 @@ def steps_a_moment(root: Tensor, panels: Tensor, eps: float) -> Tensor:
     return total
 
 
-register_update("row_adam", RowAdam)
+register_arguments("row_adam", RowAdam)

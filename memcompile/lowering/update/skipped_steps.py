@@ -40,7 +40,8 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering.register.operators import register_operator
-from memcompile.lowering.update.rate_history import BETA1, BETA2, COLUMNS, DECAY, RateHistory
+from memcompile.lowering.register.schema import expect
+from memcompile.lowering.update.rate_history import BETA1, BETA2, COLUMNS, DECAY, LOGS, LR, located, log_product
 
 _HALF_WIDTH = 1 / 16  # of a panel, relative to its centre
 _RATIO = math.log((1 + _HALF_WIDTH) / (1 - _HALF_WIDTH))
@@ -48,12 +49,12 @@ _STARTS = 2**10  # whose terms the PyTorch operators hold at once
 
 
 def _check(rates: Tensor, starts: Tensor, until: int, terms: int, moments: int) -> None:
-    if rates.dtype is not torch.float64 or rates.dim() != 2 or rates.shape[1] != COLUMNS or not len(rates):
-        raise ValueError(f"rates: expected float64 [changes, {COLUMNS}], got {rates.dtype} {list(rates.shape)}")
-    if starts.dtype is not torch.int64 or starts.dim() != 1:
-        raise ValueError(f"starts: expected int64 [n], got {starts.dtype} {list(starts.shape)}")
-    if terms < 1 or moments not in (7, 14):
-        raise ValueError(f"terms and moments: expected 1 or more, and 7 or 14; got {terms} and {moments}")
+    expect("rates", rates, ("changes", COLUMNS), torch.float64)
+    expect("starts", starts, ("n",), torch.int64)
+    if not len(rates) or terms < 1 or moments not in (7, 14):
+        raise ValueError(
+            f"rates, terms, moments: expected 1 or more, and 7 or 14; got {len(rates)}, {terms}, {moments}"
+        )
 
 
 def _kernel(rates: Tensor, starts: Tensor, until: int, terms: int, moments: int) -> tuple[Tensor, Tensor]:
@@ -71,13 +72,12 @@ def _kernel(rates: Tensor, starts: Tensor, until: int, terms: int, moments: int)
     """
     if len(starts) and (starts[0] < -1 or starts[-1] > until or not bool((starts.diff() > 0).all())):
         raise ValueError(f"starts: expected steps from -1 to {until}, ascending and each once")
-    history = RateHistory.of(rates, until)
-    end = torch.full_like(starts, until)
-    decays = torch.stack([history.log_product(f, starts.clamp(min=0), end) for f in (DECAY, BETA1, BETA2)], 1).exp()
+    after, end = located(rates, starts.clamp(min=0)), located(rates, torch.full_like(starts, until))
+    decays = torch.stack([log_product(rates, factor, after, end) for factor in (DECAY, BETA1, BETA2)], 1).exp()
     decays[starts < 0, BETA1:] = 1.0  # moments of zero stay as they are: `row_adam` need not read them
     moved = ((starts >= 0) & (starts < until)).nonzero()[:, 0]
     parts = [some for some in torch.split(moved, _STARTS) if len(some)]
-    filled = [_panels(history, starts[some, None], until, terms, moments) for some in parts]
+    filled = [_panels(rates, starts[some, None], until, terms, moments) for some in parts]
     most = max((part.shape[1] for part in filled), default=0)
     panels = rates.new_zeros(len(starts), most, 1 + moments)
     for some, part in zip(parts, filled, strict=True):
@@ -85,22 +85,18 @@ def _kernel(rates: Tensor, starts: Tensor, until: int, terms: int, moments: int)
     return decays, panels
 
 
-def _panels(history: RateHistory, starts: Tensor, until: int, terms: int, moments: int) -> Tensor:
+def _panels(rates: Tensor, starts: Tensor, until: int, terms: int, moments: int) -> Tensor:
     """[plans, panels, 1 + K] for starts [plans, 1], ascending."""
-    length = min(until - int(starts[0]), terms)
-    distinct, windows = _windows(starts[:, 0], length)
+    steps = starts + torch.arange(1, 1 + min(until - int(starts[0]), terms), device=starts.device)  # [plans, terms]
+    missed = steps <= until
+    after, now, end = (located(rates, some) for some in (starts, steps.clamp(max=until), steps.new_tensor(until)))
 
-    def spread(of_steps: Tensor) -> Tensor:  # [plans, terms]
-        return of_steps.unfold(0, length, 1)[windows]
+    def without_power(factor: int) -> Tensor:  # 1 - beta**step
+        return -torch.expm1(now[0] * rates[now[1], LOGS + 2 * factor])
 
-    missed = spread(distinct <= until)
-    steps = distinct.clamp(max=until)
-    log_p = history.log_product(DECAY, steps, torch.full_like(steps, until))
-    log_c = history.log_product(BETA1, starts, steps, spread) + spread(log_p)
-    unbiased = -torch.expm1(steps * history.log(BETA1, steps))
-    c = torch.where(missed, spread(history.lr(steps)) * log_c.exp_() / spread(unbiased), 0.0)
-    log_a = history.log_product(BETA2, starts, steps, spread) / 2
-    log_a -= spread(torch.log(-torch.expm1(steps * history.log(BETA2, steps))) / 2)
+    log_c = log_product(rates, BETA1, after, now) + log_product(rates, DECAY, now, end)
+    c = torch.where(missed, rates[now[1], LR] * log_c.exp_() / without_power(BETA1), 0.0)
+    log_a = (log_product(rates, BETA2, after, now) - without_power(BETA2).log()) / 2
     highest = log_a.amax(1, keepdim=True)  # [plans, 1]
     panel = ((highest - log_a) / _RATIO).long()  # [plans, terms]
     count = int(panel.max()) + 1
@@ -114,15 +110,6 @@ def _panels(history: RateHistory, starts: Tensor, until: int, terms: int, moment
         columns.append(moment.view(len(starts), count))
         c = c * minus_d
     return torch.stack(columns, 2)
-
-
-def _windows(starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The steps that are among the `length` after any of the ascending starts, and where those of each start begin."""
-    gaps = starts.diff().clamp(max=length)
-    windows = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)])
-    place = torch.arange(int(windows[-1]) + length, device=windows.device)
-    start = torch.searchsorted(windows, place, right=True) - 1
-    return starts[start] + 1 + place - windows[start], windows
 
 
 def _fake(rates: Tensor, starts: Tensor, until: int, terms: int, moments: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,11 @@
-"""Stochastic rounding of fp32 rows to bf16, the same in PyTorch operators, C++ (`cpu/src/lanes.h`) and Triton.
+"""Stochastic rounding of fp32 rows to bf16, the same in PyTorch operators, C++ (`row_updates.h`) and Triton.
 
 An element goes to the next bf16 above or below, with probabilities that make its expectation exact, so that small
 steps are not lost. The random bits are a hash of (seed, table, row, column): repeats are bit for bit the same, on any
 number of threads and whatever other rows a step touches.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +15,10 @@ _GOLDEN = 0x9E3779B9
 _TABLE = 0x85EBCA6B
 
 
-def _mix(x: Tensor) -> Tensor:
-    """32-bit words in int64, hashed ("lowbias32" of C. Wellons); a product that leaves int64 keeps its low bits."""
+def _mix(x: Any) -> Any:
+    """A 32-bit word, or an int64 tensor of them, hashed ("lowbias32" of C. Wellons). Products that overflow int64 keep
+    their low bits.
+    """
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
     return x ^ (x >> 16)
@@ -22,9 +26,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def seed_of_step(seed: int, step: int) -> int:
     """One 32-bit word of a seed (any integer of 64 bits) and the number of a step."""
-    words = torch.tensor([seed & _WORD, (seed >> 32) & _WORD], device="cpu")
-    low, high = _mix(words).tolist()
-    return int(_mix(torch.tensor([(low + high * _GOLDEN + step * _TABLE) & _WORD], device="cpu")))
+    low, high = _mix(seed & _WORD), _mix((seed >> 32) & _WORD)
+    return int(_mix((low + high * _GOLDEN + step * _TABLE) & _WORD))
 
 
 def round_rows(x: Tensor, rows: Tensor, seed: int, table: int) -> Tensor:

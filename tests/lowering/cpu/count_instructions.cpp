@@ -31,7 +31,7 @@ float random_number() {  // a sum of uniform numbers: near enough to normal for 
 template <class Row>
 std::vector<Row> random_rows(int64_t count) {
   std::vector<Row> out(count);
-  for (Row& x : out) from_sum(random_number(), &x);
+  for (Row& x : out) x = Row(random_number());
   return out;
 }
 
@@ -110,11 +110,10 @@ void sums() {
   const std::vector<int32_t> slots = random_slots();
   const SortedHits<int32_t> sorted = sort_by_slot(slots.data(), int64_t(slots.size()), kSlots, 1,
                                                   [](int64_t begin, int64_t end, const auto& f) { f(begin, end); });
-  const WeightedHits<float> hits{sorted.hits.get(), weights.data(), kHits, {grad.data(), kDim, kDim}};
   std::vector<float> out(kDim);
   measured([&] {
     const std::vector<int64_t> ends = ends_of_runs(sorted.slots.get(), int64_t(slots.size()));
-    HitSums<float> sum(hits, 0, ends.back());
+    HitSums<float> sum(sorted.hits.get(), weights.data(), kHits, {grad.data(), kDim, kDim}, 0, ends.back());
     for (size_t run = 0; run + 1 < ends.size(); ++run) sum.sum(ends[run], ends[run + 1], out.data());
   });
 }
@@ -125,15 +124,15 @@ void adam(int64_t panels) {
   std::vector<float> x = random_rows<float>(kDim);
   const std::vector<float> grad = random_rows<float>(kDim), terms = random_rows<float>(panels * (1 + MissedSteps<float>::kMoments));
   std::vector<State> m = random_rows<State>(kDim), v(kDim);
-  for (int64_t c = 0; c < kDim; ++c) from_sum(to_sum(m[c]) * to_sum(m[c]), &v[c]);
+  for (int64_t c = 0; c < kDim; ++c) v[c] = State(float(m[c]) * float(m[c]));
   const double numbers[6] = {1, 0.9, 0.999, 1e-3, 1, 1e-8};
-  const AdamUpdate<float, State> update{AdamNumbers<float>(numbers)};
+  const AdamUpdate<float, State> update(numbers);
   const MissedSteps<float> missed{{1, 0.9f, 0.999f}, terms.data(), panels};
   measured([&] {
     for (int64_t t = 0; t < kTokens; ++t) {
       const ValueRow<float> row{x.data(), nullptr, grad.data(), noise_key(t, 0, kParam)};
-      update.run(row, m.data(), v.data(), panels ? &missed : nullptr, kDim, {noise_key(t, 0, kExpAvg), noise_key(t, 0, kExpAvgSq)},
-                 x.data(), m.data(), v.data());
+      update.run({row, m.data(), v.data(), noise_key(t, 0, kExpAvg), noise_key(t, 0, kExpAvgSq), panels ? &missed : nullptr,
+                  x.data(), m.data(), v.data()}, kDim);
     }
   });
 }

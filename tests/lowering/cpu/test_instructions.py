@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from memcompile.lowering.cpu.build import SOURCES, compiler
+from memcompile.lowering.cpu.build import FLAGS, compiler
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed"),
@@ -38,7 +38,7 @@ ALLOWED = 1.15  # compilers differ
 def program(tmp_path_factory):
     path = tmp_path_factory.mktemp("callgrind") / "count_instructions"
     source = Path(__file__).with_name("count_instructions.cpp")
-    command = [*compiler(), "-std=c++20", "-O3", "-march=x86-64-v3", f"-I{SOURCES}", str(source), "-o", str(path)]
+    command = [*compiler(), *FLAGS, "-march=x86-64-v3", str(source), "-o", str(path)]
     subprocess.run(command, check=True)
     return path
 

@@ -50,7 +50,7 @@ def test_vmap_over_slots_and_over_tables():
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"slots: expected int32 or int64 \[tokens, hits\]"):
         IN_PYTORCH["prefetch_rows"](torch.randn(4, 4), torch.zeros(2, 2))
-    with pytest.raises(ValueError, match=r"values: expected \[num_slots, value_dim\]"):
+    with pytest.raises(ValueError, match=r"values: expected floating point \[num_slots, value_dim\]"):
         IN_PYTORCH["prefetch_rows"](torch.randn(4), torch.zeros(2, 2, dtype=torch.int32))
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from memcompile.lowering import inductor_patches
 from memcompile.lowering.inductor import gemm
+from memcompile.lowering.inductor.graph_pass import inductor_patches
 from tests.tolerance import assert_as_accurate
 
 onednn_mm = torch.ops.memcompile.onednn_mm.default

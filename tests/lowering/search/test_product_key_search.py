@@ -124,12 +124,16 @@ def test_autocast_leaves_the_scores_alone(dtype):
 @pytest.mark.parametrize(
     ("query", "half_keys", "message"),
     [
-        (torch.zeros(3, 2, 6), torch.zeros(2, 2, 7), r"half_keys: expected \[2, heads, n_keys"),
+        (torch.zeros(3, 2, 6), torch.zeros(2, 2, 7), r"half_keys: expected floating point \[2, heads, n_keys"),
         (torch.zeros(3, 2, 6), torch.zeros(3, 2, 7, 3), r"half_keys: expected"),
-        (torch.zeros(3, 2, 5), torch.zeros(2, 2, 7, 3), r"query: .*heads = 2 and key_dim = 6.*got \[3, 2, 5\]"),
+        (torch.zeros(3, 2, 5), torch.zeros(2, 2, 7, 3), r"query: expected float32 \[tokens, 2, 6\], got .*\[3, 2, 5\]"),
         (torch.zeros(3, 1, 6), torch.zeros(2, 2, 7, 3), r"query: "),
-        (torch.zeros(3, 2, 6).int(), torch.zeros(2, 2, 7, 3).int(), r"one floating dtype for both, got torch.int32"),
-        (torch.zeros(3, 2, 6).double(), torch.zeros(2, 2, 7, 3), r"float64 and torch.float32"),
+        (
+            torch.zeros(3, 2, 6).int(),
+            torch.zeros(2, 2, 7, 3).int(),
+            r"half_keys: expected floating point .*, got torch.int32",
+        ),
+        (torch.zeros(3, 2, 6).double(), torch.zeros(2, 2, 7, 3), r"query: expected float32 .*, got torch.float64"),
         (torch.zeros(3, 2, 6), torch.zeros(2, 2, 3, 3), r"top_k: expected 1 <= top_k <= n_keys = 3, got 4"),
     ],
 )

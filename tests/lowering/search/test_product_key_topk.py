@@ -8,8 +8,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from memcompile.lowering import product_key_topk_reference
 from memcompile.lowering.search.product_key_topk import candidate_pairs
+from tests.lowering.reference import product_key_topk_reference
 
 product_key_topk = torch.ops.memcompile.product_key_topk.default
 
@@ -119,7 +119,11 @@ def test_the_last_slot_that_int32_can_number():
 @pytest.mark.parametrize(
     ("scores", "top_k", "message"),
     [
-        (torch.zeros(3, 1, 1, 4), 2, r"scores: expected \[2, tokens, heads, n_keys\], got \[3, 1, 1, 4\]"),
+        (
+            torch.zeros(3, 1, 1, 4),
+            2,
+            r"scores: expected float32 or float64 \[2, tokens, heads, n_keys\], got .*\[3, 1, 1, 4\]",
+        ),
         (torch.zeros(2, 1, 4), 2, r"scores: expected"),
         (torch.zeros(2, 1, 1, 4, dtype=torch.bfloat16), 2, r"scores: expected float32 or float64.*bfloat16"),
         (torch.zeros(2, 1, 1, 4), 5, r"top_k: expected 1 <= top_k <= n_keys = 4, got 5"),

@@ -14,7 +14,7 @@ from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, aut
 from torch.library import triton_op, wrap_triton
 
 import memcompile
-from memcompile.lowering import inductor_patches
+from memcompile.lowering.inductor.graph_pass import inductor_patches
 from tests.lowering.triton.addresses import overflowing_offsets
 from tests.lowering.triton.fake_gpu import generated_sources
 from tests.lowering.triton.generated import allocations, compile_kernels, extern_calls, launches, triton_kernels

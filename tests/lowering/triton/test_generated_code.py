@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import memcompile
-from memcompile.lowering import inductor_patches, memory_lookup, operator
+from memcompile.lowering import memory_lookup, operator
+from memcompile.lowering.inductor.graph_pass import inductor_patches
 from memcompile.lowering.triton import cost, support
 from tests.lowering.triton.fake_gpu import Sources, generated_sources
 from tests.lowering.triton.generated import allocations, extern_calls, launches, triton_kernels

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import memcompile.lowering.triton as folder
-from memcompile.lowering import inductor_patches, operator
+from memcompile.lowering import operator
+from memcompile.lowering.inductor.graph_pass import inductor_patches
 from memcompile.lowering.triton import configs, load, template
 from tests.lowering.triton.addresses import overflowing_offsets
 from tests.lowering.triton.fake_gpu import first_choice, generated_sources

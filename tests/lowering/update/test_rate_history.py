@@ -7,7 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memcompile.lowering.update.rate_history import BETA1, BETA2, COLUMNS, DECAY, RateHistory
+from memcompile.lowering.update.rate_history import (
+    BETA1,
+    BETA2,
+    COLUMNS,
+    DECAY,
+    LOGS,
+    LR,
+    RateHistory,
+    located,
+    log_product,
+)
 
 RATES = st.tuples(st.sampled_from([0.0, 1e-4, 0.1]), st.sampled_from([0.0, 0.01]), st.sampled_from([0.9, 0.5]))
 RUNS = st.lists(st.tuples(RATES, st.integers(1, 30)), min_size=1, max_size=20)
@@ -33,13 +43,15 @@ def test_products_are_those_of_every_step(runs, before, data):
     seen = [(rates[0], logs_of(*rates)) for rates in steps]
     assert len(history) == sum(i == 0 or seen[i] != seen[i - 1] for i in range(len(seen)))
     after, until = sorted(data.draw(st.tuples(*[st.integers(0, len(steps))] * 2)))
-    ends = torch.tensor([before + after]), torch.tensor([before + until])
+    entries = history.entries
+    ends = [located(entries, torch.tensor([before + end])) for end in (after, until)]
     for factor in (DECAY, BETA1, BETA2):
         exact = math.fsum(logs_of(*rates)[factor] for rates in steps[after:until])
-        assert float(history.log_product(factor, *ends)) == pytest.approx(exact, rel=1e-9, abs=1e-12)
+        assert float(log_product(entries, factor, *ends)) == pytest.approx(exact, rel=1e-9, abs=1e-12)
     some = torch.arange(before + 1, before + len(steps) + 1)
-    assert history.lr(some).tolist() == [rates[0] for rates in steps]
-    assert history.log(BETA1, some).tolist() == [math.log(rates[2]) for rates in steps]
+    rates_of = entries[located(entries, some)[1]]
+    assert rates_of[:, LR].tolist() == [rates[0] for rates in steps]
+    assert rates_of[:, LOGS + 2 * BETA1].tolist() == [math.log(rates[2]) for rates in steps]
 
 
 def test_one_tensor_holds_all_of_it():
@@ -64,9 +76,3 @@ def test_it_grows_by_doubling_and_starts_again():
     history.forget()
     assert (history.step, len(history), history.eps) == (100, 0, 1e-3)
     assert torch.equal(history.tensor, RateHistory.new(100, 1e-3).tensor)
-
-
-def test_of_entries():
-    history = history_of([(0.1, 0.01, 0.9), (0.2, 0.01, 0.9)])
-    same = RateHistory.of(history.entries, 2)
-    assert same.step == 2 and torch.equal(same.entries, history.entries)

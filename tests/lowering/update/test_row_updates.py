@@ -11,9 +11,8 @@ from memcompile.lowering import operator
 from memcompile.lowering.register.kernels import IN_PYTORCH
 from memcompile.lowering.update.missed_steps import factors_of_step, missed_steps
 from memcompile.lowering.update.rate_history import RateHistory
-from memcompile.lowering.update.row_adagrad import RowAdagrad
 from memcompile.lowering.update.row_adam import RowAdam
-from memcompile.lowering.update.row_sgd import RowSgd
+from memcompile.lowering.update.row_tables import RowAdagrad, RowSgd
 from tests.tolerance import assert_as_accurate
 
 FORMS = {  # param, whether it has a master, state

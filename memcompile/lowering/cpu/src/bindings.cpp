@@ -3,7 +3,6 @@
 #include "gather_bindings.h"
 #include "row_bindings.h"
 #include "search_bindings.h"
-#include "stale_bindings.h"
 
 namespace memcompile {
 

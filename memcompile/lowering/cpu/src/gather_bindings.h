@@ -19,19 +19,14 @@ Tensor with_whole_rows(const Tensor& rows) {
   return rows.size(1) <= 1 || rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
 }
 
-template <class Row>
-Table<Row> table_of(const Tensor& rows) {
-  return {data<Row>(rows), rows.stride(0), rows.size(1)};
-}
-
 // f(table, slots) for the types of the rows and of the slots, which are of a table of `num_slots` rows.
 template <class F>
 void with_rows_and_slots(const Tensor& rows, const Tensor& slots, int64_t num_slots, const F& f) {
-  with_row_type(rows, [&](auto row) {
-    with_slot_type(slots, [&](auto slot) {
-      const auto* numbers = data<decltype(slot)>(slots);
-      check_slots(numbers, slots.numel(), num_slots);
-      f(table_of<decltype(row)>(rows), numbers);
+  with_row_type(rows, [&]<class Row>(Row) {
+    with_slot_type(slots, [&]<class Slot>(Slot) {
+      const Slot* numbers = slots.const_data_ptr<Slot>();
+      check_range("slot", numbers, slots.numel(), num_slots);
+      f(Table<Row>{rows.const_data_ptr<Row>(), rows.stride(0), rows.size(1)}, numbers);
     });
   });
 }
@@ -43,8 +38,8 @@ Tensor weighted_gather(const Tensor& values_given, const Tensor& slots_given, co
   const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
   Tensor out = torch::stable::new_empty(values, {tokens, dim}, values.scalar_type());
   with_rows_and_slots(values, slots, values.size(0), [&]<class Row, class Slot>(const Table<Row>& table, const Slot* s) {
-    const Sum<Row>* w = data<Sum<Row>>(weights);
-    Row* y = mutable_data<Row>(out);
+    const Sum<Row>* w = weights.const_data_ptr<Sum<Row>>();
+    Row* y = out.mutable_data_ptr<Row>();
     parallel(tokens, hits * dim, [&](int64_t begin, int64_t end) {
       RowSums<Row> sums(dim);
       for (int64_t t = begin; t < end; ++t) {
@@ -56,16 +51,14 @@ Tensor weighted_gather(const Tensor& values_given, const Tensor& slots_given, co
 }
 
 Tensor gather_dot(const Tensor& values_given, const Tensor& slots_given, const Tensor& grad_given) {
+  check_dot(values_given, slots_given, grad_given);
   const Tensor values = with_whole_rows(values_given);
-  STD_TORCH_CHECK(grad_given.scalar_type() == values.scalar_type(), "memcompile: grad must have the dtype of values");
   const Tensor slots = torch::stable::contiguous(slots_given), grad = torch::stable::contiguous(grad_given);
-  STD_TORCH_CHECK(slots.dim() == 2 && grad.dim() == 2 && grad.size(0) == slots.size(0) && grad.size(1) == values.size(1),
-                  "memcompile: slots must be [tokens, hits] and grad [tokens, value_dim]");
   const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
   Tensor out = torch::stable::new_empty(values, {tokens, hits}, sum_type(values));
   with_rows_and_slots(values, slots, values.size(0), [&]<class Row, class Slot>(const Table<Row>& table, const Slot* s) {
-    const Row* u = data<Row>(grad);
-    Sum<Row>* dots = mutable_data<Sum<Row>>(out);
+    const Row* u = grad.const_data_ptr<Row>();
+    Sum<Row>* dots = out.mutable_data_ptr<Sum<Row>>();
     parallel(tokens, hits * dim, [&](int64_t begin, int64_t end) {
       std::vector<Sum<Row>> copy(dim);
       for (int64_t t = begin; t < end; ++t) {
@@ -77,15 +70,16 @@ Tensor gather_dot(const Tensor& values_given, const Tensor& slots_given, const T
 }
 
 Tensor prefetch_rows(const Tensor& values, const Tensor& slots_given) {
-  STD_TORCH_CHECK(values.dim() == 2 && slots_given.dim() == 2, "memcompile: values must be [num_rows, dim] and slots [tokens, hits]");
+  STD_TORCH_CHECK(values.dim() == 2 && slots_given.dim() == 2,
+                  "memcompile: values must be [num_rows, dim] and slots [tokens, hits]");
   const Tensor slots = torch::stable::contiguous(slots_given);
   const int64_t count = slots.numel(), bytes = values.element_size();
   Tensor out = torch::stable::new_empty(slots, {slots.size(0), slots.size(1)}, slots.scalar_type());
   const MappedRows rows(values.const_data_ptr(), values.stride(0) * bytes, values.size(1) * bytes);
-  with_slot_type(slots, [&](auto slot) {
-    const auto* numbers = data<decltype(slot)>(slots);
-    check_slots(numbers, count, values.size(0));
-    std::copy(numbers, numbers + count, mutable_data<decltype(slot)>(out));
+  with_slot_type(slots, [&]<class Slot>(Slot) {
+    const Slot* numbers = slots.const_data_ptr<Slot>();
+    check_range("slot", numbers, count, values.size(0));
+    std::copy(numbers, numbers + count, out.mutable_data_ptr<Slot>());
     if (rows.are_there(numbers, count)) return;
     const std::vector<PageRun> runs = rows.pages_of(numbers, count);
     constexpr int64_t elements = 1 << 10;  // that asking for a run costs as much as
@@ -96,46 +90,30 @@ Tensor prefetch_rows(const Tensor& values, const Tensor& slots_given) {
   return out;
 }
 
-// The hits sorted by slot, and where each slot's end: f(sorted, ends).
-template <class Slot, class F>
-void with_runs(const Slot* slots, int64_t count, int64_t num_slots, const F& f) {
-  const SortedHits<Slot> sorted =
-      sort_by_slot(slots, count, num_slots, torch::stable::get_num_threads(),
-                   [](int64_t begin, int64_t end, const auto& part) { torch::stable::parallel_for(begin, end, 1, part); });
-  f(sorted, ends_of_runs(sorted.slots.get(), count));
-}
-
-// f(run, sums) for every run of hits on the thread that has its first hit, in order; each thread has sums of its own.
-template <class Row, class F>
-void for_each_run(const WeightedHits<Row>& hits, const std::vector<int64_t>& ends, const F& f) {
-  parallel(ends.back(), hits.grad.dim, [&](int64_t begin, int64_t end) {
-    const auto first = std::lower_bound(ends.begin(), ends.end() - 1, begin), last = std::lower_bound(first, ends.end() - 1, end);
-    HitSums<Row> sums(hits, *first, *last);
-    for (auto run = first; run < last; ++run) f(run - ends.begin(), sums);
-  });
-}
-
-// What was given of hits, checked and as the loops read it.
-struct Hits {
-  Tensor slots, weights, grad;
-
-  Hits(const Tensor& slots_given, const Tensor& weights_given, const Tensor& grad_given)
-      : slots(torch::stable::contiguous(slots_given)), weights(as(weights_given, sum_type(grad_given))),
-        grad(with_whole_rows(grad_given)) {
-    check_weights(slots, weights_given);
-    STD_TORCH_CHECK(grad.size(0) == slots.size(0), "memcompile: grad must be [tokens, value_dim]");
-  }
-
-  // f(sorted, hits, ends)
-  template <class F>
-  void with_runs(int64_t num_slots, const F& f) const {
-    with_rows_and_slots(grad, slots, num_slots, [&]<class Row, class Slot>(const Table<Row>& table, const Slot* s) {
-      memcompile::with_runs(s, slots.numel(), num_slots, [&](const SortedHits<Slot>& sorted, const std::vector<int64_t>& ends) {
-        f(sorted, WeightedHits<Row>{sorted.hits.get(), data<Sum<Row>>(weights), slots.size(1), table}, ends);
+// f(slots, ends, for_each_run): the slots of the sorted hits, and where each slot's end. for_each_run(g) is g(run, sums) for
+// every run of hits on the thread that has its first hit, in order; each thread has sums of its own.
+template <class F>
+void with_runs(const Tensor& slots_given, const Tensor& weights_given, const Tensor& grad_given, int64_t num_slots, const F& f) {
+  check_weights(slots_given, weights_given);
+  const Tensor slots = torch::stable::contiguous(slots_given), weights = as(weights_given, sum_type(grad_given));
+  const Tensor grad = with_whole_rows(grad_given);
+  STD_TORCH_CHECK(grad.size(0) == slots.size(0), "memcompile: grad must be [tokens, value_dim]");
+  with_rows_and_slots(grad, slots, num_slots, [&]<class Row, class Slot>(const Table<Row>& table, const Slot* s) {
+    const SortedHits<Slot> sorted =
+        sort_by_slot(s, slots.numel(), num_slots, torch::stable::get_num_threads(),
+                     [](int64_t begin, int64_t end, const auto& part) { torch::stable::parallel_for(begin, end, 1, part); });
+    const std::vector<int64_t> ends = ends_of_runs(sorted.slots.get(), slots.numel());
+    const Sum<Row>* weight = weights.const_data_ptr<Sum<Row>>();
+    f.template operator()<Row>(sorted.slots.get(), ends, [&](const auto& g) {
+      parallel(ends.back(), table.dim, [&](int64_t begin, int64_t end) {
+        const auto runs_end = ends.end() - 1, first = std::lower_bound(ends.begin(), runs_end, begin);
+        const auto last = std::lower_bound(first, runs_end, end);
+        HitSums<Row> sums(sorted.hits.get(), weight, slots.size(1), table, *first, *last);
+        for (auto run = first; run < last; ++run) g(run - ends.begin(), sums);
       });
     });
-  }
-};
+  });
+}
 
 // Rows first..last of out, of which a thread owns those that its hits reach and the unhit ones before each.
 template <class Row>
@@ -144,18 +122,17 @@ void zero_rows(Row* out, int64_t dim, int64_t first, int64_t last) {
 }
 
 Tensor weighted_scatter(const Tensor& slots, const Tensor& weights, const Tensor& grad, int64_t num_slots) {
-  const Hits given(slots, weights, grad);
+  Tensor out;
   const int64_t dim = grad.size(1);
-  Tensor out = torch::stable::new_empty(grad, {num_slots, dim}, grad.scalar_type());
-  advise_huge_pages(out);
-  given.with_runs(num_slots, [&]<class Slot, class Row>(const SortedHits<Slot>& sorted, const WeightedHits<Row>& hits,
-                                                        const std::vector<int64_t>& ends) {
-    Row* rows = mutable_data<Row>(out);
+  with_runs(slots, weights, grad, num_slots, [&]<class Row>(const auto* slot_of, const auto& ends, const auto& for_each_run) {
+    out = torch::stable::new_empty(grad, {num_slots, dim}, grad.scalar_type());
+    advise_huge_pages(out);
+    Row* rows = out.mutable_data_ptr<Row>();
     const int64_t runs = int64_t(ends.size()) - 1;
     if (runs == 0) zero_rows(rows, dim, 0, num_slots);
-    for_each_run(hits, ends, [&](int64_t run, HitSums<Row>& sums) {
-      const int64_t slot = sorted.slots[ends[run]];
-      zero_rows(rows, dim, run == 0 ? 0 : int64_t(sorted.slots[ends[run] - 1]) + 1, slot);
+    for_each_run([&](int64_t run, HitSums<Row>& sums) {
+      const int64_t slot = slot_of[ends[run]];
+      zero_rows(rows, dim, run == 0 ? 0 : int64_t(slot_of[ends[run] - 1]) + 1, slot);
       sums.sum(ends[run], ends[run + 1], rows + slot * dim);
       if (run + 1 == runs) zero_rows(rows, dim, slot + 1, num_slots);
     });
@@ -163,27 +140,20 @@ Tensor weighted_scatter(const Tensor& slots, const Tensor& weights, const Tensor
   return out;
 }
 
-// The slot of each run.
-template <class Slot>
-Tensor rows_of_runs(const Tensor& like, const SortedHits<Slot>& sorted, const std::vector<int64_t>& ends) {
-  const int64_t runs = int64_t(ends.size()) - 1;
-  Tensor rows = torch::stable::new_empty(like, {runs}, ScalarType::Long);
-  for (int64_t run = 0; run < runs; ++run) mutable_data<int64_t>(rows)[run] = sorted.slots[ends[run]];
-  return rows;
-}
-
 std::tuple<Tensor, Tensor> row_sums(const Tensor& slots, const Tensor& weights, const Tensor& grad, int64_t num_slots) {
-  const Hits given(slots, weights, grad);
+  Tensor rows, out;
   const int64_t dim = grad.size(1);
-  std::vector<Tensor> out;
-  given.with_runs(num_slots, [&]<class Slot, class Row>(const SortedHits<Slot>& sorted, const WeightedHits<Row>& hits,
-                                                        const std::vector<int64_t>& ends) {
-    out = {rows_of_runs(grad, sorted, ends), torch::stable::new_empty(grad, {int64_t(ends.size()) - 1, dim}, grad.scalar_type())};
-    advise_huge_pages(out[1]);
-    Row* sums_out = mutable_data<Row>(out[1]);
-    for_each_run(hits, ends, [&](int64_t run, HitSums<Row>& sums) { sums.sum(ends[run], ends[run + 1], sums_out + run * dim); });
+  with_runs(slots, weights, grad, num_slots, [&]<class Row>(const auto* slot_of, const auto& ends, const auto& for_each_run) {
+    const int64_t runs = int64_t(ends.size()) - 1;
+    rows = torch::stable::new_empty(grad, {runs}, ScalarType::Long);
+    int64_t* row = rows.mutable_data_ptr<int64_t>();
+    for (int64_t run = 0; run < runs; ++run) row[run] = slot_of[ends[run]];
+    out = torch::stable::new_empty(grad, {runs, dim}, grad.scalar_type());
+    advise_huge_pages(out);
+    Row* sums_out = out.mutable_data_ptr<Row>();
+    for_each_run([&](int64_t run, HitSums<Row>& sums) { sums.sum(ends[run], ends[run + 1], sums_out + run * dim); });
   });
-  return {out[0], out[1]};
+  return {rows, out};
 }
 
 }  // namespace

@@ -1,77 +1,57 @@
-// The operators that update rows of tables in place: what they are given is checked here, the loops are in row_updates.h.
+// The operators that update rows of tables in place, that read rows which have missed steps, and what these missed: what
+// they are given is checked here, the loops are in row_updates.h, stale_rows.h and skipped_steps.h.
 #pragma once
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "kernels/row_updates.h"
+#include "kernels/skipped_steps.h"
+#include "kernels/stale_rows.h"
 #include "tensors.h"
 
 namespace memcompile {
 namespace {
 
+using Optional = std::optional<Tensor>;
+
 bool is_table(const Tensor& table, const Tensor& like) {
-  return table.dim() == 2 && table.size(0) == like.size(0) && table.size(1) == like.size(1) && table.is_contiguous();
+  return table.dim() == 2 && has_shape(table, {like.size(0), like.size(1)}) && table.is_contiguous();
 }
 
-bool is_vector(const Tensor& tensor, int64_t size, ScalarType type) {
-  return tensor.dim() == 1 && tensor.size(0) == size && tensor.scalar_type() == type;
+Optional contiguous(const Optional& tensor) {
+  return tensor ? Optional(torch::stable::contiguous(*tensor)) : std::nullopt;
 }
 
-void check_range(const Tensor& numbers, int64_t end, const char* name) {
-  const int64_t* first = data<int64_t>(numbers);
-  int64_t lowest = 0, highest = 0;
-  for (int64_t i = 0; i < numbers.numel(); ++i) {
-    lowest = std::min(lowest, first[i]);
-    highest = std::max(highest, first[i]);
+// f(Value{}) for the type of the table.
+template <class F>
+void with_value_type(const Tensor& table, const F& f) {
+  with_row_type(table, [&]<class Value>(Value value) {
+    if constexpr (!std::is_same_v<Value, Half>) f(value);
+  });
+}
+
+// f(State{}) for the type of the moments of a table of `Value`: that of their sums, or bf16 beside fp32.
+template <class Value, class F>
+void with_state_type(const Tensor& state, const F& f) {
+  constexpr bool is_double = std::is_same_v<Value, double>;
+  if (state.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float)) return f(Sum<Value>{});
+  if constexpr (!is_double) {
+    if (state.scalar_type() == ScalarType::BFloat16) return f(BFloat16{});
   }
-  STD_TORCH_CHECK(numbers.numel() == 0 || (lowest >= 0 && highest < end), "memcompile: ", name, " ",
-                  lowest < 0 ? lowest : highest, " is out of range: there are ", end);
+  STD_TORCH_CHECK(false, "memcompile: exp_avg must have the dtype of the table's sums, or bfloat16 beside float32");
 }
 
-// What every update begins with, checked.
-struct RowUpdate {
-  Tensor table, rows;                   // what is updated, the master where there is one; int64 [n]
-  std::optional<Tensor> rounded, grad;  // the parameter of a master, its nearest bf16; [n, dim] in the type of sums
-  int64_t count, dim;
-  uint32_t seed;
-
-  RowUpdate(const Tensor& param, const std::optional<Tensor>& master, const Tensor& rows_given,
-            const std::optional<Tensor>& grad_given, int64_t seed_given)
-      : table(master ? *master : param), rows(torch::stable::contiguous(rows_given)), count(rows_given.numel()),
-        dim(param.dim() == 2 ? param.size(1) : 0), seed(uint32_t(seed_given)) {
-    const ScalarType type = param.scalar_type();
-    STD_TORCH_CHECK(is_table(param, param) && is_floating(param) && type != ScalarType::Half,
-                    "memcompile: param must be contiguous [slots, dim] and float32, float64 or bfloat16");
-    if (master) {
-      STD_TORCH_CHECK(is_table(table, param) && table.scalar_type() == ScalarType::Float && type == ScalarType::BFloat16,
-                      "memcompile: master must be float32 as param, which is then bfloat16");
-      rounded = param;
-    }
-    STD_TORCH_CHECK(is_vector(rows, count, ScalarType::Long), "memcompile: rows must be int64 [n]");
-    if (grad_given) {
-      STD_TORCH_CHECK(grad_given->dim() == 2 && grad_given->size(0) == count && grad_given->size(1) == dim &&
-                          grad_given->scalar_type() == sum_type(param),
-                      "memcompile: grad must be [n, dim] in the dtype of the sums of param");
-      grad = torch::stable::contiguous(*grad_given);
-    }
-    check_range(rows, param.size(0), "row");
-  }
-};
-
-// The same as the loops read it.
+// The rows that an update is given, and their gradients, if any: [count, dim].
 template <class Value>
 struct UpdatedRows {
   Value* x;
   BFloat16* rounded;
   const Sum<Value>* grad;
   const int64_t* rows;
-  int64_t dim;
+  int64_t count, dim;
   uint32_t seed;
-
-  explicit UpdatedRows(const RowUpdate& given)
-      : x(mutable_data<Value>(given.table)), rounded(given.rounded ? mutable_data<BFloat16>(*given.rounded) : nullptr),
-        grad(given.grad ? data<Sum<Value>>(*given.grad) : nullptr), rows(data<int64_t>(given.rows)), dim(given.dim), seed(given.seed) {}
 
   // Where the i-th row begins in its tables.
   int64_t at(int64_t i) const { return rows[i] * dim; }
@@ -81,138 +61,236 @@ struct UpdatedRows {
   }
 };
 
-// f(Value{}) for the type of the table.
+// What every update begins with, checked: f(rows) for the type of what is updated, the master where there is one.
 template <class F>
-void with_value_type(const Tensor& table, const F& f) {
-  with_row_type(table, [&](auto value) {
-    if constexpr (!std::is_same_v<decltype(value), Half>) f(value);
+void with_updated_rows(const Tensor& param, const Optional& master, const Tensor& rows_given, const Optional& grad_given,
+                       int64_t seed, const F& f) {
+  const ScalarType type = param.scalar_type();
+  STD_TORCH_CHECK(is_table(param, param) && is_floating(param) && type != ScalarType::Half,
+                  "memcompile: param must be contiguous [slots, dim] and float32, float64 or bfloat16");
+  STD_TORCH_CHECK(!master || (is_table(*master, param) && master->scalar_type() == ScalarType::Float &&
+                              type == ScalarType::BFloat16),
+                  "memcompile: master must be float32 as param, which is then bfloat16");
+  const int64_t count = rows_given.numel(), dim = param.size(1);
+  STD_TORCH_CHECK(is(rows_given, ScalarType::Long, {count}), "memcompile: rows must be int64 [n]");
+  STD_TORCH_CHECK(!grad_given || is(*grad_given, sum_type(param), {count, dim}),
+                  "memcompile: grad must be [n, dim] in the dtype of the sums of param");
+  const Tensor rows = torch::stable::contiguous(rows_given), table = master.value_or(param);
+  const Optional grad = contiguous(grad_given);
+  check_range("row", rows.const_data_ptr<int64_t>(), count, param.size(0));
+  with_value_type(table, [&]<class Value>(Value) {
+    f(UpdatedRows<Value>{table.mutable_data_ptr<Value>(), master ? param.mutable_data_ptr<BFloat16>() : nullptr,
+                         grad ? grad->const_data_ptr<Sum<Value>>() : nullptr, rows.const_data_ptr<int64_t>(), count, dim,
+                         uint32_t(seed)});
   });
 }
 
-// f(State{}) for the type of the moments of a table of `Value`: that of their sums, or bf16 beside fp32.
-template <class Value, class F>
-void with_state_type(const Tensor& state, const F& f) {
-  if (state.scalar_type() == sum_type(state) && std::is_same_v<Sum<Value>, double> == (state.scalar_type() == ScalarType::Double)) {
-    return f(Sum<Value>{});
-  }
-  if constexpr (std::is_same_v<Sum<Value>, float>) {
-    if (state.scalar_type() == ScalarType::BFloat16) return f(BFloat16{});
-  }
-  STD_TORCH_CHECK(false, "memcompile: exp_avg must have the dtype of the table's sums, or bfloat16 beside float32");
-}
-
+// The entries that `missed_steps` numbers, of `decays` [entries, 3] and `panels` [entries, panels, 1 + moments]; `room` gets
+// the panels in the type of sums.
 template <class S>
-void check_missed_steps(const Tensor& decays, const Tensor& panels) {
-  STD_TORCH_CHECK(decays.dim() == 2 && decays.size(1) == 3 && decays.scalar_type() == ScalarType::Double,
-                  "memcompile: decays must be float64 [entries, 3]");
-  STD_TORCH_CHECK(panels.dim() == 3 && panels.size(0) == decays.size(0) && panels.size(2) == 1 + MissedSteps<S>::kMoments &&
-                      panels.scalar_type() == ScalarType::Double,
-                  "memcompile: panels must be float64 [entries, panels, ", 1 + MissedSteps<S>::kMoments, "]");
-}
-
-// The entries of `decays` [entries, 3] and `panels` [entries, panels, 1 + moments]; `room` gets the panels in the type of sums.
-template <class S>
-std::vector<MissedSteps<S>> missed_steps_of(const Tensor& decays, const Tensor& panels, std::vector<S>& room) {
+std::vector<MissedSteps<S>> missed_entries(const Tensor& missed_steps, const Tensor& decays_given, const Tensor& panels_given,
+                                           std::vector<S>& room) {
   constexpr int64_t size = 1 + MissedSteps<S>::kMoments;
-  const int64_t number = decays.size(0), panels_each = panels.size(1);
-  const double* from = data<double>(panels);
-  room.assign(from, from + panels.numel());
-  std::vector<MissedSteps<S>> out(number);
-  for (int64_t i = 0; i < number; ++i) {
-    const double* decay = data<double>(decays) + 3 * i;
-    const double* first = from + i * panels_each * size;
-    int64_t count = panels_each;  // those at the end have no moments: other entries have more panels
-    while (count > 0 && std::all_of(first + (count - 1) * size + 1, first + count * size, [](double m) { return m == 0; })) --count;
-    out[i] = {{S(decay[0]), S(decay[1]), S(decay[2])}, room.data() + i * panels_each * size, count};
+  STD_TORCH_CHECK(is(decays_given, ScalarType::Double, {kAny, 3}),
+                  "memcompile: decays must be float64 [entries, 3]");
+  std::vector<MissedSteps<S>> out(decays_given.size(0));
+  STD_TORCH_CHECK(is(panels_given, ScalarType::Double, {int64_t(out.size()), kAny, size}),
+                  "memcompile: panels must be float64 [entries, panels, ", size, "]");
+  check_range("missed_steps: entry", missed_steps.const_data_ptr<int64_t>(), missed_steps.numel(), int64_t(out.size()));
+  const Tensor decays = torch::stable::contiguous(decays_given), panels = torch::stable::contiguous(panels_given);
+  room.assign(panels.const_data_ptr<double>(), panels.const_data_ptr<double>() + panels.numel());
+  for (size_t i = 0; i < out.size(); ++i) {
+    const double* decay = decays.const_data_ptr<double>() + 3 * i;
+    const S* first = room.data() + i * panels.size(1) * size;
+    int64_t count = panels.size(1);  // those at the end have no moments: other entries have more panels
+    while (count > 0 && std::all_of(first + (count - 1) * size + 1, first + count * size, [](S m) { return m == 0; })) --count;
+    out[i] = {{S(decay[0]), S(decay[1]), S(decay[2])}, first, count};
   }
   return out;
 }
 
-void row_adam(const Tensor& param, std::optional<Tensor> master, const Tensor& rows_given, std::optional<Tensor> grad_given,
-              int64_t seed, const Tensor& exp_avg, const Tensor& exp_avg_sq, std::optional<Tensor> missed_given,
-              std::optional<Tensor> decays_given, std::optional<Tensor> panels_given, const Tensor& numbers) {
-  const RowUpdate given(param, master, rows_given, grad_given, seed);
+void row_adam(const Tensor& param, Optional master, const Tensor& rows_given, Optional grad, int64_t seed,
+              const Tensor& exp_avg, const Tensor& exp_avg_sq, Optional missed_given, Optional decays, Optional panels,
+              const Tensor& numbers) {
   STD_TORCH_CHECK(is_table(exp_avg, param), "memcompile: exp_avg must be contiguous and of the shape of param");
   STD_TORCH_CHECK(is_table(exp_avg_sq, param) && exp_avg_sq.scalar_type() == exp_avg.scalar_type(),
                   "memcompile: exp_avg_sq must be as exp_avg");
-  STD_TORCH_CHECK(is_vector(numbers, 6, ScalarType::Double) && numbers.is_contiguous(), "memcompile: numbers must be float64 [6]");
+  STD_TORCH_CHECK(is(numbers, ScalarType::Double, {6}) && numbers.is_contiguous(), "memcompile: numbers must be float64 [6]");
   const bool late = missed_given.has_value();
-  STD_TORCH_CHECK(late == decays_given.has_value() && late == panels_given.has_value(),
+  STD_TORCH_CHECK(late == decays.has_value() && late == panels.has_value(),
                   "memcompile: missed_steps, decays and panels must be there together");
-  with_value_type(given.table, [&](auto value) {
-    using Value = decltype(value);
+  const Optional missed_steps = contiguous(missed_given);
+  with_updated_rows(param, master, rows_given, grad, seed, [&]<class Value>(const UpdatedRows<Value>& rows) {
     using S = Sum<Value>;
+    STD_TORCH_CHECK(!late || is(*missed_steps, ScalarType::Long, {rows.count}),
+                    "memcompile: missed_steps must be int64 as rows");
     std::vector<S> room;
     std::vector<MissedSteps<S>> entries;
-    Tensor numbers_of_entries = given.rows;
-    if (late) {
-      STD_TORCH_CHECK(is_vector(*missed_given, given.count, ScalarType::Long), "memcompile: missed_steps must be int64 as rows");
-      check_missed_steps<S>(*decays_given, *panels_given);
-      numbers_of_entries = torch::stable::contiguous(*missed_given);
-      check_range(numbers_of_entries, decays_given->size(0), "missed_steps");
-      entries = missed_steps_of<S>(torch::stable::contiguous(*decays_given), torch::stable::contiguous(*panels_given), room);
-    }
-    with_state_type<Value>(exp_avg, [&](auto state) {
-      using State = decltype(state);
-      const AdamUpdate<Value, State> update{AdamNumbers<S>(data<double>(numbers))};
-      const UpdatedRows<Value> rows(given);
-      State* m = mutable_data<State>(exp_avg);
-      State* v = mutable_data<State>(exp_avg_sq);
-      const int64_t* entry = data<int64_t>(numbers_of_entries);
-      parallel(given.count, 4 * given.dim, [&](int64_t begin, int64_t end) {
+    if (late) entries = missed_entries<S>(*missed_steps, *decays, *panels, room);
+    const int64_t* entry = late ? missed_steps->const_data_ptr<int64_t>() : nullptr;
+    with_state_type<Value>(exp_avg, [&]<class State>(State) {
+      const AdamUpdate<Value, State> update(numbers.const_data_ptr<double>());
+      State* m = exp_avg.mutable_data_ptr<State>();
+      State* v = exp_avg_sq.mutable_data_ptr<State>();
+      parallel(rows.count, 4 * rows.dim, [&](int64_t begin, int64_t end) {
         const auto decays_alone = [&](int64_t i) { return late && !rows.grad && entries[entry[i]].is_decay_alone(); };
         for (int64_t i = begin; i < end; ++i) {
           if (decays_alone(i)) {
-            update_sgd(rows[i], given.dim, entries[entry[i]].decay[0], S(0));
+            update_sgd(rows[i], rows.dim, entries[entry[i]].decay[0], S(0));
             continue;
           }
           // What comes next is fetched ahead: of a row that only decays, nothing but the value is read.
           const int64_t after = std::min(i + 1, end - 1), at = rows.at(i), next = rows.at(after);
           const int64_t next_moments = decays_alone(after) ? at : next;
-          const uint32_t keys[2] = {rows.key(i, kExpAvg), rows.key(i, kExpAvgSq)};
-          update.run(rows[i], m + at, v + at, late ? &entries[entry[i]] : nullptr, given.dim, keys, rows.x + next,
-                     m + next_moments, v + next_moments);
+          update.run({rows[i], m + at, v + at, rows.key(i, kExpAvg), rows.key(i, kExpAvgSq), late ? &entries[entry[i]] : nullptr,
+                      rows.x + next, m + next_moments, v + next_moments}, rows.dim);
         }
       });
     });
   });
 }
 
-void row_adagrad(const Tensor& param, std::optional<Tensor> master, const Tensor& rows_given, const Tensor& grad_given,
-                 int64_t seed, const Tensor& squares, double lr, double eps, double weight_decay, bool decoupled) {
-  const RowUpdate given(param, master, rows_given, grad_given, seed);
-  STD_TORCH_CHECK(is_vector(squares, param.size(0), sum_type(param)) && squares.is_contiguous(),
+void row_adagrad(const Tensor& param, Optional master, const Tensor& rows_given, const Tensor& grad, int64_t seed,
+                 const Tensor& squares, double lr, double eps, double weight_decay, bool decoupled) {
+  STD_TORCH_CHECK(param.dim() == 2 && is(squares, sum_type(param), {param.size(0)}) && squares.is_contiguous(),
                   "memcompile: squares must be contiguous [slots] in the dtype of the sums of param");
   const double added = decoupled ? 0 : weight_decay, kept = decoupled ? 1 - lr * weight_decay : 1;
-  with_value_type(given.table, [&](auto value) {
-    using Value = decltype(value);
+  with_updated_rows(param, master, rows_given, grad, seed, [&]<class Value>(const UpdatedRows<Value>& rows) {
     using S = Sum<Value>;
-    const UpdatedRows<Value> rows(given);
-    S* sums = mutable_data<S>(squares);
-    parallel(given.count, 2 * given.dim, [&](int64_t begin, int64_t end) {
+    S* sums = squares.mutable_data_ptr<S>();
+    parallel(rows.count, 2 * rows.dim, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        update_adagrad(rows[i], given.dim, sums + rows.rows[i], S(lr), S(eps), S(added), S(kept));
+        update_adagrad(rows[i], rows.dim, sums + rows.rows[i], S(lr), S(eps), S(added), S(kept));
       }
     });
   });
 }
 
-void row_sgd(const Tensor& param, std::optional<Tensor> master, const Tensor& rows_given, std::optional<Tensor> grad_given,
-             int64_t seed, std::optional<Tensor> decays_given, double rate) {
-  const RowUpdate given(param, master, rows_given, grad_given, seed);
-  if (decays_given) {
-    STD_TORCH_CHECK(is_vector(*decays_given, given.count, ScalarType::Double), "memcompile: decays must be float64 as rows");
-  }
-  const Tensor decays = decays_given ? torch::stable::contiguous(*decays_given) : given.table;
-  with_value_type(given.table, [&](auto value) {
-    using Value = decltype(value);
+void row_sgd(const Tensor& param, Optional master, const Tensor& rows_given, Optional grad, int64_t seed,
+             Optional decays_given, double rate) {
+  STD_TORCH_CHECK(!decays_given || is(*decays_given, ScalarType::Double, {rows_given.numel()}),
+                  "memcompile: decays must be float64 as rows");
+  const Optional decays = contiguous(decays_given);
+  with_updated_rows(param, master, rows_given, grad, seed, [&]<class Value>(const UpdatedRows<Value>& rows) {
     using S = Sum<Value>;
-    const UpdatedRows<Value> rows(given);
-    const double* decay = decays_given ? data<double>(decays) : nullptr;
-    parallel(given.count, given.dim, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) update_sgd(rows[i], given.dim, decay ? S(decay[i]) : S(1), S(rate));
+    const double* decay = decays ? decays->const_data_ptr<double>() : nullptr;
+    parallel(rows.count, rows.dim, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) update_sgd(rows[i], rows.dim, decay ? S(decay[i]) : S(1), S(rate));
     });
   });
+}
+
+// What the operators that read stale rows are given, checked: f(rows, slots, missed_steps) for the type of each.
+template <class F>
+void with_stale_rows(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots_given,
+                     const Tensor& missed_given, const Tensor& decays, const Tensor& panels, double eps, const F& f) {
+  STD_TORCH_CHECK(values.scalar_type() != ScalarType::Half, "memcompile: values must be float32, float64 or bfloat16");
+  STD_TORCH_CHECK(is_table(values, values) && is_table(exp_avg, values) && is_table(exp_avg_sq, values) &&
+                      exp_avg_sq.scalar_type() == exp_avg.scalar_type(),
+                  "memcompile: values, exp_avg and exp_avg_sq must be contiguous [slots, dim], the last two of one dtype");
+  STD_TORCH_CHECK(is(missed_given, ScalarType::Long, {slots_given.size(0), slots_given.size(1)}),
+                  "memcompile: missed_steps must be int64 as slots [tokens, hits]");
+  const Tensor slots = torch::stable::contiguous(slots_given), missed_steps = torch::stable::contiguous(missed_given);
+  with_value_type(values, [&]<class Value>(Value) {
+    using S = Sum<Value>;
+    std::vector<S> room;
+    const std::vector<MissedSteps<S>> entries = missed_entries<S>(missed_steps, decays, panels, room);
+    with_state_type<Value>(exp_avg, [&]<class State>(State) {
+      const StaleRows<Value, State> rows(values.const_data_ptr<Value>(), exp_avg.const_data_ptr<State>(),
+                                         exp_avg_sq.const_data_ptr<State>(), values.size(1), entries.data(), S(eps));
+      with_slot_type(slots, [&]<class Slot>(Slot) {
+        check_range("slot", slots.const_data_ptr<Slot>(), slots.numel(), values.size(0));
+        f(rows, slots.const_data_ptr<Slot>(), missed_steps.const_data_ptr<int64_t>());
+      });
+    });
+  });
+}
+
+Tensor stale_gather(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots,
+                    const Tensor& weights_given, const Tensor& missed_steps, const Tensor& decays, const Tensor& panels,
+                    double eps) {
+  check_weights(slots, weights_given);
+  const Tensor weights = as(weights_given, sum_type(values));
+  const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
+  Tensor out = torch::stable::new_empty(values, {tokens, dim}, values.scalar_type());
+  with_stale_rows(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels, eps,
+                  [&]<class Value, class State>(const StaleRows<Value, State>& rows, const auto* s, const int64_t* missed) {
+    using S = Sum<Value>;
+    const S* w = weights.const_data_ptr<S>();
+    Value* y = out.mutable_data_ptr<Value>();
+    parallel(tokens, 4 * hits * dim, [&](int64_t begin, int64_t end) {
+      std::vector<S> part(rows.room()), sums(rows.room());
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t first = t * hits;
+        rows.weighted_sum(s + first, missed + first, w + first, hits, (end - t) * hits, part.data(), sums.data());
+        for (int64_t c = 0; c < dim; ++c) y[t * dim + c] = Value(sums[c]);
+      }
+    });
+  });
+  return out;
+}
+
+Tensor stale_dot(const Tensor& values, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& slots,
+                 const Tensor& grad_given, const Tensor& missed_steps, const Tensor& decays, const Tensor& panels, double eps) {
+  check_dot(values, slots, grad_given);
+  const Tensor grad = as(grad_given, sum_type(values));
+  const int64_t tokens = slots.size(0), hits = slots.size(1), dim = values.size(1);
+  Tensor out = torch::stable::new_empty(values, {tokens, hits}, sum_type(values));
+  with_stale_rows(values, exp_avg, exp_avg_sq, slots, missed_steps, decays, panels, eps,
+                  [&]<class Value, class State>(const StaleRows<Value, State>& rows, const auto* s, const int64_t* missed) {
+    using S = Sum<Value>;
+    const S* u = grad.const_data_ptr<S>();
+    S* dots = out.mutable_data_ptr<S>();
+    parallel(tokens, 4 * hits * dim, [&](int64_t begin, int64_t end) {
+      std::vector<S> vector(rows.room());
+      for (int64_t t = begin; t < end; ++t) {
+        std::copy(u + t * dim, u + (t + 1) * dim, vector.data());
+        rows.dots(s + t * hits, missed + t * hits, hits, (end - t) * hits, vector.data(), dots + t * hits);
+      }
+    });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> skipped_steps(const Tensor& rates_given, const Tensor& starts_given, int64_t until, int64_t terms,
+                                         int64_t moments) {
+  STD_TORCH_CHECK(is(rates_given, ScalarType::Double, {kAny, Rates::kColumns}) && rates_given.numel() > 0,
+                  "memcompile: rates must be float64 [changes, ", Rates::kColumns, "]");
+  STD_TORCH_CHECK(is(starts_given, ScalarType::Long, {kAny}), "memcompile: starts must be int64 [n]");
+  STD_TORCH_CHECK(terms > 0 && (moments == 7 || moments == 14), "memcompile: terms must be positive, and moments 7 or 14");
+  const Tensor entries = torch::stable::contiguous(rates_given), starts = torch::stable::contiguous(starts_given);
+  const int64_t count = starts.numel();
+  const int64_t* start = starts.const_data_ptr<int64_t>();
+  STD_TORCH_CHECK(count == 0 || (start[0] >= -1 && start[count - 1] <= until &&
+                                 std::adjacent_find(start, start + count, std::greater_equal<>()) == start + count),
+                  "memcompile: starts must be steps from -1 to ", until, ", ascending and each once");
+  const Rates rates(entries.const_data_ptr<double>(), entries.size(0));
+  Tensor decays = torch::stable::new_empty(entries, {count, 3}, ScalarType::Double);
+  double* decay = decays.mutable_data_ptr<double>();
+  const int64_t last_entry = rates.entry_of(until);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t after = std::max<int64_t>(start[i], 0), entry = rates.entry_of(after);
+    for (const auto factor : {Rates::kDecay, Rates::kBeta1, Rates::kBeta2}) {
+      const bool of_zero = start[i] < 0 && factor != Rates::kDecay;  // moments that row_adam need not read
+      *decay++ = of_zero ? 1 : std::exp(rates.log_product(factor, after, entry, until, last_entry));
+    }
+  }
+  const int64_t* const first = std::find_if(start, start + count, [](int64_t step) { return step >= 0; });
+  const int64_t* const last = std::find(first, start + count, until);
+  SkippedSteps all(rates, first, last - first, until, terms);
+  parallel(all.steps(), 64, [&](int64_t begin, int64_t end) { all.make_steps(begin, end); });
+  std::vector<std::vector<double>> made(last - first);  // the panels of each
+  parallel(last - first, 8 * terms, [&](int64_t begin, int64_t end) {
+    SkippedSteps::Maker maker(all);
+    for (int64_t i = begin; i < end; ++i) made[i] = moments == 7 ? maker.panels<7>(i) : maker.panels<14>(i);
+  });
+  size_t most = 0;
+  for (const std::vector<double>& some : made) most = std::max(most, some.size());
+  Tensor panels = torch::stable::new_empty(entries, {count, int64_t(most) / (1 + moments), 1 + moments}, ScalarType::Double);
+  double* out = panels.mutable_data_ptr<double>();
+  std::fill_n(out, count * most, 0.0);
+  for (size_t i = 0; i < made.size(); ++i) std::copy(made[i].begin(), made[i].end(), out + (first - start + i) * most);
+  return {decays, panels};
 }
 
 }  // namespace

@@ -59,16 +59,7 @@ inline Tensor as(const Tensor& tensor, ScalarType type) {
   return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
 }
 
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
+// f(Slot{}) for the type of the slots.
 template <class F>
 auto with_slot_type(const Tensor& slots, const F& f) {
   const ScalarType type = slots.scalar_type();
@@ -76,21 +67,40 @@ auto with_slot_type(const Tensor& slots, const F& f) {
   return type == ScalarType::Int ? f(int32_t{}) : f(int64_t{});
 }
 
+// Whether these are the tensor's sizes, of which kAny may be any.
+inline constexpr int64_t kAny = -1;
+inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  bool has = tensor.dim() == int64_t(sizes.size());
+  for (int64_t i = 0; has && i < tensor.dim(); ++i) has = sizes.begin()[i] == kAny || sizes.begin()[i] == tensor.size(i);
+  return has;
+}
+
+inline bool is(const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
+  return tensor.scalar_type() == type && has_shape(tensor, sizes);
+}
+
 inline void check_weights(const Tensor& slots, const Tensor& weights) {
-  STD_TORCH_CHECK(slots.dim() == 2 && weights.dim() == 2 && weights.size(0) == slots.size(0) && weights.size(1) == slots.size(1),
+  STD_TORCH_CHECK(slots.dim() == 2 && has_shape(weights, {slots.size(0), slots.size(1)}),
                   "memcompile: slots and weights must be [tokens, hits]");
   STD_TORCH_CHECK(is_floating(weights), "memcompile: weights must be floating point");
 }
 
-template <class Slot>
-void check_slots(const Slot* slots, int64_t count, int64_t num_slots) {
-  Slot lowest = 0, highest = 0;
+inline void check_dot(const Tensor& values, const Tensor& slots, const Tensor& grad) {
+  STD_TORCH_CHECK(grad.scalar_type() == values.scalar_type(), "memcompile: grad must have the dtype of values");
+  STD_TORCH_CHECK(values.dim() == 2 && slots.dim() == 2 && has_shape(grad, {slots.size(0), values.size(1)}),
+                  "memcompile: slots must be [tokens, hits] and grad [tokens, value_dim]");
+}
+
+// `numbers` are of a table of `rows` rows.
+template <class Number>
+void check_range(const char* name, const Number* numbers, int64_t count, int64_t rows) {
+  Number lowest = 0, highest = 0;
   for (int64_t i = 0; i < count; ++i) {
-    lowest = std::min(lowest, slots[i]);
-    highest = std::max(highest, slots[i]);
+    lowest = std::min(lowest, numbers[i]);
+    highest = std::max(highest, numbers[i]);
   }
-  STD_TORCH_CHECK(count == 0 || (lowest >= 0 && int64_t(highest) < num_slots), "memcompile: slot ",
-                  lowest < 0 ? int64_t(lowest) : int64_t(highest), " is out of range for a table of ", num_slots, " rows");
+  STD_TORCH_CHECK(count == 0 || (lowest >= 0 && int64_t(highest) < rows), "memcompile: ", name, " ",
+                  int64_t(lowest < 0 ? lowest : highest), " is out of range for a table of ", rows, " rows");
 }
 
 // Asks for huge pages, as pages.py does, for a large tensor that was not written to yet: it is new memory in every call,

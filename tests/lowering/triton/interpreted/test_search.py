@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memcompile.lowering import product_key_topk_reference
 from memcompile.lowering.triton import cost
 from tests.lowering.cases import assert_best, scores_of, weights_at
+from tests.lowering.reference import product_key_topk_reference
 from tests.lowering.search.test_product_key_topk import ANY, TYING, rule, scores_and_k
 from tests.tolerance import assert_as_accurate
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memcompile.lowering import memory_lookup, memory_lookup_reference
+from memcompile.lowering import memory_lookup
 from memcompile.lowering.triton import configs
 from tests.lowering.cases import VARIANTS, Recorder, gradients, leaves
 from tests.lowering.gather.test_weighted_gather import (
@@ -19,6 +19,7 @@ from tests.lowering.gather.test_weighted_gather import (
     weighted_gather,
     weighted_scatter,
 )
+from tests.lowering.reference import memory_lookup_reference
 from tests.tolerance import assert_as_accurate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

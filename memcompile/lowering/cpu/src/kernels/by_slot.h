@@ -34,26 +34,22 @@ SortedHits<Slot> sort_by_slot(const Slot* slots, int64_t count, int64_t num_slot
   for (int pass = 0; pass < passes; ++pass) {
     const Slot* keys = pass == 0 ? slots : from.slots.get();
     const auto digit = [&](int64_t i) { return int64_t(uint64_t(keys[i]) >> (pass * width)) & (digits - 1); };
+    const auto for_each_hit = [&](const auto& f) {  // f(counter of its digit in its chunk, i)
+      parallel(0, chunks, [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          for (int64_t i = c * chunk; i < std::min(count, (c + 1) * chunk); ++i) f(next[c * digits + digit(i)], i);
+        }
+      });
+    };
     std::fill(next.begin(), next.end(), 0);
-    parallel(0, chunks, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        int64_t* counts = next.data() + c * digits;
-        for (int64_t i = c * chunk; i < std::min(count, (c + 1) * chunk); ++i) ++counts[digit(i)];
-      }
-    });
+    for_each_hit([](int64_t& counter, int64_t) { ++counter; });
     int64_t total = 0;
     for (int64_t d = 0; d < digits; ++d) {
       for (int64_t c = 0; c < chunks; ++c) total += std::exchange(next[c * digits + d], total);
     }
-    parallel(0, chunks, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        int64_t* place = next.data() + c * digits;
-        for (int64_t i = c * chunk; i < std::min(count, (c + 1) * chunk); ++i) {
-          const int64_t p = place[digit(i)]++;
-          to.slots[p] = keys[i];
-          to.hits[p] = pass == 0 ? i : from.hits[i];
-        }
-      }
+    for_each_hit([&](int64_t& place, int64_t i) {
+      to.slots[place] = keys[i];
+      to.hits[place++] = pass == 0 ? i : from.hits[i];
     });
     std::swap(from, to);
   }
@@ -70,24 +66,16 @@ std::vector<int64_t> ends_of_runs(const Slot* sorted, int64_t count) {
   return ends;
 }
 
-// Sorted hits with what they weigh: each adds weights[hit] * the gradient of the token that it is of.
-template <class Row>
-struct WeightedHits {
-  const int64_t* hits;
-  const Sum<Row>* weights;
-  int64_t hits_a_token;
-  Table<Row> grad;
-};
-
-// Sums of the hits from `first` to `last`, a run at a time and in order, so that the next run's rows are fetched ahead.
+// Sums of the sorted hits from `first` to `last`, a run at a time and in order, so that the next run's rows are fetched ahead.
+// Each hit adds its weight times the gradient of the token that it is of.
 template <class Row>
 class HitSums {
  public:
-  HitSums(const WeightedHits<Row>& all, int64_t first, int64_t last)
-      : grad_(all.grad), first_(first), last_(last), tokens_(last - first), weights_(last - first), sums_(all.grad.dim) {
+  HitSums(const int64_t* hits, const Sum<Row>* weights, int64_t hits_a_token, const Table<Row>& grad, int64_t first, int64_t last)
+      : grad_(grad), first_(first), last_(last), tokens_(last - first), weights_(last - first), sums_(grad.dim) {
     for (int64_t i = first; i < last; ++i) {
-      tokens_[i - first] = all.hits[i] / all.hits_a_token;
-      weights_[i - first] = all.weights[all.hits[i]];
+      tokens_[i - first] = hits[i] / hits_a_token;
+      weights_[i - first] = weights[hits[i]];
     }
   }
 

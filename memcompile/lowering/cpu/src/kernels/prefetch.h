@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -14,10 +15,7 @@
 
 namespace memcompile {
 
-// Pages from `first` to `last`, by number; the last included.
-struct PageRun {
-  uintptr_t first, last;
-};
+using PageRun = std::pair<uintptr_t, uintptr_t>;  // the first of some pages, by number, and the last, included
 
 class MappedRows {
  public:
@@ -39,11 +37,11 @@ class MappedRows {
   std::vector<PageRun> pages_of(const Slot* rows, int64_t count) const {
     std::vector<PageRun> runs(count);
     std::transform(rows, rows + count, runs.begin(), [&](Slot row) { return pages_of(row); });
-    std::sort(runs.begin(), runs.end(), [](PageRun a, PageRun b) { return a.first < b.first; });
+    std::sort(runs.begin(), runs.end());
     int64_t last = -1;
     for (const PageRun run : runs) {
-      if (last >= 0 && run.first <= runs[last].last + 1) {
-        runs[last].last = std::max(runs[last].last, run.last);
+      if (last >= 0 && run.first <= runs[last].second + 1) {
+        runs[last].second = std::max(runs[last].second, run.second);
       } else {
         runs[++last] = run;
       }
@@ -54,7 +52,7 @@ class MappedRows {
 
   void ask(PageRun run) const {
 #if defined(MADV_WILLNEED)
-    madvise(reinterpret_cast<void*>(run.first * page_), (run.last - run.first + 1) * page_, MADV_WILLNEED);
+    madvise(reinterpret_cast<void*>(run.first * page_), (run.second - run.first + 1) * page_, MADV_WILLNEED);
 #endif
   }
 

@@ -82,7 +82,7 @@ __attribute__((always_inline)) inline void add_rows(RowGroup<Row, size> group, c
   });
   for (int64_t c = dim / kPair<Row> * kPair<Row>; c < dim; ++c) {
     S sum = from[c];
-    for (int64_t z = 0; z < size; ++z) sum += weights[z] * to_sum(group.row[z][c]);
+    for (int64_t z = 0; z < size; ++z) sum += weights[z] * S(group.row[z][c]);
     sums[c] = sum;
   }
 }
@@ -112,7 +112,7 @@ class RowSums {
     }
     int64_t c = 0;
     for (; c + kPair<Row> <= dim_; c += kPair<Row>) store_pair(out + c, load_pair(sum + c));
-    for (; c < dim_; ++c) from_sum(sum[c], out + c);
+    for (; c < dim_; ++c) out[c] = Row(sum[c]);
   }
 
  private:
@@ -156,7 +156,7 @@ void dots_with_rows(const Table<Row>& table, const Number* numbers, int64_t coun
     });
     for (int64_t z = 0; z < std::min(kSideBySide, count - first); ++z) {
       S sum = sum_of_lanes<S>(dot[z].a + dot[z].b);
-      for (int64_t c = whole; c < dim; ++c) sum += to_sum(vector[c]) * to_sum(group.row[z][c]);
+      for (int64_t c = whole; c < dim; ++c) sum += S(vector[c]) * S(group.row[z][c]);
       out[first + z] = sum;
     }
   }

@@ -11,17 +11,9 @@ template <class Score>
 class ProductKeySearch {
  public:
   ProductKeySearch(int64_t n_keys, int64_t top_k)
-      : n_keys_(n_keys), top_k_(top_k), halves_(n_keys, top_k), candidates_(pairs(top_k), top_k) {
-    for (int side = 0; side < 2; ++side) {
-      ranked_[side].resize(top_k);
-      best_[side].resize(top_k);
-    }
-    hit_.resize(top_k);
-    sums_.resize(pairs(top_k));
-    for (int64_t a = 0; a < top_k; ++a) {
-      for (int64_t b = 0; (a + 1) * (b + 1) <= top_k; ++b) ranks_.push_back({int32_t(a), int32_t(b)});
-    }
-  }
+      : n_keys_(n_keys), top_k_(top_k), ranks_(candidates(top_k)), halves_(n_keys, top_k), candidates_(ranks_.size(), top_k),
+        ranked_{std::vector<int32_t>(top_k), std::vector<int32_t>(top_k)}, hit_(top_k),
+        best_{std::vector<Score>(top_k), std::vector<Score>(top_k)}, sums_(ranks_.size()) {}
 
   // scores of each side [n_keys] -> logits [top_k], slots [top_k].
   void search(const Score* first, const Score* second, Score* logits, int32_t* slots) {
@@ -49,15 +41,18 @@ class ProductKeySearch {
     int32_t first, second;
   };
 
-  static int64_t pairs(int64_t top_k) {
-    int64_t count = 0;
-    for (int64_t a = 1; a <= top_k; ++a) count += top_k / a;
-    return count;
+  // By the first rank, then by the second.
+  static std::vector<Ranks> candidates(int64_t top_k) {
+    std::vector<Ranks> ranks;
+    for (int64_t a = 0; a < top_k; ++a) {
+      for (int64_t b = 0; (a + 1) * (b + 1) <= top_k; ++b) ranks.push_back({int32_t(a), int32_t(b)});
+    }
+    return ranks;
   }
 
   int64_t n_keys_, top_k_;
+  std::vector<Ranks> ranks_;
   Selector<Score> halves_, candidates_;
-  std::vector<Ranks> ranks_;  // of each candidate, by the first, then by the second
   std::vector<int32_t> ranked_[2], hit_;
   std::vector<Score> best_[2], sums_;
 };

@@ -2,14 +2,16 @@
 // sets is in this file alone; -march=native picks it.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
 #endif
 
 namespace memcompile {
@@ -24,31 +26,18 @@ inline constexpr int kVectorBytes = 32;
 inline constexpr int kVectorBytes = 16;
 #endif
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
 // Sums of rows of half dtypes are kept in fp32.
 template <class Row>
 using Sum = std::conditional_t<std::is_same_v<Row, double>, double, float>;
 
 template <class T>
-struct VectorOf;
-#define MEMCOMPILE_VECTOR(T)                                                           \
-  template <>                                                                          \
-  struct VectorOf<T> {                                                                 \
-    typedef T type __attribute__((vector_size(kVectorBytes)));                         \
-    typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(1), may_alias)); \
-  };
-MEMCOMPILE_VECTOR(float)
-MEMCOMPILE_VECTOR(double)
-MEMCOMPILE_VECTOR(int32_t)
-MEMCOMPILE_VECTOR(uint32_t)
-MEMCOMPILE_VECTOR(int64_t)
-#undef MEMCOMPILE_VECTOR
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
+};
 
 template <class T>
 using Vector = typename VectorOf<T>::type;
@@ -70,80 +59,6 @@ inline void store(T* p, Vector<T> x) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = x;
 }
 
-inline float to_sum(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
-inline float to_sum(Half x) {
-#if defined(MEMCOMPILE_AVX512) || defined(MEMCOMPILE_AVX2)
-  return _cvtsh_ss(x.bits);
-#elif defined(__aarch64__)
-  __fp16 half;
-  std::memcpy(&half, &x, sizeof half);
-  return half;
-#else
-  // The exponent moves up by 112; subnormals are scaled by a subtraction, which is exact; infinity and NaN are apart.
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  uint32_t bits = magnitude + (112u << 23);
-  if (magnitude >= (31u << 23)) bits += 112u << 23;
-  float out;
-  if (magnitude < (1u << 23)) {
-    bits += 1u << 23;
-    std::memcpy(&out, &bits, sizeof out);
-    out -= 6.103515625e-05f;
-    std::memcpy(&bits, &out, sizeof bits);
-  }
-  bits |= sign;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-#endif
-}
-
-inline float to_sum(float x) { return x; }
-inline double to_sum(double x) { return x; }
-
-// Round to nearest, ties to even, as PyTorch does; NaN stays NaN.
-inline void from_sum(float x, BFloat16* out) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  out->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline void from_sum(float x, Half* out) {
-#if defined(MEMCOMPILE_AVX512) || defined(MEMCOMPILE_AVX2)
-  out->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__aarch64__)
-  const __fp16 half = x;
-  std::memcpy(out, &half, sizeof half);
-#else
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t sign = (bits >> 16) & 0x8000;
-  bits &= 0x7fffffff;
-  uint32_t rounded;
-  if (bits > 0x7f800000) {
-    rounded = 0x7e00;
-  } else if (bits >= 0x47800000) {  // 65536 and more: infinity
-    rounded = 0x7c00;
-  } else if (bits < 0x38800000) {  // below 2**-14: the addition of one half rounds to a multiple of 2**-24
-    float magnitude;
-    std::memcpy(&magnitude, &bits, sizeof magnitude);
-    magnitude += 0.5f;
-    std::memcpy(&rounded, &magnitude, sizeof rounded);
-    rounded -= 0x3f000000;
-  } else {
-    rounded = (bits - (112u << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
-  }
-  out->bits = uint16_t(sign | rounded);
-#endif
-}
-
-inline void from_sum(float x, float* out) { *out = x; }
-inline void from_sum(double x, double* out) { *out = x; }
-
 // Two vectors of sums. Of bfloat16 they are the numbers at even and at odd places, which costs a shift and a mask; what
 // is loaded as a pair is stored as one, so the order between matters to none.
 template <class S>
@@ -154,8 +69,10 @@ struct Pair {
 template <class Row>
 inline constexpr int64_t kPair = 2 * kLanes<Sum<Row>>;  // row elements in a pair
 
-inline Pair<float> load_pair(const float* p) { return {load(p), load(p + kLanes<float>)}; }
-inline Pair<double> load_pair(const double* p) { return {load(p), load(p + kLanes<double>)}; }
+template <class S>
+inline Pair<S> load_pair(const S* p) {
+  return {load(p), load(p + kLanes<S>)};
+}
 
 inline Pair<float> load_pair(const BFloat16* p) {
   const Vector<uint32_t> bits = load(reinterpret_cast<const uint32_t*>(p));
@@ -172,21 +89,17 @@ inline Pair<float> load_pair(const Half* p) {
 #else
   Pair<float> out;
   for (int i = 0; i < kLanes<float>; ++i) {
-    out.a[i] = to_sum(p[i]);
-    out.b[i] = to_sum(p[i + kLanes<float>]);
+    out.a[i] = p[i];
+    out.b[i] = p[i + kLanes<float>];
   }
   return out;
 #endif
 }
 
-inline void store_pair(float* p, Pair<float> x) {
+template <class S>
+inline void store_pair(S* p, Pair<S> x) {
   store(p, x.a);
-  store(p + kLanes<float>, x.b);
-}
-
-inline void store_pair(double* p, Pair<double> x) {
-  store(p, x.a);
-  store(p + kLanes<double>, x.b);
+  store(p + kLanes<S>, x.b);
 }
 
 inline Vector<uint32_t> rounded_to_upper_half(Vector<float> x) {
@@ -208,37 +121,19 @@ inline void store_pair(Half* p, Pair<float> x) {
 #elif defined(MEMCOMPILE_AVX2)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i, _mm256_cvtps_ph(part[i], _MM_FROUND_TO_NEAREST_INT));
 #else
-    for (int j = 0; j < kLanes<float>; ++j) from_sum(part[i][j], p + i * kLanes<float> + j);
+    for (int j = 0; j < kLanes<float>; ++j) p[i * kLanes<float> + j] = part[i][j];
 #endif
   }
 }
 
-inline Vector<float> square_root(Vector<float> x) {
+// One instruction a vector. GCC makes it of the loop, by -fno-math-errno, but for AVX-512, where it prefers half vectors.
+template <class V>
+inline V square_root(V x) {
 #if defined(MEMCOMPILE_AVX512)
-  return reinterpret_cast<Vector<float>>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
-#elif defined(MEMCOMPILE_AVX2)
-  return reinterpret_cast<Vector<float>>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
-#elif defined(__x86_64__)
-  return reinterpret_cast<Vector<float>>(_mm_sqrt_ps(reinterpret_cast<__m128>(x)));
-#elif defined(__aarch64__)
-  return reinterpret_cast<Vector<float>>(vsqrtq_f32(reinterpret_cast<float32x4_t>(x)));
+  if constexpr (std::is_same_v<V, Vector<double>>) return reinterpret_cast<V>(_mm512_sqrt_pd(reinterpret_cast<__m512d>(x)));
+  else return reinterpret_cast<V>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
 #else
-  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-#endif
-}
-
-inline Vector<double> square_root(Vector<double> x) {
-#if defined(MEMCOMPILE_AVX512)
-  return reinterpret_cast<Vector<double>>(_mm512_sqrt_pd(reinterpret_cast<__m512d>(x)));
-#elif defined(MEMCOMPILE_AVX2)
-  return reinterpret_cast<Vector<double>>(_mm256_sqrt_pd(reinterpret_cast<__m256d>(x)));
-#elif defined(__x86_64__)
-  return reinterpret_cast<Vector<double>>(_mm_sqrt_pd(reinterpret_cast<__m128d>(x)));
-#elif defined(__aarch64__)
-  return reinterpret_cast<Vector<double>>(vsqrtq_f64(reinterpret_cast<float64x2_t>(x)));
-#else
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  for (size_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = std::sqrt(x[i]);
   return x;
 #endif
 }

@@ -91,42 +91,34 @@ class SkippedSteps {
    public:
     explicit Maker(const SkippedSteps& all) : all_(all), c_(all.terms_), a_(all.terms_), power1_(all.terms_), power2_(all.terms_) {}
 
-    // How many panels entry i has. fill() is of the entry that was last counted.
-    int64_t count(int64_t i) {
-      const int64_t first = all_.first_[i];
-      length_ = std::min(all_.terms_, all_.until_ - all_.starts_[i]);
-      make_powers(all_.starts_[i], all_.entries_.data() + first);
-      while (length_ > 1 && power1_[length_ - 1] < kLeast) --length_;
-      rates_of_ = all_.rates_of_.data() + first;
-      roots_ = all_.roots_.data() + first;
-      highest_ = roots_[0] * power2_[0];
-      double lowest = roots_[length_ - 1] * power2_[length_ - 1];
-      for (int64_t j = 0; !falls_ && j < length_; ++j) {
-        highest_ = std::max(highest_, roots_[j] * power2_[j]);
-        lowest = std::min(lowest, roots_[j] * power2_[j]);
-      }
-      return count_ = 1 + int64_t(std::log(highest_ / lowest) / ratio());
-    }
-
-    // Its panels, each a centre and moments.
+    // The panels of entry i, each a centre and moments.
     template <int64_t moments>
-    void fill(double* panels) {
+    std::vector<double> panels(int64_t i) {
+      const int64_t place = all_.first_[i];
+      length_ = std::min(all_.terms_, all_.until_ - all_.starts_[i]);
+      make_powers(all_.starts_[i], all_.entries_.data() + place);
+      while (length_ > 1 && power1_[length_ - 1] < kLeast) --length_;
       double *c = c_.data(), *a = a_.data();
-      for (int64_t j = 0; j < length_; ++j) c[j] = rates_of_[j] * power1_[j];
-      for (int64_t j = 0; j < length_; ++j) a[j] = roots_[j] * power2_[j];
-      const auto top = [&](int64_t panel) { return highest_ * std::exp(-ratio() * double(panel)); };
-      for (int64_t p = 0; p < count_; ++p) {
-        panels[p * (1 + moments)] = top(p) / (1 + kHalfWidth);
-        std::fill_n(panels + p * (1 + moments) + 1, moments, 0.0);
+      for (int64_t j = 0; j < length_; ++j) c[j] = all_.rates_of_[place + j] * power1_[j];
+      for (int64_t j = 0; j < length_; ++j) a[j] = all_.roots_[place + j] * power2_[j];
+      double highest = a[0], lowest = a[length_ - 1];
+      if (!falls_) {
+        highest = *std::max_element(a, a + length_);
+        lowest = *std::min_element(a, a + length_);
       }
+      const int64_t count = 1 + int64_t(std::log(highest / lowest) / ratio());
+      const auto top = [&](int64_t panel) { return highest * std::exp(-ratio() * double(panel)); };
+      std::vector<double> out(count * (1 + moments));
+      for (int64_t p = 0; p < count; ++p) out[p * (1 + moments)] = top(p) / (1 + kHalfWidth);
       for (int64_t first = 0, last; first < length_; first = last) {
-        const int64_t p = std::min(count_ - 1, int64_t(std::log(highest_ / a[first]) / ratio()));
-        const double above = p == 0 ? INFINITY : top(p) * (1 + kSlack), below = p + 1 == count_ ? 0 : top(p + 1) * (1 - kSlack);
+        const int64_t p = std::min(count - 1, int64_t(std::log(highest / a[first]) / ratio()));
+        const double above = p == 0 ? INFINITY : top(p) * (1 + kSlack), below = p + 1 == count ? 0 : top(p + 1) * (1 - kSlack);
         const auto is_in = [&](double x) { return x >= below && x <= above; };
         double *next = a + first + 1, *end = a + length_;
         last = (falls_ ? std::partition_point(next, end, is_in) : std::find_if_not(next, end, is_in)) - a;
-        add_terms<moments>(a + first, c + first, last - first, panels + p * (1 + moments));
+        add_terms<moments>(a + first, c + first, last - first, out.data() + p * (1 + moments));
       }
+      return out;
     }
 
    private:
@@ -175,10 +167,8 @@ class SkippedSteps {
     const SkippedSteps& all_;
     std::vector<double> c_, a_, power1_, power2_;  // of each term
     int64_t made_for_ = -1, made_ = 0;             // the entry whose betas the powers are of, and how many
-    const double *rates_of_ = nullptr, *roots_ = nullptr;
-    int64_t length_ = 0, count_ = 0;
+    int64_t length_ = 0;
     bool falls_ = true;
-    double highest_ = 0;
   };
 
  private:

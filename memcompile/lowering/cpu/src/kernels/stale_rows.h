@@ -31,10 +31,10 @@ class StaleRows {
       const int64_t last = std::min(count, first + kPart);
       S* to = count <= kPart ? sums : part;
       std::fill_n(to, room(), S(0));
-      while (first < last) {
-        first += last - first >= kTogether ? add_rows<kTogether>(numbers, missed_steps, weights, first, known, to)
-                                           : add_rows<1>(numbers, missed_steps, weights, first, known, to);
+      for (; first + kTogether <= last; first += kTogether) {
+        add_group(group<kTogether>(numbers, missed_steps, first, known), weights + first, to);
       }
+      for (; first < last; ++first) add_group(group<1>(numbers, missed_steps, first, known), weights + first, to);
       for (int64_t c = 0; to == part && c < room(); c += kLanes<S>) store(sums + c, load(sums + c) + load(part + c));
     }
   }
@@ -42,10 +42,11 @@ class StaleRows {
   // out[i] = row numbers[i] by what it has missed . vector[room], for i < count; `known` as above.
   template <class Number>
   void dots(const Number* numbers, const int64_t* missed_steps, int64_t count, int64_t known, const S* vector, S* out) const {
-    for (int64_t i = 0; i < count;) {
-      i += count - i >= kTogether ? dots_of<kTogether>(numbers, missed_steps, i, known, vector, out)
-                                  : dots_of<1>(numbers, missed_steps, i, known, vector, out);
+    int64_t i = 0;
+    for (; i + kTogether <= count; i += kTogether) {
+      dots_of_group(group<kTogether>(numbers, missed_steps, i, known), vector, out + i);
     }
+    for (; i < count; ++i) dots_of_group(group<1>(numbers, missed_steps, i, known), vector, out + i);
   }
 
  private:
@@ -81,27 +82,14 @@ class StaleRows {
     return out;
   }
 
-  template <int64_t size, class Number>
-  int64_t add_rows(const Number* numbers, const int64_t* missed_steps, const S* weights, int64_t first, int64_t known, S* to) const {
-    Vector<S> weight[size];
-    for (int64_t z = 0; z < size; ++z) weight[z] = splat(weights[first + z]);
-    add_group(group<size>(numbers, missed_steps, first, known), weight, to);
-    return size;
-  }
-
   template <int64_t size>
-  __attribute__((noinline)) void add_group(const Group<size>& rows, const Vector<S> (&weight)[size], S* to) const {
-    Vector<S> sum;
+  __attribute__((noinline)) void add_group(const Group<size>& rows, const S* weights, S* to) const {
+    Vector<S> sum, weight[size];
+    for (int64_t z = 0; z < size; ++z) weight[z] = splat(weights[z]);
     for_each_vector_of(
         rows, [&](int64_t c) __attribute__((always_inline)) { sum = load(to + c); },
         [&](int64_t z, int64_t, Vector<S> x) __attribute__((always_inline)) { sum += weight[z] * x; },
         [&](int64_t c) __attribute__((always_inline)) { store(to + c, sum); });
-  }
-
-  template <int64_t size, class Number>
-  int64_t dots_of(const Number* numbers, const int64_t* missed_steps, int64_t first, int64_t known, const S* vector, S* out) const {
-    dots_of_group(group<size>(numbers, missed_steps, first, known), vector, out + first);
-    return size;
   }
 
   template <int64_t size>
