@@ -31,7 +31,8 @@ def _check(query: Tensor, half_keys: Tensor, top_k: int) -> None:
 
 def _kernel(query: Tensor, half_keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     tokens, heads, key_dim = query.shape
-    query, half_keys = query.to(sum_dtype(query)), half_keys.to(sum_dtype(half_keys))
+    if query.dtype != sum_dtype(query):  # no operator may return what it is given, which `to` would
+        query, half_keys = query.float(), half_keys.float()
     halves = query.reshape(tokens, heads, 2, key_dim // 2).permute(2, 1, 0, 3)  # [2, heads, tokens, key_dim / 2]
     with without_autocast(query.device):  # off already, but where the operator is taken apart
         scores = halves @ half_keys.mT  # [2, heads, tokens, n_keys]
