@@ -42,8 +42,8 @@ def draw(job: Job, hardware: Hardware, found: Sequence[Candidate], path: Path) -
     _row(upper, sizes, found, hardware, f"ranks of a memory group, of {job.gpus:,} GPUs (* the best)")
     numbers = [f"{n}\n{c.ranks if c else 'no fit'}" for n, c in by_gpus.items()]
     _row(lower, numbers, [*by_gpus.values()], hardware, "GPUs, and the ranks of the best group")
-    for axes, side in zip(upper, ("left", "right"), strict=True):
-        figure.legend(*axes.get_legend_handles_labels(), fontsize=8, ncols=3, loc=f"outside lower {side}")
+    figure.legend(*upper[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower left")
+    figure.legend(*upper[1].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower right")
     figure.savefig(path)
 
 

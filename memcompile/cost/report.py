@@ -101,14 +101,14 @@ def _candidates(found: Sequence[Candidate], chosen: Candidate | None) -> list[st
     for (title, names), rows in zip(_COLUMNS.items(), zip(*map(_cells, found), strict=True), strict=True):
         header, *body = _aligned([names.split(), *rows], " ")
         sections.append([title.center(len(header)), header, "-" * len(header), *body])
-    titles, header, rule, *body = zip(*sections, strict=True)
+    titles, headers, rule, *lines = zip(*sections, strict=True)
     marks = ["*" if c is chosen else " " if c.fits else "!" for c in found]
     legend = ["* the best"] * (chosen is not None) + ["! does not fit"] * ("!" in marks)
     return [
         f"  {' | '.join(titles).rstrip()}",
-        f"  {' | '.join(header)}",
+        f"  {' | '.join(headers)}",
         f"  {'-+-'.join(rule)}",
-        *(f"{mark} {' | '.join(row)}" for mark, row in zip(marks, body, strict=True)),
+        *(f"{mark} {' | '.join(row)}" for mark, row in zip(marks, lines, strict=True)),
         "; ".join(legend),
     ]
 
