@@ -7,7 +7,7 @@ import torch
 
 from memcompile.lowering.cpu.build import BuildError, kernels
 from memcompile.lowering.register.kernels import LateKernels
-from memcompile.lowering.triton.settings import is_interpreted
+from memcompile.lowering.triton.support import is_interpreted
 
 log = logging.getLogger(__name__)
 
