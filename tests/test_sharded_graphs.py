@@ -16,14 +16,14 @@ from torch._inductor.utils import run_and_get_code
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import memcompile
-from memcompile.cost.wire import backward_collectives, forward_collectives
+from memcompile.cost.job import Job
+from memcompile.cost.wire import layer_collectives
 from memcompile.runtime._torch import local_part, whole_like
 from memcompile.sharded_graphs import agreement_of
 from tests.planned import MEMORY, batch, planned_gpt
 from tests.runtime.distributed.sharded import memory_mesh, sharded_gpt
 
 LAYERS = 3
-HITS = MEMORY["heads"] * MEMORY["top_k"]
 COLLECTIVE = re.compile(r"(buf\d+) = torch\.ops\._c10d_functional\.(\w+)\.default\(")
 SIZE = re.compile(r"assert_(?:size_stride|tensor_metadata)\((buf\d+), \(([\d, ]+)\)")
 WAIT = re.compile(r"_c10d_functional\.wait_tensor\.default\((buf\d+)\)")
@@ -134,13 +134,10 @@ def test_a_job_of_1024_ranks_sends_what_the_cost_model_says(fake_ranks, by):
     size, value_dim = 3, 2048
     model = planned_gpt(layers=4, memory_layers=LAYERS, value_dim=value_dim, values_grad="sparse")
     memcompile.shard(model, memory_mesh(1024), by=by, tokens="even")
-    tokens = size * 5
-    forward, backward = generated(model, size)
-    expected = [
-        forward_collectives(tokens, HITS, value_dim, 1024, 0, 4, by),
-        backward_collectives(tokens, HITS, value_dim, 1024, 0, 4, by),
-    ]
-    for code, planned in zip((forward, backward), expected, strict=True):
+    heads, top_k = MEMORY["heads"], MEMORY["top_k"]
+    job = Job(slots=64, value_dim=value_dim, gpus=1024, tokens=size * 5, heads=heads, top_k=top_k, dtype="fp32", by=by)
+    collectives_of_layer = layer_collectives(job, 1024)
+    for code, planned in zip(generated(model, size), (collectives_of_layer[:2], collectives_of_layer[2:]), strict=True):
         found, expected_bytes = Counter(received_bytes(code, 1024)), Counter()
         for collective in planned:
             operation = "all_to_all" if collective.operation == "reduce_scatter" else collective.operation

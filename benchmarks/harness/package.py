@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memcompile.cost.groups import Candidate as Candidate
+from memcompile.cost.groups import best_by_gpus as best_by_gpus
 from memcompile.cost.job import Job as Job
 from memcompile.cost.report import assumptions as assumptions
 from memcompile.cost.time import Hardware as Hardware
 from memcompile.cost.wire import Collective as Collective
-from memcompile.cost.wire import backward_collectives as backward_collectives
-from memcompile.cost.wire import forward_collectives as forward_collectives
+from memcompile.cost.wire import layer_collectives as layer_collectives
 from memcompile.lowering import cpu
 from memcompile.lowering import memory_lookup as memory_lookup
 from memcompile.lowering import operator as operator
@@ -42,13 +42,6 @@ def compile_options() -> dict[str, Any]:
     )
 
     return inductor_patches("benchmark")
-
-
-def best_by_gpus(job: Job, hardware: Hardware) -> dict[int, Candidate | None]:
-    """The best group of ranks for each number of GPUs, None where none fits."""
-    from memcompile.cost import plot  # imports matplotlib, which workers do not need
-
-    return plot.best_by_gpus(job, hardware)
 
 
 class Table:

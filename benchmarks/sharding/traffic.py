@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness.package import Collective, backward_collectives, forward_collectives
+from benchmarks.harness.package import Collective, Job, layer_collectives
 from benchmarks.sharding.cases import Case, Sizes
 
 FUNCTIONAL = "_c10d_functional"
@@ -109,10 +109,19 @@ def received_between(meet: Callable[[], object]) -> int:
     return received
 
 
-def formulas(case: Case, sizes: Sizes, rank: int, element_bytes: int = 4) -> tuple[Collective, ...]:
+def formulas(case: Case, sizes: Sizes, rank: int, dtype: str = "fp32") -> tuple[Collective, ...]:
     """The collectives of one layer's forward and backward, in order."""
-    numbers = (case.tokens, sizes.hits, sizes.width, case.ranks, rank, element_bytes, case.by)
-    return forward_collectives(*numbers) + backward_collectives(*numbers)
+    job = Job(
+        slots=sizes.slots,
+        value_dim=sizes.width,
+        gpus=case.ranks,
+        tokens=case.tokens,
+        heads=sizes.heads,
+        top_k=sizes.top_k,
+        dtype=dtype,
+        by=case.by,
+    )
+    return layer_collectives(job, case.ranks, rank)
 
 
 def with_formulas(expected: tuple[Collective, ...], found: list[tuple[str, int]]) -> list[Received]:

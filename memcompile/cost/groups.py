@@ -1,9 +1,9 @@
 """The sizes that groups may have, what each costs, which is the best, and which options help where none fits."""
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from memcompile.config import MAX_KEYS
 from memcompile.cost.job import Job
@@ -11,7 +11,10 @@ from memcompile.cost.memory import Memory, memory_of
 from memcompile.cost.time import Exchange, Hardware, Times, exchanges_of, times_of
 from memcompile.errors import OptionError
 
+NUMBERS_OF_GPUS = tuple(2**n for n in range(3, 11))  # of `best_by_gpus`: 8 to 1,024
 MOST_GPUS = 2**16  # of those that are suggested
+_WAYS = [("values_grad", "sparse"), ("values_grad", "dense"), ("by", "columns"), ("by", "rows")]
+_SAVINGS = [("optimizer", "row_wise_adagrad"), ("state_dtype", "bf16"), ("dtype", "bf16"), *_WAYS]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class Candidate:
     step_exchanges: tuple[Exchange, ...]
     times: Times
     fits: bool
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """All of a step."""
+        return self.layer_exchanges + self.step_exchanges
 
 
 def group_sizes(job: Job, hardware: Hardware) -> list[int]:
@@ -53,10 +61,9 @@ def candidates(job: Job, hardware: Hardware) -> list[Candidate]:
     """
     found = []
     for ranks in group_sizes(job, hardware):
-        memory = memory_of(job, ranks)
-        layers, step = exchanges_of(job, hardware, ranks)
-        times, fits = times_of(job, hardware, ranks), memory.total <= hardware.free_memory
-        found.append(Candidate(ranks, job.gpus // ranks, memory, layers, step, times, fits))
+        memory, times = memory_of(job, ranks), times_of(job, hardware, ranks)
+        fits = memory.total <= hardware.free_memory
+        found.append(Candidate(ranks, job.gpus // ranks, memory, *exchanges_of(job, hardware, ranks), times, fits))
     return found
 
 
@@ -66,64 +73,44 @@ def best(found: Sequence[Candidate]) -> Candidate | None:
     return min(fitting, key=lambda c: (c.times.total, c.memory.total)) if fitting else None
 
 
+def best_by_gpus(job: Job, hardware: Hardware) -> dict[int, Candidate | None]:
+    """The best candidate for each number of GPUs that fills its nodes; None where none fits."""
+    node = hardware.gpus_per_node
+    numbers = (n for n in NUMBERS_OF_GPUS if n <= node or n % node == 0)
+    return {n: best(candidates(replace(job, gpus=n), hardware)) for n in numbers}
+
+
 def alternatives(job: Job, hardware: Hardware) -> dict[str, Candidate]:
     """The best candidate with the other gradient, and by the other way to shard, by the option; only where some fit."""
-    others = {name: c for name, c in _changes(job).items() if name.startswith(("--values-grad", "--by"))}
-    found = {name: best(candidates(other, hardware)) for name, other in others.items()}
-    return {name: c for name, c in found.items() if c is not None}
+    found = {words: best(candidates(replace(job, **change), hardware)) for words, change in _changes(job, _WAYS)}
+    return {words: candidate for words, candidate in found.items() if candidate is not None}
 
 
 def remedies(job: Job, hardware: Hardware) -> list[str]:
     """What makes a job fit: one option, or if none does, all that save memory together; more GPUs; fewer slots."""
-    helping = [option for option, changed in _changes(job).items() if _fits(changed, hardware)]
-    least = replace(job, dtype="bf16", optimizer="row_wise_adagrad", master_weights=False)
-    if not helping and _fits(least, hardware):
+
+    def fits(**changes: Any) -> bool:
+        changed = replace(job, **changes)
+        return any(memory_of(changed, ranks).total <= hardware.free_memory for ranks in group_sizes(changed, hardware))
+
+    helping = ["without --master-weights"] if job.master_weights and fits(master_weights=False) else []
+    helping += [words for words, change in _changes(job, _SAVINGS) if fits(**change)]
+    if not helping and fits(dtype="bf16", optimizer="row_wise_adagrad", master_weights=False):
         helping.append("--dtype bf16 --optimizer row_wise_adagrad without --master-weights")
-    gpus = _gpus_that_fit(job, hardware)
-    if gpus is not None:
-        helping.append(f"--gpus {gpus}")
-    slots = _slots_that_fit(job, hardware)
-    if slots is not None:
-        helping.append(f"--slots {slots} (at most, {math.isqrt(slots)}**2)")
+    gpus, node = job.gpus, hardware.gpus_per_node
+    while gpus < MOST_GPUS:  # doublings, in whole nodes; there may be none that fits, as more ranks have more tokens
+        gpus = 2 * gpus if 2 * gpus <= node else -(-2 * gpus // node) * node
+        if fits(gpus=gpus):
+            helping.append(f"--gpus {gpus}")
+            break
+    n_keys = range(job.top_k, MAX_KEYS + 1)
+    fitting = n_keys[: bisect_right(n_keys, False, key=lambda n: not fits(slots=n**2))]
+    if fitting:
+        helping.append(f"--slots {fitting[-1] ** 2} (at most, {fitting[-1]}**2)")
     return helping
 
 
-def _changes(job: Job) -> dict[str, Job]:
-    """Jobs that take another option each, by that option."""
-    changes: dict[str, Job] = {}
-    if job.master_weights:
-        changes["without --master-weights"] = replace(job, master_weights=False)
-    for option, values in {
-        "optimizer": ("row_wise_adagrad",),
-        "state_dtype": ("bf16",),
-        "dtype": ("bf16",),
-        "values_grad": ("sparse", "dense"),
-        "by": ("columns", "rows"),
-    }.items():
-        for value in values:
-            if getattr(job, option) != value:
-                changes[f"--{option.replace('_', '-')} {value}"] = replace(job, **{option: value})  # type: ignore[arg-type]
-    return changes
-
-
-def _fits(job: Job, hardware: Hardware) -> bool:
-    return any(memory_of(job, ranks).total <= hardware.free_memory for ranks in group_sizes(job, hardware))
-
-
-def _gpus_that_fit(job: Job, hardware: Hardware) -> int | None:
-    """The first doubling that fits, in whole nodes. There may be none, as more ranks also have more tokens."""
-    gpus = job.gpus
-    while gpus < MOST_GPUS:
-        gpus *= 2
-        if gpus > hardware.gpus_per_node:
-            gpus = -(-gpus // hardware.gpus_per_node) * hardware.gpus_per_node
-        if _fits(replace(job, gpus=gpus), hardware):
-            return gpus
-    return None
-
-
-def _slots_that_fit(job: Job, hardware: Hardware) -> int | None:
-    """The most that fit these GPUs; None where not even top_k**2 do."""
-    sizes = range(job.top_k, MAX_KEYS + 1)
-    fitting = bisect_right(sizes, 0, key=lambda n: not _fits(replace(job, slots=n**2), hardware))
-    return sizes[fitting - 1] ** 2 if fitting else None
+def _changes(job: Job, choices: Sequence[tuple[str, str]]) -> list[tuple[str, dict[str, Any]]]:
+    """Those of the choices that the job does not have, each as it is written and as the option of a `Job`."""
+    others = [(name, value) for name, value in choices if getattr(job, name) != value]
+    return [(f"--{name.replace('_', '-')} {value}", {name: value}) for name, value in others]

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 
 from memcompile.config import MAX_KEYS
-from memcompile.cost.wire import shard_size
 from memcompile.errors import OptionError
 
 BYTES = {"bf16": 2, "fp32": 4}
+FP32, ROW_NUMBER = 4, 8  # bytes; rows of a sparse gradient are numbered in int64
 CHOICES = {
     "dtype": tuple(BYTES),
     "optimizer": ("adamw", "lazy_adam", "row_wise_adagrad", "sgd"),
@@ -21,43 +21,26 @@ CHOICES = {
 class Job:
     """A table of slots x value_dim that memory layers share, and the tokens of a step.
 
-    Args:
-        slots: rows of the table, ``n_keys ** 2``.
-        value_dim: elements of a row.
-        gpus: all ranks of the job, each with tokens of its own.
-        tokens: of each rank a step.
-        layers: memory layers that share the table.
-        heads, top_k: queries a token, and slots that each reads.
-        key_dim: width of a query, even; None is half of value_dim.
-        dtype: of values, their gradient and activations, "bf16" or "fp32".
-        optimizer: of the values: "adamw", "lazy_adam", "row_wise_adagrad" or "sgd".
-        state_dtype: of Adam's moments. The one number a row of row_wise_adagrad is always fp32.
-        master_weights: whether bf16 values have fp32 masters; else they are rounded stochastically.
-        values_grad: "sparse", of the rows that are hit, or "dense".
-        by: how a group shards the table, by "columns" or by "rows".
-        unique: distinct slots that a step hits, over those of as many uniform hits. Real hits repeat some slots.
-        skew: by rows, hits of the busiest rank over the mean.
-
     Raises:
         OptionError: naming the option, what it got and what it takes.
     """
 
-    slots: int
-    value_dim: int
-    gpus: int
-    tokens: int = 8192
-    layers: int = 3
-    heads: int = 4
-    top_k: int = 32
-    key_dim: int | None = None
-    dtype: str = "bf16"
-    optimizer: str = "adamw"
-    state_dtype: str = "fp32"
-    master_weights: bool = False
-    values_grad: str = "sparse"
-    by: str = "columns"
-    unique: float = 1.0
-    skew: float = 1.0
+    slots: int  # rows of the table, n_keys ** 2
+    value_dim: int  # elements of a row
+    gpus: int  # all ranks of the job, each with tokens of its own
+    tokens: int = 8192  # of each rank a step
+    layers: int = 3  # memory layers that share the table
+    heads: int = 4  # queries a token
+    top_k: int = 32  # slots that each query reads
+    key_dim: int | None = None  # width of a query, even; None is half of value_dim
+    dtype: str = "bf16"  # of values, their gradient and activations
+    optimizer: str = "adamw"  # of the values
+    state_dtype: str = "fp32"  # of Adam's moments; the one number a row of row_wise_adagrad is always fp32
+    master_weights: bool = False  # whether bf16 values have fp32 masters; else they are rounded stochastically
+    values_grad: str = "sparse"  # of the rows that are hit, or "dense"
+    by: str = "columns"  # how a group shards the table
+    unique: float = 1.0  # distinct slots that a step hits, over those of as many uniform hits: real hits repeat some
+    skew: float = 1.0  # by rows, hits of the busiest rank over the mean
 
     def __post_init__(self) -> None:
         for name in ("slots", "value_dim", "gpus", "tokens", "layers", "heads", "top_k", "key_dim"):
@@ -73,7 +56,12 @@ class Job:
             raise OptionError(f"unique must be a share above 0 and at most 1, got {self.unique:g}")
         if not 1 <= self.skew < math.inf:
             raise OptionError(f"skew must be at least 1, the mean's, got {self.skew:g}")
-        _check_square(self.slots)
+        if self.slots != self.n_keys**2:
+            near = " and ".join(f"{n**2:,} ({n}**2)" for n in (self.n_keys, self.n_keys + 1))
+            raise OptionError(f"slots must be a perfect square, n_keys**2; got {self.slots:,}, the nearest are {near}")
+        if self.n_keys > MAX_KEYS:
+            most = f"{MAX_KEYS**2:,} ({MAX_KEYS}**2, which fit an int32)"
+            raise OptionError(f"slots must be at most {most}, got {self.slots:,}")
         if self.top_k > self.n_keys:
             raise OptionError(f"top_k={self.top_k} exceeds n_keys={self.n_keys}: lower top_k or raise slots")
 
@@ -98,10 +86,13 @@ class Job:
         return self.key_dim or max(2, self.value_dim // 4 * 2)
 
     def shard(self, ranks: int, rank: int = 0) -> tuple[int, int]:
-        """The (slots, columns) that a rank of a group holds; rank 0 has the most."""
-        if self.by == "rows":
-            return shard_size(self.slots, ranks, rank), self.value_dim
-        return self.slots, shard_size(self.value_dim, ranks, rank)
+        """The (slots, columns) that a rank of a group holds, as `torch.chunk` divides: rank 0 has the most, the last
+        ranks may have less, or nothing.
+        """
+        size = self.slots if self.by == "rows" else self.value_dim
+        chunk = -(-size // ranks)
+        own = min(chunk, max(0, size - rank * chunk))
+        return (own, self.value_dim) if self.by == "rows" else (self.slots, own)
 
     def touched_rows(self, ranks: int) -> int:
         """Distinct rows that the tokens of so many ranks hit in a step, in all layers: an expectation.
@@ -111,11 +102,11 @@ class Job:
         hits = ranks * self.tokens * self.hits * self.layers
         return max(1, round(-self.unique * self.slots * math.expm1(-hits / self.slots)))
 
+    def own_rows(self, rows: int, ranks: int) -> int:
+        """How many of the rows that are touched lie on a rank: by columns a part of each, by rows their part."""
+        return -(-rows // ranks) if self.by == "rows" else rows
 
-def _check_square(slots: int) -> None:
-    root = math.isqrt(slots)
-    if slots != root**2:
-        near = " and ".join(f"{n**2:,} ({n}**2)" for n in (root, root + 1))
-        raise OptionError(f"slots must be a perfect square, n_keys**2; got {slots:,}, the nearest are {near}")
-    if root > MAX_KEYS:
-        raise OptionError(f"slots must be at most {MAX_KEYS**2:,} ({MAX_KEYS}**2, which fit an int32), got {slots:,}")
+    def sent_rows_bytes(self, ranks: int, rank: int = 0) -> int:
+        """Bytes of the sums of a sparse gradient that a rank sends to its replicas: of rows that its group touched."""
+        _, columns = self.shard(ranks, rank)
+        return self.own_rows(self.touched_rows(ranks), ranks) * (ROW_NUMBER + columns * FP32)

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from textwrap import fill
 from typing import Any
 
 from memcompile.cost.groups import Candidate, alternatives, best, remedies
 from memcompile.cost.job import Job
-from memcompile.cost.time import Exchange, Hardware
+from memcompile.cost.time import Hardware
 
 GIB, MIB = 2**30, 2**20
 _STATES = {
@@ -17,22 +16,27 @@ _STATES = {
     "row_wise_adagrad": "sum fp32 [slots]",
     "sgd": "none",
 }
-_HEADER = (
-    "ranks replicas values gradient states buffers total layers step layers step search gather update total".split()
-)
-_SECTIONS = ((2, "group"), (5, "GiB a rank"), (2, "MiB received"), (6, "ms a step"))
+_COLUMNS = {
+    "group": "ranks replicas",
+    "GiB a rank": "values gradient states buffers total",
+    "MiB received": "layers step",
+    "ms a step": "layers step search gather update total",
+}
 
 
 def table(job: Job, hardware: Hardware, found: Sequence[Candidate]) -> str:
     """All candidates, the best one's collectives, and the assumptions; for people."""
     chosen = best(found)
-    lines = [_title(job, hardware), "", *_candidates(found, chosen), ""]
-    if chosen is None:
-        lines += [misfit(job, hardware, found), ""]
-    else:
-        lines += [*_chosen(chosen, hardware), *_alternatives(job, hardware), ""]
+    about_best = [misfit(job, hardware, found)] if chosen is None else _chosen(job, hardware, chosen)
     assumed = (fill(line, 118, initial_indent="- ", subsequent_indent="  ") for line in assumptions(job, hardware))
-    return "\n".join([*lines, "assumed", *assumed])
+    nodes = -(-job.gpus // hardware.gpus_per_node)
+    size = _gib(job.slots * job.value_dim * job.element_bytes)
+    title = (
+        f"memcompile estimate: {job.slots:,} slots ({job.n_keys:,} half-keys a side) x {job.value_dim:,} in "
+        f"{job.dtype}, {size} GiB, on {job.gpus:,} GPU(s) in {nodes} node(s)"
+    )
+    parts = [[title], _candidates(found, chosen), about_best, ["assumed", *assumed]]
+    return "\n\n".join("\n".join(lines) for lines in parts)
 
 
 def misfit(job: Job, hardware: Hardware, found: Sequence[Candidate]) -> str:
@@ -52,7 +56,17 @@ def as_json(job: Job, hardware: Hardware, found: Sequence[Candidate]) -> dict[st
     return {
         "job": asdict(job),
         "hardware": asdict(hardware),
-        "candidates": [_candidate_as_json(c) for c in found],
+        "candidates": [
+            {
+                "ranks": c.ranks,
+                "replicas": c.replicas,
+                "fits": c.fits,
+                "memory": asdict(c.memory) | {"total": c.memory.total},
+                "exchanges": [asdict(e) | {"total_bytes": e.total_bytes} for e in c.exchanges],
+                "seconds": asdict(c.times) | {"total": c.times.total},
+            }
+            for c in found
+        ],
         "best": None if chosen is None else chosen.ranks,
         "remedies": remedies(job, hardware) if chosen is None else [],
         "assumptions": assumptions(job, hardware),
@@ -82,98 +96,59 @@ def assumptions(job: Job, hardware: Hardware) -> list[str]:
     return lines
 
 
-def _title(job: Job, hardware: Hardware) -> str:
-    nodes = -(-job.gpus // hardware.gpus_per_node)
-    size = _gib(job.slots * job.value_dim * job.element_bytes)
-    return (
-        f"memcompile estimate: {job.slots:,} slots ({job.n_keys:,} half-keys a side) x {job.value_dim:,} in "
-        f"{job.dtype}, {size} GiB, on {job.gpus:,} GPU(s) in {nodes} node(s)"
-    )
-
-
 def _candidates(found: Sequence[Candidate], chosen: Candidate | None) -> list[str]:
-    rows = [_HEADER, *(_cells(c) for c in found)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    starts = [sum(count for count, _ in _SECTIONS[:i]) for i in range(len(_SECTIONS) + 1)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cell.rjust(w) for cell, w in zip(cells, widths, strict=True)]
-        return " | ".join(" ".join(padded[a:b]) for a, b in pairwise(starts))
-
-    sections = [
-        name.center(sum(widths[a:b]) + b - a - 1) for (_, name), (a, b) in zip(_SECTIONS, pairwise(starts), strict=True)
-    ]
-    rule = "-+-".join("-" * (sum(widths[a:b]) + b - a - 1) for a, b in pairwise(starts))
+    sections = []
+    for (title, names), rows in zip(_COLUMNS.items(), zip(*map(_cells, found), strict=True), strict=True):
+        header, *body = _aligned([names.split(), *rows], " ")
+        sections.append([title.center(len(header)), header, "-" * len(header), *body])
+    titles, headers, rule, *lines = zip(*sections, strict=True)
     marks = ["*" if c is chosen else " " if c.fits else "!" for c in found]
-    body = [f"{mark} {line(row)}" for mark, row in zip(marks, rows[1:], strict=True)]
-    legend = ["* the best", *(["! does not fit"] if "!" in marks else [])]
+    legend = ["* the best"] * (chosen is not None) + ["! does not fit"] * ("!" in marks)
     return [
-        f"  {' | '.join(sections).rstrip()}",
-        f"  {line(_HEADER)}",
-        f"  {rule}",
-        *body,
-        "; ".join(legend if chosen else legend[1:]),
+        f"  {' | '.join(titles).rstrip()}",
+        f"  {' | '.join(headers)}",
+        f"  {'-+-'.join(rule)}",
+        *(f"{mark} {' | '.join(row)}" for mark, row in zip(marks, lines, strict=True)),
+        "; ".join(legend),
     ]
 
 
-def _cells(c: Candidate) -> list[str]:
+def _cells(c: Candidate) -> list[list[str]]:
+    """Of each section of the table."""
     memory, times = c.memory, c.times
     sizes = (memory.values + memory.masters, memory.gradient, memory.states, memory.buffers, memory.total)
-    received = [sum(e.received_bytes for e in part) for part in (c.layer_exchanges, c.step_exchanges)]
-    seconds = (times.layers_wire, times.step_wire, times.search, times.gather, times.update, times.total)
+    received = [sum(e.total_bytes for e in part) for part in (c.layer_exchanges, c.step_exchanges)]
     return [
-        f"{c.ranks:,}",
-        f"{c.replicas:,}",
-        *(_short(n / GIB) for n in sizes),
-        *(f"{n / MIB:,.0f}" for n in received),
-        *(_short(s * 1e3) for s in seconds),
+        [f"{c.ranks:,}", f"{c.replicas:,}"],
+        [_short(n / GIB) for n in sizes],
+        [f"{n / MIB:,.0f}" for n in received],
+        [_short(s * 1e3) for s in (*vars(times).values(), times.total)],
     ]
 
 
-def _chosen(chosen: Candidate, hardware: Hardware) -> list[str]:
-    exchanges = [*chosen.layer_exchanges, *chosen.step_exchanges]
+def _aligned(rows: Sequence[Sequence[str]], gap: str, left: int = 0) -> list[str]:
+    """Lines of cells, the first `left` of which start at the left of their columns and the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    return [gap.join(side(cell, w) for side, cell, w in zip(sides, row, widths, strict=True)) for row in rows]
+
+
+def _chosen(job: Job, hardware: Hardware, chosen: Candidate) -> list[str]:
+    """The best candidate, what it sends, and the best ones of other jobs."""
     groups = f"{chosen.replicas:,} group(s) of {chosen.ranks:,} rank(s)"
-    lines = [
+    best_line = (
         f"best: {groups}, {chosen.times.total * 1e3:,.1f} ms a step, {_gib(chosen.memory.total)} GiB a rank of "
         f"{_gib(hardware.free_memory)} free"
-    ]
-    if not exchanges:
-        return [*lines, "nothing is sent"]
-    header = ["sent a step", "by", "over", "times", "MiB received", "ms"]
-    rows = [header, *(_exchange_cells(e) for e in exchanges)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    for row in rows:
-        texts = [cell.ljust(w) for cell, w in zip(row[:3], widths[:3], strict=True)]
-        numbers = [cell.rjust(w) for cell, w in zip(row[3:], widths[3:], strict=True)]
-        lines.append("  ".join(texts + numbers))
-    return lines
-
-
-def _alternatives(job: Job, hardware: Hardware) -> list[str]:
-    return [
+    )
+    rows = [["sent a step", "by", "over", "times", "MiB received", "ms"]]
+    for e in chosen.exchanges:
+        numbers = [str(e.count), f"{e.total_bytes / MIB:,.1f}", f"{e.seconds * 1e3:,.2f}"]
+        rows.append([e.name, e.operation, e.over, *numbers])
+    others = (
         f"with {option} the best were groups of {c.ranks:,}: {c.times.total * 1e3:,.1f} ms, {_gib(c.memory.total)} GiB"
         for option, c in alternatives(job, hardware).items()
-    ]
-
-
-def _exchange_cells(e: Exchange) -> list[str]:
-    c = e.collective
-    return [c.name, c.operation, c.over, str(e.count), f"{e.received_bytes / MIB:,.1f}", f"{e.seconds * 1e3:,.2f}"]
-
-
-def _candidate_as_json(c: Candidate) -> dict[str, Any]:
-    exchanges = [*c.layer_exchanges, *c.step_exchanges]
-    return {
-        "ranks": c.ranks,
-        "replicas": c.replicas,
-        "fits": c.fits,
-        "memory": asdict(c.memory) | {"total": c.memory.total},
-        "exchanges": [
-            asdict(e.collective) | {"count": e.count, "total_bytes": e.received_bytes, "seconds": e.seconds}
-            for e in exchanges
-        ],
-        "seconds": asdict(c.times) | {"total": c.times.total},
-    }
+    )
+    return [best_line, *(_aligned(rows, "  ", left=3) if chosen.exchanges else ["nothing is sent"]), *others]
 
 
 def _short(number: float) -> str:

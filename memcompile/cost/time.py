@@ -4,15 +4,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from memcompile.cost.hbm import BACKWARD, gather_bytes, search_bytes, update_bytes
 from memcompile.cost.job import Job
-from memcompile.cost.wire import (
-    REPLICAS,
-    Collective,
-    backward_collectives,
-    forward_collectives,
-    step_collectives,
-)
+from memcompile.cost.memory import BACKWARD, gather_bytes, search_bytes, update_bytes
+from memcompile.cost.wire import MEMORY, REPLICAS, Collective, layer_collectives, step_collectives
 from memcompile.errors import OptionError
 
 
@@ -55,47 +49,32 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """A collective of a step, on the rank for which it takes longest.
+class Exchange(Collective):
+    """A collective on the rank for which it takes longest; `count` of them in a step take so many seconds together."""
 
-    Attributes:
-        collective: one of them.
-        count: how many a step has.
-        seconds: of all of them.
-    """
-
-    collective: Collective
     count: int
     seconds: float
 
     @property
-    def received_bytes(self) -> int:
-        """Of all of them."""
-        return self.count * self.collective.received_bytes
+    def total_bytes(self) -> int:
+        """What the rank gets in all of them."""
+        return self.count * self.received_bytes
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step, of all layers.
+    """Seconds of a step, of all layers."""
 
-    Attributes:
-        layers_wire: collectives of the layers.
-        step_wire: collectives of the gradient.
-        search: scores and selection; its matrix products are compute, and not counted.
-        gather: rows read, and those of the gradient written.
-        update: the optimizer, and the sum over replicas.
-    """
-
-    layers_wire: float
-    step_wire: float
-    search: float
-    gather: float
-    update: float
+    layers_wire: float  # collectives of the layers
+    step_wire: float  # collectives of the gradient
+    search: float  # scores and selection; its matrix products are compute, and not counted
+    gather: float  # rows read, and those of the gradient written
+    update: float  # the optimizer, and the sum over replicas
 
     @property
     def total(self) -> float:
         """All of it, nothing overlapped."""
-        return self.layers_wire + self.step_wire + self.search + self.gather + self.update
+        return sum(vars(self).values())
 
 
 def wire_seconds(collective: Collective, ranks: int, in_node: int, hardware: Hardware) -> float:
@@ -117,29 +96,21 @@ def wire_seconds(collective: Collective, ranks: int, in_node: int, hardware: Har
 def exchanges_of(job: Job, hardware: Hardware, ranks: int) -> tuple[tuple[Exchange, ...], tuple[Exchange, ...]]:
     """The collectives of all layers, and those once a step, with groups of `ranks` of consecutive ranks."""
     replicas = job.gpus // ranks
-    sizes = (job.tokens, job.hits, job.value_dim, ranks)
-    rows, updated = job.touched_rows(ranks), job.touched_rows(job.gpus)
+    layouts = {  # how many ranks take part, and how many of them share a node: replicas of a rank are `ranks` apart
+        MEMORY: (ranks, min(ranks, hardware.gpus_per_node)),
+        REPLICAS: (replicas, min(replicas, max(1, hardware.gpus_per_node // ranks))),
+    }
 
-    def layer(rank: int) -> tuple[Collective, ...]:
-        one = (*sizes, rank, job.element_bytes, job.by)
-        return forward_collectives(*one) + backward_collectives(*one)
-
-    def step(rank: int) -> tuple[Collective, ...]:
-        return step_collectives(
-            rows,
-            job.value_dim,
-            ranks,
-            rank,
-            job.element_bytes,
-            job.by,
-            replicas=replicas,
-            slots=job.slots,
-            values_grad=job.values_grad,
-            optimizer=job.optimizer,
-            updated_rows=updated,
+    def exchanges(of_rank: Callable[[Job, int, int], tuple[Collective, ...]], count: int) -> tuple[Exchange, ...]:
+        # A collective ends when its last rank does, which is the one that holds the most or the least.
+        pairs = zip(of_rank(job, ranks, 0), of_rank(job, ranks, ranks - 1), strict=True)
+        slowest = [max(pair, key=lambda collective: collective.received_bytes) for pair in pairs]
+        return tuple(
+            Exchange(**vars(c), count=count, seconds=count * wire_seconds(c, *layouts[c.over], hardware))
+            for c in slowest
         )
 
-    return _slowest(layer, job.layers, job, hardware, ranks), _slowest(step, 1, job, hardware, ranks)
+    return exchanges(layer_collectives, job.layers), exchanges(step_collectives, 1)
 
 
 def times_of(job: Job, hardware: Hardware, ranks: int) -> Times:
@@ -153,23 +124,3 @@ def times_of(job: Job, hardware: Hardware, ranks: int) -> Times:
         gather=job.layers * gather / hardware.hbm,
         update=update_bytes(job, ranks, hardware.granule) / hardware.hbm,
     )
-
-
-def _slowest(
-    of_rank: Callable[[int], tuple[Collective, ...]], count: int, job: Job, hardware: Hardware, ranks: int
-) -> tuple[Exchange, ...]:
-    """A collective ends when its last rank does, which is the one that holds the most or the least."""
-    found = []
-    for first, last in zip(of_rank(0), of_rank(ranks - 1), strict=True):
-        collective = max(first, last, key=lambda c: c.received_bytes)
-        members, in_node = _layout(collective, job, hardware, ranks)
-        found.append(Exchange(collective, count, count * wire_seconds(collective, members, in_node, hardware)))
-    return tuple(found)
-
-
-def _layout(collective: Collective, job: Job, hardware: Hardware, ranks: int) -> tuple[int, int]:
-    """How many ranks take part, and how many of them share a node: replicas of a rank are `ranks` apart."""
-    if collective.over == REPLICAS:
-        replicas = job.gpus // ranks
-        return replicas, min(replicas, max(1, hardware.gpus_per_node // ranks))
-    return ranks, min(ranks, hardware.gpus_per_node)

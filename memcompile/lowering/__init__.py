@@ -7,9 +7,9 @@ from memcompile.lowering.register import flops
 from memcompile.lowering.register.kernels import IN_PYTORCH
 from memcompile.lowering.register.schema import operator
 from memcompile.lowering.search import product_key_search, product_key_topk
-from memcompile.lowering.triton.load import load as load_triton
-from memcompile.lowering.triton.load import load_for
-from memcompile.lowering.triton.settings import is_interpreted
+from memcompile.lowering.triton.register import load as load_triton
+from memcompile.lowering.triton.register import load_for
+from memcompile.lowering.triton.support import is_interpreted
 from memcompile.lowering.update import row_adam, row_tables, skipped_steps
 
 __all__ = ["cpu", "memory_lookup", "operator"]

@@ -16,9 +16,9 @@ from benchmarks.sharding.report import report
 from benchmarks.sharding.traffic import formulas, received_bytes, with_formulas
 from benchmarks.sharding.trainee import COMMUNICATION, GATHER, OPTIMIZER, PARTS, REST, SEARCH, Step, split, timed
 from benchmarks.sharding.worker import WHOLE_STEP
+from memcompile.cost.groups import NUMBERS_OF_GPUS
 from memcompile.cost.job import Job
 from memcompile.cost.memory import memory_of
-from memcompile.cost.plot import NUMBERS_OF_GPUS
 from memcompile.cost.time import Hardware
 from memcompile.lowering.register.schema import operator
 

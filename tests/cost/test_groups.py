@@ -5,7 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from memcompile.cost.groups import alternatives, best, candidates, group_sizes, remedies
+from memcompile.cost.groups import (
+    NUMBERS_OF_GPUS,
+    alternatives,
+    best,
+    best_by_gpus,
+    candidates,
+    group_sizes,
+    remedies,
+)
 from memcompile.cost.job import Job
 from memcompile.cost.time import Hardware, times_of
 from memcompile.errors import OptionError
@@ -70,6 +78,13 @@ def test_the_fastest_is_not_chosen_where_it_does_not_fit():
     fastest = best(candidates(asked, HARDWARE))
     chosen = best(candidates(asked, Hardware(gpu_memory=fastest.memory.total - 1, model_memory=0)))
     assert chosen.ranks != fastest.ranks and chosen.times.total > fastest.times.total
+
+
+def test_the_best_of_each_number_of_gpus():
+    found = best_by_gpus(job(gpus=8), HARDWARE)
+    assert tuple(found) == NUMBERS_OF_GPUS
+    assert found[8] is None  # as the job itself
+    assert found[64] == best(candidates(job(gpus=64), HARDWARE))
 
 
 def test_alternatives_are_the_best_of_other_jobs():

@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from memcompile.cost.groups import best, candidates
+from memcompile.cost.groups import candidates
 from memcompile.cost.job import Job
-from memcompile.cost.plot import NUMBERS_OF_GPUS, best_by_gpus, draw
+from memcompile.cost.plot import draw
 from memcompile.cost.time import Hardware
 
 JOB = Job(slots=2**26, value_dim=2048, gpus=8)
@@ -21,13 +21,6 @@ def test_a_figure_is_written(tmp_path, hardware):
     job = JOB if hardware.gpus_per_node == 8 else Job(slots=2**16, value_dim=64, gpus=6)
     draw(job, hardware, candidates(job, hardware), tmp_path / "cost.png")
     assert (tmp_path / "cost.png").stat().st_size > 10_000
-
-
-def test_the_best_of_each_number_of_gpus():
-    found = best_by_gpus(JOB, Hardware())
-    assert tuple(found) == NUMBERS_OF_GPUS
-    assert found[8] is None  # as the job itself
-    assert found[64] == best(candidates(Job(slots=2**26, value_dim=2048, gpus=64), Hardware()))
 
 
 def test_what_matplotlib_does_not_write_is_an_error(tmp_path):

@@ -36,7 +36,7 @@ def test_the_table_has_a_line_for_each_candidate():
         assert sum(numbers[2:6]) == pytest.approx(numbers[6], rel=1e-3, abs=0.3)
         assert numbers[-1] == pytest.approx(candidate.times.total * 1e3, rel=5e-4, abs=0.06)
         assert sum(numbers[9:-1]) == pytest.approx(numbers[-1], rel=1e-3, abs=0.3)
-        received = sum(e.received_bytes for e in candidate.layer_exchanges)
+        received = sum(e.total_bytes for e in candidate.layer_exchanges)
         assert numbers[7] == pytest.approx(received / 2**20, abs=0.6)
 
 

@@ -35,7 +35,7 @@ def received(rank: int) -> dict[str, dict[str, float]]:
         trainee.forward_backward(TOKENS)
         with Alone(dist.barrier) as alone:
             trainee.forward_backward(TOKENS)
-        expected = formulas(Case(2, by, TOKENS), sizes, rank, dtype.itemsize)
+        expected = formulas(Case(2, by, TOKENS), sizes, rank, "bf16" if dtype is torch.bfloat16 else "fp32")
         found[name] = {one.name: one.of_formula for one in with_formulas(expected, alone.found)}
     return found
 

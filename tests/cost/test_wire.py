@@ -8,11 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memcompile.cost.wire import backward_collectives, forward_collectives, shard_size, step_collectives
+from memcompile.cost.job import Job
+from memcompile.cost.wire import layer_collectives, step_collectives
 
 RANKS = (1, 2, 3, 4, 7)
-TOKENS, HITS = 5, 6
+TOKENS, HEADS, TOP_K = 5, 2, 3
+HITS = HEADS * TOP_K
 DIMS = (1, 2, 5, 8, 12, 13)  # also fewer columns than ranks, and chunks that leave the last ranks less or nothing
+
+
+def job(value_dim, **options):
+    sizes = {"slots": 64, "gpus": 1, "tokens": TOKENS, "heads": HEADS, "top_k": TOP_K, "layers": 1}
+    return Job(value_dim=value_dim, **sizes | options)
 
 
 def columns_of(value_dim, ranks):
@@ -74,30 +81,30 @@ def list_of_hits(ranks):
 
 cases = pytest.mark.parametrize("ranks", RANKS)
 dims = pytest.mark.parametrize("value_dim", DIMS)
-widths = pytest.mark.parametrize("element_bytes", [2, 4])
+dtypes = pytest.mark.parametrize(("dtype", "element_bytes"), [("bf16", 2), ("fp32", 4)])
 
 
 @cases
 @dims
 def test_shards_are_those_of_torch_chunk(value_dim, ranks):
-    assert [shard_size(value_dim, ranks, r) for r in range(ranks)] == [len(c) for c in columns_of(value_dim, ranks)]
+    assert [job(value_dim).shard(ranks, r)[1] for r in range(ranks)] == [len(c) for c in columns_of(value_dim, ranks)]
 
 
 @cases
 @dims
-@widths
-def test_columns_against_an_enumeration(value_dim, ranks, element_bytes):
+@dtypes
+def test_columns_against_an_enumeration(value_dim, ranks, dtype, element_bytes):
     sent = list_of_hits(ranks), outputs_to_owners(value_dim, ranks, element_bytes)
     sent_back = (
         gradients_to_holders(value_dim, ranks, element_bytes),
         ring_reduce_scatter(ranks, TOKENS * HITS * torch.float32.itemsize),
     )
     for rank in range(ranks):
-        sizes = (TOKENS, HITS, value_dim, ranks, rank, element_bytes, "columns")
-        forward, backward = forward_collectives(*sizes), backward_collectives(*sizes)
+        found = layer_collectives(job(value_dim, dtype=dtype, by="columns"), ranks, rank)
         if ranks == 1:
-            assert forward == backward == ()
+            assert found == ()
             continue
+        forward, backward = found[:2], found[2:]
         assert [c.operation for c in forward] == ["all_gather", "all_to_all"]
         assert [c.received_bytes for c in forward] == [received[rank] for received in sent]
         assert [c.operation for c in backward] == ["all_to_all", "reduce_scatter"]
@@ -106,36 +113,37 @@ def test_columns_against_an_enumeration(value_dim, ranks, element_bytes):
 
 @cases
 @dims
-@widths
-def test_rows_against_an_enumeration(value_dim, ranks, element_bytes):
+@dtypes
+def test_rows_against_an_enumeration(value_dim, ranks, dtype, element_bytes):
     outputs = TOKENS * value_dim * element_bytes  # of a rank's tokens
     sent = list_of_hits(ranks), ring_reduce_scatter(ranks, outputs)
     sent_back = gather(ranks, outputs), ring_reduce_scatter(ranks, TOKENS * HITS * torch.float32.itemsize)
     for rank in range(ranks):
-        sizes = (TOKENS, HITS, value_dim, ranks, rank, element_bytes, "rows")
-        forward, backward = forward_collectives(*sizes), backward_collectives(*sizes)
+        found = layer_collectives(job(value_dim, dtype=dtype, by="rows"), ranks, rank)
         if ranks == 1:
-            assert forward == backward == ()
+            assert found == ()
             continue
+        forward, backward = found[:2], found[2:]
         assert [c.operation for c in forward] == ["all_gather", "reduce_scatter"]
         assert [c.received_bytes for c in forward] == [received[rank] for received in sent]
         assert [c.operation for c in backward] == ["all_gather", "reduce_scatter"]
         assert [c.received_bytes for c in backward] == [received[rank] for received in sent_back]
 
 
-def step(rows, value_dim, ranks, rank, element_bytes=2, by="columns", **options):
-    return step_collectives(rows, value_dim, ranks, rank, element_bytes, by, **{"slots": 64, "replicas": 1} | options)
+def step(value_dim, ranks, rank, replicas=1, **options):
+    """The collectives, and how many rows a group of ranks and all of them touch."""
+    asked = job(value_dim, gpus=ranks * replicas, **options)
+    return step_collectives(asked, ranks, rank), asked.touched_rows(ranks), asked.touched_rows(asked.gpus)
 
 
 @cases
 @dims
 @pytest.mark.parametrize("replicas", RANKS)
 def test_a_sparse_gradient_against_an_enumeration(value_dim, ranks, replicas):
-    rows = 12
     for rank, columns in enumerate(columns_of(value_dim, ranks)):
         row = torch.int64.itemsize + sum(torch.float32.itemsize for _ in columns)
+        found, rows, _ = step(value_dim, ranks, rank, replicas)
         expected = [] if replicas == 1 else [gather(replicas, sum(row for _ in range(rows)))[0]]
-        found = step(rows, value_dim, ranks, rank, replicas=replicas)
         assert [c.received_bytes for c in found] == expected
         assert all((c.operation, c.over) == ("all_gather", "replicas") for c in found)
 
@@ -143,77 +151,64 @@ def test_a_sparse_gradient_against_an_enumeration(value_dim, ranks, replicas):
 @cases
 @pytest.mark.parametrize("replicas", RANKS)
 def test_a_dense_gradient_against_a_ring(ranks, replicas):
-    slots, value_dim = 84, 13  # 84 rows are divided by every number of replicas
+    slots, value_dim = 84**2, 13  # 84 is divided by every number of replicas
     for rank, columns in enumerate(columns_of(value_dim, ranks)):
         chunk = slots // replicas * len(columns) * 2
         expected = ring_reduce_scatter(replicas, chunk)[0] + gather(replicas, chunk)[0]
-        found = step(5, value_dim, ranks, rank, slots=slots, replicas=replicas, values_grad="dense")
+        found, *_ = step(value_dim, ranks, rank, replicas, slots=slots, values_grad="dense")
         assert [c.received_bytes for c in found] == ([expected] if replicas > 1 else [])
 
 
 @cases
 def test_by_rows_a_rank_has_a_part_of_the_rows_and_all_of_their_columns(ranks):
-    rows, value_dim, replicas = 84, 5, 3
+    value_dim, replicas = 5, 3
     row = 8 + value_dim * 4
-    (sparse,) = step(rows, value_dim, ranks, 0, by="rows", replicas=replicas)
-    assert sparse.received_bytes == (replicas - 1) * (rows // ranks) * row
-    (dense,) = step(rows, value_dim, ranks, 0, by="rows", replicas=replicas, slots=252, values_grad="dense")
-    assert dense.received_bytes == 2 * (replicas - 1) * (252 // ranks // replicas) * value_dim * 2
+    (sparse,), rows, _ = step(value_dim, ranks, 0, replicas, by="rows")
+    assert sparse.received_bytes == (replicas - 1) * -(-rows // ranks) * row
+    (dense,), *_ = step(value_dim, ranks, 0, replicas, by="rows", slots=84**2, values_grad="dense")
+    assert dense.received_bytes == 2 * (replicas - 1) * (84**2 // ranks // replicas) * value_dim * 2
 
 
 @cases
 def test_row_wise_adagrad_sums_the_squares_of_rows_over_the_group(ranks):
-    rows = 84
+    found, _, rows = step(13, ranks, 0, optimizer="row_wise_adagrad", slots=84**2, tokens=10**6)
+    assert rows == 84**2  # all of them, which every number of ranks divides
     chunk = rows // ranks * torch.float32.itemsize
     expected = ring_reduce_scatter(ranks, chunk)[0] + gather(ranks, chunk)[0]
-    found = step(rows, 13, ranks, 0, optimizer="row_wise_adagrad")
     assert [(c.received_bytes, c.operation, c.over) for c in found] == (
         [(expected, "all_reduce", "memory")] if ranks > 1 else []
     )
-    assert step(rows, 13, ranks, 0, optimizer="row_wise_adagrad", by="rows") == ()  # whole rows: nothing to sum
+    by_rows, *_ = step(13, ranks, 0, optimizer="row_wise_adagrad", by="rows")
+    assert by_rows == ()  # whole rows: nothing to sum
 
 
 def test_row_wise_adagrad_sums_the_rows_of_all_replicas():
-    options = {"optimizer": "row_wise_adagrad", "replicas": 2, "updated_rows": 40}
-    gradient, squares = step(30, 8, 4, 0, **options)
-    assert gradient.received_bytes == 30 * (8 + 2 * 4)
-    assert squares.received_bytes == 2 * 3 * 40 * 4 // 4
-    *_, squares = step(30, 8, 4, 0, **options, values_grad="dense")
+    (gradient, squares), rows, updated = step(8, 4, 0, 2, optimizer="row_wise_adagrad")
+    assert rows < updated < 64
+    assert gradient.received_bytes == rows * (8 + 2 * 4)
+    assert squares.received_bytes == 2 * 3 * updated * 4 // 4
+    (*_, squares), *_ = step(8, 4, 0, 2, optimizer="row_wise_adagrad", values_grad="dense")
     assert squares.received_bytes == 2 * 3 * 64 * 4 // 4  # all slots
 
 
 @given(ranks=st.integers(1, 9), replicas=st.integers(2, 9))
 def test_fractions_are_rounded_up(ranks, replicas):
-    (dense,) = step(1, 5, ranks, 0, slots=7, replicas=replicas, values_grad="dense")
-    exact = Fraction(2 * (replicas - 1), replicas) * 7 * shard_size(5, ranks, 0) * 2
+    (dense,), *_ = step(5, ranks, 0, replicas, slots=49, values_grad="dense")
+    exact = Fraction(2 * (replicas - 1), replicas) * 49 * -(-5 // ranks) * 2
     assert exact <= dense.received_bytes < exact + 1
 
 
 @given(
     tokens=st.integers(1, 100),
-    hits=st.integers(1, 100),
+    heads=st.integers(1, 100),
     value_dim=st.integers(1, 300),
     ranks=st.integers(2, 40),
-    element_bytes=st.sampled_from([2, 4]),
+    dtype=st.sampled_from(["bf16", "fp32"]),
 )
-def test_what_all_ranks_receive_by_columns_is_the_same_forward_and_backward(
-    tokens, hits, value_dim, ranks, element_bytes
-):
-    def sums(collectives, which):
-        return sum(
-            collectives(tokens, hits, value_dim, ranks, rank, element_bytes)[which].received_bytes
-            for rank in range(ranks)
-        )
-
-    everything = ranks * (ranks - 1) * tokens * hits
-    assert sums(forward_collectives, 0) == everything * 8 and sums(backward_collectives, 1) == everything * 4
-    assert sums(forward_collectives, 1) == sums(backward_collectives, 0)
-
-
-def test_wrong_arguments_are_errors_that_name_them():
-    with pytest.raises(ValueError, match="rank: expected 0 to 3, got 4"):
-        forward_collectives(1, 1, 8, 4, 4, 2)
-    with pytest.raises(ValueError, match="by: expected 'columns' or 'rows', got 'diagonals'"):
-        backward_collectives(1, 1, 8, 4, 0, 2, "diagonals")
-    with pytest.raises(ValueError, match="rank: expected 0 to 0, got 1"):
-        step_collectives(1, 8, 1, 1, 2, replicas=1, slots=4)
+def test_what_all_ranks_receive_by_columns_is_the_same_forward_and_backward(tokens, heads, value_dim, ranks, dtype):
+    asked = job(value_dim, tokens=tokens, heads=heads, dtype=dtype)
+    everyone = [[c.received_bytes for c in layer_collectives(asked, ranks, rank)] for rank in range(ranks)]
+    hits, outputs, output_gradients, weight_gradients = map(sum, zip(*everyone, strict=True))
+    everything = ranks * (ranks - 1) * tokens * asked.hits
+    assert hits == everything * 8 and weight_gradients == everything * 4
+    assert outputs == output_gradients

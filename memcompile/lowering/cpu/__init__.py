@@ -10,7 +10,7 @@ import torch
 from memcompile.lowering.cpu.build import BuildError, kernels
 from memcompile.lowering.cpu.pages import advise_huge_pages
 from memcompile.lowering.register.kernels import LateKernels
-from memcompile.lowering.triton.settings import is_interpreted
+from memcompile.lowering.triton.support import is_interpreted
 
 __all__ = ["advise_huge_pages", "load"]
 

@@ -21,8 +21,8 @@ from memcompile.lowering.inductor.caches import source_digest
 from memcompile.lowering.inductor.gemm import mkl_is_held_back, use_onednn
 from memcompile.lowering.inductor.merge_scatters import merge_scatters
 from memcompile.lowering.inductor.order_collectives import order_collectives
-from memcompile.lowering.triton.load import load_in_graphs
-from memcompile.lowering.triton.settings import uses_atomics
+from memcompile.lowering.triton.register import load_in_graphs
+from memcompile.lowering.triton.support import uses_atomics
 from memcompile.version import __version__
 
 # What each counts, and what it does to a graph.

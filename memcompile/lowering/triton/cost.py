@@ -7,11 +7,8 @@ Bytes and FLOPs are counted; the rates are the device's own, as it reports them.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
-import sympy
 import torch
 
 from memcompile.lowering._torch import size_hint
@@ -25,11 +22,31 @@ _FP32 = 4
 class Search:
     """A search: `tokens` x `heads` queries of two halves of half_dim elements of itemsize bytes, n_keys half-keys."""
 
-    tokens: int | torch.SymInt
+    tokens: int  # or SymInt
     heads: int
     n_keys: int
     half_dim: int
     itemsize: int
+
+    @property
+    def scores(self) -> int:
+        return 2 * self.tokens * self.heads * self.n_keys
+
+    @property
+    def stored_bytes(self) -> int:
+        return _FP32 * self.scores
+
+    @property
+    def gemm_flops(self) -> int:
+        return 2 * self.scores * self.half_dim
+
+    @property
+    def key_bytes(self) -> int:
+        return 2 * self.heads * self.n_keys * self.half_dim * self.itemsize
+
+    @property
+    def operand_bytes(self) -> int:
+        return self.key_bytes + 2 * self.heads * self.tokens * self.half_dim * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -60,37 +77,14 @@ _LAUNCH = 3e-6  # seconds
 MOST_STORED = 2**31  # bytes of scores: a batch whose scores are more keeps none of them, whatever it costs
 
 
-_SYMBOLS = sympy.symbols("tokens heads n_keys half_dim itemsize", positive=True, integer=True)
-_t, _h, _n, _d, _b = _SYMBOLS
-
-scores = 2 * _t * _h * _n
-gemm_flops = 2 * scores * _d
-operand_bytes = 2 * _h * _d * _b * (_t + _n)
-stored_bytes = _FP32 * scores
-
-
-@functools.cache
-def _evaluator(expression: sympy.Expr) -> Callable[..., Any]:
-    evaluator: Callable[..., Any] = sympy.lambdify(_SYMBOLS, expression)
-    return evaluator
-
-
-def evaluate(expression: sympy.Expr, search: Search) -> Any:
-    """The number that an expression of this module is for one search: symbolic where its tokens are."""
-    return _evaluator(expression)(search.tokens, search.heads, search.n_keys, search.half_dim, search.itemsize)
-
-
 def seconds_stored(search: Search, device: Device) -> float:
     """Estimated time of a search whose scores are stored."""
     flops = device.library_flops if search.itemsize < _FP32 else device.fp32_flops
-    stored = evaluate(stored_bytes, search)
     # Scores that fit half of the L2 are read from there.
-    bandwidth = device.bandwidth * (_CACHE_SPEED if stored < device.cache / 2 else 1)
-    gemm = max(
-        evaluate(gemm_flops, search) / (flops * _GEMM_SHARE),
-        evaluate(operand_bytes, search) / device.bandwidth + stored / bandwidth,
-    )
-    select = max(stored / bandwidth, evaluate(scores * _OPERATIONS, search) / device.operations)
+    is_cached = search.stored_bytes < device.cache / 2
+    moved = search.stored_bytes / (device.bandwidth * (_CACHE_SPEED if is_cached else 1))
+    gemm = max(search.gemm_flops / (flops * _GEMM_SHARE), search.operand_bytes / device.bandwidth + moved)
+    select = max(moved, search.scores * _OPERATIONS / device.operations)
     return gemm + select + 2 * _LAUNCH
 
 
@@ -98,13 +92,12 @@ def seconds_computed(search: Search, device: Device, rows: int) -> float:
     """Estimated time of a search that computes its scores, `rows` queries a program."""
     flops = device.half_flops if search.itemsize < _FP32 else device.fp32_flops
     blocks = -(-search.tokens // rows)
-    programs = blocks * search.heads * 2
-    busy = min(1.0, programs / device.multiprocessors)
+    busy = min(1.0, 2 * blocks * search.heads / device.multiprocessors)
     padding = blocks * rows / search.tokens  # a program multiplies and compares all of its rows
-    padded = evaluate(gemm_flops, search) * padding
-    keys = _PASSES * blocks * evaluate(2 * _h * _n * _d * _b, search)  # each block of queries reads them all
-    product = max(_PASSES * padded / (flops * _DOT_SHARE), keys / (device.bandwidth * _CACHE_SPEED))
-    return (product + evaluate(scores * _OPERATIONS, search) * padding / device.operations) / busy + _LAUNCH
+    keys = blocks * search.key_bytes  # each block of queries reads them all
+    product = max(search.gemm_flops * padding / (flops * _DOT_SHARE), keys / (device.bandwidth * _CACHE_SPEED))
+    compare = search.scores * _OPERATIONS * padding / device.operations
+    return (_PASSES * product + compare) / busy + _LAUNCH
 
 
 def stores_scores(search: Search, top_k: int, device: Device) -> bool:
@@ -116,11 +109,11 @@ def stores_scores(search: Search, top_k: int, device: Device) -> bool:
     hint = size_hint(search.tokens)
     if hint == 0:
         return True
-    if evaluate(stored_bytes, search) > MOST_STORED:
+    if search.stored_bytes > MOST_STORED:
         return False
     traced = replace(search, tokens=hint)
     config = computed_config(top_k, traced.n_keys, traced.half_dim, hint, traced.itemsize)
-    return bool(seconds_stored(traced, device) <= seconds_computed(traced, device, config.rows))
+    return bool(seconds_stored(traced, device) <= seconds_computed(traced, device, config["ROWS"]))
 
 
 @functools.cache

@@ -1,4 +1,6 @@
-"""The Triton kernels as kernels of the operators, for a device, and in the graphs that are compiled for it."""
+"""Registers the Triton kernels as kernels of the operators: for eager calls on a GPU, when the first of them comes, and
+in the graphs that are compiled for one. Functions import `launch` and `_inductor`, which import Triton and Inductor.
+"""
 
 import functools
 from collections.abc import Callable
@@ -8,54 +10,34 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering._torch import decompose_in_graphs, is_keyed
-from memcompile.lowering.register.kernels import IN_PYTORCH, without_autocast
+from memcompile.lowering.register.kernels import IN_PYTORCH, LateKernels, without_autocast
 from memcompile.lowering.register.schema import LIBRARY, NAMESPACE
-from memcompile.lowering.triton import launch, template
-from memcompile.lowering.triton.settings import is_interpreted
-from memcompile.lowering.triton.support import are_together, supports, supports_search, supports_tensors
-from memcompile.lowering.update.row_adam import RowAdam
-from memcompile.lowering.update.row_tables import RowAdagrad, RowSgd, RowUpdate
+from memcompile.lowering.triton import support
 
-Supports = Callable[..., bool]
-
-
-def _supports_update(update: type[RowUpdate]) -> Supports:
-    """Tables in float64 too; the numbers of `row_adam` are on the CPU, and everything else where the table is."""
-
-    def supports_update(*args: Any) -> bool:
-        given = vars(update(*args))
-        tensors = [value for name, value in given.items() if isinstance(value, Tensor) and name != "numbers"]
-        return are_together(tensors) and supports(tensors[0].device)
-
-    return supports_update
-
-
-# What graphs hold too, in the place of the operator.
-_IN_GRAPHS: dict[str, tuple[Callable[..., Any], Supports]] = {
-    "product_key_search": (launch.product_key_search, supports_search),
-    "product_key_topk": (launch.product_key_topk, supports_search),
-    "weighted_gather": (launch.weighted_gather, supports_tensors),
-    "gather_dot": (launch.gather_dot, supports_tensors),
-    "weighted_scatter": (launch.weighted_scatter, supports_tensors),
+# Which arguments each of the kernels takes.
+_IN_GRAPHS: dict[str, Callable[..., bool]] = {  # graphs hold these in the place of the operator
+    "product_key_search": support.supports_search,
+    "product_key_topk": support.supports_search,
+    "weighted_gather": support.supports_tensors,
+    "gather_dot": support.supports_tensors,
+    "weighted_scatter": support.supports_tensors,
 }
-KERNELS = _IN_GRAPHS | {
-    "row_adam": (launch.row_adam, _supports_update(RowAdam)),
-    "row_adagrad": (launch.row_adagrad, _supports_update(RowAdagrad)),
-    "row_sgd": (launch.row_sgd, _supports_update(RowSgd)),
-}
+SUPPORTS = _IN_GRAPHS | dict.fromkeys(("row_adam", "row_adagrad", "row_sgd"), support.supports_update)
 
 
-def register_kernels(key: str) -> None:
-    """Registers all of them for a device's dispatch key."""
-    for name in KERNELS:
-        LIBRARY.impl(name, functools.partial(run, name), key)  # type: ignore[no-untyped-call]
+def load_for(key: str) -> bool:
+    """Registers the kernels for a device's dispatch key. Returns that they are there."""
+    from memcompile.lowering.triton import launch
+
+    for name in SUPPORTS:
+        LIBRARY.impl(name, functools.partial(run, name, getattr(launch, name)), key)  # type: ignore[no-untyped-call]
+    return True
 
 
-def run(name: str, *args: Any) -> Any:
-    """The operator `name`, by Triton where it supports the arguments, else in operations of PyTorch."""
-    kernel, supports_these = KERNELS[name]
+def run(name: str, kernel: Callable[..., Any], *args: Any) -> Any:
+    """The operator `name`, by its Triton kernel where that supports the arguments, else in operations of PyTorch."""
     in_pytorch = IN_PYTORCH[name]
-    if not supports_these(*args):
+    if not SUPPORTS[name](*args):
         return in_pytorch(*args)
     in_pytorch.check(*args)
     tensor = next(arg for arg in args if isinstance(arg, Tensor))
@@ -63,21 +45,43 @@ def run(name: str, *args: Any) -> Any:
         return kernel(*args)
 
 
+# PyTorch dispatches ROCm's tensors to CUDA's key too.
+load = LateKernels("CUDA", lambda: support.has_triton() and load_for("CUDA"))
+
+
 @functools.cache
-def register_in_graphs() -> bool:
-    """Has graphs that our backend compiles hold the kernels, for Inductor to generate. Returns whether Inductor knows
-    the template of `weighted_gather`.
+def load_in_graphs() -> bool:
+    """Has graphs that our backend compiles for a GPU hold the kernels, for Inductor to generate. Returns whether it
+    generates `weighted_gather`.
     """
+    if support.is_interpreted() or not support.is_installed():
+        return False
     for name in _IN_GRAPHS:
         decompose_in_graphs(f"{NAMESPACE}::{name}", functools.partial(body_in_graph, name), LIBRARY)
-    return template.register()
+    return register_template()
 
 
 def body_in_graph(name: str, *args: Any) -> Callable[..., Any] | None:
     """What a graph that is traced holds in the place of operator `name`; None where it holds the operator itself."""
-    kernel, supports_these = _IN_GRAPHS[name]
-    if is_interpreted() or not is_keyed() or not supports_these(*args):
+    from memcompile.lowering.triton import launch
+
+    if support.is_interpreted() or not is_keyed() or not _IN_GRAPHS[name](*args):
         return None
-    if name == "weighted_gather" and template.register():
+    if name == "weighted_gather" and register_template():
         return None
-    return launch.traced(kernel)
+    return getattr(launch, name)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def register_template() -> bool:
+    """Tells Inductor of the template of `weighted_gather`, once. Whether this version of torch is one that it runs on;
+    on another, graphs hold the kernel itself: the same answers, the gate in a kernel of its own.
+    """
+    try:
+        from memcompile.lowering.triton import _inductor
+
+        _inductor.register_template()
+    except (ImportError, AttributeError, TypeError) as error:
+        support.say_unknown_inductor(error)
+        return False
+    return True

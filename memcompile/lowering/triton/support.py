@@ -1,20 +1,32 @@
-"""Which devices and arguments the Triton kernels support."""
+"""Which devices and arguments the Triton kernels support, and what the environment asks of them."""
 
 import functools
 import importlib.util
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memcompile.lowering.triton.settings import is_interpreted
-
 log = logging.getLogger(__name__)
 
 MAX_TOP_K = 64  # to rank more takes ten seconds to compile and 190 registers
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_ON = ("1", "on", "true", "yes")
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in _ON
+
+
+def uses_atomics() -> bool:
+    """Whether gradients of rows are summed by fp32 atomics (``MEMCOMPILE_ATOMICS=1``): the sums then differ in their
+    last bits from run to run.
+    """
+    return os.environ.get("MEMCOMPILE_ATOMICS", "").lower() in _ON
 
 
 @functools.cache
@@ -48,7 +60,7 @@ def supports(device: torch.device, dtypes: Iterable[torch.dtype] = ()) -> bool:
 def supports_tensors(*args: Any) -> bool:
     """Whether the kernels take the tensors among these arguments: strided, on one device, of no float64."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    return are_together(tensors) and supports(tensors[0].device, (tensor.dtype for tensor in tensors))
+    return _are_together(tensors) and supports(tensors[0].device, (tensor.dtype for tensor in tensors))
 
 
 def supports_search(*args: Any) -> bool:
@@ -56,6 +68,22 @@ def supports_search(*args: Any) -> bool:
     return args[-1] <= MAX_TOP_K and supports_tensors(*args)
 
 
-def are_together(tensors: Sequence[Tensor]) -> bool:
+def supports_update(*args: Any) -> bool:
+    """Whether the kernels take the arguments of an update of rows, of tables in float64 too. The last of them is no
+    table: it is a number, or those of `row_adam`, on the CPU.
+    """
+    tensors = [arg for arg in args[:-1] if isinstance(arg, Tensor)]
+    return _are_together(tensors) and supports(tensors[0].device)
+
+
+def _are_together(tensors: Sequence[Tensor]) -> bool:
     """Whether all of the tensors are strided and on one device."""
     return all(tensor.device == tensors[0].device and tensor.layout is torch.strided for tensor in tensors)
+
+
+def say_unknown_inductor(error: Exception) -> None:
+    """Logs that this version of torch has no Inductor that `_inductor` runs on."""
+    log.warning(
+        "torch %s is not a version whose Inductor is known (%s): memory layers run, but their gate is not fused",
+        torch.__version__, error,
+    )  # fmt: skip

@@ -98,32 +98,19 @@ def _launches(sizes: str, run: Callable[[], Any]) -> list[Instance]:
     """What `run()`, a call of `launch.py`, would launch."""
     found: list[Instance] = []
 
-    def record(function: Any, grid: Any) -> Callable[..., None]:
-        def launcher(*args: Any, num_warps: int, num_stages: int | None = None, **constants: Any) -> None:
-            given = dict(zip(function.arg_names, args, strict=False))
-            declared = {param.name: param.annotation_type for param in function.params if param.annotation_type}
-            special = {param.name for param in function.params if not param.do_not_specialize} - {*declared}
-            fixed = {
-                name: value for name, value in given.items() if value is None or (name in special and _is_1(value))
-            }
-            signature = {name: declared.get(name) or _type(given[name]) for name in given if name not in fixed}
-            divisible = tuple(name for name in signature if name in special and _is_divisible(given[name]))
-            found.append(
-                Instance(
-                    function.fn.__name__,
-                    sizes,
-                    function,
-                    signature,
-                    fixed | constants,
-                    divisible,
-                    num_warps,
-                    num_stages,
-                )
-            )
+    def record(
+        function: Any, grid: Any, *args: Any, num_warps: int, num_stages: int | None = None, **constants: Any
+    ) -> None:
+        given = dict(zip(function.arg_names, args, strict=False))
+        declared = {param.name: param.annotation_type for param in function.params if param.annotation_type}
+        special = {param.name for param in function.params if not param.do_not_specialize} - {*declared}
+        fixed = {name: value for name, value in given.items() if value is None or (name in special and _is_1(value))}
+        signature = {name: declared.get(name) or _type(given[name]) for name in given if name not in fixed}
+        divisible = tuple(name for name in signature if name in special and _is_divisible(given[name]))
+        name = function.fn.__name__
+        found.append(Instance(name, sizes, function, signature, fixed | constants, divisible, num_warps, num_stages))
 
-        return launcher
-
-    with mock.patch.object(launch, "_kernel", record):
+    with mock.patch.object(launch, "_launch", record):
         run()
     return found
 
@@ -188,11 +175,11 @@ class _Table:
         step = 2 if self.strided else 1
         return _tensor(count, self.value_dim * step, dtype=self.dtype)[:, ::step]
 
-    def gather(self, config: configs.Rows | None = None) -> list[Instance]:
+    def gather(self, config: configs.Config | None = None) -> list[Instance]:
         sizes = str(self)
         with ExitStack() as stack:
             if config is not None:
-                sizes += f" {config.block_hits}x{config.block_columns}"
+                sizes += f" {config['BLOCK_HITS']}x{config['BLOCK_COLUMNS']}"
                 stack.enter_context(mock.patch.object(configs, "gather_configs", return_value=[config]))
             return _launches(sizes, lambda: launch.weighted_gather(self.rows(2**20), self._slots(), self._weights()))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from memcompile.lowering.triton import cost
 from memcompile.lowering.triton.configs import computed_config
-from memcompile.lowering.triton.cost import H200, Device, Search, evaluate, seconds_computed, seconds_stored
+from memcompile.lowering.triton.cost import H200, Device, Search, seconds_computed, seconds_stored
 
 ADDED = 3e-6  # seconds: of a launch, which does not grow
 
@@ -39,20 +39,20 @@ def test_counts_by_hand(search):
     halves, scores = 2, 0
     for _ in range(halves):
         scores += search.tokens * search.heads * search.n_keys
-    assert evaluate(cost.scores, search) == scores
-    assert evaluate(cost.stored_bytes, search) == 4 * scores  # fp32
-    assert evaluate(cost.gemm_flops, search) == scores * search.half_dim * 2  # a product and a sum each
+    assert search.scores == scores
+    assert search.stored_bytes == 4 * scores  # fp32
+    assert search.gemm_flops == scores * search.half_dim * 2  # a product and a sum each
     queries = search.tokens * search.heads * halves * search.half_dim
     keys = halves * search.heads * search.n_keys * search.half_dim
-    assert evaluate(cost.operand_bytes, search) == (queries + keys) * search.itemsize
+    assert search.operand_bytes == (queries + keys) * search.itemsize
 
 
 def test_a_search_by_hand():
     search = Search(tokens=512, heads=4, n_keys=1024, half_dim=64, itemsize=2)
-    assert evaluate(cost.scores, search) == 4_194_304
-    assert evaluate(cost.stored_bytes, search) == 16_777_216
-    assert evaluate(cost.gemm_flops, search) == 536_870_912
-    assert evaluate(cost.operand_bytes, search) == 524_288 + 1_048_576
+    assert search.scores == 4_194_304
+    assert search.stored_bytes == 16_777_216
+    assert search.gemm_flops == 536_870_912
+    assert search.operand_bytes == 524_288 + 1_048_576
 
 
 @given(searches, devices, st.integers(1, 2**20))
@@ -80,10 +80,10 @@ def test_longer_half_keys_and_more_of_them_never_cost_less(search, device):
 def test_the_cheaper_form_is_chosen(search, device, top_k):
     config = computed_config(top_k, search.n_keys, search.half_dim, search.tokens, search.itemsize)
     stored = cost.stores_scores(search, top_k, device)
-    if evaluate(cost.stored_bytes, search) > 2**31:
+    if search.stored_bytes > 2**31:
         assert not stored
     else:
-        assert stored == (seconds_stored(search, device) <= seconds_computed(search, device, config.rows))
+        assert stored == (seconds_stored(search, device) <= seconds_computed(search, device, config["ROWS"]))
 
 
 @given(searches, devices)

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memcompile.lowering import cpu
 from memcompile.lowering.register.kernels import IN_PYTORCH
-from memcompile.lowering.triton import load, register, support, template
-from memcompile.lowering.triton.register import KERNELS, body_in_graph
+from memcompile.lowering.triton import register, support
+from memcompile.lowering.triton.register import SUPPORTS, body_in_graph, load_in_graphs
 from memcompile.lowering.triton.support import MAX_TOP_K, supports
 from tests.lowering.triton import test_generated_code as generated
 
@@ -46,7 +46,7 @@ def row_arguments(name: str, dtype: torch.dtype = torch.float32, device: torch.d
 
 
 def is_supported(name: str, *args) -> bool:
-    return KERNELS[name][1](*args)
+    return SUPPORTS[name](*args)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_a_gpu_runs_triton(dtype):
 
 def test_it_is_registered_for_the_gpu_and_loaded_by_the_first_call_there():
     """HIP's tensors have the same key."""
-    for name in KERNELS:
+    for name in SUPPORTS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"memcompile::{name}", "CUDA")
 
 
@@ -90,14 +90,16 @@ def test_what_is_not_supported_runs_in_operations_of_pytorch(monkeypatch):
         ("product_key_search", search_arguments(top_k=MAX_TOP_K + 1), False),
         ("row_sgd", row_arguments("row_sgd"), True),
     ):
-        _, supports_these = KERNELS[name]
-        monkeypatch.setitem(KERNELS, name, (lambda *given: calls.append(("triton", given)), supports_these))
+
+        def kernel(*given):
+            calls.append(("triton", given))
+
         plain = dataclasses.replace(IN_PYTORCH[name], kernel=lambda *given: calls.append(("PyTorch", given)))
         monkeypatch.setitem(IN_PYTORCH, name, plain)
-        register.run(name, *args)
+        register.run(name, kernel, *args)
         assert calls.pop() == ("triton" if supported else "PyTorch", tuple(args))
         with pytest.raises(ValueError, match=r"expected"):
-            register.run(name, args[0].flatten(), *args[1:])
+            register.run(name, kernel, args[0].flatten(), *args[1:])
         assert not calls
 
 
@@ -163,18 +165,18 @@ def test_without_triton_nothing_is_supported_and_it_is_said_once(without_triton,
 
 def test_without_triton_a_cpu_is_told_nothing(without_triton, caplog):
     assert not is_supported("product_key_search", *search_arguments(device=torch.device("cpu")))
-    load.load_in_graphs.cache_clear()
-    assert load.load_in_graphs() is False
+    load_in_graphs.cache_clear()
+    assert load_in_graphs() is False
     assert not caplog.records
-    load.load_in_graphs.cache_clear()
+    load_in_graphs.cache_clear()
 
 
 def test_in_graphs_a_template_stands_for_its_operator(monkeypatch):
     monkeypatch.setattr(register, "is_keyed", lambda: True)
-    monkeypatch.setattr(template, "register", lambda: True)
+    monkeypatch.setattr(register, "register_template", lambda: True)
     assert body_in_graph("weighted_gather", *gather_arguments()) is None
     assert body_in_graph("product_key_search", *search_arguments()) is not None
-    monkeypatch.setattr(template, "register", lambda: False)
+    monkeypatch.setattr(register, "register_template", lambda: False)
     assert body_in_graph("weighted_gather", *gather_arguments()) is not None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert body_in_graph("weighted_gather", *gather_arguments()) is None

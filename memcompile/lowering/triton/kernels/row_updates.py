@@ -5,17 +5,55 @@ number has one owner, which reads it once and writes it once. A row that the tab
 
 Tables are contiguous [num_slots, value_dim]; `slots` [total] are the rows' numbers. Where there is a `master`, in fp32,
 it is updated, and `param` in bf16 is the nearest to it. Sums are in fp32, of fp64 tables in fp64. A kernel's numbers
-come as fp64: Triton takes a float for fp32 unless it is told.
+come as fp64: Triton takes a float for fp32 unless it is told. Roots and quotients are rounded to nearest, and fp32 is
+stored as bf16 stochastically.
 """
 
 import triton
 import triton.language as tl
 
-from memcompile.lowering.triton.kernels.rounding import number, quotient, square_root, store_rows
-
 _PARAM = tl.constexpr(0)
 _EXP_AVG = tl.constexpr(1)
 _EXP_AVG_SQ = tl.constexpr(2)  # the tables of a step, which round apart, as in `row_tables`
+
+
+@triton.jit
+def number(x, SUM: tl.constexpr):
+    """An argument of a kernel, fp64, in the dtype of sums: [1, 1]."""
+    return tl.full([1, 1], x, SUM)
+
+
+@triton.jit
+def square_root(x):
+    """Rounded to nearest; `tl.sqrt` of fp32 is not."""
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
+def quotient(x, y):
+    """x / y, rounded to nearest; `/` of fp32 is not."""
+    return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
+
+
+@triton.jit
+def _mixed(x):
+    """A hash of 32-bit words, bit for bit that of `stochastic_rounding.py`."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def store_rows(table, at, x, row, column, ok, seed, TABLE: tl.constexpr):
+    """Stores x [rows, columns] at offsets `at`: bf16 from fp32 with the random bits of (seed, TABLE, row, column)."""
+    if table.dtype.element_ty == tl.bfloat16:
+        key = _mixed(row.to(tl.uint32) * 0x9E3779B9 + seed.to(tl.uint32) + ((TABLE * 0x85EBCA6B) & 0xFFFFFFFF))
+        noise = _mixed((column.to(tl.uint32) * 0x9E3779B9)[None, :] ^ key[:, None]) & 0xFFFF
+        upper = (x.to(tl.uint32, bitcast=True) + noise) >> 16
+        upper = tl.where(x == x, upper, 0x7FC0)  # of NaN a carry could make a number
+        tl.store(table + at, upper.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=ok)
+    else:
+        tl.store(table + at, x, mask=ok)
 
 
 @triton.jit
@@ -27,10 +65,12 @@ def _rows_of_program(slots, total, num_slots, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_table(param, master, at, ok, SUM: tl.constexpr):
-    """What is updated, at offsets `at` [rows, columns]."""
+def _load_table(param, master, row, row_ok, column, value_dim, SUM: tl.constexpr):
+    """What is updated [rows, columns], the offsets where it is, and which of it is there."""
+    ok = row_ok[:, None] & (column < value_dim)[None, :]
+    at = row[:, None] * value_dim + column.to(tl.int64)[None, :]
     pointers = param + at if master is None else master + at
-    return tl.load(pointers, mask=ok, other=0.0).to(SUM)
+    return tl.load(pointers, mask=ok, other=0.0).to(SUM), at, ok
 
 
 @triton.jit
@@ -71,9 +111,7 @@ def update_adam(
     SUM: tl.constexpr = tl.float64 if param.dtype.element_ty == tl.float64 else tl.float32
     position, row, row_ok = _rows_of_program(slots, total, num_slots, ROWS)
     column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
-    ok = row_ok[:, None] & (column < value_dim)[None, :]
-    at = row[:, None] * value_dim + column[None, :]
-    x = _load_table(param, master, at, ok, SUM)
+    x, at, ok = _load_table(param, master, row, row_ok, column, value_dim, SUM)
     m = tl.load(exp_avg + at, mask=ok, other=0.0).to(SUM)
     v = tl.load(exp_avg_sq + at, mask=ok, other=0.0).to(SUM)
     if counts is None and grad is not None:  # with the rest; not where it would take registers for long
@@ -111,9 +149,7 @@ def update_adam(
 @triton.jit
 def _tile(param, master, grad, position, row, row_ok, column, value_dim, added, SUM: tl.constexpr):
     """x, g = grad + added * x, where they are, and which are there: [ROWS, columns]."""
-    ok = row_ok[:, None] & (column < value_dim)[None, :]
-    at = row[:, None] * value_dim + column.to(tl.int64)[None, :]
-    x = _load_table(param, master, at, ok, SUM)
+    x, at, ok = _load_table(param, master, row, row_ok, column, value_dim, SUM)
     g = tl.load(grad + position[:, None] * value_dim + column.to(tl.int64)[None, :], mask=ok, other=0.0)
     return x, g + added * x, at, ok
 
@@ -161,9 +197,7 @@ def update_sgd(
     SUM: tl.constexpr = tl.float64 if param.dtype.element_ty == tl.float64 else tl.float32
     position, row, row_ok = _rows_of_program(slots, total, num_slots, ROWS)
     column = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)
-    ok = row_ok[:, None] & (column < value_dim)[None, :]
-    at = row[:, None] * value_dim + column[None, :]
-    x = _load_table(param, master, at, ok, SUM)
+    x, at, ok = _load_table(param, master, row, row_ok, column, value_dim, SUM)
     if decays is not None:
         x *= tl.load(decays + position, mask=row_ok, other=1.0).to(SUM)[:, None]
     if grad is not None:

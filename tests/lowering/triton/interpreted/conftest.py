@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 
-from memcompile.lowering.triton.settings import is_interpreted
+from memcompile.lowering.triton.support import is_interpreted
 
 collect_ignore_glob = [] if is_interpreted() else ["test_*.py"]
 
@@ -17,8 +17,10 @@ def launched(monkeypatch):
     """The names of the kernels that were launched."""
     from memcompile.lowering.triton import launch
 
-    names, run = [], launch._kernel
+    names, run = [], launch._launch
     monkeypatch.setattr(
-        launch, "_kernel", lambda function, grid: names.append(function.fn.__name__) or run(function, grid)
+        launch,
+        "_launch",
+        lambda kernel, *args, **config: names.append(kernel.fn.__name__) or run(kernel, *args, **config),
     )
     return names

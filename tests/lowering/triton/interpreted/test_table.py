@@ -59,7 +59,9 @@ def test_gather_dot(**sizes):
 def test_weighted_scatter(monkeypatch, atomics):
     """Chunks of 4 hits: slots within one, across two, across many."""
     monkeypatch.setenv("MEMCOMPILE_ATOMICS", atomics)
-    monkeypatch.setattr(configs, "sum_config", lambda value_dim, total: configs.Sum(4, 16, num_warps=1))
+    monkeypatch.setattr(
+        configs, "sum_config", lambda value_dim, total: {"CHUNK": 4, "BLOCK_COLUMNS": 16, "num_warps": 1}
+    )
 
     @shapes
     def run(**sizes):

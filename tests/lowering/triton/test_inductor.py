@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor import select_algorithm
 
 import memcompile.lowering.triton as folder
 from memcompile.lowering import operator
 from memcompile.lowering.inductor.graph_pass import inductor_patches
-from memcompile.lowering.triton import configs, load, template
+from memcompile.lowering.triton import configs, register, support
 from tests.lowering.triton.addresses import overflowing_offsets
 from tests.lowering.triton.fake_gpu import first_choice, generated_sources
 from tests.lowering.triton.generated import allocations, compile_kernels, extern_calls, launches, triton_kernels
@@ -77,7 +78,7 @@ def autotuned(index: int) -> tuple[str, list[tuple[int, int]]]:
 def test_max_autotune_offers_every_configuration(index):
     """Each compiles without spills, and its rows are addressed in 64 bits."""
     source, blocks = autotuned(index)
-    wanted = [(config.block_hits, config.block_columns) for config in configs.gather_configs(TOKENS, VALUE_DIM)]
+    wanted = [(config["BLOCK_HITS"], config["BLOCK_COLUMNS"]) for config in configs.gather_configs(TOKENS, VALUE_DIM)]
     assert blocks == wanted and len(wanted) == len(configs.GATHERING)
     target = ("sm_90", "sm_80", "sm_100", "gfx942")[index % 4]
     for where in {"sm_90", target}:
@@ -93,8 +94,8 @@ def test_without_max_autotune_nothing_is_measured():
 
     (template,) = templates(gpu_sources(gated, gather_inputs(), choose=choose).forward)
     best = configs.gather_configs(TOKENS, VALUE_DIM)[0]
-    assert f"BLOCK_HITS : tl.constexpr = {best.block_hits}" in template
-    assert f"BLOCK_COLUMNS : tl.constexpr = {best.block_columns}" in template
+    assert f"BLOCK_HITS : tl.constexpr = {best['BLOCK_HITS']}" in template
+    assert f"BLOCK_COLUMNS : tl.constexpr = {best['BLOCK_COLUMNS']}" in template
 
 
 @pytest.mark.parametrize(
@@ -113,11 +114,14 @@ def test_the_templates_addresses(tokens, slots, value_dim):
 
 def test_a_choice_is_measured_on_a_part_of_the_table(monkeypatch):
     """Inputs to measure on: a table of a terabyte has no second copy."""
-    from memcompile.lowering.triton import _inductor
-
     made: list[dict[int, Any]] = []
-    autotune = _inductor.autotune
-    monkeypatch.setattr(_inductor, "autotune", lambda *args: made.append(args[4]) or autotune(*args))
+    autotune = _inductor.autotune_select_algorithm
+
+    def spy(*args: Any, input_gen_fns: dict[int, Any]) -> Any:
+        made.append(input_gen_fns)
+        return autotune(*args, input_gen_fns=input_gen_fns)
+
+    monkeypatch.setattr(_inductor, "autotune_select_algorithm", spy)
     gpu_sources(gated, gather_inputs(slots=2**31), config_patches={"max_autotune": True})
     assert made and {*made[0]} == {0, 1}
 
@@ -146,14 +150,14 @@ def test_the_cpu_runs_what_it_ran():
 @pytest.fixture
 def unregistered(monkeypatch):
     """As where Inductor does not know it. The true registration stays in Inductor: it can be done once in a process."""
-    load.load_in_graphs()
-    monkeypatch.setattr(template, "register", lambda: False)
+    register.load_in_graphs()
+    monkeypatch.setattr(register, "register_template", lambda: False)
 
 
 @pytest.fixture
 def warnings(caplog):
-    caplog.set_level(logging.WARNING, "memcompile.lowering.triton.template")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == template.__name__]
+    caplog.set_level(logging.WARNING, support.__name__)
+    return lambda: [record.getMessage() for record in caplog.records if record.name == support.__name__]
 
 
 def moved(*args: Any, **kwargs: Any) -> Any:
@@ -166,7 +170,9 @@ def no_module(monkeypatch):
 
 
 def no_name(monkeypatch):
-    monkeypatch.delattr(_inductor, "SymbolicGridFn")
+    monkeypatch.delattr(select_algorithm, "SymbolicGridFn")
+    monkeypatch.delitem(sys.modules, _inductor.__name__)  # imported again it raises ImportError
+    monkeypatch.delattr(folder, "_inductor")
 
 
 def other_arguments(monkeypatch):
@@ -175,23 +181,23 @@ def other_arguments(monkeypatch):
 
 @pytest.mark.parametrize("change", [no_module, no_name, other_arguments])
 def test_an_unknown_inductor_is_said(monkeypatch, warnings, change):
-    template.register()
+    register.register_template()
     change(monkeypatch)
-    assert template.register.__wrapped__() is False
+    assert register.register_template.__wrapped__() is False
     (message,) = warnings()
     assert torch.__version__ in message and "gate is not fused" in message
 
 
 def test_it_is_said_once(monkeypatch, warnings):
-    template.register()
+    register.register_template()
     no_module(monkeypatch)
-    template.register.cache_clear()
-    assert [template.register() for _ in range(3)] == [False] * 3
+    register.register_template.cache_clear()
+    assert [register.register_template() for _ in range(3)] == [False] * 3
     assert len(warnings()) == 1
-    template.register.cache_clear()
+    register.register_template.cache_clear()
     monkeypatch.undo()
-    monkeypatch.setattr(template, "_register", lambda inductor: None)  # done in this process
-    assert template.register() is True
+    monkeypatch.setattr(_inductor, "register_template", lambda: None)  # done in this process
+    assert register.register_template() is True
 
 
 def test_graphs_then_hold_the_kernel(unregistered):
