@@ -82,7 +82,7 @@ MAKERS = {
 def test_a_step_costs_what_it_touches(name, repeats):
     small, large = (counted(MAKERS[name], slots, 20, repeats=repeats) for slots in (100, 100_000))
     assert small == large < TABLE
-    assert counted(MAKERS[name], 100, 40, repeats=repeats) <= 2 * small
+    assert counted(MAKERS[name], 100, 40, repeats=repeats) <= 2 * small + 2  # between n rows there are n - 1 gaps
 
 
 @pytest.mark.parametrize("name", ["RowAdamW", "RowSGD with weight decay"])
