@@ -51,7 +51,7 @@ def encode_plan(pool: MemoryPool) -> Tensor:
     A tensor, because every checkpoint format stores one (safetensors holds nothing else); extra state and not a
     buffer, because nothing averages, casts, broadcasts or moves extra state.
     """
-    return torch.tensor(list(json.dumps(plan_of(pool)).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(plan_of(pool)).encode()), dtype=torch.uint8, device="cpu")
 
 
 def plan_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -64,7 +64,7 @@ def plan_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
     if entry is None:
         return None
     try:
-        return checked_plan(json.loads(bytes(entry.tolist())))
+        return checked_plan(json.loads(_encoded(entry)))
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise PlanError(f"the plan in the checkpoint ({PLAN_KEY}) is damaged: {error}") from error
 
@@ -76,9 +76,14 @@ def plan_entries(state_dict: Mapping[str, Any]) -> Iterator[Any]:
 
 def is_plan(entry: Any) -> bool:
     """Whether an entry is ours for certain: a stranger's module named ``memory`` may have extra state too."""
-    if not isinstance(entry, Tensor) or entry.dtype != torch.uint8 or entry.is_meta:
+    if not isinstance(entry, Tensor) or entry.is_complex() or entry.is_meta:
         return False
-    return bytes(entry.flatten()[: len(_MAGIC)].tolist()) == _MAGIC
+    return _encoded(entry.flatten()[: len(_MAGIC)]) == _MAGIC
+
+
+def _encoded(entry: Tensor) -> bytes:
+    """The bytes of a plan, also of one that was cast with all that a checkpoint has: any float holds them exactly."""
+    return bytes(entry.to(torch.uint8).tolist())
 
 
 _saved_whole: Any = weakref.WeakSet()  # the pools whose owner is being saved

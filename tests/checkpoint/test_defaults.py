@@ -14,7 +14,6 @@ from memcompile.checkpoint import config, export_safetensors, import_safetensors
 from memcompile.runtime.storage.frozen_values import open_values
 from memcompile.runtime.storage.values_file import verify_values, write
 from tests.checkpoint.trainings import everything, train
-from tests.models import tiny_gpt
 from tests.planned import assert_same, planned_gpt
 
 
@@ -33,17 +32,16 @@ def change(default: str) -> None:
         torch.set_default_device("meta")
 
 
-def training(seed: int, planned: bool) -> tuple[nn.Module, Optimizer]:
+def training(seed: int) -> tuple[nn.Module, Optimizer]:
     torch.manual_seed(seed)
-    model = planned_gpt(seed=seed, n_keys=16, values_grad="sparse") if planned else tiny_gpt(layers=2)
+    model = planned_gpt(seed=seed, n_keys=16, values_grad="sparse")
     model.register_buffer("scale", torch.tensor(1.0 + seed))
     return model, AdamW(model.parameters(), lr=1e-2)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_saved_and_loaded(other_default, asynchronous, tmp_path):
-    planned = other_default == "dtype"
-    (model, optimizer), (other, new), (third, _), (fourth, _) = (training(seed, planned) for seed in range(4))
+    (model, optimizer), (other, new), (third, _), (fourth, _) = map(training, range(4))
     train(model, optimizer, range(3))
     expected, extra = everything(model, optimizer), torch.arange(3, dtype=torch.float32)
     of_model = {name: tensor for name, tensor in expected.items() if name.startswith("model.")}
@@ -59,7 +57,7 @@ def test_saved_and_loaded(other_default, asynchronous, tmp_path):
         export_safetensors(source, path)
         import_safetensors(path, into)
         assert_same(everything(into), of_model)
-        assert not planned or config(path).n_keys == config(tmp_path).n_keys == 16
+        assert config(path).n_keys == config(tmp_path).n_keys == 16
 
 
 def test_values_in_a_file(other_default, tmp_path):

@@ -178,6 +178,17 @@ def test_a_damaged_plan_is_refused_before_anything_is_copied(name):
         memcompile.config_from(state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+def test_a_checkpoint_that_was_cast_as_a_whole_loads(dtype):
+    """Programs that halve a checkpoint cast everything in it."""
+    model = planned_gpt(seed=1)
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    assert memcompile.config_from(state) == memcompile.config_from(model.state_dict())
+    other = planned_gpt(seed=0)
+    other.load_state_dict(state)
+    assert_same(snapshot(other), {n: t.to(dtype).float() for n, t in snapshot(model).items()})
+
+
 def test_a_plan_of_a_later_version_asks_for_an_upgrade():
     state = dict(planned_gpt().state_dict())
     state[PLAN] = encoded(GOOD_PLAN | {"memcompile": 2})
