@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from memcompile.checkpoint._torch import local_part
 from memcompile.checkpoint.formats.dcp_files import EXTRA, MODEL, OPTIMIZER, OPTIMIZER_REST, Part, StepReader
-from memcompile.checkpoint.formats.safetensors import saved_export
+from memcompile.checkpoint.formats.safetensors import mapped_export
 from memcompile.checkpoint.saving import optimizers_in, ready
 from memcompile.checkpoint.state.model_state import ModelTarget, SavedModel
 from memcompile.checkpoint.state.optimizer_state import OptimizerState, unpacked
@@ -135,7 +135,7 @@ def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") 
     """
     source = Path(path)
     if step is None and (source.is_file() or next(source.glob("*.safetensors"), None)):
-        plans = saved_export(source).plans
+        plans = mapped_export(source)[0]
     else:
         step = folders.latest_step(source) if step is None else step
         plans = Manifest.read(folders.step_folder(source, step)).plans

@@ -61,8 +61,9 @@ class Pipeline:
         if self._folder is None or not graphs:
             return
         part = self._folder / f".{name}"
-        part.write_text("\n".join(f"# {of}\n{_text(graph)}" for of, graph in graphs))
-        part.replace(self._folder / name)  # a reader never finds half a file
+        with _writing():
+            part.write_text("\n".join(f"# {of}\n{_text(graph)}" for of, graph in graphs))
+            part.replace(self._folder / name)  # a reader never finds half a file
 
 
 def is_dumping() -> bool:
@@ -76,13 +77,19 @@ def _new_folder(pipeline: str) -> Path | None:
         return None
     process = f"rank{os.environ['RANK']}-" if "RANK" in os.environ else ""
     parent = Path(os.environ[DUMP])
-    try:
+    with _writing():
         parent.mkdir(parents=True, exist_ok=True)
         while True:
             folder = parent / f"{process}pid{os.getpid()}-{next(_runs):03d}-{pipeline}"
             with contextlib.suppress(FileExistsError):  # of a process with the same number, earlier or elsewhere
                 folder.mkdir()
                 return folder
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OptionError(
             f"{DUMP}={os.environ[DUMP]!r} is where memcompile writes graphs, and it cannot ({error}): name a folder "

@@ -71,6 +71,11 @@ def is_keyed() -> bool:
     return any(isinstance(graph_pass, KeyedPass) for graph_pass in configured_pre_passes())
 
 
+def schema_defaults(operator: torch._ops.OpOverload) -> dict[str, Any]:
+    """The arguments of an operator, in their order, with their defaults."""
+    return {argument.name: argument.default_value for argument in operator._schema.arguments}
+
+
 def is_traced(tensor: Tensor) -> bool:
     """Whether AOTAutograd or Dynamo is tracing what is done with the tensor."""
     return isinstance(tensor, (FakeTensor, FunctionalTensor))

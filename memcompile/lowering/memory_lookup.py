@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memcompile.lowering._torch import functorch_is_active
+from memcompile.lowering._torch import functorch_is_active, schema_defaults
 from memcompile.lowering.distributed.collectives import sum_gradients, sum_over_ranks
 from memcompile.lowering.distributed.sharded_table import Shards, sharded_gather
 from memcompile.lowering.gather.table_gather import gather
@@ -95,7 +95,7 @@ def memory_lookup(
     )  # fmt: skip
 
 
-_DEFAULTS = {argument.name: argument.default_value for argument in operator("memory_lookup")._schema.arguments}
+_DEFAULTS = schema_defaults(operator("memory_lookup"))
 
 
 class _Lookup(SimpleNamespace):

@@ -101,7 +101,7 @@ def plan(
             f"{type(root).__name__} is already sharded: plan before fully_shard() and distribute_tensor(), "
             f"so that the memory's parameters are sharded with the rest"
         )
-    if not parallel and dist.is_available() and dist.is_initialized() and is_in_ddp(root):
+    if not parallel and dist.is_initialized() and is_in_ddp(root):
         raise PlanError(
             f"{type(root).__name__} is in DDP already, whose reducer waits for the gradients of what is replaced: pass "
             f"the DDP itself, or plan first, then wrap the model"

@@ -186,7 +186,7 @@ class RowAdamW(RowOptimizer):
         amsgrad: refused. Its denominator is a maximum over all steps, and a row would have to do each.
         state_dtype: of the moments. None is float32, float64 for float64 parameters; bfloat16 is rounded
             stochastically.
-        params, common: see `RowOptimizer`: maximize, master_weights, seed.
+        params, maximize, master_weights, seed: see `RowOptimizer`.
     """
 
     rule = rules.AdamW
@@ -201,12 +201,14 @@ class RowAdamW(RowOptimizer):
         amsgrad: bool = False,
         *,
         state_dtype: torch.dtype | None = None,
-        **common: Any,
+        maximize: bool = False,
+        master_weights: bool = False,
+        seed: int = 0,
     ) -> None:
         if amsgrad:
             raise OptionError("amsgrad: a maximum over skipped steps cannot be made up for; use amsgrad=False")
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
-        super().__init__(params, options, **common)
+        super().__init__(params, options, maximize=maximize, master_weights=master_weights, seed=seed)
 
 
 class LazyAdam(RowOptimizer):
@@ -223,7 +225,7 @@ class LazyAdam(RowOptimizer):
             correction.
         weight_decay: decoupled, as in AdamW, and of touched rows alone.
         state_dtype: of the moments, as of `RowAdamW`.
-        params, common: see `RowOptimizer`: maximize, master_weights, seed.
+        params, maximize, master_weights, seed: see `RowOptimizer`.
     """
 
     rule = rules.LazyAdam
@@ -237,10 +239,12 @@ class LazyAdam(RowOptimizer):
         weight_decay: float = 0.0,
         *,
         state_dtype: torch.dtype | None = None,
-        **common: Any,
+        maximize: bool = False,
+        master_weights: bool = False,
+        seed: int = 0,
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
-        super().__init__(params, options, **common)
+        super().__init__(params, options, maximize=maximize, master_weights=master_weights, seed=seed)
 
 
 class RowwiseAdagrad(RowOptimizer):
@@ -261,7 +265,7 @@ class RowwiseAdagrad(RowOptimizer):
         weight_decay: of touched rows. By default L2, added to the gradient before its squares; `decoupled` multiplies
             the row by 1 - lr * weight_decay. FBGEMM's weight decay modes 1 and 2.
         initial_accumulator_value: what `sum` starts with.
-        params, common: see `RowOptimizer`: maximize, master_weights, seed.
+        params, maximize, master_weights, seed: see `RowOptimizer`.
     """
 
     rule = rules.RowWiseAdagrad
@@ -275,10 +279,18 @@ class RowwiseAdagrad(RowOptimizer):
         *,
         decoupled: bool = False,
         initial_accumulator_value: float = 0.0,
-        **common: Any,
+        maximize: bool = False,
+        master_weights: bool = False,
+        seed: int = 0,
     ) -> None:
         options: Options = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
-        super().__init__(params, options | {"initial_accumulator_value": initial_accumulator_value}, **common)
+        super().__init__(
+            params,
+            options | {"initial_accumulator_value": initial_accumulator_value},
+            maximize=maximize,
+            master_weights=master_weights,
+            seed=seed,
+        )
 
 
 class RowSGD(RowOptimizer):
@@ -293,7 +305,7 @@ class RowSGD(RowOptimizer):
         momentum: 0. Its buffer would be as large as the table, and with it a skipped step is a 2 x 2 matrix, whose
             products over a schedule have no compact prefix.
         weight_decay: as in `torch.optim.SGD`; lr * weight_decay < 1.
-        params, common: see `RowOptimizer`: maximize, master_weights, seed.
+        params, maximize, master_weights, seed: see `RowOptimizer`.
     """
 
     rule = rules.SGD
@@ -304,8 +316,17 @@ class RowSGD(RowOptimizer):
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        **common: Any,
+        *,
+        maximize: bool = False,
+        master_weights: bool = False,
+        seed: int = 0,
     ) -> None:
         if momentum:
             raise OptionError("momentum: RowSGD has none; for momentum that untouched rows keep, use RowAdamW")
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, **common)
+        super().__init__(
+            params,
+            {"lr": lr, "weight_decay": weight_decay},
+            maximize=maximize,
+            master_weights=master_weights,
+            seed=seed,
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,17 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_changes(tmp_pat
     with pytest.raises(OptionError, match=rf"{DUMP}='.*file' .*name a folder .* or unset {DUMP}"):
         memcompile.plan(model, memory_layers=1, **MEMORY)
     assert list(model.state_dict()) == keys
+
+
+def test_a_folder_that_goes_away_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv(DUMP, str(tmp_path / "dump"))
+    pipeline = Pipeline("test")
+    shutil.rmtree(tmp_path / "dump")
+    with (
+        pytest.raises(OptionError, match=f"unset {DUMP}"),
+        pipeline.step("look", "things", graphs(fx.symbolic_trace(Doubling()))),
+    ):
+        pass
 
 
 WRITER = """

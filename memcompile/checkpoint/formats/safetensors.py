@@ -44,7 +44,9 @@ PLANS = "memcompile"  # in the metadata of each file
 BUFFER = PIECE  # bytes that are read, copied, or gathered from the ranks, at once
 _PIECE = re.compile(r"(.*)\[(\d+):(\d+)\]")
 
-Fill = Callable[[str, int, Tensor], None]  # fills rank 0's block with rows of a tensor, from a first one on; collective
+# Returns rows of the tensor `name`, from `first` on, in a block of a shape and dtype; None on ranks that have no part
+# in it. All ranks call it.
+Collect = Callable[[str, int, tuple[int, ...], torch.dtype], Tensor | None]
 
 
 class Piece(NamedTuple):
@@ -82,17 +84,17 @@ def export_safetensors(
     ranks, bar = ready(progress)
     if not isinstance(max_shard_size, int) or max_shard_size < 1:
         raise CheckpointError(f"max_shard_size must be a number of bytes, as 5 * 10**9, got {max_shard_size!r}")
-    fill: Fill
+    collect: Collect
     if isinstance(source, nn.Module):
         state, plans = ranks.each("collect the state", functools.partial(_state_and_plans, source))
         objects = [name for name, value in state.items() if not isinstance(value, Tensor)]
-        fill = functools.partial(_fill_from_model, state, ranks)
+        collect = functools.partial(_collect_from_model, state, ranks)
     else:
         manifest = whole_step(ranks, Path(source), step, False, bar)
         folder, plans = folders.step_folder(Path(source), manifest.step), manifest.plans
         reader = ranks.each("read the checkpoint", lambda: StepReader(folder))
         state, objects = reader.tensors(MODEL), reader.objects(MODEL)
-        fill = functools.partial(_fill_from_step, reader, ranks)
+        collect = functools.partial(_collect_from_step, reader, ranks)
     target, tensors = Path(path), {name: value for name, value in state.items() if isinstance(value, Tensor)}
     entries = [Entry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     ranks.first("prepare the folder", lambda: _prepare(target, entries, objects))
@@ -101,7 +103,7 @@ def export_safetensors(
     try:
         with bar.start("exporting", sum(entry.nbytes for entry in entries)):
             for name, pieces in shards.items():
-                _write_shard(unfinished[name], pieces, fill, {"format": "pt", PLANS: json.dumps(plans)}, ranks, bar)
+                _write_shard(unfinished[name], pieces, collect, {"format": "pt", PLANS: json.dumps(plans)}, ranks, bar)
         ranks.first("finish the export", lambda: _finish(target, shards, unfinished))
     finally:
         for file in unfinished.values() if ranks.rank == 0 else ():  # where it failed
@@ -113,30 +115,47 @@ def _state_and_plans(model: nn.Module) -> tuple[dict[str, Any], Plans]:
     return model_state(root), plans_of(root)
 
 
-def _fill_from_step(reader: StepReader, ranks: Ranks, name: str, first: int, block: Tensor) -> None:
-    def read() -> None:
-        offsets = (first, *(0 for _ in block.shape[1:])) if block.dim() else ()
+def _collect_from_step(
+    reader: StepReader, ranks: Ranks, name: str, first: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor | None:
+    def read() -> Tensor | None:
+        if ranks.rank != 0:
+            return None
+        block = torch.empty(shape, dtype=dtype, device="cpu")
+        offsets = (first, *(0 for _ in shape[1:])) if shape else ()
         reader.read({MODEL + name: Part(offsets, block)}, Progress(False))
+        return block
 
-    ranks.first("read the checkpoint", read)
+    return ranks.each("read the checkpoint", read)
 
 
-def _fill_from_model(state: Mapping[str, Any], ranks: Ranks, name: str, first: int, block: Tensor) -> None:
+def _collect_from_model(
+    state: Mapping[str, Any], ranks: Ranks, name: str, first: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor | None:
     """Of a sharded tensor, the ranks' parts are added up where others have zeros, as bytes, which changes none."""
     tensor = state[name]
-    offsets, local = local_part(tensor)
-    if not isinstance(tensor, DTensor) or not block.dim():
-        if ranks.rank == 0:
-            block.copy_(local[first : first + len(block)] if block.dim() else local)
-        return
-    coordinate = tensor.device_mesh.get_coordinate() or ()
-    copies = [at for at, p in zip(coordinate, tensor.placements, strict=False) if isinstance(p, Replicate)]
-    if coordinate and not any(copies):  # of ranks that have the same part, the first
-        start = first - offsets[0]  # in the local part
-        rows = local[max(0, start) : max(0, start + len(block))]
-        at = (max(0, -start), *offsets[1:])
-        block[tuple(slice(o, o + size) for o, size in zip(at, rows.shape, strict=True))] = rows
-    dist.reduce(block.view(-1).view(torch.uint8), dst=0, group=ranks.group)
+    sharded = isinstance(tensor, DTensor) and bool(shape)
+
+    def copied() -> Tensor | None:
+        if not sharded and ranks.rank != 0:
+            return None
+        block = torch.zeros(shape, dtype=dtype, device="cpu")
+        offsets, local = local_part(tensor)
+        if not sharded:
+            return block.copy_(local[first : first + len(block)] if shape else local)
+        coordinate = tensor.device_mesh.get_coordinate() or ()
+        copies = [at for at, p in zip(coordinate, tensor.placements, strict=False) if isinstance(p, Replicate)]
+        if coordinate and not any(copies):  # of ranks that have the same part, the first
+            start = first - offsets[0]  # in the local part
+            rows = local[max(0, start) : max(0, start + len(block))]
+            at = (max(0, -start), *offsets[1:])
+            block[tuple(slice(o, o + size) for o, size in zip(at, rows.shape, strict=True))] = rows
+        return block
+
+    block = ranks.each("collect rows of the model", copied)
+    if sharded and block is not None:
+        dist.reduce(block.view(-1).view(torch.uint8), dst=0, group=ranks.group)
+    return block
 
 
 def _shards(entries: Sequence[Entry], most: int) -> dict[str, list[Piece]]:
@@ -173,7 +192,7 @@ def _prepare(path: Path, entries: Sequence[Entry], objects: Sequence[str]) -> No
 
 
 def _write_shard(
-    path: Path, pieces: list[Piece], fill: Fill, metadata: dict[str, str], ranks: Ranks, bar: Progress
+    path: Path, pieces: list[Piece], collect: Collect, metadata: dict[str, str], ranks: Ranks, bar: Progress
 ) -> None:
     """All ranks go through the same rows at the same time; rank 0 writes what it reads, or what they send."""
     pieces = sorted(pieces, key=lambda piece: -piece.entry.dtype.itemsize)  # so that each tensor is aligned
@@ -181,10 +200,14 @@ def _write_shard(
     ranks.first("write", lambda: path.write_bytes(header))
     for (_, shape, dtype), source, start in pieces:
         for first, end in row_blocks(shape, dtype, BUFFER):
-            block = torch.zeros((end - first, *shape[1:]) if shape else (), dtype=dtype, device="cpu")
-            fill(source, start + first, block)
-            ranks.first("write", functools.partial(append, path, block))
-            bar.add(block.nbytes)
+            block = collect(source, start + first, (end - first, *shape[1:]) if shape else (), dtype)
+            ranks.each("write", functools.partial(_append_on_first, ranks, path, block))
+            bar.add(0 if block is None else block.nbytes)
+
+
+def _append_on_first(ranks: Ranks, path: Path, block: Tensor | None) -> None:
+    if ranks.rank == 0 and block is not None:
+        append(path, block)
 
 
 def _finish(path: Path, shards: Mapping[str, list[Piece]], unfinished: Mapping[str, Path]) -> None:
@@ -228,11 +251,11 @@ def import_safetensors(
     ranks.each("read the files", copy)
 
 
-def saved_export(path: Path) -> SavedModel:
-    """What `export_safetensors` or Hugging Face wrote, mapped into memory: a tensor is read when it is used.
+def mapped_export(path: Path) -> tuple[Plans, dict[str, Tensor]]:
+    """The plans and the tensors of a file, or of the files of a folder, mapped into memory: they are read when used.
 
     Raises:
-        CheckpointError: a file is missing, is no safetensors file, or was cut off, or a piece of a tensor is missing.
+        CheckpointError: a file is missing, is no safetensors file, or was cut off.
     """
     plans: Plans = {}
     tensors: dict[str, Tensor] = {}
@@ -250,6 +273,16 @@ def saved_export(path: Path) -> SavedModel:
         for prefix in (name.removesuffix(VALUES_NAME) for name in tables):
             plan = plan_in({name: tensor for name, tensor in tensors.items() if name.startswith(prefix)})
             plans.update({} if plan is None else {prefix.removesuffix("."): plan})
+    return plans, tensors
+
+
+def saved_export(path: Path) -> SavedModel:
+    """What `export_safetensors` or Hugging Face wrote.
+
+    Raises:
+        CheckpointError: as `mapped_export`, or a piece of a tensor is missing.
+    """
+    plans, tensors = mapped_export(path)
     pieces: dict[str, list[tuple[int, Tensor]]] = {}  # of each tensor, each with its first row
     for name, tensor in tensors.items():
         match = _PIECE.fullmatch(name)

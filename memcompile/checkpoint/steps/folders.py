@@ -25,7 +25,7 @@ from memcompile.errors import CheckpointError
 LATEST = "LATEST"
 _OWN = ".memcompile"
 _WAIT = 1.0  # seconds
-_STEP = re.compile(r"step_(\d+)")
+_STEP = re.compile(r"step_(0|[1-9]\d*)")
 _WRITTEN = re.compile(rf"__\d+_\d+\.distcp|\.metadata(\.tmp)?|{re.escape(NAME)}")  # files of a step
 
 

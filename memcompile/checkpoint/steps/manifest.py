@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import zlib
@@ -109,23 +108,26 @@ def problems_of_files(folder: Path, files: dict[str, FileRecord], progress: Call
     is given their bytes.
     """
     problems: dict[str, str] = {}
+    whole: list[str] = []  # the files of which blocks are read
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            problems[name] = f"{path} is missing, which was written with {record.size:,} bytes"
+        elif (size := path.stat().st_size) != record.size:
+            problems[name] = f"{path} has {size:,} bytes, and was written with {record.size:,}"
+        else:
+            whole.append(name)
+    blocks = [(name, block) for name in whole for block in range(len(files[name].crc32))]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        for name, record in files.items():
-            path = folder / name
-            if not path.is_file():
-                problems[name] = f"{path} is missing, which was written with {record.size:,} bytes"
-            elif (size := path.stat().st_size) != record.size:
-                problems[name] = f"{path} has {size:,} bytes, and was written with {record.size:,}"
-            else:
-                sums = threads.map(functools.partial(_block_sum, path), range(len(record.crc32)))
-                for block, (found, expected) in enumerate(zip(sums, record.crc32, strict=True)):
-                    start, end = block * BLOCK, min((block + 1) * BLOCK, size)
-                    progress(end - start)
-                    if found != expected and name not in problems:
-                        problems[name] = (
-                            f"{path} is damaged: the CRC-32 of its bytes {start:,} to {end:,} is {found}, and was "
-                            f"written as {expected}"
-                        )
+        sums = threads.map(lambda each: _block_sum(folder / each[0], each[1]), blocks)
+        for (name, block), found in zip(blocks, sums, strict=True):
+            start, end = block * BLOCK, min((block + 1) * BLOCK, files[name].size)
+            progress(end - start)
+            if found != (expected := files[name].crc32[block]) and name not in problems:
+                problems[name] = (
+                    f"{folder / name} is damaged: the CRC-32 of its bytes {start:,} to {end:,} is {found}, and was "
+                    f"written as {expected}"
+                )
     return problems
 
 

@@ -23,7 +23,9 @@ def check_slots(slots: Tensor) -> None:
 
 
 def check_hits(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int = 0) -> None:
-    """Raises ValueError for what are not slots, weights and a gradient of the same tokens."""
+    """Raises ValueError for what are not slots, weights and a gradient of the same tokens. The arguments are those of
+    `weighted_scatter`.
+    """
     check_slots(slots)
     expect("weights", weights, slots.shape)
     expect("grad", grad, (slots.shape[0], "value_dim"))

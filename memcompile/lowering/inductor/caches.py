@@ -1,7 +1,7 @@
 """What PyTorch's caches of compiled code depend on, besides the graph: the sources of this package.
 
 A graph names an operator and not what it computes, so a cache would return the code of another version. This tag serves
-every backend, plain Inductor too; `inductor.py` adds the options to the key of ours.
+every backend, plain Inductor too; `graph_pass.py` adds the options to the key of ours.
 """
 
 import hashlib

@@ -6,8 +6,7 @@
     onednn              large fp32 products on the CPU, where PyTorch's MKL is held back
 
 FxGraphCache and AOTAutogradCache key on the graph and on PyTorch, and on the `uuid()` of a custom graph pass:
-`inductor_patches` gives them one. Importing this file imports Inductor, so `memcompile.lowering` does so only when one
-of its names is asked for.
+`inductor_patches` gives them one. Importing this file imports Inductor, so `memcompile.lowering` does not import it.
 """
 
 from collections.abc import Callable, Sequence

@@ -180,7 +180,7 @@ def _panel_counts(panels: Tensor | None) -> Tensor | None:
 
 
 def row_adagrad(*args: Any) -> None:
-    """See `memcompile.lowering.update.row_adagrad`."""
+    """See `memcompile.lowering.update.row_tables.RowAdagrad`."""
     given = RowAdagrad(*args)
     lr, decay = given.lr, given.weight_decay
     added, kept = (0.0, 1 - lr * decay) if given.decoupled else (decay, 1.0)
@@ -188,7 +188,7 @@ def row_adagrad(*args: Any) -> None:
 
 
 def row_sgd(*args: Any) -> None:
-    """See `memcompile.lowering.update.row_sgd`."""
+    """See `memcompile.lowering.update.row_tables.RowSgd`."""
     given = RowSgd(*args)
     _update(row_updates.update_sgd, given, (), (given.decays,), (), (given.rate,))
 

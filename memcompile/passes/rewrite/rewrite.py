@@ -95,7 +95,7 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
     for name, tensor in (*module.named_parameters(remove_duplicate=False), *buffers):
         if not _has(result, name):
             assign_attribute(tensor, result, name)
-    for path, owner in module.named_modules():
+    for path, owner in module.named_modules(remove_duplicate=False):
         if owner._non_persistent_buffers_set:
             result.get_submodule(path)._non_persistent_buffers_set |= owner._non_persistent_buffers_set
     for node in result.graph.nodes:
@@ -234,9 +234,14 @@ def _splice(call: Candidate, scopes: list[Scope], site: FfnSite, added: _NewPara
 def _erase(splices: list[Splice], scopes: list[Scope]) -> None:
     """Takes replaced FFNs out of the graphs, their in-place and random operators too."""
     inner = set[fx.Node]().union(*(splice.inner for splice in splices))
-    for graph in (scope.module.graph for scope in scopes):
-        if not inner.isdisjoint(graph.nodes):
-            graph.eliminate_dead_code(lambda node: node not in inner and (node.op == "call_module" or node.is_impure()))
+    for module in (scope.module for scope in scopes):
+
+        def stays(node: fx.Node, module: fx.GraphModule = module) -> bool:
+            calls = node.op == "call_module" or called_body(node, module) is not None  # which may change a buffer
+            return node not in inner and (calls or node.is_impure())
+
+        if not inner.isdisjoint(module.graph.nodes):
+            module.graph.eliminate_dead_code(stays)
     for splice in splices:
         splice.check_erased()
 

@@ -4,7 +4,6 @@ the process, and which optimizers hold them.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -61,7 +60,7 @@ class ValueTable:
         self._stepped: nn.Parameter | None = None  # what the state is of
         self._lay: tuple[torch.device, torch.dtype] | None = None  # where and how, in the last step
         self._shown = ShownState()
-        self._optimizer: weakref.ref[Optimizer] | None = None
+        self._optimizer: weakref.finalize | None = None  # runs when the optimizer is gone
         self._row_state = HeldRowState(self)
         self.name = self._row_state.name
 
@@ -172,7 +171,7 @@ class ValueTable:
         if not self._shown.is_in(optimizer, self.values, self._state) or rule is not self._rule:
             self.flush()
             self._state = self._shown.taken_over(optimizer, self, rule) or rule.new_state(_local(self.part), options)
-            self._optimizer = weakref.ref(optimizer, functools.partial(_end, weakref.ref(self)))
+            self._follow(optimizer)
         assert self._state is not None
         self._stepped, self._rule, self._options = self.part, rule, options
         self._lay = (self.part.device, self.part.dtype)
@@ -180,22 +179,33 @@ class ValueTable:
         rows.start()  # moves the state with values that were moved or cast
         return rows
 
+    def _follow(self, optimizer: Optimizer) -> None:
+        """When the optimizer is gone, the values stay as its last step has them, and the state goes. Not when the
+        process ends, where tensors can be freed in any order.
+        """
+        if self._optimizer is not None:
+            self._optimizer.detach()
+        self._optimizer = weakref.finalize(optimizer, _end, weakref.ref(self))
+        self._optimizer.atexit = False
+
     def _move_state(self) -> None:
         """Moves the state with values that were moved or cast since the last step, in the optimizer too."""
         values, state = self._stepped, self._state
         if values is None or state is None or self._lay == (values.device, values.dtype):
             return
-        optimizer = self._optimizer() if self._optimizer is not None else None
-        shown = optimizer is not None and self._shown.is_in(optimizer, self.values, state)
+        followed = self._optimizer.peek() if self._optimizer is not None else None
+        shown = followed is not None and self._shown.is_in(followed[0], self.values, state)
         self._rule(_local(values), state, self._options).start()
         self._lay = (values.device, values.dtype)
         self._put_row_state()
-        if optimizer is not None and shown:
-            self._shown.show(optimizer, self, state)
+        if followed is not None and shown:
+            self._shown.show(followed[0], self, state)
 
     def end(self) -> None:
         """The rows are stepped no longer, or by other state: they are flushed, and their state goes."""
         self.flush()
+        if self._optimizer is not None:
+            self._optimizer.detach()
         self._state, self._stepped, self._shown, self._optimizer = None, None, ShownState(), None
         self._row_state.put(self._no_row_state())
 
@@ -224,8 +234,7 @@ def _local(values: Tensor) -> Tensor:
     return local_part(values).detach()
 
 
-def _end(table: weakref.ref[ValueTable], optimizer: weakref.ref[Optimizer]) -> None:
-    """When the optimizer is gone, the values stay as its last step has them, and the state goes."""
+def _end(table: weakref.ref[ValueTable]) -> None:
     alive = table()
     if alive is not None:
         alive.end()

@@ -58,6 +58,7 @@ def test_a_table_in_pieces(exported, monkeypatch):
     assert sum(tensor.nbytes for tensor in model.state_dict().values()) == index["metadata"]["total_size"]
     pieces = [name for name in index["weight_map"] if name.startswith("memory_values")]
     assert pieces[:2] == ["memory_values[0:50]", "memory_values[50:100]"]
+    assert config(path / index["weight_map"][pieces[1]]) == config(path)
     read: dict[str, torch.Tensor] = {}
     for name in set(index["weight_map"].values()):
         tensors = safetensors.torch.load_file(path / name)

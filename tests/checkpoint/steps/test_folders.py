@@ -55,6 +55,14 @@ def test_a_training_that_went_back(model, tmp_path):
     assert steps(tmp_path) == [120, 110, 300]
 
 
+def test_a_folder_whose_name_is_nearly_that_of_a_step(model, tmp_path):
+    save_steps(tmp_path, model, 1, 2)
+    shutil.copytree(tmp_path / "step_2", tmp_path / "step_02")
+    save_steps(tmp_path, model, 3, keep=2)
+    assert steps(tmp_path) == [3, 2]
+    assert names(tmp_path) == {"step_02", "step_2", "step_3", "LATEST"}
+
+
 def test_a_step_that_is_saved_again_is_replaced(model, tmp_path):
     save_steps(tmp_path, model, 1, 2)
     nn.init.constant_(model.weight, 7.0)

@@ -166,6 +166,28 @@ class Flattened(nn.Module):
         return self.down(F.relu(self.up(x)).flatten(0, -2)).view(x.shape)
 
 
+def test_what_changes_a_buffer_stays():
+    """Nothing reads what a higher-order operator returns that counts calls without gradients."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = gpt(1)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.calls.add_(1)
+            return self.model(x)
+
+    graph_module = exported(Counting(), tokens())
+    (site,) = memcompile.find_ffns(graph_module)
+    result = rewritten(graph_module, [site])
+    for calls in (1, 2):
+        result(tokens())
+        assert result.calls == calls
+
+
 @pytest.mark.parametrize("flat_up", [True, False])
 def test_tokens_that_only_one_projection_flattens(flat_up):
     torch.manual_seed(0)

@@ -6,6 +6,9 @@ import copy
 import functools
 import gc
 import logging
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import pytest
@@ -28,6 +31,25 @@ from tests.runtime.table.stepping import (
     stepped_by_pytorch,
     train,
 )
+
+
+def test_a_training_that_raises_ends_as_every_program_does():
+    """The interpreter frees the traceback last, and with it the optimizer before the model."""
+    program = """
+        from tests.runtime.table.stepping import adamw, model_of, train
+
+        def main():
+            model = model_of("sparse")
+            optimizer = adamw(model)
+            train(model, optimizer, range(3))
+            raise ZeroDivisionError
+
+        main()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.endswith("ZeroDivisionError\n")
+
 
 # --- who steps ----------------------------------------------------------------------------------------------------
 

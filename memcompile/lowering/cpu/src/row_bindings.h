@@ -17,7 +17,7 @@ namespace {
 using Optional = std::optional<Tensor>;
 
 bool is_table(const Tensor& table, const Tensor& like) {
-  return table.dim() == 2 && has_shape(table, {like.size(0), like.size(1)}) && table.is_contiguous();
+  return table.dim() == 2 && like.dim() == 2 && has_shape(table, {like.size(0), like.size(1)}) && table.is_contiguous();
 }
 
 Optional contiguous(const Optional& tensor) {

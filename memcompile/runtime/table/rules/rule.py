@@ -44,7 +44,7 @@ class Rule:
     misses: ClassVar[bool] = False
 
     def __init__(self, table: Tensor, state: State, options: Options, shards: Shards | None = None) -> None:
-        self.given, self.state, self.options, self.shards = table, state, options, shards
+        self.original, self.state, self.options, self.shards = table, state, options, shards
         self.table = table.float() if table.dtype is torch.float16 else table
 
     @classmethod
@@ -81,7 +81,7 @@ class Rule:
         rows, grad = touched_rows(grad, sum_dtype(self.table))
         self._step(rows, -grad if self.options["maximize"] else grad)
         self._round()
-        increment_version(self.given)
+        increment_version(self.original)
 
     @torch.no_grad()
     def flush(self, rows: Tensor | None = None) -> bool:
@@ -94,9 +94,9 @@ class Rule:
         last_step, step = self.state["last_step"], self.state["step"]
         missed = (last_step if rows is None else last_step[rows]) != step
         missing = missed.nonzero()[:, 0] if rows is None else rows[missed]
-        untold = type(self)(self.table.data, self.state, self.options, self.shards)
+        without_autograd = type(self)(self.table.data, self.state, self.options, self.shards)
         for part in torch.split(missing, _ROWS):
-            untold._flush(part)
+            without_autograd._flush(part)
         self._round()
         if rows is None:  # the history starts again
             history = RateHistory(self.state["history"])
@@ -105,8 +105,8 @@ class Rule:
         return bool(len(missing))
 
     def _round(self) -> None:
-        if self.table is not self.given:
-            self.given.data.copy_(self.table)
+        if self.table is not self.original:
+            self.original.data.copy_(self.table)
 
     def _step(self, rows: Tensor, grad: Tensor) -> None:
         """Counts a step and does it, for distinct rows int64 [n] and their gradient [n, dim] in the dtype of sums."""
