@@ -56,9 +56,14 @@ def load_in_graphs() -> bool:
     """
     if support.is_interpreted() or not support.is_installed():
         return False
+    _register_bodies()
+    return register_template()
+
+
+@functools.cache
+def _register_bodies() -> None:
     for name in _IN_GRAPHS:
         decompose_in_graphs(f"{NAMESPACE}::{name}", functools.partial(body_in_graph, name), LIBRARY)
-    return register_template()
 
 
 def body_in_graph(name: str, *args: Any) -> Callable[..., Any] | None:

@@ -62,11 +62,11 @@ def ranks() -> list[dict[str, dict[str, Any]]]:
 @pytest.mark.parametrize(
     ("way", "name", "where"),
     [
-        ("forward", "all_gather", "forward"),
+        ("forward", "all_reduce", "forward"),
         ("backward", "all_to_all", "backward"),
         ("forward, compiled", "all_gather_into_tensor", "forward"),
         ("backward, compiled", "all_to_all_single", "backward"),
-        ("agreement", "all_gather", "forward"),
+        ("agreement", "all_reduce", "forward"),
     ],
 )
 def test_the_error_names_the_collective(ranks, way, name, where):

@@ -108,6 +108,8 @@ class _Changes(ast.NodeVisitor):
         is_global_hook = last.startswith(("register_optimizer_step_", "register_module_"))
         if is_global_hook and self._root(node.func) in self.torch:
             self.found.add(called)
+        if called == "mock.patch.object" and self._root(node.args[0]) in self.torch:
+            self.found.add(f"{ast.unparse(node.args[0])}.{ast.literal_eval(node.args[1])}")
         if last == "Library" and node.args and ast.unparse(node.args[0]) != "NAMESPACE":
             self.found.add(ast.unparse(node))
         self.generic_visit(node)
@@ -145,6 +147,7 @@ def test_nothing_else_in_the_package_changes_pytorch():
         "import torch\ntorch.nn.modules.module.register_module_forward_hook(f)",
         "import torch\ntorch.library.Library('aten', 'IMPL')",
         "import torch\ndef f():\n    torch.backends.flag += 1",
+        "import torch\nmock.patch.object(torch.Tensor, 'data', f)",
     ],
 )
 def test_changes_are_seen(source):
@@ -288,7 +291,7 @@ def test_a_plan_that_fails_leaves_nothing():
         from memcompile.planning import plan as planning
         from tests.models import tiny_gpt
 
-        def install(pool, chosen):
+        def install(pool, root, chosen):
             assert nn.Module.load_state_dict is not original
             raise MemoryError
         planning.install = install

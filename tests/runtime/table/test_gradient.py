@@ -193,8 +193,17 @@ def peak_of(call: Callable[[], None]) -> float:
 def test_compiled_layers_are_merged_and_nothing_is_as_large_as_the_table(monkeypatch):
     """By Inductor, which takes so long that one test asks all that there is to ask."""
     layers_of_calls: list[int] = []
-    joined = sparse_table._joined
-    monkeypatch.setattr(sparse_table, "_joined", lambda s, *more: layers_of_calls.append(len(s)) or joined(s, *more))
+    check, coalesced = sparse_table.check_hits, sparse_table.coalesced
+    checked: list[int] = []  # the layers of the call that runs
+
+    def result(*args: Any) -> Tensor:
+        if checked:  # not while the operator is traced
+            layers_of_calls.append(len(checked))
+            checked.clear()
+        return coalesced(*args)
+
+    monkeypatch.setattr(sparse_table, "check_hits", lambda *hits: checked.append(1) or check(*hits))
+    monkeypatch.setattr(sparse_table, "coalesced", result)
     table = 512**2 * 32 * 4 / 2**20  # MiB: glibc gives such blocks back when they are freed
     peaks = {}
 
