@@ -203,7 +203,9 @@ def config_from(state_dict: Mapping[str, Any]) -> MemoryConfig:
     """
     saved = plan_in(state_dict)
     if saved is None:
-        raise PlanError("the state dict holds no memory: it was saved from a model that was not planned")
+        inner = [name for name, value in state_dict.items() if isinstance(value, Mapping) and plan_in(value)]
+        hint = f"pass what it has under {inner[0]!r}" if inner else "it was saved from a model that was not planned"
+        raise PlanError(f"the state dict holds no memory: {hint}")
     return config_of(saved)
 
 

@@ -199,6 +199,8 @@ def test_a_plan_of_a_later_version_asks_for_an_upgrade():
 def test_a_dense_state_dict_has_no_config():
     with pytest.raises(PlanError, match="holds no memory"):
         memcompile.config_from(tiny_gpt(layers=2).state_dict())
+    with pytest.raises(PlanError, match="pass what it has under 'model'"):
+        memcompile.config_from({"step": 3, "optimizer": {}, "model": planned_gpt().state_dict()})
     with pytest.raises(OptionError):
         MemoryConfig.from_dict({"n_key": 3})
 

@@ -206,7 +206,7 @@ class ValueTable:
         self.flush()
         if self._optimizer is not None:
             self._optimizer.detach()
-        self._state, self._stepped, self._shown, self._optimizer = None, None, ShownState(), None
+        self._state, self._shown, self._optimizer = None, ShownState(), None
         self._row_state.put(self._no_row_state())
 
     def _no_row_state(self) -> Sequence[Tensor]:
@@ -221,7 +221,8 @@ class ValueTable:
 
     def _put_row_state(self) -> None:
         before = self._row_state.get()
-        if before or "last_step" in (self._state or ()):
+        misses = self.config.gradient == "sparse" and "last_step" in (self._state or ())  # a dense one touches all rows
+        if before or misses:
             self._row_state.put(row_state_arguments(self._state or {}, self.part.shape[1], before=before))
 
     @property

@@ -43,6 +43,26 @@ def test_a_training_is_compiled_once(backend, make):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("values_grad", ["sparse", "dense"])
+def test_a_training_goes_on_with_another_optimizer(values_grad):
+    """The state of the rows ends with its optimizer, and that of the next begins; the graph is the same."""
+    counter = CompileCounterWithBackend("eager")
+    results = []
+    for compiles in (True, False):
+        model = planned_gpt(values_grad=values_grad, **SIZES)
+        call = torch.compile(model, backend=counter, fullgraph=True) if compiles else model
+        with plain_attention():
+            for make in (AdamW, AdamW, SGD):
+                optimizer = make(model.parameters(), lr=1e-2)
+                for step in range(3):
+                    optimizer.zero_grad()
+                    call(*batch(step)).backward()
+                    optimizer.step()
+        results.append([*snapshot(model).values()])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-4)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_an_evaluation_that_is_compiled_reads_what_rows_have_missed(backend):
     model = model_of("sparse", values_lr=None)
