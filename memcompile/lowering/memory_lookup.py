@@ -95,7 +95,7 @@ def memory_lookup(
     )  # fmt: skip
 
 
-_DEFAULTS = schema_defaults(operator("memory_lookup"))
+DEFAULTS = schema_defaults(operator("memory_lookup"))
 
 
 class _Lookup(SimpleNamespace):
@@ -226,9 +226,7 @@ def _expect_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], mean
 
 
 def _run(*args: Any) -> Tensor:
-    lookup = _Lookup(
-        **_DEFAULTS | dict(zip(_DEFAULTS, args, strict=False))
-    )  # PyTorch leaves out those that are defaults
+    lookup = _Lookup(**DEFAULTS | dict(zip(DEFAULTS, args, strict=False)))  # PyTorch leaves out those that are defaults
     lookup.check()
     return lookup.run()
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from memcompile.common.token_wise import CASTS, POINTWISE, RESHAPES, canonical
-from memcompile.passes._torch import OpOverload
+from memcompile.passes._torch import HigherOrderOperator, OpOverload
 
 _FILLED = frozenset({"zeros", "ones", "full", "scalar_tensor"})
 
@@ -21,6 +21,11 @@ def operator_name(node: fx.Node) -> str:
     if isinstance(node.target, OpOverload):
         return canonical(node.target._schema.name.split("::")[1])
     return getattr(node.target, "__name__", str(node.target))
+
+
+def calls_a_body(node: fx.Node) -> bool:
+    """Whether the node hands its operands to the body of a higher-order operator, a graph of its own."""
+    return isinstance(node.target, HigherOrderOperator)
 
 
 def is_in_place(node: fx.Node) -> bool:

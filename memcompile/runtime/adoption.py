@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from memcompile.runtime.optimizer_state import parameters_of
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.table.hooks import meet
 from memcompile.runtime.table.table import tables_in
@@ -64,7 +65,7 @@ def adopt_optimizers(ffns: Iterable[nn.Parameter], pool: MemoryPool, root: nn.Mo
 def leave_optimizers(parameter: nn.Parameter) -> None:
     """Takes a parameter, and its state, out of every optimizer."""
     for optimizer in live_optimizers():
-        if any(p is parameter for group in optimizer.param_groups for p in group["params"]):
+        if any(p is parameter for p in parameters_of(optimizer)):
             _take_out(optimizer, {id(parameter)})
 
 

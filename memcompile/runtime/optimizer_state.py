@@ -10,6 +10,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All that an optimizer holds, in the order in which its state dict numbers them."""
+    groups = getattr(optimizer, "param_groups", ())  # a subclass may have none
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def numbers_in(state_dict: Mapping[str, Any]) -> list[int]:
+    """The numbers of the parameters in a state dict, in their order."""
+    return [number for group in state_dict["param_groups"] for number in group["params"]]
+
+
 def load_exactly(
     optimizer: Optimizer,
     load: Callable[[dict[str, Any]], object],
@@ -34,9 +45,7 @@ def load_exactly(
 
 def restore_dtypes(optimizer: Optimizer, state_dict: Mapping[str, Any], exact: Callable[[Tensor], bool]) -> None:
     """Gives each tensor of the state its dtype in a state dict back, which was loaded just before."""
-    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter, number in zip(parameters, numbers, strict=True):
+    for parameter, number in zip(parameters_of(optimizer), numbers_in(state_dict), strict=True):
         saved = state_dict["state"].get(number)
         if not saved or not exact(parameter):
             continue

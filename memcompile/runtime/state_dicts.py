@@ -71,7 +71,12 @@ def plan_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def plan_entries(state_dict: Mapping[str, Any]) -> Iterator[Any]:
     """What a state dict has under the names of encoded plans."""
-    return (value for name, value in state_dict.items() if f".{name}".endswith(f".{PLAN_KEY}"))
+    return (value for name, value in state_dict.items() if is_plan_name(name))
+
+
+def is_plan_name(name: str) -> bool:
+    """Whether an entry of this name is a plan, unless a stranger's module is named ``memory`` too."""
+    return f".{name}".endswith(f".{PLAN_KEY}")
 
 
 def is_plan(entry: Any) -> bool:
@@ -126,7 +131,7 @@ def _check_state_dict(owner: nn.Module, state_dict: dict[str, Any], prefix: str,
     elif not any(_is_memory(name[len(prefix) :], pool) for name in own):
         _fill_from_dense(pool, state_dict, prefix)
     else:  # of a captured graph, which has parameters and no extra state
-        plans = [name for name in owner.state_dict() if f".{name}".endswith(f".{PLAN_KEY}")]
+        plans = [name for name in owner.state_dict() if is_plan_name(name)]
         state_dict.update({prefix + name: encode_plan(pool) for name in plans})
     given = state_dict.get(prefix + VALUES_NAME)
     if pool.table.sharded is not None and isinstance(given, Tensor) and not isinstance(given, DTensor):

@@ -44,9 +44,8 @@ PLANS = "memcompile"  # in the metadata of each file
 BUFFER = PIECE  # bytes that are read, copied, or gathered from the ranks, at once
 _PIECE = re.compile(r"(.*)\[(\d+):(\d+)\]")
 
-# Returns rows of the tensor `name`, from `first` on, in a block of a shape and dtype; None on ranks that have no part
-# in it. All ranks call it.
-Collect = Callable[[str, int, tuple[int, ...], torch.dtype], Tensor | None]
+# Returns rows of the tensor `name`, from `first` on, of a shape and dtype, on rank 0; all ranks call it.
+Collect = Callable[[str, int, tuple[int, ...], torch.dtype], Tensor]
 
 
 class Piece(NamedTuple):
@@ -117,10 +116,10 @@ def _state_and_plans(model: nn.Module) -> tuple[dict[str, Any], Plans]:
 
 def _collect_from_step(
     reader: StepReader, ranks: Ranks, name: str, first: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor | None:
-    def read() -> Tensor | None:
+) -> Tensor:
+    def read() -> Tensor:
         if ranks.rank != 0:
-            return None
+            return torch.empty(0, device="cpu")
         block = torch.empty(shape, dtype=dtype, device="cpu")
         offsets = (first, *(0 for _ in shape[1:])) if shape else ()
         reader.read({MODEL + name: Part(offsets, block)}, Progress(False))
@@ -131,14 +130,14 @@ def _collect_from_step(
 
 def _collect_from_model(
     state: Mapping[str, Any], ranks: Ranks, name: str, first: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor | None:
+) -> Tensor:
     """Of a sharded tensor, the ranks' parts are added up where others have zeros, as bytes, which changes none."""
     tensor = state[name]
     sharded = isinstance(tensor, DTensor) and bool(shape)
 
-    def copied() -> Tensor | None:
+    def copied() -> Tensor:
         if not sharded and ranks.rank != 0:
-            return None
+            return torch.empty(0, device="cpu")
         block = torch.zeros(shape, dtype=dtype, device="cpu")
         offsets, local = local_part(tensor)
         if not sharded:
@@ -153,7 +152,7 @@ def _collect_from_model(
         return block
 
     block = ranks.each("collect rows of the model", copied)
-    if sharded and block is not None:
+    if sharded:
         dist.reduce(block.view(-1).view(torch.uint8), dst=0, group=ranks.group)
     return block
 
@@ -201,13 +200,8 @@ def _write_shard(
     for (_, shape, dtype), source, start in pieces:
         for first, end in row_blocks(shape, dtype, BUFFER):
             block = collect(source, start + first, (end - first, *shape[1:]) if shape else (), dtype)
-            ranks.each("write", functools.partial(_append_on_first, ranks, path, block))
-            bar.add(0 if block is None else block.nbytes)
-
-
-def _append_on_first(ranks: Ranks, path: Path, block: Tensor | None) -> None:
-    if ranks.rank == 0 and block is not None:
-        append(path, block)
+            ranks.first("write", functools.partial(append, path, block))
+            bar.add(block.nbytes)
 
 
 def _finish(path: Path, shards: Mapping[str, list[Piece]], unfinished: Mapping[str, Path]) -> None:

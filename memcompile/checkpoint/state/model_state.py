@@ -17,7 +17,7 @@ from memcompile.common.progress import Progress
 from memcompile.common.sites import VALUES_NAME
 from memcompile.errors import CheckpointError, PlanError
 from memcompile.runtime.pool import live_pools
-from memcompile.runtime.state_dicts import PLAN_KEY, check_same_plan, checked_plan, plan_of
+from memcompile.runtime.state_dicts import check_same_plan, checked_plan, is_plan_name, plan_of
 from memcompile.runtime.storage.frozen_values import MappedValues
 from memcompile.runtime.storage.values_file import sha256_of
 from memcompile.runtime.wrappers import unwrap
@@ -67,7 +67,7 @@ class ModelTarget:
             values = self.parameters.get(name)
             if isinstance(values, MappedValues):
                 _check_mapped(name, values, saved, bar)
-            elif name in self._own and not _is_plan(name):
+            elif name in self._own and not is_plan_name(name):
                 if name.endswith(_EXTRA_STATE):
                     self._own[name] = torch.empty_like(tensor, device="cpu")
                 self.parts[name] = Part(*local_part(self._own[name]))
@@ -150,8 +150,8 @@ def _check_entries(saved: SavedModel, own: Mapping[str, Any], strict: bool) -> N
     """
     names = {*saved.tensors, *saved.objects}
     shared = {_place(own[name]) for name in saved.tensors if name in own} - {None}
-    missing = [name for name in own if name not in names and not _is_plan(name) and _place(own[name]) not in shared]
-    unexpected = [name for name in (*saved.tensors, *saved.objects) if name not in own and not _is_plan(name)]
+    missing = [name for name in own if name not in names and not is_plan_name(name) and _place(own[name]) not in shared]
+    unexpected = [name for name in (*saved.tensors, *saved.objects) if name not in own and not is_plan_name(name)]
     shapes = [
         f"{name} is {list(saved.tensors[name].shape)} (here {list(value.shape)})"
         for name, value in own.items()
@@ -181,10 +181,6 @@ def _check_mapped(name: str, values: MappedValues, saved: SavedModel, bar: Progr
             f"{saved.source} has other {name} than {values.path!r}, where the model's lie, and loading does not write "
             f"them: plan with values_storage='device', load, and store_values() anew"
         )
-
-
-def _is_plan(name: str) -> bool:
-    return f".{name}".endswith(f".{PLAN_KEY}")
 
 
 def _place(value: Any) -> tuple[Any, ...] | None:

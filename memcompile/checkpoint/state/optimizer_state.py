@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from memcompile.checkpoint._torch import like
 from memcompile.checkpoint.state.model_state import plain
 from memcompile.errors import CheckpointError
-from memcompile.runtime.optimizer_state import restore_dtypes
+from memcompile.runtime.optimizer_state import parameters_of, restore_dtypes
 
 Group = Mapping[str, Any]
 Names = Mapping[int, str]  # of parameters, by their id
@@ -111,7 +111,7 @@ class OptimizerState:
     def put_into(self, optimizers: Sequence[Optimizer], names: Names, saved: Mapping[str, Tensor]) -> None:
         """Loads it, after `check` and reading. The dtypes of the saved model tell whether the state's own fit."""
         for optimizer in optimizers:
-            parameters = [p for group in optimizer.param_groups for p in group[_PARAMS]]
+            parameters = parameters_of(optimizer)
             numbers = {p: number for number, p in enumerate(parameters)}
             groups = []
             for group in optimizer.param_groups:

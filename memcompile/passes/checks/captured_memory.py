@@ -9,11 +9,12 @@ import torch
 from torch import fx
 
 from memcompile.errors import CaptureError
-from memcompile.lowering import operator
-from memcompile.passes._torch import FakeTensor, HigherOrderOperator, pytree
+from memcompile.lowering.memory_lookup import DEFAULTS
+from memcompile.passes._torch import FakeTensor, pytree
+from memcompile.passes.fx import calls_a_body
 
 OP_NAME = "memcompile.memory_lookup"
-POSITIONS = {argument.name: position for position, argument in enumerate(operator("memory_lookup")._schema.arguments)}
+POSITIONS = {name: position for position, name in enumerate(DEFAULTS)}
 
 
 def verify_captured_memory(
@@ -70,8 +71,7 @@ def make_dense_where_read(
         return 0
     lookups = [node for node, _ in operators if is_lookup(node)]
     for node in lookups:
-        at = POSITIONS["values_grad"]
-        node.args = (*node.args[:at], "dense", *node.args[at + 1 :])
+        node.update_arg(POSITIONS["values_grad"], "dense")
     return len(lookups)
 
 
@@ -119,11 +119,6 @@ def operators_in(
             operands = [value for value in given if not isinstance(value, fx.GraphModule)]
             first = max(0, len(operands) - len(placeholders_of(body)))
             yield from operators_in(body, operands[first:])
-
-
-def calls_a_body(node: fx.Node) -> bool:
-    """Whether the node hands its operands to a body, whose operators `operators_in` gives too."""
-    return isinstance(node.target, HigherOrderOperator)
 
 
 def placeholders_of(graph_module: fx.GraphModule) -> list[fx.Node]:

@@ -18,7 +18,7 @@ from memcompile.passes._torch import assign_attribute
 from memcompile.passes.capture.graphs import Parameters, Scope, called_body, exchange, fake_mode, give_values, read
 from memcompile.passes.detect.blocks import Block, Candidate
 from memcompile.passes.detect.detect import find_in_scopes
-from memcompile.passes.fx import operator_name
+from memcompile.passes.fx import calls_a_body, operator_name
 from memcompile.passes.rewrite.splice import Splice
 
 
@@ -234,14 +234,14 @@ def _splice(call: Candidate, scopes: list[Scope], site: FfnSite, added: _NewPara
 def _erase(splices: list[Splice], scopes: list[Scope]) -> None:
     """Takes replaced FFNs out of the graphs, their in-place and random operators too."""
     inner = set[fx.Node]().union(*(splice.inner for splice in splices))
-    for module in (scope.module for scope in scopes):
 
-        def stays(node: fx.Node, module: fx.GraphModule = module) -> bool:
-            calls = node.op == "call_module" or called_body(node, module) is not None  # which may change a buffer
-            return node not in inner and (calls or node.is_impure())
+    def stays(node: fx.Node) -> bool:
+        calls = node.op == "call_module" or calls_a_body(node)  # which may change a buffer
+        return node not in inner and (calls or node.is_impure())
 
-        if not inner.isdisjoint(module.graph.nodes):
-            module.graph.eliminate_dead_code(stays)
+    for graph in (scope.module.graph for scope in scopes):
+        if not inner.isdisjoint(graph.nodes):
+            graph.eliminate_dead_code(stays)
     for splice in splices:
         splice.check_erased()
 

@@ -20,6 +20,7 @@ from memcompile.lowering.distributed.sharded_table import Shards, chunk_sizes
 from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, values_shape
 from memcompile.runtime import patches
 from memcompile.runtime._torch import local_part, sized_at_run_time
+from memcompile.runtime.optimizer_state import parameters_of
 from memcompile.runtime.pool import MemoryPool, pool_of
 from memcompile.runtime.wrappers import is_in_ddp, is_sharded, live_optimizers, unwrap
 
@@ -128,7 +129,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: st
         raise PlanError(f"parameters of {type(root).__name__} are sharded already. {_ORDER}")
     replaced = {id(pool.values)} | {id(p) for p in (_to_cut(pool) if tokens == "shared" else {}).values()}
     for optimizer in live_optimizers():
-        if any(id(p) in replaced for group in optimizer.param_groups for p in group["params"]):
+        if any(id(p) in replaced for p in parameters_of(optimizer)):
             raise PlanError(f"{type(optimizer).__name__} holds the memory's parameters already. {_ORDER}")
     check_plans_agree(pool, sharded)
     values = distribute_tensor(pool.values.detach(), mesh, sharded.placements)

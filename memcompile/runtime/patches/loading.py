@@ -16,7 +16,7 @@ from memcompile.common.sites import VALUES_NAME
 from memcompile.errors import PlanError
 from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.pool import pool_of, pools_inside
-from memcompile.runtime.state_dicts import PLAN_KEY, is_plan, plan_entries
+from memcompile.runtime.state_dicts import is_plan, is_plan_name, plan_entries
 
 
 def _guarded(
@@ -30,7 +30,7 @@ def _guarded(
                 f"memcompile.plan(model, memory=memcompile.config_from(state_dict)), then load"
             )
         # a captured graph has the parameters, and no extra state
-        state_dict = {k: v for k, v in state_dict.items() if not (k.endswith(PLAN_KEY) and is_plan(v))}
+        state_dict = {k: v for k, v in state_dict.items() if not (is_plan_name(k) and is_plan(v))}
     return load(module, state_dict, *args, **kwargs)
 
 

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from memcompile.errors import OptionError
+from memcompile.runtime.optimizer_state import parameters_of
 from memcompile.runtime.storage.frozen_values import refuse_gradient
 from memcompile.runtime.table.named_states import add_names
 from memcompile.runtime.table.table import ValueTable, live_tables, tables_in
@@ -115,7 +116,7 @@ def _tell_orphans(optimizer: Optimizer) -> None:
 
 
 def _ids_in(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+    return {id(p) for p in parameters_of(optimizer)}
 
 
 def _steps_others(optimizer: Optimizer) -> bool:
@@ -181,8 +182,7 @@ def _take_aside(optimizer: Optimizer, hooked: _Hooked) -> None:
         if table.values.grad is not None:
             hooked.aside.append((table, table.values.grad))
             table.values.grad = None
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    hooked.witness = next(((p, p.grad) for p in parameters if p.grad is not None), None)
+    hooked.witness = next(((p, p.grad) for p in parameters_of(optimizer) if p.grad is not None), None)
 
 
 def _put_back(hooked: _Hooked) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from memcompile.errors import PlanError
+from memcompile.runtime.optimizer_state import numbers_in, parameters_of
 from memcompile.runtime.table.table import tables_in
 
 KEY = "memcompile_parameter_names"  # of a state dict: a name for each position, or None
@@ -42,14 +43,10 @@ def matched(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             f"the state of {type(optimizer).__name__} is of other parameters: it lacks {lacks}, and has {has} instead. "
             f"Build the optimizer from the same parameters as in the run that saved it"
         )
-    number_of = dict(zip(saved, _numbers(state_dict), strict=True))
+    number_of = dict(zip(saved, numbers_in(state_dict), strict=True))
     numbers = iter([number_of[name] for name in own])
     groups = [{**g, "params": [next(numbers) for _ in g["params"]]} for g in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups, KEY: own}
-
-
-def _numbers(state_dict: dict[str, Any]) -> list[int]:
-    return [number for group in state_dict["param_groups"] for number in group["params"]]
 
 
 def _names(optimizer: Optimizer) -> list[str | None]:
@@ -57,13 +54,12 @@ def _names(optimizer: Optimizer) -> list[str | None]:
     for table, _ in tables_in(optimizer):
         model = table.model() or table.owner
         names |= {id(p): name for name, p in model.named_parameters()}
-    return [names.get(id(p)) for group in optimizer.param_groups for p in group["params"]]
+    return [names.get(id(p)) for p in parameters_of(optimizer)]
 
 
 def _check_shapes(optimizer: Optimizer, state_dict: dict[str, Any], names: list[str | None]) -> None:
     values = {id(table.values) for table, _ in tables_in(optimizer)}  # whose states may have a number a row
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter, number, name in zip(parameters, _numbers(state_dict), names, strict=True):
+    for parameter, number, name in zip(parameters_of(optimizer), numbers_in(state_dict), names, strict=True):
         state = state_dict["state"].get(number, {}) if id(parameter) not in values else {}
         for entry in _ELEMENTWISE:
             saved = state.get(entry)
