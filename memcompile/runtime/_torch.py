@@ -81,6 +81,11 @@ def sized_at_run_time(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which Dynamo of 2.11 takes for true in every trace."""
+    return torch.compiler._is_exporting_flag
+
+
 def fsdp_init() -> Any:
     """The module in which `fully_shard` finds the parameters to shard, by `_get_managed_states`; slow to import."""
     from torch.distributed.fsdp._fully_shard import _fsdp_init

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from memcompile.lowering import memory_lookup
 from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.parameters import draw_layer, new_layer
+from memcompile.runtime._torch import is_exporting
 from memcompile.runtime.distributed.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.state_dicts import encode_plan
@@ -82,7 +83,7 @@ class MemoryLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         table = self.pool.table
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting():
+            if is_exporting():
                 flush_while_traced(table.name)  # the program is saved with the values, and not with their state
             return self._look_up(x, table.part_in_graphs)
         table.watch_gradient()  # of values of a copy, or that were loaded with assign=True

@@ -17,7 +17,7 @@ from memcompile.config import MemoryConfig
 from memcompile.lowering.distributed.sharded_table import Shards
 from memcompile.lowering.gather.hits import sum_dtype
 from memcompile.lowering.gather.table_gather import TABLE_LOCK
-from memcompile.runtime._torch import at_once, local_part, whole_like
+from memcompile.runtime._torch import at_once, is_exporting, local_part, whole_like
 from memcompile.runtime.table.gradient import watch_gradient
 from memcompile.runtime.table.row_state import HeldRowState, row_state_arguments
 from memcompile.runtime.table.rules import RULES, AdamW, Options, Rule, State
@@ -125,7 +125,7 @@ class ValueTable:
         """What rows of these values have missed, as `memory_lookup` takes it. Rows of other values than those that are
         stepped have missed nothing: inside `functional_call`, or of a parameter that was replaced.
         """
-        if torch.compiler.is_exporting() or not self.is_stepped(values):
+        if is_exporting() or not self.is_stepped(values):
             return ()
         return self._row_state.get()
 
