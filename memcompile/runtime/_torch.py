@@ -81,6 +81,11 @@ def sized_at_run_time(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def without_torch_function() -> Any:
+    """A context in which functions see no `__torch_function__` of subclasses."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
 def is_exporting() -> bool:
     """`torch.compiler.is_exporting`, which Dynamo of 2.11 takes for true in every trace."""
     return torch.compiler._is_exporting_flag

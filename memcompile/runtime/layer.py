@@ -9,10 +9,11 @@ from torch.distributed.tensor import DTensor
 from memcompile.lowering import memory_lookup
 from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.parameters import draw_layer, new_layer
-from memcompile.runtime._torch import is_exporting
+from memcompile.runtime._torch import is_exporting, without_torch_function
 from memcompile.runtime.distributed.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.state_dicts import encode_plan
+from memcompile.runtime.table.current_values import is_alias
 from memcompile.runtime.table.table import flush_while_traced
 
 _Optional = Tensor | None
@@ -90,24 +91,31 @@ class MemoryLayer(nn.Module):
         if functorch_is_active() or not table.is_stepped(table.part):
             table.flush()  # transforms read the values alone, and `functional_call` may have been given views of them
         if table.sharded is None:
-            return self._look_up(x, table.part)
+            values = table.part
+            return self._look_up_alias(x, values) if is_alias(values) else self._look_up(x, values)
         with named_collectives("forward"):
             return self._look_up(x, table.part)
 
     def _look_up(self, x: Tensor, values: Tensor) -> Tensor:
         table = self.pool.table
         sharded = table.sharded
-        return memory_lookup(
-            x,
-            *self.tensors(values),
-            heads=self.heads,
-            top_k=self.top_k,
-            values_grad=table.gradient,
-            values_storage=self.pool.config.values_storage,
-            shards=None if sharded is None else sharded.shards,
-            capacity=None if sharded is None else sharded.capacity(x),
-            row_state=table.row_state(values),
-        )
+        with without_torch_function():  # the operator is given the state of rows
+            return memory_lookup(
+                x,
+                *self.tensors(values),
+                heads=self.heads,
+                top_k=self.top_k,
+                values_grad=table.gradient,
+                values_storage=self.pool.config.values_storage,
+                shards=None if sharded is None else sharded.shards,
+                capacity=None if sharded is None else sharded.capacity(x),
+                row_state=table.row_state(values),
+            )
+
+    @torch.compiler.disable  # graphs read memory as it is stored: see `refuse_alias`
+    def _look_up_alias(self, x: Tensor, values: Tensor) -> Tensor:
+        """Of values that `functional_call` was given, which share the table's memory; it is flushed."""
+        return self._look_up(x, values)
 
     def get_extra_state(self) -> Tensor:
         return encode_plan(self.pool)

@@ -24,6 +24,7 @@ from memcompile.errors import OptionError
 from memcompile.runtime.optimizer_state import parameters_of
 from memcompile.runtime.storage.frozen_values import refuse_gradient
 from memcompile.runtime.table.named_states import add_names
+from memcompile.runtime.table.row_gradient import now
 from memcompile.runtime.table.table import ValueTable, live_tables, tables_in
 from memcompile.runtime.table.which_rule import rule_in
 from memcompile.runtime.wrappers import live_optimizers
@@ -187,7 +188,7 @@ def _take_aside(optimizer: Optimizer, hooked: _Hooked) -> None:
 
 def _put_back(hooked: _Hooked) -> None:
     for table, grad in hooked.aside:
-        table.values.grad = grad
+        table.values.grad = now(grad)
     hooked.aside, hooked.witness = [], None
 
 

@@ -16,9 +16,11 @@ from memcompile.common.sites import VALUES_NAME
 from memcompile.config import MemoryConfig
 from memcompile.lowering.distributed.sharded_table import Shards
 from memcompile.lowering.gather.hits import sum_dtype
-from memcompile.lowering.gather.table_gather import TABLE_LOCK
-from memcompile.runtime._torch import at_once, is_exporting, local_part, whole_like
+from memcompile.lowering.gather.table_gather import TABLE_LOCK, gather
+from memcompile.runtime._torch import at_once, is_exporting, local_part, whole_like, without_torch_function
+from memcompile.runtime.table.current_values import refuse_alias, show_current, show_stored, stored
 from memcompile.runtime.table.gradient import watch_gradient
+from memcompile.runtime.table.row_gradient import as_tensor, row_gradient
 from memcompile.runtime.table.row_state import HeldRowState, row_state_arguments
 from memcompile.runtime.table.rules import RULES, AdamW, Options, Rule, State
 from memcompile.runtime.table.shown_state import ShownState
@@ -99,7 +101,12 @@ class ValueTable:
 
     @grad.setter
     def grad(self, grad: Tensor | None) -> None:
-        self.values.grad = grad if self.sharded is None or grad is None else whole_like(self.values, grad)
+        if grad is None:
+            self.values.grad = None
+        elif self.sharded is None:
+            self.values.grad = row_gradient(grad, self.values)
+        else:
+            self.values.grad = whole_like(self.values, grad)
 
     @property
     def gradient(self) -> str:
@@ -115,7 +122,7 @@ class ValueTable:
         """Sees every gradient that the values get from here on. Idempotent: values that were replaced are watched."""
         self._move_state()
         if self._state is None and self._stepped is not self.part:
-            self._stepped = self.part
+            self._step_from_here_on(self.part)
             self._row_state.put(self._no_row_state())
         watch_gradient(self)
 
@@ -125,6 +132,7 @@ class ValueTable:
         """What rows of these values have missed, as `memory_lookup` takes it. Rows of other values than those that are
         stepped have missed nothing: inside `functional_call`, or of a parameter that was replaced.
         """
+        refuse_alias(values)
         if is_exporting() or not self.is_stepped(values):
             return ()
         return self._row_state.get()
@@ -133,6 +141,21 @@ class ValueTable:
         """Whether these values are the parameter that steps move, not another in its place."""
         return self._stepped is None or values is self._stepped
 
+    def in_graph(self, values: Tensor) -> Tensor:
+        """The values for an operation that Dynamo traces: a copy [slots, dim] of the rows as they are when the graph
+        runs, through which gradients reach the values.
+        """
+        if is_exporting():
+            flush_while_traced(self.name)
+        row_state = self.row_state(values)
+        if not row_state:
+            return values
+        with without_torch_function():
+            slots = torch.arange(values.shape[0], device=values.device).unsqueeze(1)
+            ones = torch.ones(values.shape[0], 1, device=values.device, dtype=values.dtype)
+            return gather(values, slots, ones, row_state, "dense")
+
+    @torch.compiler.disable
     @at_once()  # whatever traces or transforms what the program does
     def flush(self) -> None:
         """Makes all rows do, in place, what they have missed. Who reads the table with its state reads the same numbers
@@ -151,6 +174,7 @@ class ValueTable:
 
     # --- stepping ------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     @at_once()
     def step(self, optimizer: Optimizer, rule: type[Rule], options: Options) -> None:
         """Steps the rows that the values' gradient touches, by a rule with these options, as a part of the step of the
@@ -160,7 +184,7 @@ class ValueTable:
         if grad is not None and _unscaled(optimizer, grad):
             with TABLE_LOCK:
                 rows = self._go_on(optimizer, rule, options)
-                rows.step(grad)
+                rows.step(as_tensor(grad))
                 self._put_row_state()
                 self._shown.show(optimizer, self, rows.state)
 
@@ -173,11 +197,20 @@ class ValueTable:
             self._state = self._shown.taken_over(optimizer, self, rule) or rule.new_state(_local(self.part), options)
             self._follow(optimizer)
         assert self._state is not None
-        self._stepped, self._rule, self._options = self.part, rule, options
+        self._step_from_here_on(self.part)
+        self._rule, self._options = rule, options
         self._lay = (self.part.device, self.part.dtype)
         rows = rule(_local(self.part), self._state, options, self.shards)
         rows.start()  # moves the state with values that were moved or cast
         return rows
+
+    def _step_from_here_on(self, part: nn.Parameter) -> None:
+        """Steps move this parameter, and not the one before it."""
+        if self._stepped is not None and self._stepped is not part:
+            show_stored(self._stepped)
+        self._stepped = part
+        if self._may_miss and self.sharded is None:
+            show_current(part, self)
 
     def _follow(self, optimizer: Optimizer) -> None:
         """When the optimizer is gone, the values stay as its last step has them, and the state goes. Not when the
@@ -209,12 +242,17 @@ class ValueTable:
         self._state, self._shown, self._optimizer = None, ShownState(), None
         self._row_state.put(self._no_row_state())
 
+    @property
+    def _may_miss(self) -> bool:
+        """Whether rows miss steps by the rule, or by one of those that an optimizer may bring."""
+        rule = self.config.values_optimizer
+        return self.config.gradient == "sparse" and (rule is None or RULES[rule].misses)
+
     def _no_row_state(self) -> Sequence[Tensor]:
         """Of a table that no step has touched: as many tensors as of one that is stepped, and of the same kind, for the
         graphs that are compiled before.
         """
-        may_miss = self.config.values_optimizer is None or RULES[self.config.values_optimizer].misses
-        if self.config.gradient != "sparse" or not may_miss or self._stepped is None:
+        if not self._may_miss or self._stepped is None:
             return ()
         dtype = torch.bfloat16 if self.config.values_state_dtype == "bfloat16" else sum_dtype(self._stepped)
         return row_state_arguments({}, self._stepped.shape[1], self._stepped.device, dtype)
@@ -232,7 +270,7 @@ class ValueTable:
 
 
 def _local(values: Tensor) -> Tensor:
-    return local_part(values).detach()
+    return local_part(stored(values))
 
 
 def _end(table: weakref.ref[ValueTable]) -> None:

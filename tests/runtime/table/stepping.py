@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from memcompile.runtime.pool import pool_of
+from memcompile.runtime.table.current_values import stored
 from tests.planned import batch, planned_gpt
 
 SIZES: dict[str, Any] = {"n_keys": 16, "memory_layers": 2}
@@ -44,6 +45,11 @@ def train(model: nn.Module, optimizer: Optimizer, steps: Iterable[int]) -> nn.Mo
 def evaluate(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(batch(99)[0])
+
+
+def stored_values(model: nn.Module) -> Tensor:
+    """A copy of the rows as they are stored, some of which may have missed steps."""
+    return stored(pool_of(model).table.part).clone()
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler as schedulers
 
 from memcompile.runtime.pool import pool_of
 from tests.planned import assert_same, batch, gradients, plain_attention, planned_gpt
-from tests.runtime.table.stepping import SIZES, adamw, evaluate, model_of, snapshot, train
+from tests.runtime.table.stepping import SIZES, adamw, evaluate, model_of, snapshot, stored_values, train
 
 
 @pytest.mark.parametrize("make", [functools.partial(AdamW, eps=1e-2), SGD], ids=["AdamW", "SGD"])
@@ -69,11 +69,11 @@ def test_an_evaluation_that_is_compiled_reads_what_rows_have_missed(backend):
     optimizer = adamw(model)
     call = torch.compile(model, backend=backend, fullgraph=True)
     for steps in range(3):
-        stored = model.memory_values.detach().clone()
+        stored = stored_values(model)
         with torch.no_grad(), plain_attention():
             found = call(batch(99)[0])
         torch.testing.assert_close(found, evaluate(model), rtol=0, atol=1e-12)
-        assert torch.equal(stored, model.memory_values)
+        assert torch.equal(stored, stored_values(model))
         train(model, optimizer, range(3 * steps, 3 * steps + 3))
     last_step = pool_of(model).table.row_state(model.memory_values)[1]
     assert (last_step < last_step.max()).any(), "rows have missed steps"

@@ -91,6 +91,8 @@ class Rule:
         """
         if not self.misses or "last_step" not in self.state:
             return False
+        if rows is None and not len(RateHistory(self.state["history"])):  # no step since the last flush
+            return False
         last_step, step = self.state["last_step"], self.state["step"]
         missed = (last_step if rows is None else last_step[rows]) != step
         missing = missed.nonzero()[:, 0] if rows is None else rows[missed]
