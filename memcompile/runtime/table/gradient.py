@@ -75,13 +75,26 @@ class Replicas:
     def __init__(self, ddp: DistributedDataParallel) -> None:
         self._ddp = weakref.ref(ddp)
         self.wait = False
+        self._own_group: dist.ProcessGroup | None = None
         ddp.register_forward_pre_hook(self._before_forward)
 
     @property
     def ddp(self) -> DistributedDataParallel | None:
         return self._ddp()
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The group to average over: DDP's, or one of the same ranks beside a hook of the user's, whose own collectives
+        may come in another order among ours on each rank.
+        """
+        ddp = self.ddp
+        assert ddp is not None, "a backward of its module runs"
+        return self._own_group or ddp.process_group  # type: ignore[no-any-return]
+
     def _before_forward(self, ddp: nn.Module, args: Any) -> None:
+        if ddp._comm_hooks and self._own_group is None:
+            ranks = dist.get_process_group_ranks(ddp.process_group)
+            self._own_group = dist.new_group(ranks, use_local_synchronization=True)
         if torch.is_grad_enabled():  # an evaluation between a forward and its backward changes nothing
             self.wait = bool(ddp.require_backward_grad_sync)
 
@@ -95,7 +108,7 @@ def _average_after_backward(table: ValueTable) -> None:
             "DDP's join() lets ranks stop early, and rows are averaged among all: plan with values_grad='dense'"
         )
     if table.sharded is None:
-        group = None if ddp is None else ddp.process_group
+        group = None if ddp is None or replicas is None else replicas.group
     else:  # without DDP, FSDP or the loop averages the rest, and each gradient of ours is averaged as it comes
         group = table.sharded.replicas if ddp is not None or replicas is None else None
     if group is None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import memcompile
@@ -88,6 +90,36 @@ def alone(rank: int) -> list[Tensor]:
     return [model.memory_values.grad.to_dense(), model.head.weight.grad.clone()]
 
 
+def compressed(rank: int) -> list[Tensor]:
+    """A communication hook with two collectives a bucket, the second of which is started when the first has ended."""
+    model = planned_gpt(**PLAN, values_grad="sparse").double()
+    ddp = DistributedDataParallel(model)
+    ddp.register_comm_hook(PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2), powerSGD_hook)
+    optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-2)
+    for step in range(4):
+        optimizer.zero_grad()
+        ddp(*batch(2 * step + rank)).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def averaged_by_hand(rank: int, what: str, gradient: str) -> list[Tensor]:
+    """Data parallelism without DDP: the loop averages the gradients of each step, or the parameters after two."""
+    model = planned_gpt(**PLAN, values_grad=gradient).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(4):
+        optimizer.zero_grad()
+        model(*batch(2 * step + rank)).backward()
+        for p in model.parameters() if what == "gradients" else ():
+            dist.all_reduce(p.grad.data)
+            p.grad.data /= 2
+        optimizer.step()
+        for p in model.parameters() if what == "parameters" and step % 2 else ():
+            dist.all_reduce(p.data)
+            p.data.div_(2)
+    return [p.detach().clone() for p in model.parameters()]
+
+
 def refused_plan(rank: int) -> bool:
     """A DDP that the plan refuses is as it was."""
     ddp = DistributedDataParallel(tiny_gpt(layers=3))
@@ -106,6 +138,12 @@ def everything(rank: int) -> dict[str, Any]:
         "join": joined(rank),
         "alone": alone(rank),
         "refused plan": refused_plan(rank),
+        "compressed": compressed(rank),
+        "by hand": {
+            (what, gradient): averaged_by_hand(rank, what, gradient)
+            for what in ("gradients", "parameters")
+            for gradient in ("sparse", "dense")
+        },
     }
 
 
@@ -142,6 +180,23 @@ def test_one_rank_may_run_a_backward_alone(ranks):
     """It does not wait for others; and what DDP itself reduces is reduced."""
     for one, other in zip(*(rank["alone"] for rank in ranks), strict=True):
         assert one.any() and torch.equal(one, other)
+
+
+def test_a_hook_of_the_users_has_collectives_of_its_own(ranks):
+    for one, other in zip(*(rank["compressed"] for rank in ranks), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("what", ["gradients", "parameters"])
+def test_a_loop_that_averages_by_itself(ranks, what):
+    for sparse, other, dense in zip(
+        ranks[0]["by hand"][what, "sparse"],
+        ranks[1]["by hand"][what, "sparse"],
+        ranks[0]["by hand"][what, "dense"],
+        strict=True,
+    ):
+        torch.testing.assert_close(sparse, other, rtol=0, atol=1e-12)
+        torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-10)
 
 
 def test_a_plan_that_is_refused_leaves_ddp_as_it_was(ranks):
