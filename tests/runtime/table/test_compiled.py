@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW
 from torch.optim import lr_scheduler as schedulers
 
 from memcompile.runtime.pool import pool_of
-from tests.planned import assert_same, batch, gradients, plain_attention, planned_gpt
+from tests.planned import assert_same, batch, gradients, plain_attention, planned_gpt, stop_before_inductor
 from tests.runtime.table.stepping import SIZES, adamw, evaluate, model_of, snapshot, stored_values, train
 
 
@@ -97,6 +97,27 @@ def test_functional_call_with_other_parameters_in_mid_training_reads_those(compi
     before = evaluate(model)
     train(model, optimizer, [])
     assert torch.equal(evaluate(model), before)
+
+
+def test_a_whole_step_that_is_compiled(monkeypatch):
+    """Forward, backward and the optimizer's step are one function, with a penalty on what the layers read."""
+    stop_before_inductor(monkeypatch, lambda graph_module, inputs: graph_module)
+    results = []
+    for compiles in (True, False):
+        model = model_of("sparse", values_lr=None)
+        optimizer = SGD(model.parameters(), lr=1e-2, momentum=0.9)  # AdamW counts its steps in fp32 in a graph
+
+        def step(number: int, model: nn.Module = model, optimizer: SGD = optimizer) -> Tensor:
+            loss = model(*batch(number)) + 1e-3 * sum(p.square().sum() for p in model.parameters())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        run = torch.compile(step, backend="memcompile") if compiles else step
+        with plain_attention():
+            results.append([*(run(number) for number in range(4)), *snapshot(model).values()])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-9)
 
 
 def test_hooks_on_saved_tensors_that_copy_change_no_bit():
