@@ -46,7 +46,7 @@ def after_backward(call: Callable[[], None]) -> None:
 @torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return DTensor.to_local(tensor) if isinstance(tensor, DTensor) else tensor  # as it is stored
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ sees every row as it is after all steps.
   (`ValueTable.row_state`). No row is written.
 - Every function of PyTorch that is called on the values, or on a tensor that shares their memory, comes through
   `__torch_function__` below. The table is flushed before a function reads or writes numbers. A function that Dynamo
-  traces is given a copy of the rows as they are when the graph runs.
+  traces is given a copy of the rows as they are when the graph runs. A sharded table is flushed by the rank that reads.
 - What reads memory and calls no function of PyTorch on the values is hooked where it starts: state dicts and copies
   (`runtime.state_dicts`, `runtime.pool`), states of optimizers (`runtime.table.hooks`), `torch.func` transforms
-  (`runtime.layer`), replicas of DDP (`runtime.table.gradient`). DTensors are flushed by the program, or by these.
+  (`runtime.layer`), replicas of DDP (`runtime.table.gradient`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from memcompile.errors import CaptureError
 from memcompile.lowering._torch import functorch_is_active
@@ -66,9 +67,7 @@ class _Current:
                 return func(*args, **kwargs)
         read = [value for value in _tensors([args, kwargs]) if isinstance(value, _Current)]
         for value in read:
-            table = table_of(value)
-            if table is not None:
-                table.flush()
+            _flush(value)
         with without_torch_function():
             result = func(*args, **kwargs)
             return result if functorch_is_active() else _alias(result, read)
@@ -169,41 +168,74 @@ class TableAlias(_Current, Tensor):
         return copy.deepcopy(plain(self), memo)
 
 
-class TableValues(_Current, nn.Parameter):
-    """The values of a table. Saved and copied as a parameter like others."""
+class _AsParameter:
+    """Saved, copied and printed as a parameter of PyTorch's own class."""
+
+    __slots__ = ()
 
     def __repr__(self) -> str:
-        return repr(self._as_parameter())
+        return repr(_as_parameter(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._as_parameter().__reduce_ex__(protocol)
+        return _as_parameter(self).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
-            copied = memo[id(self)] = copy.deepcopy(self._as_parameter(), memo)
+            copied = memo[id(self)] = copy.deepcopy(_as_parameter(self), memo)
             table = memo.get(id(table_of(self)))  # which is copied first
             if table is not None:
                 show_current(copied, table)
         return memo[id(self)]  # type: ignore[no-any-return]
 
-    def _as_parameter(self) -> nn.Parameter:
-        parameter = nn.Parameter(plain(self), self.requires_grad)
-        vars(parameter).update({name: value for name, value in vars(self).items() if name != _TABLE})
-        return parameter
+
+class TableValues(_AsParameter, _Current, nn.Parameter):
+    """The values of a table."""
+
+
+class TableShards(_AsParameter, _Current, DTensor):
+    """The values of a sharded table. These methods are none of PyTorch's functions."""
+
+    def to_local(self, *args: Any, **kwargs: Any) -> Tensor:
+        _flush(self)
+        return super().to_local(*args, **kwargs)
+
+    def full_tensor(self, *args: Any, **kwargs: Any) -> Tensor:
+        _flush(self)
+        return super().full_tensor(*args, **kwargs)
+
+    def redistribute(self, *args: Any, **kwargs: Any) -> DTensor:
+        _flush(self)
+        return super().redistribute(*args, **kwargs)
+
+
+_OWN: dict[type, type] = {nn.Parameter: TableValues, DTensor: TableShards}
+
+
+def _as_parameter(values: Any) -> nn.Parameter:
+    parameter = nn.Parameter(plain(values), values.requires_grad)
+    vars(parameter).update({name: value for name, value in vars(values).items() if name != _TABLE})
+    return parameter
 
 
 def show_current(values: nn.Parameter, table: ValueTable) -> None:
     """From here on who reads this parameter sees the rows of the table as they are. Idempotent."""
-    if type(values) is nn.Parameter:
-        values.__class__ = TableValues
+    if type(values) in _OWN:
+        values.__class__ = _OWN[type(values)]
         setattr(values, _TABLE, weakref.ref(table))
 
 
 def show_stored(values: nn.Parameter) -> None:
     """The parameter is one like others again: it is not the table's any longer."""
-    if type(values) is TableValues:
-        values.__class__ = nn.Parameter
-        delattr(values, _TABLE)
+    for cls, own in _OWN.items():
+        if type(values) is own:
+            values.__class__ = cls
+            delattr(values, _TABLE)
+
+
+def _flush(values: Any) -> None:
+    table = table_of(values)
+    if table is not None:
+        table.flush()
 
 
 def table_of(values: Tensor) -> ValueTable | None:
@@ -214,9 +246,7 @@ def table_of(values: Tensor) -> ValueTable | None:
 
 def plain(values: Tensor) -> Tensor:
     """The same memory, flushed, as a tensor of PyTorch's own class."""
-    table = table_of(values)
-    if table is not None:
-        table.flush()
+    _flush(values)
     return stored(values)
 
 
@@ -224,7 +254,8 @@ def plain(values: Tensor) -> Tensor:
 def stored(values: Tensor) -> Tensor:
     """The same memory as it stands, as a tensor of PyTorch's own class."""
     with without_torch_function():
-        return values.detach().as_subclass(Tensor)  # type: ignore[arg-type]
+        detached = values.detach()
+        return detached if isinstance(detached, DTensor) else detached.as_subclass(Tensor)  # type: ignore[arg-type]
 
 
 def is_alias(values: Tensor) -> bool:

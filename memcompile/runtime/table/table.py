@@ -124,6 +124,8 @@ class ValueTable:
         if self._state is None and self._stepped is not self.part:
             self._step_from_here_on(self.part)
             self._row_state.put(self._no_row_state())
+        if self._may_miss:
+            show_current(self.values, self)
         watch_gradient(self)
 
     # --- reading -------------------------------------------------------------------------------------------
@@ -209,8 +211,6 @@ class ValueTable:
         if self._stepped is not None and self._stepped is not part:
             show_stored(self._stepped)
         self._stepped = part
-        if self._may_miss and self.sharded is None:
-            show_current(part, self)
 
     def _follow(self, optimizer: Optimizer) -> None:
         """When the optimizer is gone, the values stay as its last step has them, and the state goes. Not when the
