@@ -62,8 +62,8 @@ def in_words(names: Iterable[str]) -> str:
             layers[path.removesuffix(LAYER_NAME).rstrip(".")] += 1
     if layers:
         paths = [*layers] if len(layers) <= 4 else [next(iter(layers)), "...", next(reversed(layers))]
-        layer = "layer" if len(layers) == 1 else "layers"
-        tables.append(f"{layers.total()} parameters of {len(layers)} {layer} ({', '.join(paths)})")
+        counted = [f"{n} {word}{'s' * (n > 1)}" for n, word in ((layers.total(), "parameter"), (len(layers), "layer"))]
+        tables.append(f"{' of '.join(counted)} ({', '.join(paths)})")
     return " and ".join(tables)
 
 
