@@ -113,11 +113,14 @@ def _join(neighbours: Neighbours, ffns: Ffns, pool: MemoryPool, names: Mapping[i
         else:
             key = layer_of[id(parameter)]
             neighbour = neighbours.of_layer(parameter, ffns[key].values(), blocks[key])
-        for group in neighbours.groups_with(neighbour) if neighbour is not None else ():
+        if neighbour is None:
+            continue
+        beside = neighbours.names[id(neighbour)]
+        for group in neighbours.groups_with(neighbour):
             if parameter is pool.values:
-                beside, optimizer = neighbours.names[id(neighbour)], type(group.optimizer).__name__
+                optimizer = type(group.optimizer).__name__
                 log.info("the table joined group %d of %s, as %s", group.number, optimizer, beside)
-            _insert(group, parameter, neighbour, names, neighbours.names[id(neighbour)])
+            _insert(group, parameter, neighbour, names, beside)
             changed.append(group)
     return changed
 

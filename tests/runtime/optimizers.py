@@ -77,6 +77,16 @@ class MuonOfStates(Optimizer):
                 parameter.sub_(1e-2 * (orthogonal(parameter.grad) if muon else parameter.grad))
 
 
+class FillingMuon(MuonWithAuxiliary):
+    """Every parameter has a gradient: those without one get zeros."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is None):
+            parameter.grad = torch.zeros_like(parameter)
+        super().step()
+
+
 class StackingMuon(Optimizer):
     """Groups of a kind; those of matrices are of one shape, and are stacked."""
 

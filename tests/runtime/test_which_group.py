@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import memcompile
+from memcompile import OptionError
 from tests.models import GATED_HIDDEN, WIDTH, InlineGatedBlock, Transformer, tiny_gpt
 from tests.planned import MEMORY, batch
 from tests.runtime.optimizers import (
+    FillingMuon,
     Muon,
     MuonOfStates,
     MuonWithAuxiliary,
@@ -232,6 +234,34 @@ def test_muon_alone_gets_matrices_and_the_rest_is_told(caplog):
     assert "no optimizer holds parameters of the memory: memory_values and 4 parameters of 1 layer" in message
     assert "Muon takes matrices alone" in message
     assert held(model, muon) == [memory(model, "query_weight", "gate_weight", "out_weight")]
+
+
+@pytest.mark.parametrize("values_grad", ["sparse", "dense"])
+def test_an_optimizer_that_makes_gradients_of_zeros_is_refused(values_grad):
+    """It would step the table a second time."""
+    model = tiny_gpt(layers=2)
+    memcompile.plan(model, memory_layers=1, values_grad=values_grad, **MEMORY)
+
+    def build(*holds: bool) -> Optimizer:
+        kept = [p for p in model.parameters() if memcompile.is_table(p) in holds]
+        kinds = [
+            [p for p in kept if (p.dim() == 2 and not memcompile.is_table(p)) is matrix] for matrix in (True, False)
+        ]
+        return FillingMuon(
+            [{"params": kind, "use_muon": muon} for kind, muon in zip(kinds, (True, False), strict=True)]
+        )
+
+    model(*batch()).backward()
+    gradient = model.memory_values.grad
+    with pytest.raises(OptionError, match="FillingMuon gives parameters without a gradient one of zeros"):
+        build(True, False).step()
+    assert model.memory_values.grad is gradient
+    before = model.memory_values.detach().clone()
+    for optimizer in (build(False), AdamW([model.memory_values])):
+        optimizer.step()
+    memcompile.flush(model)
+    moved = (model.memory_values - before).abs()
+    assert 0 < moved.max() < 1.1e-3, "one step, at values_lr"
 
 
 def test_other_optimizers_take_tensors_of_any_shape():

@@ -140,11 +140,28 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> t
 @torch.compiler.disable
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     hooked = _hooked[optimizer]
+    _refuse_filled(optimizer, hooked)
     _drop_cleared(hooked)  # by a hook of the user's that ran first
     _put_back(hooked)
     if hooked.after_closure:
         hooked.after_closure = False
         _step_tables(optimizer)
+
+
+def _refuse_filled(optimizer: Optimizer, hooked: _Hooked) -> None:
+    """Raises where the optimizer gave the table a gradient of zeros, as some do with parameters that have none, and so
+    stepped it by its own rule: once more, or by momentum alone.
+    """
+    for table, grad in hooked.aside:
+        filled = table.values.grad
+        if filled is not None and filled is not grad and not filled.is_sparse and not filled.any():
+            table.values.grad = grad
+            name = type(optimizer).__name__
+            raise OptionError(
+                f"{name} gives parameters without a gradient one of zeros, and steps the table of the memory by that. "
+                f"This step has moved it: start anew. Build {name} after the plan, of the parameters p for which "
+                f"memcompile.is_table(p) is false, and give the table to another optimizer, as torch.optim.AdamW"
+            )
 
 
 def _step_tables(optimizer: Optimizer) -> None:
