@@ -21,16 +21,18 @@ from memcompile.version import __version__
 if TYPE_CHECKING:
     from memcompile import checkpoint, lowering, optim, passes
     from memcompile.passes.detect.detect import find_ffns
-    from memcompile.planning.explain import ExplainedSite, Explanation, explain
+    from memcompile.planning.explain import ExplainedGroup, ExplainedSite, Explanation, explain
     from memcompile.planning.plan import catch_up, config_from, flush, plan, reset_parameters
     from memcompile.runtime.distributed.sharding import shard
     from memcompile.runtime.storage.store import store_values
     from memcompile.runtime.storage.values_file import verify_values
+    from memcompile.runtime.table.table import is_table
 
 __all__ = [
     "CaptureError",
     "CheckpointError",
     "CollectiveError",
+    "ExplainedGroup",
     "ExplainedSite",
     "Explanation",
     "FfnSite",
@@ -45,6 +47,7 @@ __all__ = [
     "explain",
     "find_ffns",
     "flush",
+    "is_table",
     "lowering",
     "optim",
     "passes",
@@ -57,10 +60,11 @@ __all__ = [
 
 # Where the public names are that are imported at their first use; the others are modules of this package.
 _LATER = {
-    "planning.explain": ("ExplainedSite", "Explanation", "explain"),
+    "planning.explain": ("ExplainedGroup", "ExplainedSite", "Explanation", "explain"),
     "planning.plan": ("catch_up", "config_from", "flush", "plan", "reset_parameters"),
     "passes.detect.detect": ("find_ffns",),
     "runtime.distributed.sharding": ("shard",),
+    "runtime.table.table": ("is_table",),
     "runtime.storage.store": ("store_values",),
     "runtime.storage.values_file": ("verify_values",),
 }

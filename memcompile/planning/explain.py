@@ -16,7 +16,9 @@ from memcompile.lowering import memory_lookup
 from memcompile.passes.detect.detect import find_ffns
 from memcompile.runtime.layer import LayerTensors, MemoryLayer
 from memcompile.runtime.pool import MemoryPool, pool_of
-from memcompile.runtime.wrappers import unwrap
+from memcompile.runtime.table.untrained import in_words, parameters_of_memory
+from memcompile.runtime.which_group import groups_of
+from memcompile.runtime.wrappers import live_optimizers, unwrap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +43,21 @@ class ExplainedSite:
     flops_after: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExplainedGroup:
+    """A group of a live optimizer that holds parameters of the memory.
+
+    Attributes:
+        optimizer: the optimizer's class.
+        group: the index of the group.
+        parameters: the names of the memory's parameters that are in it.
+    """
+
+    optimizer: str
+    group: int
+    parameters: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Explanation:
     """What memcompile sees in a model.
@@ -53,6 +70,9 @@ class Explanation:
         parameters_before: the model's parameters without memory.
         parameters_after: the parameters it has now.
         memory: sizes of the memory in words; empty without one.
+        optimizers: which groups of live optimizers hold the memory's parameters, as it is now.
+        untrained: names of the memory's trainable parameters that no live optimizer holds. Empty while no live
+            optimizer holds any parameter of the model.
     """
 
     model: str
@@ -62,6 +82,8 @@ class Explanation:
     parameters_before: int
     parameters_after: int
     memory: str
+    optimizers: tuple[ExplainedGroup, ...] = ()
+    untrained: tuple[str, ...] = ()
 
     @property
     def flops_before(self) -> int:
@@ -88,6 +110,8 @@ class Explanation:
             f"parameters {self.parameters_before:,} -> {self.parameters_after:,}",
             f"FLOPs a token in these blocks {self.flops_before:,} -> {self.flops_after:,}",
             self.memory,
+            *(f"{held.optimizer}, group {held.group}, holds {in_words(held.parameters)}" for held in self.optimizers),
+            *([f"no optimizer holds {in_words(self.untrained)}"] if self.untrained else []),
         ]
         chosen = sum(row.chosen for row in self.rows)
         done = f"memory added to {chosen}" if self.placement == "add" else f"{chosen} replaced by memory"
@@ -107,6 +131,7 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
     sites = pool.sites if pool is not None else find_ffns(root, example_inputs)
     owner = pool.owner if pool is not None and pool.owner not in root.modules() else root
     before = after = sum(p.numel() for p in owner.parameters())
+    optimizers, untrained = ((), ()) if pool is None else _held(pool)
     if pool is not None:
         before += pool.removed_parameters - sum(p.numel() for _, p in pool.memory_parameters())
     return Explanation(
@@ -117,7 +142,27 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
         parameters_before=before,
         parameters_after=after,
         memory=_memory(pool) if pool is not None else "",
+        optimizers=optimizers,
+        untrained=untrained,
     )
+
+
+def _held(pool: MemoryPool) -> tuple[tuple[ExplainedGroup, ...], tuple[str, ...]]:
+    """Which live optimizers hold the memory's parameters, and which trainable ones none of them holds."""
+    memory = {id(p): (name, p.requires_grad) for name, p in parameters_of_memory(pool.table).items()}
+    model = {id(p) for p in (pool.table.model() or pool.owner).parameters()}
+    groups = [group for group in groups_of(live_optimizers()) if any(id(p) in model for p in group.params)]
+    found = []
+    for group in groups:
+        names = tuple(memory[id(p)][0] for p in group.params if id(p) in memory)
+        if names:
+            held = ExplainedGroup(optimizer=type(group.optimizer).__name__, group=group.number, parameters=names)
+            found.append(held)
+    order = {name: index for index, (name, _) in enumerate(memory.values())}
+    found.sort(key=lambda held: min(order[name] for name in held.parameters))
+    held_names = {name for held in found for name in held.parameters}
+    untrained = [name for name, trainable in memory.values() if trainable and name not in held_names]
+    return tuple(found), tuple(untrained) if groups else ()
 
 
 def _rows(sites: Sequence[FfnSite], pool: MemoryPool | None) -> list[ExplainedSite]:

@@ -147,10 +147,10 @@ def _run_steps(
     patches.hold(pool)
     with uninterrupted():  # half a change could not be mended by a second call
         with pipeline.step("install", "layers installed"):
-            replaced = install(pool, root, chosen)
+            ffns = install(pool, root, chosen)
             pipeline.count = len(pool.layers)
         with pipeline.step("adopt", "optimizers adopted"):
-            pipeline.count = adopt_optimizers(replaced, pool, root)
+            pipeline.count = adopt_optimizers(ffns, pool, root)
         with pipeline.step("rebuild", "wrappers rebuilt"):
             for wrapper in wrappers:
                 rebuild(wrapper)

@@ -14,6 +14,7 @@ from torch._dynamo.decorators import mark_unbacked
 from torch.autograd import Variable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["OptimizedModule", "autograd", "clip_grad"]  # which are imported for other files
@@ -31,6 +32,11 @@ def at_once() -> Iterator[None]:
         # The collector may call us while FakeTensorMode has every operator run on the meta device.
         torch._C._set_meta_in_tls_dispatch_include(False)
         yield
+
+
+def has_state_dict_hooks(optimizer: Optimizer) -> bool:
+    """Whether hooks can be registered: not on one that never called `Optimizer.__init__`."""
+    return "_optimizer_state_dict_post_hooks" in vars(optimizer)
 
 
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def _runs(root: nn.Module, path: str) -> bool:
     return type(module).forward is not nn.Module.forward and not isinstance(module, _CONTAINERS)
 
 
-def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn.Parameter]:
+def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> dict[str, dict[str, nn.Parameter]]:
     """Creates the values and one `MemoryLayer` a site. Replaces the FFNs' parameters by stand-ins, or puts stand-ins
     before their weights where the memory is added.
 
@@ -51,7 +51,8 @@ def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn
     parameters read ``...mlp.down_proj.memory.half_keys``. The sites are named from ``root``.
 
     The model changes only after everything new exists: an error, or a table too large for the memory, leaves it
-    as it was. Returns the parameters of the chosen FFNs; those of replaced ones are no longer in the model.
+    as it was. Returns the parameters of each chosen FFN by their names, under the key of its layer in the pool; those
+    of replaced ones are no longer in the model.
 
     Raises:
         PlanError: the model already uses one of the names, its FFNs lie on different devices, or the file of its values
@@ -69,22 +70,26 @@ def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn
         layer = MemoryLayer(pool, site.name or site.down, site.width, down.dtype, down.device)
         layers.append(layer.train(_holder(root, site).training))
 
-    parameters = [root.get_parameter(name) for site in chosen for name in site.parameters]
+    keys = [site.down.removeprefix(pool.prefix) for site in chosen]
+    ffns = {
+        key: {name: root.get_parameter(name) for name in site.parameters}
+        for key, site in zip(keys, chosen, strict=True)
+    }
     pool.attach(values)
     if pool.config.frozen:
         keep_in_place(root)
     watch_state_dicts(pool, root)
-    for site, layer in zip(chosen, layers, strict=True):
+    for key, site, layer in zip(keys, chosen, layers, strict=True):
         put_stand_ins(root, site, layer, pool.adds)
         _holder(root, site).add_module(LAYER_NAME, layer)
-        pool.layers[site.down.removeprefix(pool.prefix)] = layer
+        pool.layers[key] = layer
         layer.register_state_dict_pre_hook(tell_part)  # type: ignore[no-untyped-call]
     if not pool.adds:
-        pool.removed_parameters = sum(parameter.numel() for parameter in parameters)
+        pool.removed_parameters = sum(p.numel() for ffn in ffns.values() for p in ffn.values())
     if pool.table.sharded is not None:
         cut_layers(pool)
     _keep_padded(root, layers)
-    return parameters
+    return ffns
 
 
 def _keep_padded(root: nn.Module, layers: list[MemoryLayer]) -> None:

@@ -74,6 +74,9 @@ class MemoryPool:
             return self
         copied = memo[id(self)] = object.__new__(MemoryPool)
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        model = memo.get(id(self.table.model()))  # the copy of the model that was planned, where that is copied
+        if isinstance(model, nn.Module):
+            copied.table.model = weakref.ref(model)
         return copied
 
     @property

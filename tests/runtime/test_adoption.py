@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -201,3 +203,81 @@ def test_lbfgs_with_an_added_memory_forgets_its_history():
     before = model.blocks[1].ffn[2].memory.out_bias.detach().clone()
     optimizer.step(closure)
     assert not torch.equal(model.blocks[1].ffn[2].memory.out_bias, before)
+
+
+# --- names, wrappers, and optimizers that are gone ----------------------------------------------------------------
+
+
+class WithLoss(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.model(*batch)
+
+
+@pytest.mark.parametrize("planned", ["whole", "part"])
+def test_names_are_those_of_the_module_that_the_optimizer_was_built_from(planned):
+    whole = WithLoss(tiny_gpt(layers=2))
+    optimizer = SGD(whole.named_parameters(), lr=0.1)
+    memcompile.plan(whole if planned == "whole" else whole.model, memory_layers=[1], **MEMORY)
+    assert optimizer.param_groups[0]["param_names"] == [name for name, _ in whole.named_parameters()]
+    assert held(optimizer) == [id(p) for p in whole.parameters()]
+
+
+def test_an_optimizer_that_was_dropped_does_not_count():
+    """Its scheduler keeps it in a circle until the collector runs."""
+    model = tiny_gpt(layers=2)
+    dropped = AdamW(model.parameters())
+    torch.optim.lr_scheduler.StepLR(dropped, 1)
+    del dropped
+    optimizer = SGD(model.parameters(), lr=0.1)
+    gc.disable()
+    try:
+        memcompile.plan(model, memory_layers=[1], **MEMORY)
+    finally:
+        gc.enable()
+    assert held(optimizer) == [id(p) for p in model.parameters()]
+    assert [group.optimizer for group in memcompile.explain(model).optimizers] == ["SGD"]
+
+
+def test_an_optimizer_between_two_plans():
+    """Of two models: the second plan adopts what was built after the first."""
+    first, second = tiny_gpt(layers=2), tiny_gpt(layers=2)
+    memcompile.plan(first, memory_layers=[1], **MEMORY)
+    both = AdamW([*first.parameters(), *second.parameters()])
+    memcompile.plan(first, memory_layers=[1], **MEMORY)  # again, which changes nothing
+    memcompile.plan(second, memory_layers=[0], **MEMORY)
+    assert sorted(held(both)) == sorted(id(p) for m in (first, second) for p in m.parameters())
+
+
+class Prodigal(SGD):
+    """Groups of its own kind, and state of each parameter from the start."""
+
+    def __init__(self, params, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group["distance"], group["norms"] = 1e-6, [0.0, 1.0]
+            for parameter in group["params"]:
+                self.state[parameter]["layer_wise"] = parameter.dim() > 1
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self.state[parameter]["layer_wise"]  # as it was said when the optimizer was built
+        return super().step(closure)
+
+
+def test_groups_with_options_of_their_own_and_states_that_are_made_with_the_optimizer():
+    model = tiny_gpt(layers=2)
+    optimizer = Prodigal([{"params": b.parameters()} for b in model.blocks], lr=0.1)
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    memcompile.plan(model, memory_layers=[1], **MEMORY)
+    assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == options
+    before = {name: p.detach().clone() for name, p in model.blocks[1].named_parameters()}
+    backward(model)
+    optimizer.step()
+    assert not [name for name, p in model.blocks[1].named_parameters() if torch.equal(p, before[name])]
+    matrix = model.blocks[1].ffn[2].memory.query_weight
+    assert optimizer.state[matrix]["layer_wise"] and not optimizer.state[model.blocks[1].norm1.bias]["layer_wise"]

@@ -57,9 +57,10 @@ def _named_here(items: list[int | str], sites: Sequence[FfnSite]) -> list[int | 
 
 def _spread(usable: list[FfnSite], count: int, sites: Sequence[FfnSite]) -> list[FfnSite]:
     if count > len(usable):
+        one_block = "" if len(usable) > 1 else f" {_ONE_BLOCK.format(count)}"
         raise PlanError(
             f"memory_layers={count}, but only {len(usable)} feed-forward block(s) can be replaced: "
-            f"{_names(usable)}. Ask for at most {len(usable)}. {_refused(sites)}".rstrip()
+            f"{_names(usable)}. Ask for at most {len(usable)}.{one_block} {_refused(sites)}".rstrip()
         )
     stacks: dict[str, list[FfnSite]] = {}
     for site in usable:
@@ -106,6 +107,10 @@ def _resolve(item: int | str, usable: list[FfnSite], sites: Sequence[FfnSite]) -
     return named
 
 
+_ONE_BLOCK = (
+    "Where each block of a larger model is compiled by itself, plan the whole model first, "
+    "memcompile.plan(model, memory_layers={}), and compile its blocks without memory options"
+)
 _NOTHING_SEEN = (
     "memcompile looks for linear > activation > linear (or gated) on a residual stream; "
     "if the model has such blocks, pass example_inputs to memcompile.plan() so that it can be traced"

@@ -10,7 +10,6 @@ One hook of every optimizer of the process finds those that hold a table. It is 
 
 import dataclasses
 import functools
-import logging
 import weakref
 from typing import Any
 
@@ -23,13 +22,11 @@ from torch.utils.hooks import RemovableHandle
 from memcompile.errors import OptionError
 from memcompile.runtime.optimizer_state import parameters_of
 from memcompile.runtime.storage.frozen_values import refuse_gradient
-from memcompile.runtime.table.named_states import add_names
+from memcompile.runtime.table.named_states import save_names
 from memcompile.runtime.table.row_gradient import now
 from memcompile.runtime.table.table import ValueTable, live_tables, tables_in
+from memcompile.runtime.table.untrained import tell_in_step
 from memcompile.runtime.table.which_rule import rule_in
-from memcompile.runtime.wrappers import live_optimizers
-
-log = logging.getLogger(__name__)
 
 _everywhere: list[RemovableHandle] = []  # the hook of every optimizer, while there are tables
 
@@ -52,7 +49,7 @@ class _Hooked:
 
 
 _hooked: weakref.WeakKeyDictionary[Optimizer, _Hooked] = weakref.WeakKeyDictionary()
-_asked: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those without tables
+_seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those without tables
 
 
 def watch_optimizers(table: ValueTable) -> None:
@@ -76,7 +73,7 @@ def meet(optimizer: Optimizer) -> _Hooked:
         hooked = _hooked[optimizer] = _Hooked(optimizer.register_step_pre_hook(_before_step))
         optimizer.register_step_post_hook(_after_step)
         optimizer.register_state_dict_pre_hook(flush_tables_of)
-        optimizer.register_state_dict_post_hook(add_names)
+        save_names(optimizer)
     else:
         hooked.before.remove()
         hooked.before = optimizer.register_step_pre_hook(_before_step)
@@ -91,33 +88,13 @@ def flush_tables_of(optimizer: Optimizer) -> None:
 
 @torch.compiler.disable  # where a step is compiled: what hooks do is not for graphs
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not tables_in(optimizer):
-        if optimizer not in _asked:
-            _asked.add(optimizer)
-            _tell_orphans(optimizer)
-    elif not _steps_others(optimizer):
-        meet(optimizer)
-
-
-def _tell_orphans(optimizer: Optimizer) -> None:
-    """Warns where an optimizer without any table steps layers of one, and no other optimizer holds that table."""
-    stepped = _ids_in(optimizer)
-    for table in live_tables:
-        layers = [m for m in table.owner.modules() if getattr(m.__dict__.get("pool"), "table", None) is table]
-        steps_layers = any(id(p) in stepped for layer in layers for p in layer.parameters())
-        if not table.values.requires_grad or not steps_layers:
-            continue
-        if not any(id(table.values) in _ids_in(other) for other in live_optimizers()):
-            log.warning(
-                "memcompile: %s steps memory layers, but no optimizer holds their table, %s.memory_values: it does not "
-                "learn. Give the optimizer the parameters of that %s, or freeze the table by requires_grad_(False)",
-                type(optimizer).__name__,
-                *[type(table.owner).__name__] * 2,
-            )
-
-
-def _ids_in(optimizer: Optimizer) -> set[int]:
-    return {id(p) for p in parameters_of(optimizer)}
+    if not _steps_others(optimizer):
+        if tables_in(optimizer):
+            meet(optimizer)
+        elif optimizer not in _seen:
+            _seen.add(optimizer)
+            save_names(optimizer)
+    tell_in_step(optimizer)
 
 
 def _steps_others(optimizer: Optimizer) -> bool:
@@ -164,11 +141,28 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> t
 @torch.compiler.disable
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     hooked = _hooked[optimizer]
+    _refuse_filled(optimizer, hooked)
     _drop_cleared(hooked)  # by a hook of the user's that ran first
     _put_back(hooked)
     if hooked.after_closure:
         hooked.after_closure = False
         _step_tables(optimizer)
+
+
+def _refuse_filled(optimizer: Optimizer, hooked: _Hooked) -> None:
+    """Raises where the optimizer gave the table a gradient of zeros, as some do with parameters that have none, and so
+    stepped it by its own rule: once more, or by momentum alone.
+    """
+    for table, grad in hooked.aside:
+        filled = table.values.grad
+        if filled is not None and filled is not grad and not filled.is_sparse and not filled.any():
+            table.values.grad = grad
+            name = type(optimizer).__name__
+            raise OptionError(
+                f"{name} gives parameters without a gradient one of zeros, and steps the table of the memory by that. "
+                f"This step has moved it: start anew. Build {name} after the plan, of the parameters p for which "
+                f"memcompile.is_table(p) is false, and give the table to another optimizer, as torch.optim.AdamW"
+            )
 
 
 def _step_tables(optimizer: Optimizer) -> None:

@@ -292,14 +292,21 @@ def _unscaled(optimizer: Optimizer, grad: Tensor) -> bool:
 live_tables: weakref.WeakSet[ValueTable] = weakref.WeakSet()
 
 
+def is_table(parameter: Tensor) -> bool:
+    """Whether a parameter is the table of a planned model, `memory_values`: for code that divides parameters among
+    optimizers or groups. A table is a matrix [slots, value_dim] of which tokens read rows, as of an embedding.
+    """
+    return any(values_of(table) is parameter for table in live_tables)
+
+
+def values_of(table: ValueTable) -> nn.Parameter | None:
+    """The values; None where a deep copy failed half way, which has none, or not even parameters."""
+    return table.owner.__dict__.get("_parameters", {}).get(VALUES_NAME)  # type: ignore[no-any-return]
+
+
 def tables_in(optimizer: Optimizer) -> list[tuple[ValueTable, dict[str, Any]]]:
     """The tables whose values an optimizer holds, each with its group."""
-    mine = {}
-    for table in live_tables:
-        # A deep copy that failed half way has none, or not even parameters.
-        values = table.owner.__dict__.get("_parameters", {}).get(VALUES_NAME)
-        if values is not None:
-            mine[id(values)] = table
+    mine = {id(values_of(table)): table for table in live_tables}
     groups = getattr(optimizer, "param_groups", ())
     return [(mine[id(p)], group) for group in groups for p in group["params"] if id(p) in mine]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adafactor, AdamW, Optimizer
 
 import memcompile
-from memcompile.runtime.table import hooks
 from tests.planned import batch
 from tests.runtime.table.stepping import model_of, snapshot, stepped_by_pytorch, train
 
@@ -201,37 +199,3 @@ def test_steps_in_two_parts_as_of_sam():
     with stepped_by_pytorch():
         dense = training(model_of("dense", values_lr=None))
     torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-10)
-
-
-# --- tables that no optimizer holds -----------------------------------------------------------------------------------
-
-
-def orphaned(model: nn.Module) -> Optimizer:
-    return AdamW([p for name, p in model.named_parameters() if name != "memory_values"])
-
-
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == hooks.__name__]
-
-
-def test_a_table_that_no_optimizer_holds_is_told_once(caplog):
-    model = model_of("sparse")
-    optimizer = orphaned(model)
-    with caplog.at_level(logging.WARNING, "memcompile"):
-        train(model, optimizer, range(3))
-    (message,) = said(caplog)
-    assert message.startswith("memcompile: AdamW steps memory layers, but no optimizer holds their table, Transformer.")
-
-
-@pytest.mark.parametrize("why", ["another optimizer holds it", "it is frozen", "no layer is stepped"])
-def test_a_table_that_is_no_orphan(why, caplog):
-    model = model_of("sparse")
-    optimizer = orphaned(model)
-    others = [SGD([model.memory_values], lr=0.1)] if why == "another optimizer holds it" else []
-    if why == "it is frozen":
-        model.memory_values.requires_grad_(False)
-    if why == "no layer is stepped":
-        optimizer = AdamW(model.head.parameters())
-    with caplog.at_level(logging.WARNING, "memcompile"):
-        train(model, optimizer, range(2))
-    assert not said(caplog) and len(others) <= 1

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 
 from memcompile import PlanError
 from memcompile.runtime.pool import pool_of
@@ -153,6 +154,35 @@ def test_states_go_to_the_parameters_of_their_names():
     for parameter, twin in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(backwards.state[parameter]["exp_avg"], optimizer.state[twin]["exp_avg"])
     assert_same(snapshot(train(resumed, optimizer, range(3, 5))), snapshot(train(model, backwards, range(3, 5))))
+
+
+def test_states_of_an_optimizer_that_holds_layers_and_no_table():
+    model = model_of("sparse")
+    layers = [p for name, p in model.named_parameters() if ".memory." in name]
+    backwards, others = SGD(layers[::-1], lr=0.1, momentum=0.9), SGD([model.memory_values], lr=0.1)
+    train(model, backwards, range(2))
+    optimizer = SGD(layers, lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(copy.deepcopy(backwards.state_dict()))
+    for parameter in layers:
+        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], backwards.state[parameter]["momentum_buffer"])
+    assert "memcompile_parameter_names" not in others.state_dict(), "which has not stepped"
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_parameter_in_another_group_than_in_the_run_that_saved(decay, caplog):
+    """As where one run built its optimizer before the plan, and one after it. Options that differ are told."""
+    model = model_of("sparse")
+    table, *others = model.parameters()
+    before = AdamW([{"params": [table, *others[:3]]}, {"params": others[3:], "weight_decay": decay}], weight_decay=0.0)
+    train(model, before, range(2))
+    after = AdamW([{"params": others[:3]}, {"params": [table, *others[3:]]}])
+    with caplog.at_level(logging.WARNING, "memcompile"):
+        after.load_state_dict(copy.deepcopy(before.state_dict()))
+    for parameter in model.parameters():
+        assert torch.equal(before.state[parameter]["exp_avg"], after.state[parameter]["exp_avg"])
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (1 if decay else 0)
+    assert not decay or ("AdamW has memory_values in another group" in told[0] and "{'weight_decay': 0.1}" in told[0])
 
 
 def test_states_of_other_parameters_are_refused():
