@@ -6,10 +6,11 @@ from torch import nn
 
 import memcompile
 from memcompile.common.pipeline import Pipeline
+from memcompile.config import MemoryConfig
 from memcompile.errors import PlanError
 from memcompile.passes.detect.detect import find_in_model
 from memcompile.planning.rehearsal import rehearse
-from memcompile.runtime.install import counting_stand_ins
+from memcompile.runtime.install import rehearsed_stand_ins
 from tests.models import ZOO, around, plain_ffn
 from tests.planned import MEMORY
 
@@ -41,18 +42,18 @@ def mixed(strict: type[nn.Module] = StrictFfn) -> nn.Module:
     return around(lambda width, hidden: next(kinds)(width, hidden))
 
 
-def rehearsed(model: nn.Module, adds: bool = False, example_inputs=None) -> dict[str, str]:
+def rehearsed(model: nn.Module, placement: str = "replace", example_inputs=None) -> dict[str, str]:
     captures, blocks = find_in_model(Pipeline("find"), model, example_inputs)
     sites = [block.site for block in blocks if block.site.refusal is None]
     assert sites
-    return rehearse(model, captures, sites, adds)
+    return rehearse(model, captures, sites, MemoryConfig(placement=placement))
 
 
-@pytest.mark.parametrize("adds", [False, True], ids=["replace", "add"])
+@pytest.mark.parametrize("placement", ["replace", "add"])
 @pytest.mark.parametrize("name", ZOO)
-def test_every_spelling_of_the_zoo_passes(name, adds):
+def test_every_spelling_of_the_zoo_passes(name, placement):
     model, inputs = ZOO[name]()
-    assert rehearsed(model, adds, inputs) == {}
+    assert rehearsed(model, placement, inputs) == {}
 
 
 @pytest.mark.parametrize(
@@ -81,11 +82,11 @@ def test_its_name_is_an_error_and_the_model_stays():
     assert {name: (id(p), type(m)) for m in model.modules() for name, p in m.named_parameters()} == before
 
 
-@pytest.mark.parametrize("adds", [False, True], ids=["replace", "add"])
-def test_counting_stand_ins_leave_no_trace(adds):
+@pytest.mark.parametrize("placement", ["replace", "add"])
+def test_stand_ins_of_a_rehearsal_leave_no_trace(placement):
     model, inputs = ZOO["inner_norm"]()
     sites = memcompile.find_ffns(model, inputs)
     state = [(type(m), list(m.__dict__), list(m._parameters.items())) for m in model.modules()]
-    with pytest.raises(ZeroDivisionError), counting_stand_ins(model, sites, adds):
+    with pytest.raises(ZeroDivisionError), rehearsed_stand_ins(model, sites, MemoryConfig(placement=placement)):
         1 / 0  # noqa: B018
     assert [(type(m), list(m.__dict__), list(m._parameters.items())) for m in model.modules()] == state
