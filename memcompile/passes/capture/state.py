@@ -192,6 +192,8 @@ class State(TorchDispatchMode):
             self._pending.append(value.get(None))
         elif kind in (types.MethodType, types.BuiltinMethodType):
             self._pending.extend((value.__self__, getattr(value, "__func__", None)))
+            if isinstance(value.__self__, type):  # a class method
+                self._visit_class(value.__self__)
         else:
             self._visit_instance(value)
 

@@ -63,15 +63,18 @@ class Survivors:
             gc.unfreeze()  # what is frozen may hold tensors, but is not among their referrers
         gc.collect()  # an exception holds its frames
         try:
-            for cache in [h for h, _ in _holders(self._alive(kept)) if isinstance(h, functools._lru_cache_wrapper)]:
+            for cache in [h for h, _ in _holders(self._alive(kept), []) if isinstance(h, functools._lru_cache_wrapper)]:
                 cache.cache_clear()
             left = self._alive(kept)
             if left:
-                names = filter(None, itertools.starmap(_name, _holders(left[:1])))
+                # What autograd holds has no holder in Python, unlike the result that autograd belongs to.
+                named = (
+                    (fake, name) for fake in left for name in itertools.starmap(_name, _holders([fake], left)) if name
+                )
+                fake, name = next(named, (left[0], "an object without a name"))
                 raise PlanError(
-                    f"the model's forward keeps a tensor of shape {list(left[0].shape)} in "
-                    f"{next(names, 'an object without a name')}, where planning cannot put back what was there: build "
-                    f"the model anew, and have its modules keep the tensor"
+                    f"the model's forward keeps a tensor of shape {list(fake.shape)} in {name}, where planning cannot "
+                    f"put back what was there: build the model anew, and have its modules keep the tensor"
                 )
         finally:
             if frozen:
@@ -95,10 +98,10 @@ def holds_fake(cache: Any) -> bool:
     return False
 
 
-def _holders(tensors: list[FakeTensor]) -> Iterator[tuple[Any, Any]]:
+def _holders(tensors: list[FakeTensor], ignored: list[FakeTensor]) -> Iterator[tuple[Any, Any]]:
     """What refers to tensors, and what refers to that, up to objects that have names; each with what it refers to."""
     level: list[Any] = list(tensors)
-    seen = {id(tensors), *map(id, tensors)}
+    seen = {id(tensors), id(ignored), *map(id, tensors)}
     for _ in range(_DEPTH):
         above: list[Any] = []
         for held in level:
