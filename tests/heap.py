@@ -1,4 +1,4 @@
-"""What imports left on the heap: each collection, and each plan, which looks for caches and optimizers among all
+"""What imports left on the heap: each collection, and each plan, which looks for fake tensors and optimizers among all
 objects, takes most of its time to pass it by, and a test has little beside.
 """
 
@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import gc
 
-from memcompile.passes.capture.sandbox import note_caches
-
 
 def freeze() -> None:
     """Has the collector, and plans, pass by what is there already."""
     gc.collect()
-    note_caches()
     gc.freeze()

@@ -28,6 +28,7 @@ class FfnSite:
         parameters: every parameter that the block alone reads: weights, biases, inner norms. They leave the model
             where the memory replaces the block, and stay where it is added.
         refusal: None, or the sentence that says why the block cannot get a memory.
+        by_name: it gets one where ``memory_layers`` names it, and is refused where it does not.
     """
 
     name: str
@@ -40,6 +41,7 @@ class FfnSite:
     calls: int = 1
     parameters: tuple[str, ...] = ()
     refusal: str | None = None
+    by_name: bool = False
 
     @property
     def replaced(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch.fx.graph_module import _assign_attr as assign_attribute
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "ConvNd",
@@ -20,6 +21,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "PyTreeCodeGen",
+    "TorchDispatchMode",
     "assign_attribute",
     "get_proxy_mode",
     "make_fx",

@@ -23,7 +23,7 @@ from memcompile.errors import OptionError, PlanError
 from memcompile.lowering.parameters import draw_values, values_shape
 from memcompile.passes.capture.graphs import is_captured
 from memcompile.passes.detect.detect import find_in_model
-from memcompile.passes.detect.place import place
+from memcompile.passes.detect.place import place, with_named
 from memcompile.planning.explain import Explanation, explain
 from memcompile.planning.rehearsal import rehearse
 from memcompile.runtime import patches
@@ -125,15 +125,15 @@ def _run_steps(
     pipeline = Pipeline("plan")
     captures, blocks = find_in_model(pipeline, root, example_inputs)
     sites = [block.site for block in blocks]
+    with pipeline.step("rehearse", "blocks rehearsed"):
+        sites = with_named(sites, requested.memory_layers)
+        rehearsed = [site for site in sites if site.refusal is None]
+        refusals = rehearse(root, captures, rehearsed, requested)
+        sites = [dataclasses.replace(site, refusal=refusals.get(site.down, site.refusal)) for site in sites]
+        pipeline.count = len(rehearsed)
     with pipeline.step("place", "blocks chosen"):
         chosen = place(sites, requested.memory_layers)
         pipeline.count = len(chosen)
-    with pipeline.step("rehearse", "blocks rehearsed"):
-        pipeline.count = len(chosen)
-        while failures := rehearse(root, captures, chosen, requested.placement == "add"):
-            sites = [dataclasses.replace(site, refusal=failures.get(site.down, site.refusal)) for site in sites]
-            chosen = place(sites, requested.memory_layers)
-            pipeline.count += len(chosen)
     with pipeline.step("size", "slots"):
         owner, prefix = owner_of(root, chosen)
         config = resolve(requested, chosen, sum(p.numel() for p in root.parameters()))

@@ -1,61 +1,159 @@
-"""Rehearses a plan: runs the model once with stand-ins, as it was traced, before anything of it is changed."""
+"""Rehearses a plan: runs the model forward and backward, as it was traced, with stand-ins and small memory layers.
+Nothing of it has changed yet.
+"""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from memcompile.common.sites import FfnSite
+from memcompile.config import MemoryConfig
 from memcompile.errors import MemcompileError
-from memcompile.passes.capture.sandbox import caches_without_fakes, muted_loggers
+from memcompile.passes.capture.sandbox import sandbox
+from memcompile.passes.capture.state import NotRestored
 from memcompile.passes.capture.trace import Capture
-from memcompile.runtime.install import counting_stand_ins
+from memcompile.runtime.install import RehearsedLayer, rehearsed_stand_ins
 
 log = logging.getLogger(__name__)
 
 
-def rehearse(root: nn.Module, captures: Sequence[Capture], chosen: Sequence[FfnSite], adds: bool) -> dict[str, str]:
-    """Why chosen sites cannot have a memory, by the name of their down-projection: what stands between their
-    projections is token-wise in the graph, but the model's code accepts nothing but tensors there.
+@dataclasses.dataclass
+class _Run:
+    """What one forward and backward showed.
+
+    Attributes:
+        dtypes: of what the model returned.
+        calls: how often each layer ran in the forward.
+        differentiates: whether a gradient reached anything of the model; None where its backward failed.
+        error: why it failed.
     """
-    with muted_loggers(), caches_without_fakes():
-        together = _failure(root, captures, chosen, adds)
-        if together is None:
-            return {}
-        alone = {site.down: _failure(root, captures, [site], adds) for site in chosen}
-    failures = {down: failure[0] for down, failure in alone.items() if failure is not None}
-    sentence, ran = together
-    if not failures and not ran:
-        failures = dict.fromkeys(alone, sentence)
-    for down, sentence in failures.items():
+
+    dtypes: tuple[torch.dtype, ...] = ()
+    calls: tuple[int, ...] = ()
+    differentiates: bool | None = None
+    error: str = ""
+
+
+def rehearse(
+    root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], config: MemoryConfig
+) -> dict[str, str]:
+    """Why sites cannot have a memory, by the name of their down-projection: what the model's code accepts between their
+    projections are tensors alone, it needs another dtype than the memory's, or no gradient reaches them.
+
+    Raises:
+        PlanError: the model's forward keeps what cannot be put back.
+    """
+    if not sites:
+        return {}
+    with sandbox() as survivors:
+        refusals = _Rehearsal(root, captures, config).refusals(sites)
+        survivors.refuse(capture.graph for capture in captures)
+    for down, sentence in refusals.items():
         log.debug("rehearsal of %s: %s", down, sentence)
-    return failures
+    return refusals
 
 
-def _failure(
-    root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], adds: bool
-) -> tuple[str, bool] | None:
-    """Why stand-ins do not work; and whether they ran, but not as often, which a random number may explain."""
-    calls: collections.Counter[str] = collections.Counter()
-    for capture in captures:
-        prefix = f"{capture.path}." if capture.path else ""
-        read = (site for site in sites if site.down.startswith(prefix) and site.down not in capture.unread)
-        inside = [site for site in read if capture.covers(site.down)]
-        if capture.forward is None or not inside:
-            continue
-        with counting_stand_ins(root, inside, adds) as layers:
-            try:
-                capture.forward.run(root.get_submodule(capture.path))
-            except MemcompileError as error:
-                return str(error).removeprefix("memcompile: "), False
-            except Exception as error:  # the owner's code has an object where it expects a tensor
-                described = f"{type(error).__name__}: {error}"
-                return f"its code does not run with a stand-in for its hidden activation ({described})", False
-        calls.update({site.down: layer.calls for site, layer in zip(inside, layers, strict=True)})
-    for site in sites:
-        if calls[site.down] != site.calls:
-            return f"it ran {calls[site.down]} times with a stand-in, and {site.calls} times without", True
-    return None
+class _Rehearsal:
+    def __init__(self, root: nn.Module, captures: Sequence[Capture], config: MemoryConfig) -> None:
+        self.root, self.captures, self.config = root, captures, config
+        self._dense: dict[int, _Run] = {}
+
+    def refusals(self, sites: Sequence[FfnSite]) -> dict[str, str]:
+        """Of all sites together, and where they fail of each half of them."""
+        failure, untrained = self._run(sites)
+        if failure is None:
+            return untrained
+        sentence, ran = failure
+        if len(sites) == 1:
+            return {sites[0].down: sentence}
+        half = len(sites) // 2
+        found = self.refusals(sites[:half]) | self.refusals(sites[half:])
+        if not found and not ran:
+            return dict.fromkeys((site.down for site in sites), sentence)
+        return found
+
+    def _run(self, sites: Sequence[FfnSite]) -> tuple[tuple[str, bool] | None, dict[str, str]]:
+        """Why stand-ins do not work, and whether they ran, but not as often, which a random number may explain; and
+        which of the sites do not train.
+        """
+        calls: collections.Counter[str] = collections.Counter()
+        outputs: dict[str, list[tuple[Tensor, Tensor]]] = {site.down: [] for site in sites}
+        differentiates = True
+        for capture in self.captures:
+            prefix = f"{capture.path}." if capture.path else ""
+            read = (site for site in sites if site.down.startswith(prefix) and site.down not in capture.unread)
+            inside = [site for site in read if capture.covers(site.down)]
+            if capture.forward is None or not inside:
+                continue
+            with rehearsed_stand_ins(self.root, inside, self.config) as layers:
+                try:
+                    run = self._there_and_back(capture, layers)
+                except NotRestored:
+                    raise
+                except MemcompileError as error:
+                    return (str(error).removeprefix("memcompile: "), False), {}
+                except Exception as error:  # the owner's code has an object where it expects a tensor
+                    return (f"its code does not run with a stand-in ({_described(error)})", False), {}
+            if run.dtypes != capture.output_dtypes and len(run.dtypes) == len(capture.output_dtypes):
+                return (f"with a memory the model returns {run.dtypes}, and without {capture.output_dtypes}", False), {}
+            if run.differentiates is None and self._dense_run(capture).differentiates is not None:
+                return (f"its model has no backward with a memory ({run.error})", False), {}
+            differentiates &= bool(run.differentiates)
+            for site, layer, count in zip(inside, layers, run.calls, strict=True):
+                calls[site.down] += count
+                outputs[site.down] += layer.outputs
+        for site in sites:
+            if calls[site.down] != site.calls:
+                return (f"it ran {calls[site.down]} times with a stand-in, and {site.calls} times without", True), {}
+        if self.config.frozen:
+            return None, {}
+        untrained = {down: _untrained(calls_of_it, differentiates) for down, calls_of_it in outputs.items()}
+        return None, {down: sentence for down, sentence in untrained.items() if sentence}
+
+    def _dense_run(self, capture: Capture) -> _Run:
+        if id(capture) not in self._dense:
+            self._dense[id(capture)] = self._there_and_back(capture, [])
+        return self._dense[id(capture)]
+
+    def _there_and_back(self, capture: Capture, layers: Sequence[RehearsedLayer]) -> _Run:
+        assert capture.forward is not None
+
+        def through(call: Callable[..., list[Tensor]]) -> Callable[..., _Run]:
+            def run(parameters: dict[str, Tensor], *others: Any) -> _Run:
+                outputs = call(parameters, *others)
+                result = _Run(tuple(o.dtype for o in outputs), tuple(len(layer.outputs) for layer in layers))
+                ends = [o for o in outputs if o.requires_grad]
+                try:
+                    torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
+                except Exception as error:  # as in the forward; or the model has none
+                    result.error = _described(error)
+                    return result
+                read = [p for layer in layers for _, p in layer.outputs]
+                result.differentiates = any(p.grad is not None for p in (*parameters.values(), *read))
+                return result
+
+            return run
+
+        return capture.forward.run(self.root.get_submodule(capture.path), through)
+
+
+def _untrained(outputs: Sequence[tuple[Tensor, Tensor]], differentiates: bool) -> str:
+    """Why a memory would not train, if so. As the block did, it trains where a gradient reaches one of its calls. Where
+    the forward differentiates nothing at all, as one for inference, it cannot be told.
+    """
+    if outputs and not any(output.requires_grad for output, _ in outputs):
+        return "it runs under no_grad or in inference mode: it does not train, and a memory would not"
+    if differentiates and not any(parameter.grad is not None for _, parameter in outputs):
+        return "no gradient reaches it, because its output is detached or not part of what the model returns"
+    return ""
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

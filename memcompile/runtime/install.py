@@ -1,5 +1,5 @@
-"""Puts memory layers into a model, in the place of its chosen FFNs or beside them; or, for one rehearsal, layers that
-count, by which it is known before whether the model's own code runs with stand-ins.
+"""Puts memory layers into a model, in the place of its chosen FFNs or beside them; or, for a rehearsal, small
+layers, by which it is known before whether the model's own code runs with stand-ins.
 """
 
 import contextlib
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite, owner_path
+from memcompile.config import MemoryConfig
 from memcompile.errors import PlanError
+from memcompile.lowering import memory_lookup
+from memcompile.lowering.parameters import new_layer, values_shape
 from memcompile.runtime.distributed.sharding import cut_layers, new_sharded_values
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool
@@ -135,25 +138,39 @@ def _check(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> None:
         )
 
 
-class CountingLayer:
-    """What stand-ins call in the place of a memory layer: returns its input, and counts.
+class RehearsedLayer:
+    """What stand-ins call in the place of a memory layer, for one forward and backward of a rehearsal: a layer of the
+    same kind, width, dtype and device, as small as can be.
 
     Attributes:
-        calls: how often it ran.
+        outputs: what each call returned, and a parameter that it read.
     """
 
-    def __init__(self, site: FfnSite, dtype: torch.dtype, device: torch.device) -> None:
-        self.name, self.width, self.calls = site.name or site.down, site.width, 0
+    def __init__(self, site: FfnSite, config: MemoryConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.name, self.width, self._device = site.name or site.down, site.width, device
+        self._config = MemoryConfig(
+            placement=config.placement, gate=config.gate, qk_norm=config.qk_norm,
+            n_keys=2, heads=1, top_k=1, key_dim=2, value_dim=site.width,
+        )  # fmt: skip
         self.query_weight = types.SimpleNamespace(dtype=dtype, device=device)
+        self.outputs: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x * 1
+        dtype, config = self.query_weight.dtype, self._config
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=()):
+            query_weight, *others = new_layer(config, self.width, dtype, self._device).values()
+            values = nn.Parameter(torch.zeros(values_shape(config), dtype=dtype, device=x.device))
+        query_bias, half_keys, *rest = others
+        output = memory_lookup(x, query_weight, query_bias, half_keys, values, *rest, heads=1, top_k=1)
+        self.outputs.append((output, query_weight))
+        return output
 
 
 @contextlib.contextmanager
-def counting_stand_ins(root: nn.Module, sites: Sequence[FfnSite], adds: bool) -> Iterator[list[CountingLayer]]:
-    """Puts stand-ins with counting layers into the FFNs of ``sites``; afterwards the model is as it was."""
+def rehearsed_stand_ins(
+    root: nn.Module, sites: Sequence[FfnSite], config: MemoryConfig
+) -> Iterator[list[RehearsedLayer]]:
+    """Puts stand-ins with layers for a rehearsal into the FFNs of ``sites``; afterwards the model is as it was."""
     names = [name for site in sites for name in site.parameters]
     holders = {id(h): h for h in (root.get_submodule(name.rpartition(".")[0]) for name in names)}.values()
     before = [(h, type(h), dict(h.__dict__), dict(h._parameters)) for h in holders]
@@ -161,8 +178,8 @@ def counting_stand_ins(root: nn.Module, sites: Sequence[FfnSite], adds: bool) ->
     try:
         for site in sites:
             down = root.get_parameter(site.down)
-            layers.append(CountingLayer(site, down.dtype, down.device))
-            put_stand_ins(root, site, layers[-1], adds)
+            layers.append(RehearsedLayer(site, config, down.dtype, down.device))
+            put_stand_ins(root, site, layers[-1], config.placement == "add")
         yield layers
     finally:
         for holder, cls, attributes, parameters in before:

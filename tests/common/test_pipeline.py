@@ -22,7 +22,7 @@ from tests.models import tiny_gpt
 from tests.planned import MEMORY, batch, stop_before_inductor
 
 ROOT = Path(__file__).parents[2]
-PLAN = ["trace", "normalize", "detect", "place", "rehearse", "size", "install", "adopt", "rebuild"]
+PLAN = ["trace", "normalize", "detect", "rehearse", "place", "size", "install", "adopt", "rebuild"]
 COMPILE = ["verify", "dense_gradient", "capacity", "inductor"]
 
 

@@ -6,11 +6,12 @@ from torch import nn
 
 import memcompile
 from memcompile.common.pipeline import Pipeline
+from memcompile.config import MemoryConfig
 from memcompile.errors import PlanError
 from memcompile.passes.detect.detect import find_in_model
 from memcompile.planning.rehearsal import rehearse
-from memcompile.runtime.install import counting_stand_ins
-from tests.models import ZOO, around, plain_ffn
+from memcompile.runtime.install import rehearsed_stand_ins
+from tests.models import WIDTH, ZOO, Block, Transformer, around, plain_ffn
 from tests.planned import MEMORY
 
 
@@ -41,18 +42,18 @@ def mixed(strict: type[nn.Module] = StrictFfn) -> nn.Module:
     return around(lambda width, hidden: next(kinds)(width, hidden))
 
 
-def rehearsed(model: nn.Module, adds: bool = False, example_inputs=None) -> dict[str, str]:
+def rehearsed(model: nn.Module, placement: str = "replace", example_inputs=None) -> dict[str, str]:
     captures, blocks = find_in_model(Pipeline("find"), model, example_inputs)
     sites = [block.site for block in blocks if block.site.refusal is None]
     assert sites
-    return rehearse(model, captures, sites, adds)
+    return rehearse(model, captures, sites, MemoryConfig(placement=placement))
 
 
-@pytest.mark.parametrize("adds", [False, True], ids=["replace", "add"])
+@pytest.mark.parametrize("placement", ["replace", "add"])
 @pytest.mark.parametrize("name", ZOO)
-def test_every_spelling_of_the_zoo_passes(name, adds):
+def test_every_spelling_of_the_zoo_passes(name, placement):
     model, inputs = ZOO[name]()
-    assert rehearsed(model, adds, inputs) == {}
+    assert rehearsed(model, placement, inputs) == {}
 
 
 @pytest.mark.parametrize(
@@ -81,11 +82,212 @@ def test_its_name_is_an_error_and_the_model_stays():
     assert {name: (id(p), type(m)) for m in model.modules() for name, p in m.named_parameters()} == before
 
 
-@pytest.mark.parametrize("adds", [False, True], ids=["replace", "add"])
-def test_counting_stand_ins_leave_no_trace(adds):
+@pytest.mark.parametrize("placement", ["replace", "add"])
+def test_stand_ins_of_a_rehearsal_leave_no_trace(placement):
     model, inputs = ZOO["inner_norm"]()
     sites = memcompile.find_ffns(model, inputs)
     state = [(type(m), list(m.__dict__), list(m._parameters.items())) for m in model.modules()]
-    with pytest.raises(ZeroDivisionError), counting_stand_ins(model, sites, adds):
+    with pytest.raises(ZeroDivisionError), rehearsed_stand_ins(model, sites, MemoryConfig(placement=placement)):
         1 / 0  # noqa: B018
     assert [(type(m), list(m.__dict__), list(m._parameters.items())) for m in model.modules()] == state
+
+
+# --- dtypes ----------------------------------------------------------------------------------------------------------
+
+
+class MixedFfn(nn.Module):
+    """As T5 in half precision: the down-projection has a dtype of its own, to which its input is cast, or from which
+    the code casts it at use.
+    """
+
+    def __init__(self, up, down, cast="input", back=True):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 80, dtype=up), nn.Linear(80, WIDTH, dtype=down)
+        self.cast, self.back = cast, back
+
+    def forward(self, x):
+        hidden = self.up(x.to(self.up.weight.dtype)).relu()
+        if self.cast == "weight":
+            weight, bias = self.down.weight.to(hidden.dtype), self.down.bias.to(hidden.dtype)
+            return nn.functional.linear(hidden, weight, bias).to(x.dtype)
+        if self.cast == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.down(hidden).to(x.dtype if self.back else torch.float32)
+        hidden = hidden.to(self.down.weight.dtype)
+        return self.down(hidden).to(x.dtype) if self.back else self.down(hidden)
+
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize("placement", ["replace", "add"])
+@pytest.mark.parametrize(
+    ("stream", "up", "down", "cast", "back"),
+    [
+        (BF16, BF16, FP32, "input", True),
+        (BF16, BF16, FP64, "input", True),
+        (FP32, FP32, BF16, "input", True),
+        (FP32, FP32, FP64, "input", False),
+        (BF16, BF16, FP32, "weight", True),
+        (BF16, FP32, FP32, "input", True),
+        (FP32, FP32, FP32, "autocast", True),
+        (FP32, FP32, FP32, "autocast", False),
+    ],
+)
+def test_mixed_dtypes_run_as_the_dense_model_did(placement, stream, up, down, cast, back):
+    model = around(lambda width, hidden: MixedFfn(up, down, cast, back), layers=2)
+    for part in (model.tokens, model.positions, *(b.attention for b in model.blocks)):
+        part.to(stream)
+    for norm in (b.norm1 for b in model.blocks):
+        norm.to(stream)
+    if stream is not FP32:
+        for block in model.blocks:
+            block.norm2.to(stream)
+        model.norm.to(stream), model.head.to(stream)
+    tokens = torch.randint(50, (2, 5))
+    try:
+        dense = model(tokens).dtype
+    except RuntimeError:
+        dense = None
+    try:
+        memcompile.plan(model, memory_layers="all", placement=placement, example_inputs=(tokens,), **MEMORY)
+    except PlanError as error:
+        assert "left alone" in str(error)
+        assert (model(tokens).dtype if dense else None) == dense
+        return
+    assert dense is not None
+    output = model(tokens)
+    assert output.dtype == dense
+    output.float().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "memory" in name)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+class Branches(Transformer):
+    """The second block runs in another way than the rest."""
+
+    def __init__(self, how):
+        super().__init__([Block(WIDTH, plain_ffn(WIDTH, 80)) for _ in range(3)])
+        self.how = how
+
+    def forward(self, tokens):
+        x = self.tokens(tokens)
+        for i, block in enumerate(self.blocks):
+            x = self.how(block, x) if i == 1 else block(x)
+        return self.head(self.norm(x))
+
+
+def without_grad(block, x):
+    with torch.no_grad():
+        teacher = block(x)
+    return x + 0.1 * teacher
+
+
+def in_inference_mode(block, x):
+    with torch.inference_mode():
+        teacher = block(x)
+    return x + teacher.clone()
+
+
+def detached(block, x):
+    return x + block(x).detach()
+
+
+def both_ways(block, x):
+    return block(without_grad(block, x))
+
+
+def recomputed(block, x):
+    return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (without_grad, "it runs under no_grad or in inference mode"),
+        (in_inference_mode, "it runs under no_grad or in inference mode"),
+        (detached, "no gradient reaches it"),
+        (both_ways, ""),
+        (recomputed, ""),
+    ],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_block_that_no_gradient_reaches_is_left_alone(how, reason, frozen):
+    model = Branches(how).requires_grad_(not frozen)
+    if frozen:
+        model.tokens.requires_grad_(True)  # reentrant checkpointing differentiates where its input does
+    rows = memcompile.plan(model, memory_layers="all", **MEMORY).rows
+    assert [row.chosen for row in rows] == [True, not reason, True]
+    assert rows[1].reason.startswith(reason) and bool(rows[1].reason) == bool(reason)
+    model(torch.randint(50, (2, 5))).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "memory" in name)
+
+
+def test_a_forward_that_differentiates_nothing_may_have_a_memory_for_inference():
+    class Predicts(Transformer):
+        def forward(self, tokens):
+            return super().forward(tokens).argmax(-1)
+
+    model = Predicts([Block(WIDTH, plain_ffn(WIDTH, 80)) for _ in range(2)])
+    assert all(row.chosen for row in memcompile.plan(model, memory_layers="all", **MEMORY).rows)
+
+
+# --- FFNs as wide as the model ---------------------------------------------------------------------------------------
+
+
+def test_a_block_as_wide_as_the_model_is_taken_by_its_name_alone():
+    def model():
+        return around(plain_ffn, hidden=WIDTH)
+
+    with pytest.raises(PlanError, match="memory_layers takes it by its name"):
+        memcompile.plan(model(), memory_layers=1, **MEMORY)
+    named = model()
+    for _ in range(2):  # a second plan is the same
+        rows = memcompile.plan(named, memory_layers=["blocks.1.ffn"], **MEMORY).rows
+    assert [row.chosen for row in rows] == [False, True, False, False]
+    named(torch.randint(50, (2, 5))).sum().backward()
+    assert all(p.grad is not None for name, p in named.named_parameters() if "memory" in name)
+    again = model()
+    memcompile.plan(again, memory=memcompile.config_from(named.state_dict()))
+    again.load_state_dict(named.state_dict())
+
+
+class Encoder(nn.Module):
+    """PyTorch's example of a language model, with as many hidden features as features: time before batch."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, nhead=4, dim_feedforward=WIDTH)
+        self.tokens, self.encoder = nn.Embedding(50, WIDTH), nn.TransformerEncoder(layer, num_layers=2)
+        self.head, self.mask = nn.Linear(WIDTH, 50), None
+
+    def forward(self, source):
+        if self.mask is None or len(self.mask) != len(source):
+            self.mask = torch.triu(torch.full((len(source), len(source)), float("-inf")), diagonal=1)
+        return self.head(self.encoder(self.tokens(source) * WIDTH**0.5, mask=self.mask)).log_softmax(-1)
+
+
+def test_the_language_model_of_the_pytorch_examples():
+    model = Encoder()
+    memcompile.plan(model, memory_layers=["encoder.layers.1"], **MEMORY)
+    assert model.mask is None
+    model(torch.randint(50, (7, 2))).sum().backward()
+    assert model.encoder.layers[1].linear2.memory.query_weight.grad is not None
+
+
+class Head(nn.Module):
+    """A projector as wide as the model, behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.projector = Encoder(), plain_ffn(50, 50)
+
+    def forward(self, source):
+        return self.projector(self.body(source))
+
+
+def test_a_projector_is_not_taken_by_its_name():
+    with pytest.raises(PlanError, match="'projector'"):
+        memcompile.plan(Head(), memory_layers=["projector"], **MEMORY)

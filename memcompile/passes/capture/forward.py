@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from memcompile.passes._torch import FakeTensorMode, pytree
 from memcompile.passes.capture.guess import Arguments
-from memcompile.passes.capture.sandbox import data_traced, functions_marked, restored_afterwards
+from memcompile.passes.capture.sandbox import restored_afterwards
 
 _SMALL = 2**29  # numbers in a model that may be copied to run it once
 
@@ -39,10 +39,6 @@ class Forward:
         """``through(f)(parameters, buffers, args, kwargs)``, where ``f`` returns the tensors that ``module`` returns.
         Leaves the module as it was.
         """
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        as_input = _copy if self.compute else mode.from_tensor
-        parameters = {name: as_input(p) for name, p in module.named_parameters()}
-        buffers = {name: as_input(b) for name, b in module.named_buffers()}
 
         def call(parameters: dict, buffers: dict, args: tuple, kwargs: dict) -> list[Tensor]:
             output = functional_call(module, parameters | buffers, args, kwargs)
@@ -56,14 +52,17 @@ class Forward:
             tensor = torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device=self.device)
             return tensor.fill_(1) if self.compute else tensor
 
-        on_fakes = contextlib.nullcontext() if self.compute else mode
-        eager = torch.compiler.set_stance("force_eager")
-        with restored_afterwards(module), torch.enable_grad(), eager, data_traced(), functions_marked(), on_fakes:
+        with restored_afterwards(module, self.compute) as mode:
+            as_input = mode.from_tensor if isinstance(mode, FakeTensorMode) else _copy
+            parameters = {name: as_input(p) for name, p in module.named_parameters()}
+            buffers = {name: as_input(b) for name, b in module.named_buffers()}
             if self.evaluate:
                 for inner in module.modules():  # not eval(), which may be the owner's own and change weights
                     inner.training = False
-            args, kwargs = pytree.tree_map(argument, (self.arguments.args, self.arguments.kwargs))
-            return through(call)(parameters, buffers, args, kwargs)
+            with mode:
+                args, kwargs = pytree.tree_map(argument, (self.arguments.args, self.arguments.kwargs))
+                # What it sets in context variables, it sets in a copy of the context.
+                return contextvars.copy_context().run(through(call), parameters, buffers, args, kwargs)
 
 
 def can_compute(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memcompile.passes.capture.sandbox import HOOKS
+from memcompile.passes.capture.state import HOOKS
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)

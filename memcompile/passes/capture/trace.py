@@ -13,14 +13,16 @@ import logging
 from collections.abc import Container, Hashable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from memcompile.passes._torch import make_fx
 from memcompile.passes.capture.forward import Forward, can_compute
 from memcompile.passes.capture.guess import Arguments, guess_arguments
-from memcompile.passes.capture.sandbox import caches_without_fakes, muted_loggers
+from memcompile.passes.capture.sandbox import sandbox
+from memcompile.passes.capture.state import NotRestored
 from memcompile.passes.capture.structure import structure
-from memcompile.passes.fx import is_in_place, memory_root
+from memcompile.passes.fx import fake_value, is_in_place, memory_root
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class Capture:
             names the model's first, in every capture.
         buffers: the placeholders that stand for buffers.
         forward: how the module was run; None for a graph that the user captured.
+        output_dtypes: of the tensors that the module returned.
         only: where set, the graph counts for the blocks of these parameters alone: another graph does for the rest.
     """
 
@@ -44,6 +47,7 @@ class Capture:
     parameters: dict[fx.Node, str]
     buffers: frozenset[fx.Node]
     forward: Forward | None = None
+    output_dtypes: tuple[torch.dtype, ...] = ()
     only: frozenset[str] | None = None
 
     def covers(self, parameter: str) -> bool:
@@ -67,9 +71,10 @@ def trace(model: nn.Module, example_inputs: Any = None) -> list[Capture]:
     submodules that do, in registration order. Of submodules of the same structure one is traced.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    with muted_loggers(), caches_without_fakes():
+    with sandbox() as survivors:
         captures = list(_trace_largest(model, "", names, _as_arguments(example_inputs), {}))
         captures += _skipped_in_training(model, names, captures)
+        survivors.refuse(capture.graph for capture in captures)
     if any(c.path for c in captures):
         log.debug("whole-model trace did not run; traced submodules: %s", [c.path for c in captures])
     elif captures:
@@ -107,8 +112,10 @@ def _skipped_in_training(model: nn.Module, names: dict[int, str], captures: Sequ
     for compute in (False, True) if can_compute(model) else (False,):
         try:
             capture = _trace_once(model, "", names, dataclasses.replace(whole.forward, compute=compute, evaluate=True))
+        except NotRestored:
+            raise
         except Exception as error:  # as in train mode, the owner's code may fail in any way
-            log.debug("the model does not trace in eval mode: %s", error)
+            log.debug("the model does not trace in eval mode: %s", str(error))
             continue
         found = whole.unread - capture.unread
         if found:
@@ -123,9 +130,11 @@ def _trace_module(module: nn.Module, path: str, names: dict[int, str], given: Ar
         for arguments in [given] if given is not None else guess_arguments(module):
             try:
                 return _trace_once(module, path, names, Forward(arguments, compute, device=device))
+            except NotRestored:
+                raise
             except Exception as error:  # a guess may fail in any way that the owner's code can
-                log.debug("%s does not trace on %s: %s", label, arguments, error)
-                failure = error
+                failure = str(error)  # a log that kept the error would keep its frames, and the tensors in them
+                log.debug("%s does not trace on %s: %s", label, arguments, failure)
     if given is not None:
         log.warning("memcompile: %s does not run on example_inputs (%s); guessing instead", label, failure)
     return None
@@ -137,7 +146,9 @@ def _trace_once(module: nn.Module, path: str, names: dict[int, str], forward: Fo
     placeholders = graph.find_nodes(op="placeholder")
     full_names = [names[id(p)] for p in module.parameters()]
     buffers = placeholders[len(full_names) :][: sum(1 for _ in module.buffers())]
-    return Capture(path, graph, dict(zip(placeholders, full_names, strict=False)), frozenset(buffers), forward)
+    returned = graph.find_nodes(op="output")[0].all_input_nodes
+    dtypes = tuple(value.dtype for node in returned if (value := fake_value(node)) is not None)
+    return Capture(path, graph, dict(zip(placeholders, full_names, strict=False)), frozenset(buffers), forward, dtypes)
 
 
 def _renamed(capture: Capture, module: nn.Module, path: str, names: dict[int, str]) -> Capture:
@@ -147,7 +158,8 @@ def _renamed(capture: Capture, module: nn.Module, path: str, names: dict[int, st
     graph.output(graph.graph_copy(capture.graph, copies))
     full_names = [names[id(p)] for p in module.parameters()]
     parameters = {copies[n]: name for n, name in zip(capture.parameters, full_names, strict=True)}
-    return Capture(path, graph, parameters, frozenset(copies[n] for n in capture.buffers), capture.forward)
+    buffers = frozenset(copies[n] for n in capture.buffers)
+    return Capture(path, graph, parameters, buffers, capture.forward, capture.output_dtypes)
 
 
 def _as_arguments(example_inputs: Any) -> Arguments | None:

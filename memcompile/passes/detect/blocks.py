@@ -15,7 +15,7 @@ from memcompile.common.sites import FfnSite, common_path
 from memcompile.common.token_wise import CASTS, NORMS, RESHAPES
 from memcompile.passes._torch import ConvNd
 from memcompile.passes.capture.normalize import normalize
-from memcompile.passes.capture.sandbox import HOOKS
+from memcompile.passes.capture.state import HOOKS
 from memcompile.passes.capture.trace import Capture
 from memcompile.passes.detect.layout import prove_features_last, stream_read
 from memcompile.passes.detect.projection import find_projections
@@ -64,6 +64,7 @@ class Candidate:
     capture: Capture
     joins_stream: bool = True
     refusal: str | None = None
+    by_name: bool = False  # it is refused only where nobody names it
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -88,10 +89,22 @@ def _candidates(capture: Capture) -> Iterator[Candidate]:
             prove_features_last(region, capture, projections)
             prove_unrouted(region, capture, projections)
             candidate.joins_stream = prove_residual(region, capture)
+            _refuse_equal_widths(candidate)
         except Refusal as refusal:
             candidate.refusal = str(refusal)
-        if candidate.refusal is None or _resembles_ffn(region):
+        if candidate.refusal is None or candidate.by_name or _resembles_ffn(region):
             yield candidate
+
+
+def _refuse_equal_widths(candidate: Candidate) -> None:
+    """A head or a projector is as wide as the model. Where a block is on the stream for sure, naming it takes it."""
+    hidden = candidate.region.down.width_in
+    if hidden == candidate.region.down.width_out:
+        candidate.by_name = candidate.joins_stream
+        named = ", and memory_layers takes it by its name" if candidate.by_name else ""
+        raise Refusal(
+            f"its hidden width equals the model's ({hidden}): more likely a head or a projector than an FFN{named}"
+        )
 
 
 _ATTENTION = frozenset("scaled_dot_product_attention matmul bmm baddbmm einsum softmax flex_attention".split())
@@ -145,11 +158,12 @@ def _is_alone_with_a_norm(candidate: Candidate, found: list[Candidate], model: n
 def _refuse_parallel_branches(found: list[Candidate]) -> None:
     readers = collections.defaultdict(set)
     for candidate in found:
-        if candidate.refusal is None:
+        if candidate.refusal is None or candidate.by_name:
             readers[stream_read(candidate.region.source, candidate.capture)].add(candidate.parameters)
     for candidate in found:
         stream = stream_read(candidate.region.source, candidate.capture)
-        if candidate.refusal is None and len(readers[stream]) > 1:
+        if (candidate.refusal is None or candidate.by_name) and len(readers[stream]) > 1:
+            candidate.by_name = False
             candidate.refusal = "several blocks read one stream: parallel branches or experts, not one FFN"
 
 
@@ -164,7 +178,8 @@ def _merge_calls(found: list[Candidate], captures: Sequence[Capture], model: nn.
         tied[id(parameter)].add(name)
     blocks = []
     for parameters, candidates in calls.items():
-        refusal = next((c.refusal for c in candidates if c.refusal), None)
+        by_name = any(c.by_name for c in candidates)
+        refusal = next((c.refusal for c in candidates if c.refusal and not c.by_name), None)
         refusal = refusal or next(_parameter_refusals(parameters, candidates, captures, owners, model, tied), None)
         region, capture = candidates[0].region, candidates[0].capture
         up = tuple(capture.parameters[p.weight] for p in region.up)
@@ -179,7 +194,8 @@ def _merge_calls(found: list[Candidate], captures: Sequence[Capture], model: nn.
             flops=sum(2 * p.width_in * p.width_out for p in (*region.up, region.down)),
             calls=len(candidates),
             parameters=parameters,
-            refusal=refusal,
+            refusal=refusal or next((c.refusal for c in candidates if c.by_name), None),
+            by_name=by_name and refusal is None,
         )
         blocks.append(Block(site, candidates))
     return blocks

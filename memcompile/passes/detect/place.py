@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import itertools
 from collections.abc import Sequence
@@ -37,6 +38,19 @@ def place(sites: Sequence[FfnSite], layers: LayerChoice) -> list[FfnSite]:
     items = _named_here([layers] if isinstance(layers, str) else list(layers), sites)
     wanted = {site.down for item in items for site in _resolve(item, usable, sites)}
     return [site for site in usable if site.down in wanted]
+
+
+def with_named(sites: Sequence[FfnSite], layers: LayerChoice) -> list[FfnSite]:
+    """The sites, with those usable that are refused only where nobody names them, and that ``layers`` names."""
+    if callable(layers) or isinstance(layers, int):
+        return list(sites)
+    items = set(_named_here([layers] if isinstance(layers, str) else list(layers), sites))
+    return [
+        dataclasses.replace(site, refusal=None)
+        if site.by_name and not items.isdisjoint((site.name, site.down))
+        else site
+        for site in sites
+    ]
 
 
 def _named_here(items: list[int | str], sites: Sequence[FfnSite]) -> list[int | str]:

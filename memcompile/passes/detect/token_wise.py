@@ -31,8 +31,6 @@ _SAME_LAYOUT = kinds.CASTS | kinds.DROPOUTS | {"glu"}
 def prove_token_wise(region: Region, capture: Capture) -> None:
     """Raises Refusal unless each token of the output depends on that token of the source alone, nonlinearly."""
     hidden, count = region.down.width_in, tokens(region.up[0].node)
-    if hidden == region.down.width_out:
-        raise Refusal(f"its hidden width equals the model's ({hidden}): more likely a head or a projector than an FFN")
     if hidden < region.down.width_out:
         raise Refusal(f"its hidden width {hidden} is below the model's {region.down.width_out}: an adapter, not an FFN")
     if tokens(region.source) != count or tokens(region.down.node) != count:

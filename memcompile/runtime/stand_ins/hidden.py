@@ -176,12 +176,17 @@ class HiddenActivation:
 
     # --- operators -----------------------------------------------------------------------------------------------
 
-    def project(self) -> Tensor:
-        """The end of the FFN: one lookup with the input, in the shape that the down-projection sees."""
-        x, ones = self.x, self.features[:-1]
+    def project(self, cast: torch.dtype | None) -> Tensor:
+        """The end of the FFN: one lookup with the input, in the shape that the down-projection sees. The memory has the
+        dtype of that projection's weight, and so has the result, or that to which the model's code ``cast`` the weight.
+        """
+        x, ones, dtype = self.x, self.features[:-1], self.layer.query_weight.dtype
         if any(size != 1 for size in ones):
             raise self.mixes(f"a down-projection of features {self.features}")
-        return self.layer(x.reshape(*x.shape[:-1], *ones, x.shape[-1]) if ones else x)
+        x = x.reshape(*x.shape[:-1], *ones, x.shape[-1]) if ones else x
+        if (x.dtype == dtype and cast in (None, dtype)) or torch.is_autocast_enabled(x.device.type):
+            return self.layer(x)
+        return self.layer(x.to(dtype)).to(cast or dtype)
 
     def run(self, name: str, others: Sequence[HiddenActivation], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The result of operator ``name``, whose first hidden operand this is."""

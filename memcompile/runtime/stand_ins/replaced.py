@@ -60,15 +60,44 @@ class ReplacedParameter:
         width: features that an up-projection by it produces; 0 for other roles.
         layer: the memory layer that replaced the FFN.
         shape: the parameter's shape, for code that asks.
+        cast: the dtype that the model's code cast it to for one call, if it did.
     """
 
-    def __init__(self, name: str, role: Role, width: int, layer: MemoryLayer, shape: torch.Size) -> None:
-        self.name, self.role, self.width, self.layer, self.shape = name, role, width, layer, shape
+    def __init__(
+        self,
+        name: str,
+        role: Role,
+        width: int,
+        layer: MemoryLayer,
+        shape: torch.Size,
+        cast: torch.dtype | None = None,
+    ) -> None:
+        self.name, self.role, self.width, self.layer, self.shape, self.cast = name, role, width, layer, shape, cast
 
     def _itself(self, *args: Any, **kwargs: Any) -> ReplacedParameter:
         return self
 
-    to = type = type_as = float = half = bfloat16 = double = contiguous = detach = clone = _itself
+    def to(self, *args: Any, **kwargs: Any) -> ReplacedParameter:
+        for argument in (*args, *kwargs.values()):
+            dtype = argument if isinstance(argument, torch.dtype) else getattr(argument, "dtype", None)
+            if dtype is not None:
+                return ReplacedParameter(self.name, self.role, self.width, self.layer, self.shape, dtype)
+        return self
+
+    def float(self) -> ReplacedParameter:
+        return self.to(torch.float32)
+
+    def half(self) -> ReplacedParameter:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> ReplacedParameter:
+        return self.to(torch.bfloat16)
+
+    def double(self) -> ReplacedParameter:
+        return self.to(torch.float64)
+
+    type = type_as = to
+    contiguous = detach = clone = _itself
     uniform_ = normal_ = trunc_normal_ = fill_ = zero_ = copy_ = _itself
     data = property(_itself)
     t = transpose = permute = view = reshape = unsqueeze = squeeze = expand = _itself
@@ -91,7 +120,7 @@ class ReplacedParameter:
         if attribute.startswith("__"):  # copy and pickle ask a bare instance for these
             raise AttributeError(attribute)
         if attribute in ("dtype", "device"):
-            return getattr(self.layer.query_weight, attribute)
+            return (attribute == "dtype" and self.cast) or getattr(self.layer.query_weight, attribute)
         raise AttributeError(
             f"{attribute!r} of {self.name}: this parameter was replaced by a memory "
             f"(memcompile.explain(model) lists which); exclude its block from memory_layers to keep it"
@@ -209,4 +238,4 @@ def _project(name: str, operands: Sequence[Any], args: tuple, kwargs: dict[str, 
             f"memcompile: {weight.name} was replaced by a memory, but projects {type(activation).__name__} "
             f"that its own up-projection did not produce; exclude its block from memory_layers"
         )
-    return activation.project()
+    return activation.project(weight.cast)

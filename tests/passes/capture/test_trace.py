@@ -9,11 +9,8 @@ import torch
 from torch import nn
 
 import memcompile
-from memcompile.passes._torch import FakeTensorMode
-from memcompile.passes.capture.sandbox import caches_without_fakes
 from memcompile.passes.capture.trace import trace
 from memcompile.passes.fx import operator_name
-from tests import heap
 from tests.models import BATCH, TIME, WIDTH, ZOO, Block, Transformer, plain_ffn, tiny_gpt
 from tests.planned import MEMORY
 
@@ -172,17 +169,6 @@ def test_caches_of_functions_keep_no_fake_tensor(bound):
     trace(model, (tokens,))
     assert torch.equal(model(tokens), before)
     assert untouched() is kept
-
-
-def test_caches_that_were_frozen_are_remembered():
-    @functools.lru_cache
-    def ones():
-        return torch.ones(2)
-
-    heap.freeze()
-    with caches_without_fakes(), FakeTensorMode():
-        ones()
-    assert not ones.cache_info().currsize
 
 
 def test_hooks_stay_silent():
