@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -106,8 +107,19 @@ def gradients_inside(monkeypatch: pytest.MonkeyPatch) -> Callable[[Optimizer, Te
 
     def watch(optimizer: Optimizer, parameter: Tensor) -> Seen:
         seen: Seen = []
-        # The body of the step that PyTorch has put the hooks around; a closure is looked at before and after its call.
-        optimizer._optimizer_step_code = lambda: seen.append(parameter.grad)
+
+        def step_with_tables(body: Any, stepped: Optimizer, args: Any, kwargs: Any) -> Any:
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                before = parameter.grad
+                result = body(*args, **kwargs)
+                if stepped is optimizer:
+                    seen.append(before if before is not None else parameter.grad)
+                return result
+
+            return original(functools.wraps(body)(watched), stepped, args, kwargs)
+
+        original = hooks.step_with_tables
+        monkeypatch.setattr("memcompile.runtime.patches.optimizer_step.step_with_tables", step_with_tables)
         return seen
 
     return watch
