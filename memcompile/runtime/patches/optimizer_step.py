@@ -9,8 +9,8 @@ The same: optimizers that hold no table, of these classes too.
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from types import CellType, CodeType
+from collections.abc import Callable
+from types import CellType
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from memcompile.errors import PlanError
 from memcompile.runtime._torch import body_of_step
 from memcompile.runtime.patches.patch import Patch
 from memcompile.runtime.table.hooks import holds_tables, step_with_tables
+from memcompile.runtime.table.step_code import calls_parent
 
 
 class _Steps:
@@ -69,7 +70,7 @@ class _Steps:
                 )
             body = step if cell is None else cell.cell_contents
             parents = [p for p in owners[index + 1 :] if inspect.unwrap(vars(p)["step"]) is not inspect.unwrap(body)]
-            if not _is_ours(body) and parents and _calls_parent(body, parents):
+            if not _is_ours(body) and parents and calls_parent(body, parents):
                 continue
             if cell is not None and not _is_ours(body):
                 self._cells.append((cell, body))
@@ -93,21 +94,6 @@ _OURS = _with_tables(lambda: None).__code__
 
 def _is_ours(function: Any) -> bool:
     return getattr(function, "__code__", None) is _OURS
-
-
-def _calls_parent(body: Any, parents: Iterable[type]) -> bool:
-    names = {name for code in _codes_in(body) for name in (*code.co_names, *code.co_freevars)}
-    return "step" in names and not names.isdisjoint({"super", "__class__", *(parent.__name__ for parent in parents)})
-
-
-def _codes_in(function: Any) -> Iterator[CodeType]:
-    """Of a function, those inside of it, and what it decorates."""
-    while function is not None:
-        codes: list[CodeType] = [function.__code__] if hasattr(function, "__code__") else []
-        for code in codes:
-            yield code
-            codes.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
-        function = getattr(function, "__wrapped__", None)
 
 
 PATCH = Patch(_Steps())

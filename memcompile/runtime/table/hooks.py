@@ -4,7 +4,8 @@ A table is stepped as the last parameter of its optimizer. PyTorch's optimizers,
 parameter without a gradient. So the gradient of the values is aside while the step of the optimizer's class runs. Then
 it is put back, and the table steps its rows. Groups and state stay as they are. Hooks of the user run before and after
 this, as do a class that calls the step of its parent, an optimizer that steps others, and closures: they see gradients,
-groups and state as with any parameter.
+groups and state as with any parameter. An optimizer that steps others may read the table by itself (Lookahead): then
+all rows are brought up to date after each step.
 
 Where a step raises, the gradient is in place again:
 - Before the class's step, by an option that rows are not stepped with, for one, nothing has moved.
@@ -28,6 +29,7 @@ from memcompile.runtime.optimizer_state import parameters_of
 from memcompile.runtime.storage.frozen_values import refuse_gradient
 from memcompile.runtime.table.named_states import add_names
 from memcompile.runtime.table.rules import Options, Rule
+from memcompile.runtime.table.step_code import reads_parameters
 from memcompile.runtime.table.table import ValueTable, live_tables, tables_in
 from memcompile.runtime.table.which_rule import rule_in
 from memcompile.runtime.wrappers import live_optimizers
@@ -35,7 +37,9 @@ from memcompile.runtime.wrappers import live_optimizers
 log = logging.getLogger(__name__)
 
 _met: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those with tables
+_stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those that have stepped tables
 _asked: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those without tables
+_read_around: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those inside of others that read parameters themselves
 _aside: weakref.WeakKeyDictionary[ValueTable, "_Step"] = weakref.WeakKeyDictionary()  # who has its gradient aside
 
 
@@ -106,6 +110,8 @@ def _tables_of_its_own(optimizer: Optimizer) -> list[tuple[ValueTable, Options]]
                 "stepped on all: plan with values_grad='dense'"
             )
         return []
+    if inner and reads_parameters(type(optimizer)):
+        _read_around.update(inner)
     theirs = {table for other in inner for table, _ in tables_in(other)}
     return [(table, group) for table, group in held if table not in theirs]
 
@@ -116,6 +122,13 @@ def _inside(optimizer: Optimizer) -> Iterator[Optimizer]:
         if name not in ("state", "param_groups"):
             several = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
             yield from (v for v in (value, *several) if isinstance(v, Optimizer) and v is not optimizer)
+
+
+def _find_optimizer_around(optimizer: Optimizer) -> None:
+    """Of those whose steps run no hooks, as that of timm's Lookahead."""
+    for other in live_optimizers():
+        if other is not optimizer and any(o is optimizer for o in _inside(other)) and reads_parameters(type(other)):
+            _read_around.add(optimizer)
 
 
 @torch.compiler.disable(recursive=False)  # where a step is compiled, the step of the class is, and nothing of this
@@ -130,13 +143,13 @@ def step_with_tables(body: Callable[..., Any], optimizer: Optimizer, args: tuple
     if step is None:
         return body(optimizer, *args, **kwargs)
     try:
-        step.take_aside()
-        result = body(optimizer, *step.args, **step.kwargs)
-    finally:
         try:
-            step.put_back()
+            step.take_aside()
+            result = body(optimizer, *step.args, **step.kwargs)
         finally:
-            step.put_back()  # again, where an interrupt came between the lines of the first
+            step.put_back()
+    finally:
+        step.put_back()  # again, where an interrupt came between the lines of the first
     step.step_rows()
     return result
 
@@ -180,6 +193,9 @@ class _Step:
         self.optimizer, self.args, self.kwargs = optimizer, args, kwargs
         self.rules: dict[ValueTable, tuple[type[Rule], Options]] = {}
         self.gradients: dict[ValueTable, Tensor] = {}
+        if optimizer not in _stepped:
+            _stepped.add(optimizer)
+            _find_optimizer_around(optimizer)
         self._other: tuple[Tensor, Tensor, int] | None = None  # another parameter, its gradient, and that one's version
         closure = args[0] if args else kwargs.get("closure")
         if callable(closure) and args:
@@ -236,6 +252,8 @@ class _Step:
         cleared = self._cleared()
         for table in self.gradients:
             table.step(self.optimizer, *self.rules[table])
+            if self.optimizer in _read_around:
+                table.flush()
         for table in self.gradients if cleared is not None else ():
             if cleared == "none":
                 table.values.grad = None
