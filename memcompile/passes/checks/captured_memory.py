@@ -31,11 +31,12 @@ def verify_captured_memory(
         calls: how often each layer runs in one forward, where the graph holds the whole forward; None for a part.
 
     Raises:
-        CaptureError: a lookup that is no layer's, a layer's parameter that something else reads, or a layer that
-            does not run as often as planned.
+        CaptureError: a lookup that is no layer's, a layer's parameter that something else reads beside lookups, or a
+            layer that does not run as often as planned.
     """
     owner = names_by_identity(layers, inputs)
     found: collections.Counter[str] = collections.Counter()
+    others: list[fx.Node] = []
     for node, binding in operators_in(graph_module, inputs):
         read = {owner[id(v)] for v in (binding.get(a) for a in node.all_input_nodes) if id(v) in owner}
         if is_lookup(node):
@@ -45,10 +46,12 @@ def verify_captured_memory(
                 )
             found.update(read)
         elif read and not calls_a_body(node):
-            raise CaptureError(
-                f"memcompile: {node.name} ({node.target}) reads parameters of a memory layer, "
-                f"which only {OP_NAME} may; compile the model itself, not a function that reads its parameters"
-            )
+            others.append(node)
+    if others and found:  # a graph without lookups is no part of a forward, but an optimizer's step
+        raise CaptureError(
+            f"memcompile: {others[0].name} ({others[0].target}) reads parameters of a memory layer, "
+            f"which only {OP_NAME} may; compile the model itself, not a function that reads its parameters"
+        )
     if calls is not None and found != collections.Counter(calls):
         raise CaptureError(
             f"memcompile: planned {dict(calls)} lookups, captured {dict(found)}: the forward took another path "

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW
 from torch.optim import lr_scheduler as schedulers
 
 from memcompile.runtime.pool import pool_of
-from tests.planned import assert_same, batch, gradients, plain_attention, planned_gpt
+from tests.planned import assert_same, batch, gradients, plain_attention, planned_gpt, stop_before_inductor
 from tests.runtime.table.stepping import SIZES, adamw, evaluate, model_of, snapshot, train
 
 
@@ -123,3 +123,26 @@ def test_hooks_on_saved_tensors_are_given_no_table():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.shape) or t, lambda t: t):
         model(*batch()).backward()
     assert sizes and model.memory_values.shape not in sizes
+
+
+@pytest.mark.parametrize("values_grad", ["sparse", "dense"])
+def test_a_training_step_that_is_compiled_as_one_function(values_grad, monkeypatch):
+    """Forward, backward and the optimizer's step. The graph of the step reads and writes parameters of layers."""
+    captured = stop_before_inductor(monkeypatch, lambda graph_module, inputs: graph_module.forward)
+    results = []
+    for compiles in (False, True):
+        model = model_of(values_grad, values_lr=None)
+        optimizer = adamw(model)
+
+        def step(tokens: Tensor, targets: Tensor) -> Tensor:
+            loss = model(tokens, targets)  # noqa: B023
+            loss.backward()
+            optimizer.step()  # noqa: B023
+            optimizer.zero_grad()  # noqa: B023
+            return loss
+
+        run = torch.compile(step, backend="memcompile") if compiles else step
+        losses = [run(*batch(number)).detach() for number in range(3)]
+        results.append(snapshot(model) | {"losses": torch.stack(losses)})
+    assert len(captured) > 1
+    torch.testing.assert_close(*results, rtol=0, atol=1e-10)
