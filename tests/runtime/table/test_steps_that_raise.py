@@ -25,7 +25,6 @@ from tests.runtime.table.optimizer_kinds import Clipped, SharpnessAware
 
 PACKAGE = str(Path(memcompile.__file__).parent / "runtime")
 OPTIMIZERS = str(Path(torch.optim.__file__).parent)
-SKETCHES = str(Path(inspect.getfile(SharpnessAware)))
 
 
 class Injected(Exception):
@@ -36,11 +35,11 @@ Line = tuple[str, int]
 
 
 def lines_of(call: Callable[[], Any]) -> list[Line]:
-    """Every line that a call runs of ours, of PyTorch's optimizers and of those of the tests, once."""
+    """Every line that a call runs of ours and of PyTorch's optimizers, once."""
     seen: dict[Line, None] = {}
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith((PACKAGE, OPTIMIZERS, SKETCHES)):
+        if not frame.f_code.co_filename.startswith((PACKAGE, OPTIMIZERS)):
             return None
         if event == "line":
             seen[frame.f_code.co_filename, frame.f_lineno] = None
