@@ -131,7 +131,7 @@ def _find_optimizer_around(optimizer: Optimizer) -> None:
             _read_around.add(optimizer)
 
 
-@torch.compiler.disable(recursive=False)  # where a step is compiled, the step of the class is, and nothing of this
+@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]  # where a step is compiled, that of the class is
 def step_with_tables(body: Callable[..., Any], optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Runs the step of an optimizer, and that of the tables which it holds.
 
@@ -211,7 +211,7 @@ class _Step:
                 self.rules[table] = rule_in(optimizer, group, table.config, body)
 
     def _around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
-        @torch.compiler.disable(recursive=False)
+        @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]
         @functools.wraps(closure)
         def with_gradients(*args: Any, **kwargs: Any) -> Any:
             self.put_back()

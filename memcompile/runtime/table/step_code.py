@@ -14,10 +14,17 @@ def calls_parent(step: Callable[..., Any], parents: Iterable[type]) -> bool:
 
 
 def reads_parameters(kind: type[Optimizer]) -> bool:
-    """Whether a class of optimizers looks at the parameters in its groups."""
-    own = kind.__mro__[: kind.__mro__.index(Optimizer)]
-    codes = (code for owner in own for function in vars(owner).values() for code in _codes_in(function))
-    return any("params" in code.co_consts for code in codes)
+    """Whether a class of optimizers looks at the parameters in its groups when one is built, or steps."""
+    methods: dict[str, Any] = {}
+    for owner in reversed(kind.__mro__[: kind.__mro__.index(Optimizer)]):
+        methods |= vars(owner)
+    names = [name for name in ("__init__", "step") if name in methods]
+    for name in names:  # and those that they call
+        for code in _codes_in(methods[name]):
+            if "params" in code.co_consts:
+                return True
+            names.extend(called for called in code.co_names if called in methods and called not in names)
+    return False
 
 
 def _codes_in(function: Any) -> Iterator[CodeType]:

@@ -161,11 +161,11 @@ class Rule:
         """Of the step that is being done; ranks with parts of one table round apart."""
         return seed_of_step(self.options["seed"] + (self.shards.rank if self.shards else 0), self.state["step"])
 
-    def move(self, rows: Tensor, call: Callable[[], None]) -> None:
+    def move(self, rows: Tensor, call: Callable[[], Any]) -> None:
         """Calls the operator that moves rows int64 [n]; they are as of the last step then, whatever comes in between.
 
         Args:
-            call: of the operator alone: it either moves the rows or raises.
+            call: of the operator alone, which returns None: it either moves the rows or raises.
         """
         try:
             try:
