@@ -29,6 +29,7 @@ lint: $(VENV)/.test
 docs: $(VENV)/.test
 	$(BIN)/python -m tests.zoo.table
 	$(BIN)/python -m tests.lowering.triton.resources
+	$(BIN)/python -m tests.runtime.table.optimizer_matrix
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz --examples 5100 --processes $(WORKERS)

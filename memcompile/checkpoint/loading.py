@@ -17,7 +17,7 @@ from memcompile.checkpoint._torch import local_part
 from memcompile.checkpoint.formats.dcp_files import EXTRA, MODEL, OPTIMIZER, OPTIMIZER_REST, Part, StepReader
 from memcompile.checkpoint.formats.safetensors import mapped_export
 from memcompile.checkpoint.saving import optimizers_in, ready
-from memcompile.checkpoint.state.model_state import ModelTarget, SavedModel
+from memcompile.checkpoint.state.model_state import ModelTarget, SavedModel, plan_that_was_saved
 from memcompile.checkpoint.state.optimizer_state import OptimizerState, unpacked
 from memcompile.checkpoint.steps import folders
 from memcompile.checkpoint.steps.manifest import Manifest
@@ -25,7 +25,7 @@ from memcompile.checkpoint.steps.whole_steps import whole_step
 from memcompile.common.progress import Progress
 from memcompile.config import MemoryConfig
 from memcompile.errors import CheckpointError
-from memcompile.runtime.state_dicts import checked_plan, config_of
+from memcompile.runtime.state_dicts import config_of
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def load(
     source = folders.step_folder(path, manifest.step)
 
     def prepare() -> tuple[StepReader, ModelTarget, OptimizerState]:
-        reader = StepReader(source)
+        reader = StepReader(source, manifest.files)
         config = f"memcompile.checkpoint.config({str(path)!r}{'' if step is None else f', step={step}'})"
 
         def read(parts: Mapping[str, Part], progress: Progress) -> None:
@@ -144,7 +144,7 @@ def config(path: str | os.PathLike, *, step: int | None = None, part: str = "") 
         where, has = f" in {part!r}" if part else "", ", ".join(map(repr, plans))
         problem = f"several memories{where}" if inside else f"no memory{where}"
         raise CheckpointError(f"{source} has {problem}" + (f": it has one in each of {has}, give part=" if has else ""))
-    return config_of(checked_plan(plans[inside[0]], source))
+    return config_of(plan_that_was_saved(plans[inside[0]], source))
 
 
 def steps(folder: str | os.PathLike) -> list[int]:

@@ -5,6 +5,7 @@ Tried with torch 2.11, 2.13 and 2.15.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import CellType
 from typing import Any
 
 import torch
@@ -34,11 +35,6 @@ def at_once() -> Iterator[None]:
         yield
 
 
-def has_state_dict_hooks(optimizer: Optimizer) -> bool:
-    """Whether hooks can be registered: not on one that never called `Optimizer.__init__`."""
-    return "_optimizer_state_dict_post_hooks" in vars(optimizer)
-
-
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Indices [sparse_dim, nnz] and values [nnz, ...] of a sparse COO tensor, coalesced or not, without a copy."""
     return tensor._indices(), tensor._values()
@@ -47,6 +43,11 @@ def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
 def after_backward(call: Callable[[], None]) -> None:
     """Has `call()` run when the backward that is running ends, after what others asked for before."""
     Variable._execution_engine.queue_callback(call)  # type: ignore[no-untyped-call]
+
+
+def has_state_dict_hooks(optimizer: Optimizer) -> bool:
+    """Whether hooks of its state dict can be registered: not where a subclass does not call `Optimizer.__init__`."""
+    return hasattr(optimizer, "_optimizer_state_dict_pre_hooks")
 
 
 @torch.no_grad()
@@ -90,6 +91,18 @@ def sized_at_run_time(tensor: Tensor) -> Tensor:
 def without_torch_function() -> Any:
     """A context in which functions see no `__torch_function__` of subclasses."""
     return torch._C.DisableTorchFunctionSubclass()
+
+
+def body_of_step(step: Any) -> CellType | None:
+    """Where the step that runs PyTorch's hooks has the step of the class; None where it is no such function, nor wraps
+    one. It reads it in each step, after the hooks that come before.
+    """
+    while step is not None and getattr(step, "__code__", None) is not _RUNS_HOOKS:
+        step = getattr(step, "__wrapped__", None)
+    return None if step is None else step.__closure__[_RUNS_HOOKS.co_freevars.index("func")]
+
+
+_RUNS_HOOKS = Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
 def is_exporting() -> bool:

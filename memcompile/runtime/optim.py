@@ -17,6 +17,7 @@ from memcompile.runtime.optimizer_state import load_exactly
 from memcompile.runtime.table import rules
 from memcompile.runtime.table.rules import Options, Rule
 from memcompile.runtime.table.rules.rule import DTYPES, require
+from memcompile.runtime.table.touched_rows import check_layout
 
 
 class RowOptimizer(Optimizer):
@@ -76,7 +77,7 @@ class RowOptimizer(Optimizer):
 
         Raises:
             OptionError: an option's value is not served; nothing has moved then.
-            ValueError: a gradient has another layout than sparse COO in dim 0 or dense.
+            ValueError: a gradient has another layout than sparse COO in dim 0 or dense; nothing has moved then.
         """
         loss = None
         if closure is not None:
@@ -84,6 +85,9 @@ class RowOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             self.rule.check(group)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    check_layout(parameter.grad)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -102,13 +106,14 @@ class RowOptimizer(Optimizer):
             rows: int32 or int64, of any shape, repeats allowed: the rows that are about to be read. None is all.
 
         Raises:
-            ValueError: the parameter is not in this optimizer.
+            OptionError: the parameter is not in this optimizer, or rows are no integers.
             IndexError: a row is not in the table.
         """
         group = next((g for g in self.param_groups if any(p is parameter for p in g["params"])), None)
         if group is None:
-            raise ValueError(f"the parameter {list(parameter.shape)} is not in this optimizer")
+            raise OptionError(f"the parameter {list(parameter.shape)} is not in this optimizer")
         if rows is not None:
+            require("rows", rows.dtype, rows.dtype in (torch.int32, torch.int64), "int32 or int64")
             rows = torch.unique(rows.detach().to(parameter.device).reshape(-1).long())
             if len(rows) and (rows[0] < 0 or rows[-1] >= parameter.shape[0]):
                 raise IndexError(f"rows {int(rows[0])} to {int(rows[-1])} of a table of {parameter.shape[0]}")
@@ -127,30 +132,43 @@ class RowOptimizer(Optimizer):
         The state of PyTorch's optimizer of the same mathematics may be loaded too: dense training goes on by rows.
 
         Raises:
-            OptionError: an option that was saved is not served, or a state is of another optimizer.
+            OptionError: an option that was saved is not served, or a state is of another optimizer, or of a parameter
+                of another size. Nothing has changed then.
         """
-        load_exactly(self, super().load_state_dict, state_dict)
+        handle = self.register_load_state_dict_pre_hook(_check_saved)  # after those that may change the state dict
+        try:
+            load_exactly(self, super().load_state_dict, state_dict)
+        finally:
+            handle.remove()
         for group in self.param_groups:
-            self._check(group)
             for parameter in group["params"]:
                 if state := self.state.get(parameter):
-                    self._complete(parameter, state, group)
-
-    def _complete(self, parameter: Tensor, state: dict[str, Any], group: Options) -> None:
-        missing = self.rule.saved - state.keys()
-        if missing:
-            raise OptionError(
-                f"the state is of another optimizer than {self.rule.name}: it has no {', '.join(sorted(missing))}, but "
-                f"{', '.join(sorted(state))}"
-            )
-        state["step"] = int(state.get("step", 0))  # PyTorch's is a tensor, and SGD has none
-        self.rule(parameter, state, group).start()
+                    state["step"] = int(state.get("step", 0))  # PyTorch's is a tensor, and SGD has none
+                    self.rule(parameter, state, group).start()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             for option, value in self.rule.defaults.items():
                 group.setdefault(option, value)
+
+
+def _check_saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    assert isinstance(optimizer, RowOptimizer)
+    rule, groups = optimizer.rule, state_dict["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
+        return  # PyTorch says so
+    own = {"betas", "eps"} & rule.defaults.keys()  # which PyTorch's optimizer of the same mathematics has, too
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        if lacking := own - saved.keys():
+            raise OptionError(
+                f"the state is of another optimizer than {rule.name}: it has no {', '.join(sorted(lacking))}"
+            )
+        optimizer._check({**rule.defaults, **saved, "params": group["params"]})
+        for parameter, number in zip(group["params"], saved["params"], strict=True):
+            state = {name: v for name, v in state_dict["state"].get(number, {}).items() if v is not None}
+            if state:
+                rule.check_state(parameter, state)
 
 
 def _check_parameter(parameter: Tensor, group: Options) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from memcompile.common.sites import LAYER_NAME, VALUES_NAME
 from memcompile.config import OPTION_NAMES, STORAGE_OPTIONS, TRAINING_OPTIONS, MemoryConfig
-from memcompile.errors import OptionError, PlanError
+from memcompile.errors import PlanError
 from memcompile.runtime.pool import MemoryPool, pool_of, told
 from memcompile.runtime.storage.frozen_values import MappedValues, keep_mapped
 
@@ -65,7 +65,7 @@ def plan_in(state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         return checked_plan(json.loads(_encoded(entry)))
-    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, NotImplementedError, RecursionError, TypeError, ValueError) as error:
         raise PlanError(f"the plan in the checkpoint ({PLAN_KEY}) is damaged: {error}") from error
 
 
@@ -228,7 +228,7 @@ def config_of(plan: Mapping[str, Any]) -> MemoryConfig:
     """
     try:
         return MemoryConfig(**{name: plan["config"][name] for name in OPTION_NAMES} | {"memory_layers": plan["layers"]})
-    except (KeyError, OptionError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:  # an OptionError is a ValueError
         raise PlanError(f"the plan in the checkpoint is damaged: {error}") from error
 
 
@@ -240,10 +240,12 @@ def checked_plan(plan: Any, where: object = PLAN_KEY) -> dict[str, Any]:
     """
     try:
         saved_format, config, layers = plan["memcompile"], plan["config"], plan["layers"]
-        if not (isinstance(saved_format, int) and isinstance(config, dict) and isinstance(layers, list)):
+        is_list = isinstance(layers, list) and all(isinstance(layer, str) for layer in layers)
+        if not (isinstance(saved_format, int) and isinstance(config, dict) and is_list):
             raise TypeError(f"unexpected types in {plan}")
     except (KeyError, TypeError) as error:
         raise PlanError(f"the plan in the checkpoint ({where}) is damaged: {error}") from error
     if saved_format > FORMAT:
         raise PlanError(f"the checkpoint's plan has format {saved_format}, this memcompile reads {FORMAT}: upgrade it")
-    return {**plan, "config": {**_LATER_OPTIONS, **config}}
+    own = {name: option for name, option in config.items() if name not in STORAGE_OPTIONS}  # a path is of the machine
+    return {**plan, "config": {**_LATER_OPTIONS, **own}}

@@ -152,7 +152,8 @@ def test_mixed_dtypes_run_as_the_dense_model_did(placement, stream, up, down, ca
     try:
         memcompile.plan(model, memory_layers="all", placement=placement, example_inputs=(tokens,), **MEMORY)
     except PlanError as error:
-        assert "left alone" in str(error)
+        if "left alone" not in str(error):
+            raise
         assert (model(tokens).dtype if dense else None) == dense
         return
     assert dense is not None

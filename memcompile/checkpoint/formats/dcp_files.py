@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from memcompile.checkpoint._torch import create_read_items, local_part, save_state_dict
+from memcompile.checkpoint.formats.dcp_metadata import checked_metadata
 from memcompile.checkpoint.ranks import Ranks
-from memcompile.checkpoint.steps.manifest import FileRecord, Recorded
+from memcompile.checkpoint.steps.manifest import METADATA, FileRecord, Recorded
 from memcompile.common.progress import Progress
 from memcompile.runtime.storage.safetensors_format import row_blocks
 
@@ -59,11 +60,19 @@ def write_files(state: dict[str, Any], folder: Path, save_id: str, ranks: Ranks,
 
 
 class StepReader:
-    """What is in the folder of one step, which is whole: its metadata are unpickled."""
+    """What is in the folder of one step.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: whose files are as they were written.
+        files: what its manifest says of them.
+
+    Raises:
+        CheckpointError: its metadata are not such as DCP writes, or lead to other files.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, FileRecord]) -> None:
         self._reader = FileSystemReader(folder)
-        metadata = self._reader.read_metadata()
+        metadata = checked_metadata(folder / METADATA, files)
         self._reader.set_up_storage_reader(metadata, True)
         self._entries = metadata.state_dict_metadata
 

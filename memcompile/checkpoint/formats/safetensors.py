@@ -23,6 +23,7 @@ from memcompile.checkpoint.ranks import Ranks
 from memcompile.checkpoint.saving import ready
 from memcompile.checkpoint.state.model_state import ModelTarget, Plans, SavedModel, model_state, plans_of, root_of
 from memcompile.checkpoint.steps import folders
+from memcompile.checkpoint.steps.manifest import is_plain_name
 from memcompile.checkpoint.steps.whole_steps import whole_step
 from memcompile.common.files import sync_folder, write_text
 from memcompile.common.progress import Progress
@@ -91,7 +92,7 @@ def export_safetensors(
     else:
         manifest = whole_step(ranks, Path(source), step, False, bar)
         folder, plans = folders.step_folder(Path(source), manifest.step), manifest.plans
-        reader = ranks.each("read the checkpoint", lambda: StepReader(folder))
+        reader = ranks.each("read the checkpoint", lambda: StepReader(folder, manifest.files))
         state, objects = reader.tensors(MODEL), reader.objects(MODEL)
         collect = functools.partial(_collect_from_step, reader, ranks)
     target, tensors = Path(path), {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -259,7 +260,7 @@ def mapped_export(path: Path) -> tuple[Plans, dict[str, Tensor]]:
             plans.update(json.loads(metadata.get(PLANS, "{}")))
         except FileNotFoundError:
             raise CheckpointError(f"{file} is missing") from None
-        except (FormatError, OSError, TypeError, ValueError) as error:
+        except (FormatError, OSError, RecursionError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file} is no safetensors file, or is damaged: {error}") from error
         tensors.update(found)
     if not plans:  # a state dict, as `safetensors.torch.save_file` stores it: the layers have the plan
@@ -286,6 +287,8 @@ def saved_export(path: Path) -> SavedModel:
     for name, of_tensor in pieces.items():
         row = 0
         for start, piece in sorted(of_tensor, key=lambda each: each[0]):
+            if piece.dtype is not of_tensor[0][1].dtype or piece.shape[1:] != of_tensor[0][1].shape[1:]:
+                raise CheckpointError(f"{path}: the pieces of {name} are of several dtypes or widths")
             if start != row:
                 raise CheckpointError(
                     f"{path} lacks {name}[{row}:{start}]: a file of it is missing, or of another export"
@@ -326,6 +329,9 @@ def _files(path: Path) -> list[Path]:
     if not index.is_file():
         return [path / "model.safetensors"]
     try:
-        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if elsewhere := [name for name in names if not is_plain_name(name)]:
+            raise ValueError(f"{elsewhere[0]!r} is no name of a file in its folder")
+        return [path / name for name in names]
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"{index} is damaged: {type(error).__name__}: {error}") from error

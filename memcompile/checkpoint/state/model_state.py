@@ -17,7 +17,7 @@ from memcompile.common.progress import Progress
 from memcompile.common.sites import VALUES_NAME
 from memcompile.errors import CheckpointError, PlanError
 from memcompile.runtime.pool import live_pools
-from memcompile.runtime.state_dicts import check_same_plan, checked_plan, is_plan_name, plan_of
+from memcompile.runtime.state_dicts import check_same_plan, checked_plan, config_of, is_plan_name, plan_of
 from memcompile.runtime.storage.frozen_values import MappedValues
 from memcompile.runtime.storage.values_file import sha256_of
 from memcompile.runtime.wrappers import unwrap
@@ -139,8 +139,18 @@ def _moved_names(saved: SavedModel, root: nn.Module) -> dict[str, str]:
             f"model before memcompile.plan()"
         )
     for name, plan in saved.plans.items():
-        check_same_plan(checked_plan(plan, saved.source), own[moved.get(name, name)], saved.config)
+        check_same_plan(plan_that_was_saved(plan, saved.source), own[moved.get(name, name)], saved.config)
     return {f"{old}.{VALUES_NAME}".lstrip("."): f"{new}.{VALUES_NAME}" for old, new in moved.items()}
+
+
+def plan_that_was_saved(plan: Any, source: Path) -> dict[str, Any]:
+    """A plan of a checkpoint; raises CheckpointError where it is damaged."""
+    try:
+        checked = checked_plan(plan, source)
+        config_of(checked)
+    except PlanError as error:
+        raise CheckpointError(str(error)) from error
+    return checked
 
 
 def _check_entries(saved: SavedModel, own: Mapping[str, Any], strict: bool) -> None:

@@ -69,9 +69,9 @@ def latest_step(folder: Path) -> int:
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    match = _STEP.fullmatch(name)
+    match = _STEP.fullmatch(name) if len(name) < 32 else None
     if match is None:
-        raise CheckpointError(f"{path} is damaged: it names {name!r}, and should name a step_N")
+        raise CheckpointError(f"{path} is damaged: it names {name[:99]!r}, and should name a step_N")
     if not (folder / name).is_dir():
         raise CheckpointError(f"{path} names {name}, which is missing")
     return int(match[1])

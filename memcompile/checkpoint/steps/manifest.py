@@ -19,6 +19,7 @@ from memcompile.version import __version__
 
 NAME = "MANIFEST.json"
 FORMAT = 1
+METADATA = ".metadata"  # of DCP, as every step has it
 BLOCK = 2**24  # bytes; a file is checked by blocks in parallel, and a damaged one is named
 
 
@@ -58,7 +59,7 @@ class Manifest:
         """
         path = step_folder / NAME
         try:
-            entries = json.loads(path.read_text())
+            entries = json.loads(path.read_text(), object_pairs_hook=_without_duplicates)
             found, expected = entries.pop("crc32"), _sum(entries)
             if entries["format"] > FORMAT:
                 raise CheckpointError(
@@ -69,13 +70,45 @@ class Manifest:
             del entries["format"]
             files = {name: FileRecord(file["size"], tuple(file["crc32"])) for name, file in entries["files"].items()}
             manifest = cls(**entries | {"files": files})
+            manifest._check()
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing: {step_folder} is no finished checkpoint") from None
-        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         if step_folder.stem != f"step_{manifest.step}":
             raise CheckpointError(f"{path} is of step {manifest.step}: files of two steps are mixed")
         return manifest
+
+    def _check(self) -> None:
+        """Raises ValueError for what `save` does not write: a checksum tells what was changed, not who wrote it."""
+        counts = {"step": (self.step, 0), "number": (self.number, 0), "world_size": (self.world_size, 1)}
+        for name, (count, least) in counts.items():
+            if type(count) is not int or count < least:
+                raise ValueError(f"{name} is {count!r}")
+        if not isinstance(self.save_id, str) or not isinstance(self.versions, dict):
+            raise ValueError(f"save_id is {self.save_id!r} and versions are {self.versions!r}")
+        if not all(isinstance(plan, dict) for plan in self.plans.values()):
+            raise ValueError("a plan is no dict")
+        if METADATA not in self.files:
+            raise ValueError(f"it has no record of {METADATA}")
+        for name, record in self.files.items():
+            if not is_plain_name(name):
+                raise ValueError(f"{name!r} is no name of a file in its folder")
+            blocks = -(-record.size // BLOCK) if type(record.size) is int and record.size >= 0 else -1
+            if len(record.crc32) != blocks or not all(isinstance(crc, str) for crc in record.crc32):
+                raise ValueError(f"{name} has the size {record.size!r} and {len(record.crc32)} checksums")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is that of a file in a folder, and not a path that leads elsewhere."""
+    return name not in ("", ".", "..") and not any(character in name for character in "/\\:\0")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError(f"a name is there twice, of {', '.join(name for name, _ in pairs[:9])}")
+    return entries
 
 
 class Recorded:

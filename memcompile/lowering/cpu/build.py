@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -90,21 +91,68 @@ def build(source: Path, flags: Sequence[str], key: str = "") -> Path:
     for path in sorted({*SOURCES.rglob("*.*"), *source.parent.glob("*.h"), source}):
         digest.update(path.read_bytes())
     target = cache_directory() / f"{source.stem}-{digest.hexdigest()[:24]}.so"
-    if target.exists():
-        return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if _is_whole(target):
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _check_ours(target.parent, is_directory=True)
         with FileLock(target.with_suffix(".lock")):
-            if not target.exists():
+            if not _is_whole(target):
                 # A warning, so that who waits sees why: nothing else is shown by default.
                 log.warning("building %s for this machine with %s, once: about ten seconds", source.name, command[0])
                 with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                     made = Path(scratch) / target.name
                     _run([*command, str(source), "-o", str(made), *flags])
+                    made.chmod(0o755)
+                    sum_of_it = Path(scratch) / "sum"
+                    sum_of_it.write_text(_sha256(made))
+                    sum_of_it.chmod(0o644)
                     os.replace(made, target)  # another process finds all of it, or nothing
+                    os.replace(sum_of_it, target.with_suffix(".sha256"))
     except OSError as error:
         raise BuildError(f"{target.parent} cannot be written ({error}): set MEMCOMPILE_CACHE_DIR") from error
     return target
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library is in the cache as it was built: one that was cut off would end the process when it is loaded.
+
+    Raises:
+        BuildError: it, its checksum or their directory is another user's, or one that others may write to.
+    """
+    if not library.exists():
+        return False
+    checksum = library.with_suffix(".sha256")
+    _check_ours(library.parent, is_directory=True)
+    _check_ours(library)
+    if not os.path.lexists(checksum):
+        return False
+    _check_ours(checksum)
+    return checksum.read_text(errors="replace") == _sha256(library)
+
+
+def _check_ours(path: Path, is_directory: bool = False) -> None:
+    """Raises BuildError unless others can neither write a directory or file of the cache, nor have made it. What is
+    loaded from there runs as this user.
+    """
+    if not hasattr(os, "getuid"):
+        return  # Windows has access control lists instead
+    found = path.stat() if is_directory else path.lstat()  # a linked directory is the user's choice
+    problem = None
+    if found.st_uid not in (0, os.getuid()):
+        problem = f"belongs to the user {found.st_uid}"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        problem = "may be written by other users"
+    elif not is_directory and not stat.S_ISREG(found.st_mode):
+        problem = "is no file"
+    if problem is not None:
+        raise BuildError(
+            f"{path} {problem}, and is not loaded: set MEMCOMPILE_CACHE_DIR to a directory that you alone can write to"
+        )
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _run(command: Sequence[str], hint: str = "") -> str:

@@ -23,6 +23,7 @@ def needed_by(pool: MemoryPool) -> dict[str, bool]:
         "cache_key": True,
         "loading": True,
         "optimizer_loading": True,
+        "optimizer_step": True,
         "data_parallel": True,
         "pipelining": dist.is_initialized(),
         "sparse_clipping": pool.config.gradient != "dense",

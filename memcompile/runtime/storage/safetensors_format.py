@@ -6,6 +6,7 @@ https://github.com/huggingface/safetensors: the length of the header in 8 bytes,
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import math
 import mmap
@@ -109,17 +110,23 @@ def mapped_file(path: str | os.PathLike, any_order: bool = False) -> tuple[dict[
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if any_order and hasattr(mmap, "MADV_RANDOM"):
         mapping.madvise(mmap.MADV_RANDOM)
-    starts, expected = {}, 8 + length
+    starts, parts, expected = {}, [], 8 + length
     try:
         content = json.loads(text)
         metadata = dict(content.pop(_METADATA, {}))
         for name, found in content.items():
-            entry = Entry(name, tuple(map(int, found["shape"])), DTYPES[found["dtype"]])
+            entry = Entry(name, tuple(found["shape"]), DTYPES[found["dtype"]])
             first, end = found["data_offsets"]
+            if not all(type(number) is int for number in (*entry.shape, first, end)):
+                raise TypeError(f"{name} has a shape or offsets that are no integers")
             starts[entry] = 8 + length + first
             expected = max(expected, 8 + length + end)
+            parts += [(first, end)] * (first != end)
             if min([first, *entry.shape]) < 0 or end - first != entry.nbytes:
                 raise ValueError(f"{name} {list(entry.shape)} of {found['dtype']} in the bytes {first} to {end}")
+        parts.sort()
+        if any(end > first for (_, end), (first, _) in itertools.pairwise(parts)):
+            raise ValueError("tensors lie in the same bytes")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise FormatError(f"{type(error).__name__}: {error}") from error
     if size != expected:

@@ -1,83 +1,66 @@
-"""Around the step of an optimizer that holds a table: the table steps its rows, and the optimizer does not see them.
+"""A step of an optimizer that holds a table: the table steps its rows, and the optimizer does not see them.
 
-PyTorch's optimizers, and those that follow them, skip a parameter without a gradient. So the last hook before a step
-steps the rows, and takes the gradient of the values aside; a hook after the step puts it back. The groups and the state
-of the optimizer stay as they are. Where a closure makes the gradients inside of the step, it runs with all gradients in
-place, and the rows are stepped after the step.
+A table is stepped as the last parameter of its optimizer. PyTorch's optimizers, and those that follow them, skip a
+parameter without a gradient. So the gradient of the values is aside while the step of the optimizer's class runs. Then
+it is put back, and the table steps its rows. Groups and state stay as they are. Hooks of the user run before and after
+this, as do a class that calls the step of its parent, an optimizer that steps others, and closures: they see gradients,
+groups and state as with any parameter.
 
-One hook of every optimizer of the process finds those that hold a table. It is there while there are tables.
+Where a step raises, the gradient is in place again:
+- Before the class's step, by an option that rows are not stepped with, for one, nothing has moved.
+- Inside of it, no row has moved. The others may have, as in every optimizer. The step may be tried again, or dropped.
+- While rows step, the others have moved. The step of rows is counted once they have moved, and not before.
 """
 
-import dataclasses
 import functools
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from memcompile.errors import OptionError
+from memcompile.runtime._torch import has_state_dict_hooks
 from memcompile.runtime.optimizer_state import parameters_of
 from memcompile.runtime.storage.frozen_values import refuse_gradient
 from memcompile.runtime.table.named_states import save_names
 from memcompile.runtime.table.row_gradient import now
+from memcompile.runtime.table.rules import Options, Rule
 from memcompile.runtime.table.table import ValueTable, live_tables, tables_in
 from memcompile.runtime.table.untrained import tell_in_step
 from memcompile.runtime.table.which_rule import rule_in
 
-_everywhere: list[RemovableHandle] = []  # the hook of every optimizer, while there are tables
-
-
-@dataclasses.dataclass
-class _Hooked:
-    """An optimizer that holds tables.
-
-    Attributes:
-        before: the hook before its step.
-        aside: the tables whose gradients are aside, with these.
-        witness: a parameter that kept its gradient, and that gradient: whether gradients were dropped since.
-        after_closure: whether rows are to be stepped after the step.
-    """
-
-    before: RemovableHandle
-    aside: list[tuple[ValueTable, Tensor]] = dataclasses.field(default_factory=list)
-    witness: tuple[Tensor, Tensor] | None = None
-    after_closure: bool = False
-
-
-_hooked: weakref.WeakKeyDictionary[Optimizer, _Hooked] = weakref.WeakKeyDictionary()
+_met: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those with tables
 _seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those without tables
+_aside: weakref.WeakKeyDictionary[ValueTable, "_Step"] = weakref.WeakKeyDictionary()  # who has its gradient aside
 
 
 def watch_optimizers(table: ValueTable) -> None:
     """From here on the table is stepped with whatever optimizer holds its values."""
     live_tables.add(table)
-    if not _everywhere:
-        _everywhere.append(register_optimizer_step_pre_hook(_before_any_step))
-    weakref.finalize(table, _stop_without_tables).atexit = False
 
 
-def _stop_without_tables() -> None:
-    if not any(True for _ in live_tables):
-        while _everywhere:
-            _everywhere.pop().remove()
-
-
-def meet(optimizer: Optimizer) -> _Hooked:
-    """Gives an optimizer that holds tables its hooks. Those that the user registered before a step run before ours."""
-    hooked = _hooked.get(optimizer)
-    if hooked is None:
-        hooked = _hooked[optimizer] = _Hooked(optimizer.register_step_pre_hook(_before_step))
-        optimizer.register_step_post_hook(_after_step)
-        optimizer.register_state_dict_pre_hook(flush_tables_of)
+def holds_tables(optimizer: Optimizer) -> bool:
+    """Whether an optimizer that is about to step holds tables. Parameters of a memory that none holds are told."""
+    held = bool(tables_in(optimizer))
+    if held:
+        meet(optimizer)
+    elif optimizer not in _seen:
+        _seen.add(optimizer)
         save_names(optimizer)
-    else:
-        hooked.before.remove()
-        hooked.before = optimizer.register_step_pre_hook(_before_step)
-    return hooked
+    tell_in_step(optimizer)
+    return held
+
+
+def meet(optimizer: Optimizer) -> None:
+    """Has the state dicts of an optimizer that holds tables made when rows are up to date, with names. Idempotent."""
+    if optimizer not in _met:
+        _met.add(optimizer)
+        if has_state_dict_hooks(optimizer):
+            optimizer.register_state_dict_pre_hook(flush_tables_of)
+            save_names(optimizer)
 
 
 def flush_tables_of(optimizer: Optimizer) -> None:
@@ -86,112 +69,181 @@ def flush_tables_of(optimizer: Optimizer) -> None:
         table.flush()
 
 
-@torch.compiler.disable  # where a step is compiled: what hooks do is not for graphs
-def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _steps_others(optimizer):
-        if tables_in(optimizer):
-            meet(optimizer)
-        elif optimizer not in _seen:
-            _seen.add(optimizer)
-            save_names(optimizer)
-    tell_in_step(optimizer)
+def _tables_of_its_own(optimizer: Optimizer) -> list[tuple[ValueTable, Options]]:
+    """The tables that an optimizer steps, each with its group: not those that it leaves to optimizers inside of it.
 
-
-def _steps_others(optimizer: Optimizer) -> bool:
-    """Whether an optimizer steps others inside its own step, which then step the tables that they hold."""
-    inner = [value for value in vars(optimizer).values() if isinstance(value, Optimizer) and value is not optimizer]
-    on_one_rank = bool(inner) and type(optimizer).__name__ == "ZeroRedundancyOptimizer"
-    if on_one_rank and any(table.gradient != "dense" for table, _ in tables_in(optimizer)):
-        raise OptionError(
-            "ZeroRedundancyOptimizer keeps the state of each parameter on one rank, and the values' rows are stepped "
-            "on all: plan with values_grad='dense'"
-        )
-    return bool(inner)
-
-
-@torch.compiler.disable
-def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    hooked = _hooked[optimizer]
-    _drop_cleared(hooked)
-    if hooked.after_closure:
-        _put_back(hooked)  # no row was stepped yet
-    for table, _ in tables_in(optimizer):
-        if table.config.frozen:
-            refuse_gradient(table.values)
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    hooked.after_closure = callable(closure)
-    if not callable(closure):
-        _step_tables(optimizer)
-        _take_aside(optimizer, hooked)
-        return None
-    _take_aside(optimizer, hooked)
-
-    @functools.wraps(closure)
-    def with_gradients() -> Any:
-        _put_back(hooked)
-        result = closure()  # where it raises, so does the step: the gradients stay in place
-        _take_aside(optimizer, hooked)
-        return result
-
-    if len(args) > 1:
-        return (args[0], with_gradients, *args[2:]), kwargs
-    return args, {**kwargs, "closure": with_gradients}
-
-
-@torch.compiler.disable
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    hooked = _hooked[optimizer]
-    _refuse_filled(optimizer, hooked)
-    _drop_cleared(hooked)  # by a hook of the user's that ran first
-    _put_back(hooked)
-    if hooked.after_closure:
-        hooked.after_closure = False
-        _step_tables(optimizer)
-
-
-def _refuse_filled(optimizer: Optimizer, hooked: _Hooked) -> None:
-    """Raises where the optimizer gave the table a gradient of zeros, as some do with parameters that have none, and so
-    stepped it by its own rule: once more, or by momentum alone.
+    Raises:
+        OptionError: ranks share the work otherwise.
     """
-    for table, grad in hooked.aside:
-        filled = table.values.grad
-        if filled is not None and filled is not grad and not filled.is_sparse and not filled.any():
-            table.values.grad = grad
-            name = type(optimizer).__name__
+    held = tables_in(optimizer)
+    inner = list(_inside(optimizer)) if held else []
+    if inner and type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        if any(table.gradient != "dense" for table, _ in held):
             raise OptionError(
-                f"{name} gives parameters without a gradient one of zeros, and steps the table of the memory by that. "
-                f"This step has moved it: start anew. Build {name} after the plan, of the parameters p for which "
-                f"memcompile.is_table(p) is false, and give the table to another optimizer, as torch.optim.AdamW"
+                "ZeroRedundancyOptimizer keeps the state of each parameter on one rank, and the values' rows are "
+                "stepped on all: plan with values_grad='dense'"
             )
+        return []
+    theirs = {table for other in inner for table, _ in tables_in(other)}
+    return [(table, group) for table, group in held if table not in theirs]
 
 
-def _step_tables(optimizer: Optimizer) -> None:
-    found = [(table, group) for table, group in tables_in(optimizer) if table.grad is not None]
-    steps = [(table, *rule_in(optimizer, group, table.config)) for table, group in found]  # raises before rows move
-    for table, rule, options in steps:
-        table.step(optimizer, rule, options)
+def _inside(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """The optimizers that are attributes of one, or lie in a list, tuple or dict that is one."""
+    for name, value in vars(optimizer).items():
+        if name not in ("state", "param_groups"):
+            several = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            yield from (v for v in (value, *several) if isinstance(v, Optimizer) and v is not optimizer)
 
 
-def _take_aside(optimizer: Optimizer, hooked: _Hooked) -> None:
-    for table, _ in tables_in(optimizer):
-        if table.values.grad is not None:
-            hooked.aside.append((table, table.values.grad))
-            table.values.grad = None
-    hooked.witness = next(((p, p.grad) for p in parameters_of(optimizer) if p.grad is not None), None)
+@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]  # where a step is compiled, that of the class is
+def step_with_tables(body: Callable[..., Any], optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Runs the step of an optimizer, and that of the tables which it holds.
 
-
-def _put_back(hooked: _Hooked) -> None:
-    for table, grad in hooked.aside:
-        table.values.grad = now(grad)
-    hooked.aside, hooked.witness = [], None
-
-
-def _drop_cleared(hooked: _Hooked) -> None:
-    """Forgets gradients that are aside still and were cleared since, by `zero_grad()` for one, or made anew.
-
-    They are aside where a step raised, and inside a step: that of a subclass, which calls its parent's, has hooks of
-    its own. Their rows are not stepped again, and they are put back after the step.
+    Args:
+        body: the step as the optimizer's class defines it.
+        args, kwargs: of the step.
     """
-    if hooked.witness is not None and hooked.witness[0].grad is not hooked.witness[1]:
-        hooked.aside = []
-    hooked.aside = [(table, grad) for table, grad in hooked.aside if table.values.grad is None]
+    step = _begin(body, optimizer, args, kwargs)
+    if step is None:
+        return body(optimizer, *args, **kwargs)
+    try:
+        try:
+            step.take_aside()
+            result = body(optimizer, *step.args, **step.kwargs)
+            step.refuse_filled()
+        finally:
+            step.put_back()
+    finally:
+        step.put_back()  # again, where an interrupt came between the lines of the first
+    step.step_rows()
+    return result
+
+
+@torch.compiler.disable
+def _begin(body: Callable[..., Any], optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> "_Step | None":
+    """The step to run, before anything has moved; None where the optimizer has no tables to step, or where this is
+    inside of a step of the same optimizer.
+    """
+    held = _tables_of_its_own(optimizer) if isinstance(optimizer, Optimizer) and optimizer in _met else []
+    if not held or any(getattr(_aside.get(table), "optimizer", None) is optimizer for table, _ in held):
+        return None
+    return _Step(body, optimizer, held, args, kwargs)
+
+
+class _Step:
+    """A step that is running.
+
+    Args:
+        body: the step of the optimizer's class.
+        held: the tables that it steps, with their groups.
+        args, kwargs: of the step.
+
+    Attributes:
+        args, kwargs: the same, with a closure that runs while gradients are in place.
+        rules: how each table that may have a gradient is stepped.
+        gradients: those that are aside, or were when the step of the class ended.
+
+    Raises:
+        OptionError: an option of a group is not served.
+    """
+
+    def __init__(
+        self,
+        body: Callable[..., Any],
+        optimizer: Optimizer,
+        held: list[tuple[ValueTable, Options]],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.optimizer, self.args, self.kwargs = optimizer, args, kwargs
+        self.rules: dict[ValueTable, tuple[type[Rule], Options]] = {}
+        self.gradients: dict[ValueTable, Tensor] = {}
+        self._other: tuple[Tensor, Tensor, int] | None = None  # another parameter, its gradient, and that one's version
+        closure = args[0] if args else kwargs.get("closure")
+        if callable(closure) and args:
+            self.args = (self._around(closure), *args[1:])
+        elif callable(closure):
+            self.kwargs = {**kwargs, "closure": self._around(closure)}
+        for table, group in held:
+            if table in _aside:
+                _aside[table].leave(table)
+            if table.config.frozen:
+                refuse_gradient(table.values)
+            if callable(closure) or table.values.grad is not None:
+                self.rules[table] = rule_in(optimizer, group, table.config, body)
+
+    def _around(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]
+        @functools.wraps(closure)
+        def with_gradients(*args: Any, **kwargs: Any) -> Any:
+            self.put_back()
+            try:
+                return closure(*args, **kwargs)
+            finally:
+                self.take_aside()
+
+        return with_gradients
+
+    @torch.compiler.disable
+    def take_aside(self) -> None:
+        self.gradients = {}
+        for table in self.rules:
+            if table.values.grad is not None:
+                self.gradients[table] = table.values.grad
+                _aside[table] = self
+                table.values.grad = None
+        gradients = ((p, p.grad) for p in parameters_of(self.optimizer) if p.grad is not None)
+        self._other = next(((p, g, g._version) for p, g in gradients if g.layout is torch.strided), None)
+
+    @torch.compiler.disable
+    def refuse_filled(self) -> None:
+        """Raises where the optimizer gave the table a gradient of zeros, as some do with parameters that have none, and
+        so stepped it by its own rule: once more, or by momentum alone.
+        """
+        for table in self.gradients:
+            filled = table.values.grad
+            if filled is not None and not filled.is_sparse and not filled.any():
+                table.values.grad = None
+                name = type(self.optimizer).__name__
+                raise OptionError(
+                    f"{name} gives parameters without a gradient one of zeros, and steps the table of the memory by "
+                    f"that. This step has moved it: start anew. Build {name} after the plan, of the parameters p for "
+                    f"which memcompile.is_table(p) is false, and give the table to another optimizer, as "
+                    f"torch.optim.AdamW"
+                )
+
+    @torch.compiler.disable
+    def put_back(self) -> None:
+        """Idempotent."""
+        for table, gradient in self.gradients.items():
+            if table.values.grad is None:
+                table.values.grad = now(gradient)
+            _aside.pop(table, None)
+
+    def leave(self, table: ValueTable) -> None:
+        """Leaves a table to another optimizer, which steps inside of this one and is no attribute of it."""
+        table.values.grad = now(self.gradients.pop(table))
+        del self.rules[table], _aside[table]
+
+    @torch.compiler.disable
+    def step_rows(self) -> None:
+        """Steps the tables whose gradients were aside, and clears these where the class has cleared the others'."""
+        cleared = self._cleared()
+        for table in self.gradients:
+            table.step(self.optimizer, *self.rules[table])
+        for table in self.gradients if cleared is not None else ():
+            if cleared == "none":
+                table.values.grad = None
+            elif table.values.grad is not None:
+                table.values.grad.zero_()
+
+    def _cleared(self) -> str | None:
+        """How the step of the class cleared gradients, "none" or "zeros"; None where it did not."""
+        if self._other is None:
+            return None
+        parameter, gradient, version = self._other
+        if parameter.grad is None:
+            return "none"
+        same = parameter.grad is gradient and gradient._version != version
+        return "zeros" if same and not bool(gradient.any()) else None

@@ -186,9 +186,19 @@ class ValueTable:
         if grad is not None and _unscaled(optimizer, grad):
             with TABLE_LOCK:
                 rows = self._go_on(optimizer, rule, options)
-                rows.step(as_tensor(grad))
-                self._put_row_state()
-                self._shown.show(optimizer, self, rows.state)
+                try:
+                    try:
+                        rows.step(as_tensor(grad))
+                    finally:
+                        self._publish(optimizer, rows.state)
+                finally:  # again, where an interrupt came between the lines of the first
+                    self._publish(optimizer, rows.state)
+
+    def _publish(self, optimizer: Optimizer, state: State) -> None:
+        """Shows the state to who reads rows, and to who looks at the optimizer. Idempotent."""
+        self._put_row_state()
+        if not self._shown.is_in(optimizer, self.values, state):
+            self._shown.show(optimizer, self, state)
 
     def _go_on(self, optimizer: Optimizer, rule: type[Rule], options: Options) -> Rule:
         """Goes on from the state that the optimizer has for the values: the one that this table showed there last, one

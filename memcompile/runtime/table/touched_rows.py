@@ -21,17 +21,22 @@ def touched_rows(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the gradient has another layout, or more sparse dimensions.
     """
+    check_layout(grad)
     if grad.layout is torch.strided:
         return torch.arange(grad.shape[0], device=grad.device), as_rows(grad).to(dtype)
-    if grad.layout is not torch.sparse_coo or grad.sparse_dim() != 1:
-        raise ValueError(
-            f"grad: expected dense, or sparse COO with dim 0 sparse (nn.Embedding(sparse=True)), got {grad.layout}"
-            + (f" with {grad.sparse_dim()} sparse dimensions" if grad.layout is torch.sparse_coo else "")
-        )
     indices, values = sparse_parts(grad)
     rows, values = indices[0], as_rows(values)
     ascending = grad.is_coalesced() or bool((rows[1:] > rows[:-1]).all())  # clipping forgets that it is coalesced
     return (rows, values.to(dtype)) if ascending else sum_by_row(rows, values, dtype)
+
+
+def check_layout(grad: Tensor) -> None:
+    """Raises ValueError unless a gradient is one that rows are stepped by."""
+    if grad.layout is not torch.strided and (grad.layout is not torch.sparse_coo or grad.sparse_dim() != 1):
+        raise ValueError(
+            f"grad: expected dense, or sparse COO with dim 0 sparse (nn.Embedding(sparse=True)), got {grad.layout}"
+            + (f" with {grad.sparse_dim()} sparse dimensions" if grad.layout is torch.sparse_coo else "")
+        )
 
 
 def as_rows(tensor: Tensor) -> Tensor:

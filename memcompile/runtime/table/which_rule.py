@@ -7,6 +7,7 @@ The table is stepped by `values_optimizer`, at `values_lr`, when the optimizer t
 import functools
 import inspect
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,17 +23,25 @@ from memcompile.runtime.table.rules import RULES, Options, Rule
 log = logging.getLogger(__name__)
 
 
-def rule_in(optimizer: Optimizer, group: dict[str, Any], config: MemoryConfig) -> tuple[type[Rule], Options]:
+Body = Callable[..., Any]  # the step of an optimizer's class
+
+
+def rule_in(
+    optimizer: Optimizer, group: dict[str, Any], config: MemoryConfig, body: Body
+) -> tuple[type[Rule], Options]:
     """The rule that steps the values of this group of an optimizer, and its options.
+
+    Args:
+        body: the step that steps the optimizer's other parameters: a subclass may have its own, or call its parent's.
 
     Raises:
         OptionError: an option of the group is not served.
     """
-    own = _rule_of(optimizer, group)
+    own = _rule_of(optimizer, group, body)
     rule = RULES[config.values_optimizer] if config.values_optimizer is not None else own or rules.AdamW
     options = dict(rule.defaults)
     # What betas and eps mean is known of these alone.
-    known = own is not None or any(_steps_as(optimizer, kind) for kind in (Adam, SGD, Adagrad, SparseAdam))
+    known = own is not None or any(_steps_as(optimizer, kind, body) for kind in (Adam, SGD, Adagrad, SparseAdam))
     for name in rule.defaults if known else ("weight_decay", "maximize"):
         if name in group and _are_alike(group[name], rule.defaults[name]):
             options[name] = group[name]
@@ -49,23 +58,23 @@ def rule_in(optimizer: Optimizer, group: dict[str, Any], config: MemoryConfig) -
     return rule, options
 
 
-def _rule_of(optimizer: Optimizer, group: dict[str, Any]) -> type[Rule] | None:
+def _rule_of(optimizer: Optimizer, group: dict[str, Any], body: Body) -> type[Rule] | None:
     """The rule by which rows are stepped as an optimizer would step them; None where there is none."""
     if isinstance(optimizer, RowOptimizer):
         return optimizer.rule
-    if _steps_as(optimizer, Adam):
+    if _steps_as(optimizer, Adam, body):
         decoupled = group.get("decoupled_weight_decay", False) or not group["weight_decay"]
         return rules.AdamW if decoupled and not group["amsgrad"] else None
-    if _steps_as(optimizer, SGD):
+    if _steps_as(optimizer, SGD, body):
         return None if group["momentum"] else rules.SGD
-    if _steps_as(optimizer, SparseAdam):
+    if _steps_as(optimizer, SparseAdam, body):
         return rules.LazyAdam
-    return rules.RowWiseAdagrad if _steps_as(optimizer, Adagrad) else None
+    return rules.RowWiseAdagrad if _steps_as(optimizer, Adagrad, body) else None
 
 
-def _steps_as(optimizer: Optimizer, kind: type[Optimizer]) -> bool:
-    """Whether the step of an optimizer is that of this class: subclasses may have their own."""
-    return isinstance(optimizer, kind) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(kind.step)
+def _steps_as(optimizer: Optimizer, kind: type[Optimizer], body: Body) -> bool:
+    """Whether a step of an optimizer is that of this class."""
+    return isinstance(optimizer, kind) and inspect.unwrap(body) is inspect.unwrap(kind.step)
 
 
 def _are_alike(given: Any, default: Any) -> bool:

@@ -78,6 +78,86 @@ def test_a_directory_that_holds_it_need_not_be_written(source, tmp_path, monkeyp
     assert build.build(source, []) == built
 
 
+def test_a_library_that_was_cut_off_is_built_again(source, caplog):
+    """It would end the process by SIGBUS when it is loaded. So is one whose checksum was not written."""
+    built = build.build(source, [])
+    whole = built.read_bytes()
+    with built.open("r+b") as file:
+        file.truncate(100)
+    assert build.build(source, []) == built and built.read_bytes()[:100] == whole[:100]
+    assert len(built.read_bytes()) == len(whole)
+    built.with_suffix(".sha256").unlink()
+    assert build.build(source, []) == built
+    assert sum("building" in record.message for record in caplog.records) == 3
+
+
+def plant_writable_directory(built, other):
+    built.parent.chmod(0o777)
+
+
+def plant_writable_library(built, other):
+    built.chmod(0o775)
+
+
+def plant_writable_checksum(built, other):
+    built.with_suffix(".sha256").chmod(0o666)
+
+
+def plant_link(built, other):
+    """To a library elsewhere, which has the right checksum."""
+    built.rename(other)
+    built.symlink_to(other)
+
+
+def plant_directory(built, other):
+    built.unlink()
+    built.mkdir()
+
+
+def plant_directory_of_another_user(built, other):
+    os.chown(built.parent, 65534, -1)
+
+
+def plant_library_of_another_user(built, other):
+    os.chown(built, 65534, -1)
+
+
+PLANTS = {
+    plant_writable_directory: "cache may be written by other users",
+    plant_writable_library: r"\.so may be written by other users",
+    plant_writable_checksum: r"\.sha256 may be written by other users",
+    plant_link: r"\.so (is no file|may be written by other users)",
+    plant_directory: r"\.so is no file",
+    plant_directory_of_another_user: "cache belongs to the user 65534",
+    plant_library_of_another_user: r"\.so belongs to the user 65534",
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_what_others_may_have_written_is_not_loaded(plant, source, tmp_path):
+    if plant.__name__.endswith("user") and os.getuid() != 0:
+        pytest.skip("root alone can give files away")
+    built = build.build(source, [])
+    plant(built, tmp_path / "other.so")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        BuildError, match=f"{PLANTS[plant]}, and is not loaded: set MEMCOMPILE_CACHE_DIR to a directory"
+    ):
+        build.build(source, [])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_new_directory_is_the_users_alone(source, tmp_path):
+    before = os.umask(0o002)  # of systems where each user has a group
+    try:
+        built = build.build(source, [])
+        assert build.build(source, []) == built
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(built.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(built.stat().st_mode) == 0o755
+
+
 def test_no_home(source, monkeypatch):
     for name in ("MEMCOMPILE_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

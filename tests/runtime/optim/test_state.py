@@ -206,6 +206,46 @@ def test_a_state_of_another_optimizer_is_refused():
         ours.load_state_dict({"state": wrong, "param_groups": ours.state_dict()["param_groups"]})
 
 
+def test_a_state_that_is_refused_changes_nothing():
+    """Also of another number of rows, and of an optimizer that has no state of its parameters."""
+    small, large = (nn.Parameter(torch.zeros(rows, 2)) for rows in (3, 4))
+    small.grad, large.grad = torch.ones(3, 2), torch.ones(4, 2)
+    for make in (RowAdamW, LazyAdam, RowwiseAdagrad, lambda p: RowSGD(p, weight_decay=0.1)):
+        ours, theirs = make([small]), make([large])
+        ours.step()
+        theirs.step()
+        before = copy.deepcopy(ours.state_dict())
+        for state, message in (
+            (theirs.state_dict(), r"of another parameter: \w+: expected .*3.*; got \[4"),
+            ({**theirs.state_dict(), "param_groups": [{"params": [0], "lr": -1.0}]}, "lr|betas|eps"),
+        ):
+            with pytest.raises(OptionError, match=message):
+                ours.load_state_dict(state)
+            assert ours.state_dict()["param_groups"] == before["param_groups"]
+            torch.testing.assert_close(ours.state_dict()["state"], before["state"], rtol=0, atol=0)
+    for ours in (RowAdamW([small]), LazyAdam([small])):
+        with pytest.raises(OptionError, match=r"of another optimizer than .*: it has no betas"):
+            ours.load_state_dict(SGD([small]).state_dict())
+    adamw = AdamW([small])
+    adamw.step()
+    with pytest.raises(OptionError, match="of another optimizer than row_sgd: it has exp_avg"):
+        RowSGD([small]).load_state_dict(adamw.state_dict())
+
+
+def test_a_step_and_a_flush_of_wrong_tensors_change_nothing():
+    first, second = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
+    optimizer = RowAdamW([first, second])
+    first.grad, second.grad = torch.ones(3, 2), torch.ones(3, 2).to_sparse(2)
+    with pytest.raises(ValueError, match="2 sparse dimensions"):
+        optimizer.step()
+    assert torch.equal(first, torch.ones(3, 2)) and not optimizer.state
+    for rows in (torch.tensor([0.5]), torch.tensor([True])):
+        with pytest.raises(OptionError, match="rows: expected int32 or int64"):
+            optimizer.flush(first, rows)
+    with pytest.raises(OptionError, match="not in this optimizer"):
+        optimizer.flush(torch.ones(3, 2))
+
+
 def test_sums_of_elements_become_their_mean_over_a_row():
     """The sum of a row's mean squares is the mean of its elements' sums: PyTorch's Adagrad goes on as FBGEMM's."""
     sequence = Sequence(7, 60, 20, 5, "constant", 0.0)

@@ -22,13 +22,12 @@ from tests.test_import import ALL_MODULES, ROOT, run
 PACKAGE = ROOT / "memcompile"
 FILES = [name for _, name, _ in pkgutil.iter_modules(patches.__path__) if name != "patch"]
 
-# The front door; while a model is traced; a public hook, while there are tables; and the tag of the caches, a public
-# option: lowering sets it where an operator is compiled and no model is planned.
+# The front door; while a model is traced; and the tag of the caches, a public option: lowering sets it where an
+# operator is compiled and no model is planned.
 CHANGES_TORCH = {
     "memcompile/compile.py": {"torch.compile"},
     "memcompile/lowering/inductor/caches.py": {"torch.compiler.config.cache_key_tag"},
     "memcompile/passes/capture/sandbox.py": {"torch.Tensor.data", "torch.autograd.Function.apply"},
-    "memcompile/runtime/table/hooks.py": {"register_optimizer_step_pre_hook"},
 }
 
 
@@ -176,6 +175,7 @@ ALWAYS = {
     "torch.optim.optimizer.Optimizer.load_state_dict",
     "torch.optim.optimizer.Optimizer.__getstate__",
     "torch.optim.optimizer._global_optimizer_pre_hooks",
+    "body_of_step(torch.optim.AdamW.step)",
 }
 SPARSE = {"aten::clamp_", "aten::clamp_min_", "aten::clamp_max_", "aten::_amp_foreach_non_finite_check_and_unscale_"}
 SHARDED = {
@@ -199,6 +199,7 @@ LIFE = """
     import torch._inductor.compile_fx
     import memcompile
     import memcompile.backend
+    from memcompile.runtime._torch import body_of_step
     from tests.planned import batch, planned_gpt
     from tests.torch_state import changed, dispatcher, torch_state
     {all_modules}
@@ -221,6 +222,7 @@ LIFE = """
     def now():
         # Of what Dynamo has compiled there are counters, which are no one's behaviour.
         state = {{n: v for n, v in torch_state().items() if callable(v) or "._global_" in n}}
+        state["body_of_step(torch.optim.AdamW.step)"] = body_of_step(torch.optim.AdamW.step).cell_contents
         return state | {{"torch.compiler.config.cache_key_tag": torch.compiler.config.cache_key_tag}} | dispatcher()
 
     use({sharded}, {options})  # what PyTorch imports and registers in its first compilation is there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adafactor, AdamW, Optimizer
 
-import memcompile
+from memcompile.runtime.table import hooks
 from tests.planned import batch
 from tests.runtime.table.stepping import model_of, snapshot, stepped_by_pytorch, train
 
@@ -104,8 +105,19 @@ def gradients_inside(monkeypatch: pytest.MonkeyPatch) -> Callable[[Optimizer, Te
 
     def watch(optimizer: Optimizer, parameter: Tensor) -> Seen:
         seen: Seen = []
-        # The body of the step that PyTorch has put the hooks around; a closure is looked at before and after its call.
-        optimizer._optimizer_step_code = lambda: seen.append(parameter.grad)
+
+        def step_with_tables(body: Any, stepped: Optimizer, args: Any, kwargs: Any) -> Any:
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                before = parameter.grad
+                result = body(*args, **kwargs)
+                if stepped is optimizer:
+                    seen.append(before if before is not None else parameter.grad)
+                return result
+
+            return original(functools.wraps(body)(watched), stepped, args, kwargs)
+
+        original = hooks.step_with_tables
+        monkeypatch.setattr("memcompile.runtime.patches.optimizer_step.step_with_tables", step_with_tables)
         return seen
 
     return watch
@@ -145,12 +157,11 @@ def test_the_table_learns_and_its_gradient_is_not_in_the_step(name, values_grad,
 
 @pytest.mark.parametrize("period", [2, 100])
 def test_an_optimizer_around_another(period):
-    """The inner one holds the table, and steps it once. What reads the values itself needs a flush before."""
+    """The inner one holds the table, and steps it once; the outer one reads the values itself."""
     results = []
     for values_grad in ("sparse", "dense"):
         model = model_of(values_grad, values_lr=1e-2)
         base = AdamW(model.parameters(), lr=1e-2)
-        base.register_step_post_hook(lambda *_: memcompile.flush(model))  # noqa: B023
         train(model, Lookahead(base, period), range(5))
         assert base.state[model.memory_values]["step"] == 5
         results.append(snapshot(model))

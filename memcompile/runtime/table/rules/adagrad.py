@@ -1,5 +1,7 @@
 """Adagrad whose state is one number a row: see `runtime.optim.RowwiseAdagrad`."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,8 @@ class RowWiseAdagrad(Rule):
         (lr, weight_decay), eps, decoupled = self.rates, float(self.options["eps"]), bool(self.options["decoupled"])
         shards, seed, total = self.shards, self.seed(), self.state["sum"]
         if shards is None or not shards.by_columns or shards.ranks == 1:
-            operator("row_adagrad")(*self.tables(), rows, grad, seed, total, lr, eps, weight_decay, decoupled)
+            operands = (*self.tables(), rows, grad, seed, total, lr, eps, weight_decay, decoupled)
+            self.move(rows, functools.partial(operator("row_adagrad"), *operands))
             return
         # Each rank has some columns, and a row's mean is over all of them. Every rank of the group has the same rows,
         # since each has the hits of all. One all-reduce of a number a row.

@@ -1,5 +1,7 @@
 """Adam's rules: AdamW for every row (arXiv 1711.05101), and lazy Adam, which steps the rows that are touched alone."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,8 @@ class LazyAdam(Rule):
         moments = (as_rows(self.state[name]) for name in MOMENTS)
         parts = (None, None, None) if missed is None else (missed.entries, missed.decays, missed.panels)
         constants = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        operator("row_adam")(*self.tables(), rows, grad, self.seed(), *moments, *parts, constants)
+        operands = (*self.tables(), rows, grad, self.seed(), *moments, *parts, constants)
+        self.move(rows, functools.partial(operator("row_adam"), *operands))
 
 
 class AdamW(LazyAdam):
@@ -87,7 +90,6 @@ class AdamW(LazyAdam):
         self.record(lr, factors_of_step(lr, weight_decay, (beta1, beta2)))
         rate, scale = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
         self._catch_up(rows, grad, step - 1, [1 - lr * weight_decay, beta1, beta2, rate, scale])
-        self.bound_history()
 
     def _flush(self, rows: Tensor) -> None:
         self._catch_up(rows, None, self.state["step"], [1.0, 0.0, 0.0, 0.0, 0.0])
@@ -97,5 +99,3 @@ class AdamW(LazyAdam):
         history, last_step = RateHistory(self.state["history"]), self.state["last_step"]
         missed = missed_steps(history, last_step[rows], until, sum_dtype(self.table))
         self._run(rows, grad, missed, [*numbers, history.eps])
-        # `data`: a flush is nothing that autograd should know of
-        last_step.data.index_fill_(0, rows, self.state["step"])

@@ -1,5 +1,6 @@
 """What a rule is, and what the rules share: the start of a step, checks of options, and the steps that rows miss."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +46,7 @@ class Rule:
 
     def __init__(self, table: Tensor, state: State, options: Options, shards: Shards | None = None) -> None:
         self.original, self.state, self.options, self.shards = table, state, options, shards
+        self.moved = False  # whether rows have moved in the step, or in the part of a flush, that is being done
         self.table = table.float() if table.dtype is torch.float16 else table
 
     @classmethod
@@ -53,6 +55,21 @@ class Rule:
         for option in ("lr", "weight_decay"):
             require(option, options[option], float(options[option]) >= 0, "0 or more")
         require("seed", options["seed"], isinstance(options["seed"], int), "an integer")
+
+    @classmethod
+    def check_state(cls, parameter: Tensor, state: State) -> None:
+        """Raises OptionError for a state that was saved by another optimizer, or with another parameter."""
+        rows = ("last_step", "history") if cls.misses else ()
+        missing, others = cls.saved - state.keys(), state.keys() - {"step", "master", *rows, *cls.saved}
+        if missing or others:
+            has = f"no {', '.join(sorted(missing))}, but {', '.join(sorted(state))}" if missing else ", ".join(others)
+            raise OptionError(f"the state is of another optimizer than {cls.name}: it has {has}")
+        for name in state.keys() - {"step", "history"}:
+            own, of_rows = list(parameter.shape), name in ("sum", "last_step")
+            shape = list(state[name].shape) if isinstance(state[name], Tensor) else None
+            if shape != own and not (of_rows and shape == own[:1]):
+                expected = f"one number a row, {own[:1]}" if of_rows else own
+                raise OptionError(f"the state is of another parameter: {name}: expected {expected}; got {shape}")
 
     @classmethod
     def new_state(cls, table: Tensor, options: Options) -> State:
@@ -79,9 +96,21 @@ class Rule:
             ValueError: another layout.
         """
         rows, grad = touched_rows(grad, sum_dtype(self.table))
-        self._step(rows, -grad if self.options["maximize"] else grad)
+        count, history = self.state["step"], self.state.get("history")
+        header = None if history is None else history[0].clone()
+        try:
+            self._step(rows, -grad if self.options["maximize"] else grad)
+        except BaseException:
+            if not self.moved:  # the step is not counted
+                self.state["step"] = count
+                if history is not None:
+                    self.state["history"] = history
+                    history[0] = header
+            raise
         self._round()
         increment_version(self.original)
+        if "history" in self.state:
+            self.bound_history()
 
     @torch.no_grad()
     def flush(self, rows: Tensor | None = None) -> bool:
@@ -98,6 +127,7 @@ class Rule:
         missing = missed.nonzero()[:, 0] if rows is None else rows[missed]
         without_autograd = type(self)(self.table.data, self.state, self.options, self.shards)
         for part in torch.split(missing, _ROWS):
+            without_autograd.moved = False
             without_autograd._flush(part)
         self._round()
         if rows is None:  # the history starts again
@@ -132,6 +162,25 @@ class Rule:
     def seed(self) -> int:
         """Of the step that is being done; ranks with parts of one table round apart."""
         return seed_of_step(self.options["seed"] + (self.shards.rank if self.shards else 0), self.state["step"])
+
+    def move(self, rows: Tensor, call: Callable[[], Any]) -> None:
+        """Calls the operator that moves rows int64 [n]; they are as of the last step then, whatever comes in between.
+
+        Args:
+            call: of the operator alone, which returns None: it either moves the rows or raises.
+        """
+        try:
+            try:
+                self.moved = call() is None
+            finally:
+                self._arrive(rows)
+        finally:
+            self._arrive(rows)  # again, where an interrupt came between the lines of the first
+
+    def _arrive(self, rows: Tensor) -> None:
+        if self.moved and "last_step" in self.state:
+            # `data`: a flush is nothing that autograd should know of
+            self.state["last_step"].data.index_fill_(0, rows, self.state["step"])
 
     def start_misses(self, eps: float = 0.0) -> None:
         """Adds what tells the steps that rows have missed, where it is missing: every row is as of now."""

@@ -4,6 +4,8 @@ Without weight decay a row that a step does not touch stands still. With it, suc
 (1 - lr * weight_decay) over steps, under any schedule: the exponential of a difference of prefix sums.
 """
 
+import functools
+
 from torch import Tensor
 
 from memcompile.errors import OptionError
@@ -33,8 +35,6 @@ class SGD(Rule):
         if "last_step" in self.state:
             self.record(lr, factors_of_step(lr, weight_decay, (0.0, 0.0)))
         self._run(rows, grad, lr)
-        if "last_step" in self.state:
-            self.bound_history()
 
     def _flush(self, rows: Tensor) -> None:
         self._run(rows, None, 0.0)
@@ -43,5 +43,4 @@ class SGD(Rule):
         state, decays = self.state, None
         if "last_step" in state:
             decays = missed_decays(RateHistory(state["history"]), state["last_step"][rows], state["step"])
-            state["last_step"].data.index_fill_(0, rows, state["step"])
-        operator("row_sgd")(*self.tables(), rows, grad, self.seed(), decays, rate)
+        self.move(rows, functools.partial(operator("row_sgd"), *self.tables(), rows, grad, self.seed(), decays, rate))
