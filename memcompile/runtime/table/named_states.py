@@ -61,6 +61,7 @@ def matched(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         if sizes == saved_sizes:  # else PyTorch says so
             _check_shapes(optimizer, state_dict, own)
         return state_dict
+    saved, own = _without_common_prefix(saved), _without_common_prefix(own)  # of the modules that were planned
     if {*saved} != {*own}:
         lacks, has = [n for n in own if n not in saved][:5], [n for n in saved if n not in own][:5]
         raise PlanError(
@@ -85,6 +86,15 @@ def _names(optimizer: Optimizer) -> list[str | None]:
         model = table.model() or table.owner
         names |= {id(p): name for name, p in model.named_parameters()}
     return [names.get(id(p)) for p in parameters_of(optimizer)]
+
+
+def _without_common_prefix(names: Sequence[str]) -> list[str]:
+    """Names of one model from whatever module: one run may have planned it with a loss around it."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while len(parts) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return [".".join(p[shared:]) for p in parts]
 
 
 def _divided(names: list[str | None], sizes: Sequence[int]) -> list[list[str | None]]:
