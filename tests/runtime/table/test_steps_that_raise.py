@@ -168,7 +168,7 @@ def _chosen(lines: list[Line], name: str, values_grad: str) -> list[Line]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_that_raises_at_any_line(name, values_grad, monkeypatch):
     """The step that raised is dropped, or tried again. Its rows have moved where it is counted, and only there."""
-    monkeypatch.setattr(hooks, "live_optimizers", list)  # which takes long, once for each optimizer
+    monkeypatch.setattr(untrained, "live_optimizers", list)  # which takes long, once for each optimizer
     make, closes, alone = CASES[name]
     training, lines, came_out = Training(values_grad, make, closes), [], 0
 
