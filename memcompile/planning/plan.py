@@ -20,7 +20,7 @@ from memcompile.common.pipeline import Pipeline
 from memcompile.common.sizes import resolve
 from memcompile.config import MemoryConfig, check_names
 from memcompile.errors import OptionError, PlanError
-from memcompile.lowering.parameters import draw_values, values_shape
+from memcompile.lowering.parameters import values_shape
 from memcompile.passes.capture.graphs import is_captured
 from memcompile.passes.detect.detect import find_in_model
 from memcompile.passes.detect.place import place
@@ -29,7 +29,8 @@ from memcompile.planning.rehearsal import rehearse
 from memcompile.runtime import patches
 from memcompile.runtime.adoption import adopt_optimizers
 from memcompile.runtime.distributed.ddp import check_rebuildable, rebuild
-from memcompile.runtime.distributed.sharding import check_plans_agree, check_same, cut, draw_part, redraw_layer
+from memcompile.runtime.distributed.sharding import check_plans_agree, check_same, cut
+from memcompile.runtime.drawing import draw_table
 from memcompile.runtime.install import install, owner_of
 from memcompile.runtime.interrupts import uninterrupted
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
@@ -130,7 +131,7 @@ def _run_steps(
         pipeline.count = len(chosen)
     with pipeline.step("rehearse", "blocks rehearsed"):
         pipeline.count = len(chosen)
-        while failures := rehearse(root, captures, chosen, requested.placement == "add"):
+        while failures := (rehearsal := rehearse(root, captures, chosen, requested.placement == "add")).failures:
             sites = [dataclasses.replace(site, refusal=failures.get(site.down, site.refusal)) for site in sites]
             chosen = place(sites, requested.memory_layers)
             pipeline.count += len(chosen)
@@ -147,7 +148,7 @@ def _run_steps(
     patches.hold(pool)
     with uninterrupted():  # half a change could not be mended by a second call
         with pipeline.step("install", "layers installed"):
-            replaced = install(pool, root, chosen)
+            replaced = install(pool, root, chosen, rehearsal.operations)
             pipeline.count = len(pool.layers)
         with pipeline.step("adopt", "optimizers adopted"):
             pipeline.count = adopt_optimizers(replaced, pool, root)
@@ -166,17 +167,9 @@ def reset_parameters(model: nn.Module) -> None:
     pool = _pool(model)
     if isinstance(pool.values, MappedValues):
         raise PlanError(f"the values lie in {pool.values.path!r}, for inference: plan with values_storage='device'")
-    pool.table.flush()  # what rows have missed is of the values as they are now
-    sharded = pool.table.sharded
-    if sharded is None:
-        draw_values(pool.values)
-    else:
-        draw_part(pool.table.part, sharded, values_shape(pool.config))
+    draw_table(pool)
     for layer in pool.layers.values():
-        if sharded is not None and sharded.tokens == "shared":
-            redraw_layer(layer, pool)
-        else:
-            layer.reset_parameters()
+        layer.reset_parameters()
 
 
 def flush(model: nn.Module) -> None:

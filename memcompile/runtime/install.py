@@ -4,7 +4,7 @@ count, by which it is known before whether the model's own code runs with stand-
 
 import contextlib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from memcompile.runtime.distributed.sharding import cut_layers, new_sharded_valu
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.stand_ins.added import WeightProxy
+from memcompile.runtime.stand_ins.modules import mark_replaced
+from memcompile.runtime.stand_ins.operations import Operations
 from memcompile.runtime.stand_ins.replaced import ReplacedParameter, Role
 from memcompile.runtime.state_dicts import tell_part, watch_state_dicts
 from memcompile.runtime.storage.frozen_values import create_values, keep_in_place
@@ -43,12 +45,15 @@ def _runs(root: nn.Module, path: str) -> bool:
     return type(module).forward is not nn.Module.forward and not isinstance(module, _CONTAINERS)
 
 
-def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn.Parameter]:
+def install(
+    pool: MemoryPool, root: nn.Module, chosen: list[FfnSite], operations: Mapping[str, Operations]
+) -> list[nn.Parameter]:
     """Creates the values and one `MemoryLayer` a site. Replaces the FFNs' parameters by stand-ins, or puts stand-ins
     before their weights where the memory is added.
 
     A layer is registered as ``memory`` on the module that held the down-projection's weight, so that its
-    parameters read ``...mlp.down_proj.memory.half_keys``. The sites are named from ``root``.
+    parameters read ``...mlp.down_proj.memory.half_keys``. The sites are named from ``root``, and ``operations`` has
+    what the rehearsal recorded of each, by its down-projection.
 
     The model changes only after everything new exists: an error, or a table too large for the memory, leaves it
     as it was. Returns the parameters of the chosen FFNs; those of replaced ones are no longer in the model.
@@ -67,6 +72,8 @@ def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> list[nn
     for site in chosen:
         down = root.get_parameter(site.down)
         layer = MemoryLayer(pool, site.name or site.down, site.width, down.dtype, down.device)
+        layer.operations = operations[site.down]
+        layer.operations.records = False
         layers.append(layer.train(_holder(root, site).training))
 
     parameters = [root.get_parameter(name) for site in chosen for name in site.parameters]
@@ -112,7 +119,10 @@ def put_stand_ins(root: nn.Module, site: FfnSite, layer: Any, adds: bool) -> Non
             continue
         width = parameter.numel() // site.width if role is Role.UP else 0
         del holder._parameters[attribute]
-        setattr(holder, attribute, ReplacedParameter(name, role, width, layer, parameter.shape))
+        state = name.removeprefix(f"{site.name}.")  # equal blocks share a compiled graph
+        within = holder if role is Role.DOWN else None
+        setattr(holder, attribute, ReplacedParameter(name, role, width, layer, parameter.shape, state, within))
+        mark_replaced(holder)
 
 
 def _check(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> None:
@@ -135,10 +145,11 @@ class CountingLayer:
 
     Attributes:
         calls: how often it ran.
+        operations: what it records of the FFN.
     """
 
-    def __init__(self, site: FfnSite, dtype: torch.dtype, device: torch.device) -> None:
-        self.name, self.width, self.calls = site.name or site.down, site.width, 0
+    def __init__(self, site: FfnSite, dtype: torch.dtype, device: torch.device, operations: Operations) -> None:
+        self.name, self.width, self.calls, self.operations = site.name or site.down, site.width, 0, operations
         self.query_weight = types.SimpleNamespace(dtype=dtype, device=device)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -147,8 +158,12 @@ class CountingLayer:
 
 
 @contextlib.contextmanager
-def counting_stand_ins(root: nn.Module, sites: Sequence[FfnSite], adds: bool) -> Iterator[list[CountingLayer]]:
-    """Puts stand-ins with counting layers into the FFNs of ``sites``; afterwards the model is as it was."""
+def counting_stand_ins(
+    root: nn.Module, sites: Sequence[FfnSite], adds: bool, operations: Mapping[str, Operations]
+) -> Iterator[list[CountingLayer]]:
+    """Puts stand-ins with counting layers into the FFNs of ``sites``, which record what ``operations`` the FFNs have;
+    afterwards the model is as it was.
+    """
     names = [name for site in sites for name in site.parameters]
     holders = {id(h): h for h in (root.get_submodule(name.rpartition(".")[0]) for name in names)}.values()
     before = [(h, type(h), dict(h.__dict__), dict(h._parameters)) for h in holders]
@@ -156,7 +171,7 @@ def counting_stand_ins(root: nn.Module, sites: Sequence[FfnSite], adds: bool) ->
     try:
         for site in sites:
             down = root.get_parameter(site.down)
-            layers.append(CountingLayer(site, down.dtype, down.device))
+            layers.append(CountingLayer(site, down.dtype, down.device, operations[site.down]))
             put_stand_ins(root, site, layers[-1], adds)
         yield layers
     finally:

@@ -10,6 +10,7 @@ from memcompile.errors import PlanError
 from memcompile.passes.detect.detect import find_in_model
 from memcompile.planning.rehearsal import rehearse
 from memcompile.runtime.install import counting_stand_ins
+from memcompile.runtime.stand_ins.operations import Operations
 from tests.models import ZOO, around, plain_ffn
 from tests.planned import MEMORY
 
@@ -45,7 +46,7 @@ def rehearsed(model: nn.Module, adds: bool = False, example_inputs=None) -> dict
     captures, blocks = find_in_model(Pipeline("find"), model, example_inputs)
     sites = [block.site for block in blocks if block.site.refusal is None]
     assert sites
-    return rehearse(model, captures, sites, adds)
+    return rehearse(model, captures, sites, adds).failures
 
 
 @pytest.mark.parametrize("adds", [False, True], ids=["replace", "add"])
@@ -86,6 +87,7 @@ def test_counting_stand_ins_leave_no_trace(adds):
     model, inputs = ZOO["inner_norm"]()
     sites = memcompile.find_ffns(model, inputs)
     state = [(type(m), list(m.__dict__), list(m._parameters.items())) for m in model.modules()]
-    with pytest.raises(ZeroDivisionError), counting_stand_ins(model, sites, adds):
+    operations = {site.down: Operations() for site in sites}
+    with pytest.raises(ZeroDivisionError), counting_stand_ins(model, sites, adds, operations):
         1 / 0  # noqa: B018
     assert [(type(m), list(m.__dict__), list(m._parameters.items())) for m in model.modules()] == state

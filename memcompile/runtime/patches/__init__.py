@@ -8,6 +8,7 @@ they change takes long to import.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -24,6 +25,8 @@ def needed_by(pool: MemoryPool) -> dict[str, bool]:
         "loading": True,
         "optimizer_loading": True,
         "data_parallel": True,
+        "to_empty": True,
+        "pretrained": "transformers.modeling_utils" in sys.modules,
         "pipelining": dist.is_initialized(),
         "sparse_clipping": pool.config.gradient != "dense",
         "clipping": is_sharded,

@@ -253,6 +253,7 @@ def test_spellings_of_a_projection(spelling, x):
     expected = block(x)
     memory = nn.Linear(WIDTH, WIDTH)
     memory.width, memory.query_weight, memory.name = WIDTH, memory.weight, "block"
+    block.memory = memory
     for name, role in (("w1", Role.UP), ("w2", Role.DOWN)):
         WeightProxy(name, role, memory, block, name).install()
     assert torch.equal(block(x), expected + memory(x))
