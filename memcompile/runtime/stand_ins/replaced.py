@@ -34,12 +34,15 @@ _KEEPS = token_wise.TRANSPOSES | CASTS | token_wise.RESHAPES
 # What a program's own initialisation does. It passes a replaced parameter by: there is nothing to initialise.
 _WRITES = frozenset(name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_"))
 _WRITES |= frozenset(name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_"))
+_IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in "add sub mul truediv pow and or".split())
+_WRITES |= _IN_PLACE_OPERATORS
 # A write that adds a tensor to what was there: a merged adapter, a mask.
 _ADDS = frozenset(f"{name}_" for name in POINTWISE - {"masked_fill", "where"})
-_ADDS |= frozenset("addbmm_ addmm_ addmv_ addr_ baddbmm_ index_add_ scatter_add_ scatter_reduce_".split())
+_ADDS |= _IN_PLACE_OPERATORS | frozenset(
+    "addbmm_ addmm_ addmv_ addr_ baddbmm_ index_add_ scatter_add_ scatter_reduce_".split()
+)
 _PARTS = (token_wise.FEATURE_SPLITS - {"slice"}) | {"__getitem__"}
-_IN_PLACE = frozenset(f"{name}_" for name in token_wise.TOKEN_WISE)
-_IN_PLACE |= frozenset(f"__i{name}__" for name in "add sub mul truediv pow and or".split())
+_IN_PLACE = _IN_PLACE_OPERATORS | frozenset(f"{name}_" for name in token_wise.TOKEN_WISE)
 # Random or constant tensors in the shape of a hidden activation: a dropout that the model spells out.
 _FACTORIES = {f"{name}_like": getattr(torch, name) for name in ("rand", "randn", "zeros", "ones", "empty")}
 
