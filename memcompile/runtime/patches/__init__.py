@@ -8,7 +8,6 @@ they change takes long to import.
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -25,8 +24,7 @@ def needed_by(pool: MemoryPool) -> dict[str, bool]:
         "loading": True,
         "optimizer_loading": True,
         "data_parallel": True,
-        "to_empty": True,
-        "pretrained": "transformers.modeling_utils" in sys.modules,
+        "emptied": True,
         "pipelining": dist.is_initialized(),
         "sparse_clipping": pool.config.gradient != "dense",
         "clipping": is_sharded,
