@@ -159,7 +159,7 @@ def _run_steps(
 
 
 def reset_parameters(model: nn.Module) -> None:
-    """Draws the memory of a planned model anew, values and layers: after ``to_empty()``, or to start over.
+    """Draws the memory of a planned model anew, values and layers. A collective where they are DTensors.
 
     Raises:
         PlanError: the model has no memory, or its values lie in a file.
