@@ -22,8 +22,6 @@ from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.pool import MemoryPool, live_pools
 
-_DRAWN = "_is_hf_initialized"  # on a module that transformers has initialised, and on a parameter that it has loaded
-
 
 def _emptied(to_empty: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     result = to_empty(module, *args, **kwargs)
@@ -32,17 +30,21 @@ def _emptied(to_empty: Callable[..., Any], module: nn.Module, *args: Any, **kwar
 
 
 def _initialized(initialize: Callable[..., Any], model: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(module, MemoryLayer) and _is_new(module.pool):
+    if isinstance(module, MemoryLayer) and _is_new(module.pool) and not all(map(_is_drawn, module.parameters())):
         draw_parameters(module)  # by functions of `nn.init`, which transformers keeps from what was loaded
     for pool in live_pools():
-        if pool.owner is module and _is_new(pool) and not getattr(pool.values, _DRAWN, False):
+        if pool.owner is module and _is_new(pool) and not _is_drawn(pool.values):
             draw_table(pool)
     return initialize(model, module, *args, **kwargs)
 
 
 def _is_new(pool: MemoryPool) -> bool:
     """Whether the model is being built: transformers comes to the owner after its children."""
-    return not getattr(pool.owner, _DRAWN, False)
+    return not _is_drawn(pool.owner)
+
+
+def _is_drawn(module: nn.Module | nn.Parameter) -> bool:
+    return getattr(module, "_is_hf_initialized", False)  # transformers' mark of what it has initialised or loaded
 
 
 class _OfTransformers:
@@ -51,9 +53,9 @@ class _OfTransformers:
     change: Replaced | None = None
 
     def install(self) -> None:
-        modeling = sys.modules.get("transformers.modeling_utils")
-        if modeling is not None:
-            self.change = self.change or Replaced(modeling.PreTrainedModel, "_initialize_weights", _initialized)
+        model: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+        if hasattr(model, "_initialize_weights"):
+            self.change = self.change or Replaced(model, "_initialize_weights", _initialized)
             self.change.install()
 
     def remove(self) -> None:

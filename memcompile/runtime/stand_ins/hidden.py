@@ -72,6 +72,14 @@ class HiddenActivation(StandIn):
     def is_floating_point(self) -> bool:
         return True
 
+    @property
+    def data(self) -> Any:
+        raise self.mixes("`.data`")
+
+    @data.setter
+    def data(self, data: Any) -> None:  # which Python would keep as an attribute without a meaning
+        raise self.mixes("`.data`")
+
     # --- views ---------------------------------------------------------------------------------------------------
 
     def view(self, *shape: Any) -> HiddenActivation:
@@ -224,17 +232,29 @@ class HiddenActivation(StandIn):
         for other in others:
             if other.layer is not self.layer:
                 raise self.mixes(f"{name} with the hidden activation of another FFN")
-            if other.history.source is not history.source:
-                key += ("of another source",)
+        own = key
+        if len(others) > 1 and not all(self._reads_the_same(other) for other in others):
+            key = (*own, "of another source")
         if name in DROPOUTS:
             if not self.layer.operations.allows((history.state, *key)) and _is_active(args, kwargs):
                 raise self._unproved(name, operands)
             return self
         state = self._after(key, operands)
+        if key is not own and self.layer.operations.records:
+            self.layer.operations.steps[(history.state, *own)] = state  # its input may need no cast another time
         if in_place:
             history.state = state
             return self
         return HiddenActivation(self.x, features, self.layer, History(state, history.source))
+
+    def _reads_the_same(self, other: HiddenActivation) -> bool:
+        """Whether the up-projections of both read one tensor. An adapter may change what one of two reads; a cast, or a
+        backward hook of a module, makes another tensor of the same numbers.
+        """
+        source, others = self.history.source, other.history.source
+        if source is others or torch.compiler.is_compiling() or self.layer.operations.records:
+            return source is others
+        return source.dtype == others.dtype and torch.equal(source, others)
 
     def _after(self, key: tuple[Any, ...], operands: Sequence[Any]) -> State:
         """The state after an operation, which has to be one that the FFN had when it was planned."""

@@ -134,6 +134,7 @@ ADDITIONS: dict[str, Callable] = {
     "a view in place": nothing(lambda ffn, h: h[..., :3].mul_(0)),
     "a part in place": nothing(lambda ffn, h: h.chunk(2, -1)[0].sub_(1)),
     "items": nothing(lambda ffn, h: h.__setitem__((..., slice(3)), 0)),
+    "data": nothing(lambda ffn, h: setattr(h, "data", torch.zeros(h.shape))),
     "out": nothing(lambda ffn, h: torch.mul(h, 0, out=h)),
     "learned scale": lambda ffn, h: h * nn.Parameter(torch.zeros(HIDDEN)),
     "scale of a parameter": lambda ffn, h: h * (ffn.gamma * nn.Parameter(torch.zeros(HIDDEN))),
@@ -244,6 +245,46 @@ def test_adapters_hooks_and_exchanged_modules(name):
     model(tokens)
     with pytest.raises(CaptureError, match=r"blocks\.1\.ffn"):
         _changed(model, WRAPPED[name])(tokens)
+
+
+class CastingLinear(nn.Linear):
+    """Casts its input, as layers do whose weights have a precision of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class CastingGated(Gated):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(width, hidden)
+        self.gate.__class__ = self.up.__class__ = self.down.__class__ = CastingLinear
+
+
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16])
+def test_each_projection_may_cast_the_input_for_itself(before):
+    model, (tokens, targets) = around(CastingGated, layers=2), batch()
+    ffns = [block.ffn for block in model.blocks]
+    for ffn in ffns:
+        ffn.to(before)
+        ffn.register_forward_hook(lambda module, inputs, output: output.float())
+    memcompile.plan(model, memory_layers=[1], **MEMORY)
+    for dtype in (torch.bfloat16, torch.float32):
+        for ffn in ffns:
+            ffn.to(dtype)
+        model.memory_values.data = model.memory_values.data.to(dtype)
+        assert model(tokens, targets).isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called")
+def test_backward_hooks_on_its_modules_change_nothing():
+    model, (tokens, targets) = around(Gated, layers=2), batch()
+    memcompile.plan(model, memory_layers=[1], **MEMORY)
+    expected, seen = model(tokens, targets), []
+    for module in model.modules():
+        module.register_full_backward_hook(lambda module, inputs, outputs: seen.append(module))
+    loss = model(tokens, targets)
+    loss.backward()
+    assert torch.equal(loss, expected) and model.blocks[1].ffn.down.memory in seen
 
 
 OUTSIDE: dict[str, Callable] = {

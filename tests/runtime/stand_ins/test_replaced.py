@@ -172,3 +172,14 @@ def test_dynamo_traces_them_without_a_graph_break(name, ffn, x):
     have_had(ffn, TOKEN_WISE[name], x)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(ffn, backend="eager", fullgraph=True)(x), ffn.down.memory(x))
+
+
+@pytest.mark.parametrize("name", sorted(BREAKS_THE_GRAPH))
+def test_they_run_where_the_graph_breaks_within_the_ffn(name, ffn, x):
+    have_had(ffn, TOKEN_WISE[name], x)
+    torch._dynamo.reset()
+    compiled = torch.compile(ffn, backend="eager")
+    assert torch.equal(compiled(x), ffn.down.memory(x))
+    ffn.operator = lambda h: TOKEN_WISE[name](h) * 0
+    with pytest.raises(CaptureError, match=r"`mul` .* was not part of the FFN"):
+        compiled(x)
