@@ -241,7 +241,8 @@ class HiddenActivation(StandIn):
             return self
         state = self._after(key, operands)
         if key is not own and self.layer.operations.records:
-            self.layer.operations.steps[(history.state, *own)] = state  # its input may need no cast another time
+            without = (history.state, *own)
+            self.layer.operations.steps[without] = state  # its input may need no cast another time
         if in_place:
             history.state = state
             return self

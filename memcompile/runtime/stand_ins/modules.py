@@ -20,6 +20,8 @@ class ReplacedLinear(nn.Module):
 
     in_features: int
     out_features: int
+    weight: Any
+    bias: Any
 
     def forward(self, x: Tensor) -> Any:
         return F.linear(x, self.weight, self.bias)
@@ -47,7 +49,7 @@ class ReplacedLinear(nn.Module):
 def mark_replaced(module: nn.Module) -> None:
     """Gives an `nn.Linear` all of whose parameters are gone its class; not a subclass, which may do more."""
     if type(module) is nn.Linear and not any(p is not None for p in module._parameters.values()):
-        module.__class__ = ReplacedLinear
+        setattr(module, "__class__", ReplacedLinear)  # noqa: B010
         vars(module)["__module__"] = nn.Linear.__module__  # by which torch.fx knows what it does not trace into
 
 
