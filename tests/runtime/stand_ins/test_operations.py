@@ -154,10 +154,15 @@ ADDITIONS: dict[str, Callable] = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain() -> Transformer:
+    return planned([OWN["activation"]])
+
+
 @pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize("name", ADDITIONS)
-def test_what_is_added_raises(name, at):
-    model, (tokens, _) = PLAIN, batch()
+def test_what_is_added_raises(name, at, plain):
+    model, (tokens, _) = plain, batch()
     model.blocks[1].ffn.steps.insert(at, ADDITIONS[name])
     try:
         with pytest.raises(CaptureError, match=r"blocks\.1\.ffn"):
@@ -165,9 +170,6 @@ def test_what_is_added_raises(name, at):
     finally:
         del model.blocks[1].ffn.steps[at]
     model(tokens)
-
-
-PLAIN = planned([OWN["activation"]])
 
 
 def test_the_error_says_what_where_and_the_fix():
