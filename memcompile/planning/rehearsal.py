@@ -7,7 +7,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,24 @@ from memcompile.passes.capture.sandbox import sandbox
 from memcompile.passes.capture.state import NotRestored
 from memcompile.passes.capture.trace import Capture
 from memcompile.runtime.install import RehearsedLayer, rehearsed_stand_ins
+from memcompile.runtime.stand_ins.operations import Operations
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What came of it.
+
+    Attributes:
+        refusals: why sites cannot have a memory, by the name of their down-projection: what the model's code accepts
+            between their projections are tensors alone, it needs another dtype than the memory's, or no gradient
+            reaches them.
+        operations: what each site does between its projections, in train mode and in eval mode.
+    """
+
+    refusals: dict[str, str]
+    operations: dict[str, Operations]
 
 
 @dataclasses.dataclass
@@ -41,28 +57,34 @@ class _Run:
     error: str = ""
 
 
-def rehearse(
-    root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], config: MemoryConfig
-) -> dict[str, str]:
-    """Why sites cannot have a memory, by the name of their down-projection: what the model's code accepts between their
-    projections are tensors alone, it needs another dtype than the memory's, or no gradient reaches them.
+def rehearse(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], config: MemoryConfig) -> Rehearsal:
+    """What comes of memories in the place of sites, or beside them.
 
     Raises:
         PlanError: the model's forward keeps what cannot be put back.
     """
+    rehearsing = _Rehearsing(root, captures, config, {site.down: Operations() for site in sites})
     if not sites:
-        return {}
+        return Rehearsal({}, {})
     with sandbox() as survivors:
-        refusals = _Rehearsal(root, captures, config).refusals(sites)
+        refusals = rehearsing.refusals(sites)
+        if config.placement != "add":
+            rehearsing.record_the_other_mode([site for site in sites if site.down not in refusals])
         survivors.refuse(capture.graph for capture in captures)
     for down, sentence in refusals.items():
         log.debug("rehearsal of %s: %s", down, sentence)
-    return refusals
+    return Rehearsal(refusals, rehearsing.operations)
 
 
-class _Rehearsal:
-    def __init__(self, root: nn.Module, captures: Sequence[Capture], config: MemoryConfig) -> None:
-        self.root, self.captures, self.config = root, captures, config
+class _Rehearsing:
+    def __init__(
+        self,
+        root: nn.Module,
+        captures: Sequence[Capture],
+        config: MemoryConfig,
+        operations: dict[str, Operations],
+    ) -> None:
+        self.root, self.captures, self.config, self.operations = root, captures, config, operations
         self._dense: dict[int, _Run] = {}
 
     def refusals(self, sites: Sequence[FfnSite]) -> dict[str, str]:
@@ -86,13 +108,8 @@ class _Rehearsal:
         calls: collections.Counter[str] = collections.Counter()
         outputs: dict[str, list[tuple[Tensor, Tensor]]] = {site.down: [] for site in sites}
         differentiates = True
-        for capture in self.captures:
-            prefix = f"{capture.path}." if capture.path else ""
-            read = (site for site in sites if site.down.startswith(prefix) and site.down not in capture.unread)
-            inside = [site for site in read if capture.covers(site.down)]
-            if capture.forward is None or not inside:
-                continue
-            with rehearsed_stand_ins(self.root, inside, self.config) as layers:
+        for capture, inside in self._runs(sites):
+            with rehearsed_stand_ins(self.root, inside, self.config, self.operations) as layers:
                 try:
                     run = self._there_and_back(capture, layers)
                 except NotRestored:
@@ -116,6 +133,32 @@ class _Rehearsal:
             return None, {}
         untrained = {down: _untrained(calls_of_it, differentiates) for down, calls_of_it in outputs.items()}
         return None, {down: sentence for down, sentence in untrained.items() if sentence}
+
+    def record_the_other_mode(self, sites: Sequence[FfnSite]) -> None:
+        """Runs the model in eval mode where it was traced in train mode, and the other way round: an FFN that spells
+        its dropout out does it in one of them. A model may have no forward in a mode; what only runs there is not
+        recorded.
+        """
+        for capture, inside in self._runs(sites):
+            module = self.root.get_submodule(capture.path)
+            assert capture.forward is not None
+            training = any(m.training for m in module.modules()) and capture.forward.training is not False
+            with rehearsed_stand_ins(self.root, inside, self.config, self.operations):
+                try:
+                    dataclasses.replace(capture.forward, training=not training).run(module)
+                except NotRestored:
+                    raise
+                except Exception as error:  # the owner's code may fail in any way
+                    log.debug("%s does not run in the other mode: %s", capture.path or "the model", _described(error))
+
+    def _runs(self, sites: Sequence[FfnSite]) -> Iterator[tuple[Capture, list[FfnSite]]]:
+        """The captures that can be run again, each with the sites that it runs."""
+        for capture in self.captures:
+            prefix = f"{capture.path}." if capture.path else ""
+            read = (site for site in sites if site.down.startswith(prefix) and site.down not in capture.unread)
+            inside = [site for site in read if capture.covers(site.down)]
+            if capture.forward is not None and inside:
+                yield capture, inside
 
     def _dense_run(self, capture: Capture) -> _Run:
         if id(capture) not in self._dense:

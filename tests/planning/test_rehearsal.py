@@ -11,6 +11,7 @@ from memcompile.errors import PlanError
 from memcompile.passes.detect.detect import find_in_model
 from memcompile.planning.rehearsal import rehearse
 from memcompile.runtime.install import rehearsed_stand_ins
+from memcompile.runtime.stand_ins.operations import Operations
 from tests.models import WIDTH, ZOO, Block, Transformer, around, plain_ffn
 from tests.planned import MEMORY
 
@@ -46,7 +47,7 @@ def rehearsed(model: nn.Module, placement: str = "replace", example_inputs=None)
     captures, blocks = find_in_model(Pipeline("find"), model, example_inputs)
     sites = [block.site for block in blocks if block.site.refusal is None]
     assert sites
-    return rehearse(model, captures, sites, MemoryConfig(placement=placement))
+    return rehearse(model, captures, sites, MemoryConfig(placement=placement)).refusals
 
 
 @pytest.mark.parametrize("placement", ["replace", "add"])
@@ -87,7 +88,8 @@ def test_stand_ins_of_a_rehearsal_leave_no_trace(placement):
     model, inputs = ZOO["inner_norm"]()
     sites = memcompile.find_ffns(model, inputs)
     state = [(type(m), list(m.__dict__), list(m._parameters.items())) for m in model.modules()]
-    with pytest.raises(ZeroDivisionError), rehearsed_stand_ins(model, sites, MemoryConfig(placement=placement)):
+    operations, config = {site.down: Operations() for site in sites}, MemoryConfig(placement=placement)
+    with pytest.raises(ZeroDivisionError), rehearsed_stand_ins(model, sites, config, operations):
         1 / 0  # noqa: B018
     assert [(type(m), list(m.__dict__), list(m._parameters.items())) for m in model.modules()] == state
 
@@ -149,11 +151,13 @@ def test_mixed_dtypes_run_as_the_dense_model_did(placement, stream, up, down, ca
         dense = model(tokens).dtype
     except RuntimeError:
         dense = None
+    refused = False
     try:
         memcompile.plan(model, memory_layers="all", placement=placement, example_inputs=(tokens,), **MEMORY)
     except PlanError as error:
-        assert "left alone" in str(error)
-        assert (model(tokens).dtype if dense else None) == dense
+        refused = "left alone" in str(error)
+    if refused:
+        assert dense is None or model(tokens).dtype == dense
         return
     assert dense is not None
     output = model(tokens)

@@ -24,6 +24,7 @@ def needed_by(pool: MemoryPool) -> dict[str, bool]:
         "loading": True,
         "optimizer_loading": True,
         "data_parallel": True,
+        "emptied": True,
         "pipelining": dist.is_initialized(),
         "sparse_clipping": pool.config.gradient != "dense",
         "clipping": is_sharded,

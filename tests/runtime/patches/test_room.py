@@ -172,6 +172,7 @@ def test_what_is_no_change(source):
 ALWAYS = {
     "torch.compiler.config.cache_key_tag",
     "torch.nn.modules.module.Module.load_state_dict",
+    "torch.nn.modules.module.Module.to_empty",
     "torch.nn.parallel.distributed.DistributedDataParallel.__init__",
     "torch.optim.optimizer.Optimizer.load_state_dict",
     "torch.optim.optimizer.Optimizer.__getstate__",
@@ -291,7 +292,7 @@ def test_a_plan_that_fails_leaves_nothing():
         from memcompile.planning import plan as planning
         from tests.models import tiny_gpt
 
-        def install(pool, root, chosen):
+        def install(pool, root, chosen, operations):
             assert nn.Module.load_state_dict is not original
             raise MemoryError
         planning.install = install
