@@ -68,8 +68,7 @@ def rehearse(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSi
         return Rehearsal({}, {})
     with sandbox() as survivors:
         refusals = rehearsing.refusals(sites)
-        if config.placement != "add":
-            rehearsing.record_the_other_mode([site for site in sites if site.down not in refusals])
+        refusals |= rehearsing.refusals_in_the_other_mode([site for site in sites if site.down not in refusals])
         survivors.refuse(capture.graph for capture in captures)
     for down, sentence in refusals.items():
         log.debug("rehearsal of %s: %s", down, sentence)
@@ -114,10 +113,8 @@ class _Rehearsing:
                     run = self._there_and_back(capture, layers)
                 except NotRestored:
                     raise
-                except MemcompileError as error:
-                    return (str(error).removeprefix("memcompile: "), False), {}
                 except Exception as error:  # the owner's code has an object where it expects a tensor
-                    return (f"its code does not run with a stand-in ({_described(error)})", False), {}
+                    return (_sentence(error), False), {}
             if run.dtypes != capture.output_dtypes and len(run.dtypes) == len(capture.output_dtypes):
                 return (f"with a memory the model returns {run.dtypes}, and without {capture.output_dtypes}", False), {}
             if run.differentiates is None and self._dense_run(capture).differentiates is not None:
@@ -134,22 +131,40 @@ class _Rehearsing:
         untrained = {down: _untrained(calls_of_it, differentiates) for down, calls_of_it in outputs.items()}
         return None, {down: sentence for down, sentence in untrained.items() if sentence}
 
-    def record_the_other_mode(self, sites: Sequence[FfnSite]) -> None:
+    def refusals_in_the_other_mode(self, sites: Sequence[FfnSite]) -> dict[str, str]:
         """Runs the model in eval mode where it was traced in train mode, and the other way round: an FFN that spells
         its dropout out does it in one of them. A model may have no forward in a mode; what only runs there is not
         recorded.
         """
+        found: dict[str, str] = {}
         for capture, inside in self._runs(sites):
-            module = self.root.get_submodule(capture.path)
             assert capture.forward is not None
-            training = any(m.training for m in module.modules()) and capture.forward.training is not False
-            with rehearsed_stand_ins(self.root, inside, self.config, self.operations):
-                try:
-                    dataclasses.replace(capture.forward, training=not training).run(module)
-                except NotRestored:
-                    raise
-                except Exception as error:  # the owner's code may fail in any way
-                    log.debug("%s does not run in the other mode: %s", capture.path or "the model", _described(error))
+            modules = self.root.get_submodule(capture.path).modules()
+            training = not any(m.training for m in modules) or capture.forward.training is False
+            other = dataclasses.replace(capture, forward=dataclasses.replace(capture.forward, training=training))
+            if self._failure(other, inside) and not self._failure(other, []):
+                mode = "train" if training else "eval"
+                found |= {down: f"in {mode} mode {why}" for down, why in self._failing(other, inside).items()}
+        return found
+
+    def _failing(self, capture: Capture, sites: Sequence[FfnSite]) -> dict[str, str]:
+        """Those of the sites whose stand-ins the forward does not run with."""
+        sentence = self._failure(capture, sites)
+        if not sentence or len(sites) == 1:
+            return {sites[0].down: sentence} if sentence else {}
+        half = len(sites) // 2
+        return self._failing(capture, sites[:half]) | self._failing(capture, sites[half:])
+
+    def _failure(self, capture: Capture, sites: Sequence[FfnSite]) -> str:
+        assert capture.forward is not None
+        with rehearsed_stand_ins(self.root, sites, self.config, self.operations):
+            try:
+                capture.forward.run(self.root.get_submodule(capture.path))
+            except NotRestored:
+                raise
+            except Exception as error:  # the owner's code may fail in any way
+                return _sentence(error)
+        return ""
 
     def _runs(self, sites: Sequence[FfnSite]) -> Iterator[tuple[Capture, list[FfnSite]]]:
         """The captures that can be run again, each with the sites that it runs."""
@@ -196,6 +211,12 @@ def _untrained(outputs: Sequence[tuple[Tensor, Tensor]], differentiates: bool) -
     if differentiates and not any(parameter.grad is not None for _, parameter in outputs):
         return "no gradient reaches it, because its output is detached or not part of what the model returns"
     return ""
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, MemcompileError):
+        return str(error).removeprefix("memcompile: ")
+    return f"its code does not run with a stand-in ({_described(error)})"
 
 
 def _described(error: Exception) -> str:

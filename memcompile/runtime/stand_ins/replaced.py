@@ -149,7 +149,7 @@ class ReplacedParameter(StandIn):
         state = (operator, *states_of(operands))
         if TRAINED in state:
             raise unproved(self.layer, f"`{operator}` of {self.name}", operands, self.state)
-        return ReplacedParameter(self.name, Role.OTHER, 0, self.layer, shape, state)
+        return ReplacedParameter(self.name, Role.OTHER, 0, self.layer, shape, state, cast=self.cast)
 
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):  # copy and pickle ask a bare instance for these
