@@ -30,11 +30,11 @@ from memcompile.runtime import patches
 from memcompile.runtime.adoption import adopt_optimizers
 from memcompile.runtime.distributed.ddp import check_rebuildable, rebuild
 from memcompile.runtime.distributed.sharding import check_plans_agree, check_same, cut
-from memcompile.runtime.drawing import draw_table
 from memcompile.runtime.install import install, owner_of
 from memcompile.runtime.interrupts import uninterrupted
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.state_dicts import config_of, plan_in
+from memcompile.runtime.storage.drawing import draw_table
 from memcompile.runtime.storage.frozen_values import MappedValues
 from memcompile.runtime.wrappers import is_in_ddp, is_sharded, unwrap
 

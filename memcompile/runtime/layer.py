@@ -11,10 +11,10 @@ from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.parameters import new_layer
 from memcompile.runtime._torch import is_exporting, without_torch_function
 from memcompile.runtime.distributed.collective_errors import named_collectives
-from memcompile.runtime.drawing import draw_parameters
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.stand_ins.operations import Operations
 from memcompile.runtime.state_dicts import encode_plan
+from memcompile.runtime.storage.drawing import draw_parameters
 from memcompile.runtime.table.current_values import is_alias
 from memcompile.runtime.table.table import flush_while_traced
 

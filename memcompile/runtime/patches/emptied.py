@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import nn
 
-from memcompile.runtime.drawing import draw_emptied, draw_parameters, draw_table
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.pool import MemoryPool, live_pools
+from memcompile.runtime.storage.drawing import draw_emptied, draw_parameters, draw_table
 
 
 def _emptied(to_empty: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -91,6 +91,6 @@ def parts(size: int, split: int | Sequence[int]) -> list[int]:
     return [split] * whole + [rest] * (rest > 0)
 
 
-def unpacked(sizes: tuple) -> Any:
+def listed(sizes: tuple) -> Any:
     """Sizes that are given one by one, or as one sequence."""
     return sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], (int, torch.SymInt)) else sizes

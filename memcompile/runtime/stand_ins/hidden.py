@@ -12,15 +12,7 @@ from torch import Tensor
 from memcompile.common import token_wise
 from memcompile.common.token_wise import CASTS, DROPOUTS, FEATURE_JOINS, FEATURE_REDUCTIONS, NORMS, POINTWISE
 from memcompile.errors import CaptureError
-from memcompile.runtime.stand_ins.feature_shapes import (
-    Features,
-    broadcast,
-    indexed,
-    parts,
-    unflattened,
-    unpacked,
-    viewed,
-)
+from memcompile.runtime.stand_ins.feature_shapes import Features, broadcast, indexed, listed, parts, unflattened, viewed
 from memcompile.runtime.stand_ins.operations import History, StandIn, State, states_of, unproved
 
 if TYPE_CHECKING:
@@ -91,7 +83,7 @@ class HiddenActivation(StandIn):
     # --- views ---------------------------------------------------------------------------------------------------
 
     def view(self, *shape: Any) -> HiddenActivation:
-        sizes = unpacked(shape)
+        sizes = listed(shape)
         if isinstance(sizes, torch.dtype):
             raise self.mixes("view(dtype)")
         split = viewed(sizes, self.x.shape[:-1].numel(), self.features)
@@ -108,7 +100,7 @@ class HiddenActivation(StandIn):
     reshape_as = view_as
 
     def expand(self, *shape: Any) -> HiddenActivation:
-        sizes, tokens = unpacked(shape), self.x.shape[:-1]
+        sizes, tokens = listed(shape), self.x.shape[:-1]
         if len(sizes) != self.ndim or any(new not in (-1, old) for new, old in zip(sizes, tokens, strict=False)):
             raise self.mixes(f"expand{tuple(sizes)}")
         wanted = sizes[self._leading :]
@@ -155,7 +147,7 @@ class HiddenActivation(StandIn):
     swapaxes = transpose
 
     def permute(self, *dims: Any) -> HiddenActivation:
-        order = [d % self.ndim for d in unpacked(dims)]
+        order = [d % self.ndim for d in listed(dims)]
         if order[: self._leading] != list(range(self._leading)):
             raise self.mixes(f"permute{tuple(order)}")
         return self._with(tuple(self.features[d - self._leading] for d in order[self._leading :]))

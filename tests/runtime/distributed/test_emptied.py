@@ -15,7 +15,7 @@ import memcompile
 from tests.models import tiny_gpt
 from tests.planned import MEMORY, batch, planned_gpt
 from tests.runtime.distributed.processes import run_on_ranks
-from tests.runtime.test_drawing import initialise, memory_of
+from tests.runtime.storage.test_drawing import initialise, memory_of
 
 TWO_LAYERS: dict[str, Any] = {"memory_layers": 2, "n_keys": 9}  # 81 rows: the ranks' parts differ
 
