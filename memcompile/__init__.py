@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from memcompile.planning.explain import ExplainedGroup, ExplainedSite, Explanation, explain
     from memcompile.planning.plan import catch_up, config_from, flush, plan, reset_parameters
     from memcompile.runtime.distributed.sharding import shard
+    from memcompile.runtime.stand_ins.modules import replaced_modules
     from memcompile.runtime.storage.store import store_values
     from memcompile.runtime.storage.values_file import verify_values
     from memcompile.runtime.table.table import is_table
@@ -52,6 +53,7 @@ __all__ = [
     "optim",
     "passes",
     "plan",
+    "replaced_modules",
     "reset_parameters",
     "shard",
     "store_values",
@@ -64,6 +66,7 @@ _LATER = {
     "planning.plan": ("catch_up", "config_from", "flush", "plan", "reset_parameters"),
     "passes.detect.detect": ("find_ffns",),
     "runtime.distributed.sharding": ("shard",),
+    "runtime.stand_ins.modules": ("replaced_modules",),
     "runtime.table.table": ("is_table",),
     "runtime.storage.store": ("store_values",),
     "runtime.storage.values_file": ("verify_values",),

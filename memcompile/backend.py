@@ -98,9 +98,11 @@ class Backend:
         down-projections, after the name of their model where there may be several.
         """
         layers = {
-            down if self.pool is not None else f"{type(pool.owner).__name__} {index}: {down}": list(layer.parameters())
+            down if self.pool is not None else f"{type(pool.owner).__name__} {index}: {down}": pool.layer_parameters(
+                down
+            )
             for index, pool in enumerate(pools)
-            for down, layer in pool.layers.items()
+            for down in pool.layers
         }
         if not self.whole:
             return layers, None

@@ -20,7 +20,7 @@ from memcompile.common.pipeline import Pipeline
 from memcompile.common.sizes import resolve
 from memcompile.config import MemoryConfig, check_names
 from memcompile.errors import OptionError, PlanError
-from memcompile.lowering.parameters import draw_values, values_shape
+from memcompile.lowering.parameters import values_shape
 from memcompile.passes.capture.graphs import is_captured
 from memcompile.passes.detect.detect import find_in_model
 from memcompile.passes.detect.place import place, with_named
@@ -29,11 +29,12 @@ from memcompile.planning.rehearsal import rehearse
 from memcompile.runtime import patches
 from memcompile.runtime.adoption import adopt_optimizers
 from memcompile.runtime.distributed.ddp import check_rebuildable, rebuild
-from memcompile.runtime.distributed.sharding import check_plans_agree, check_same, cut, draw_part, redraw_layer
+from memcompile.runtime.distributed.sharding import check_plans_agree, check_same, cut
 from memcompile.runtime.install import install, owner_of
 from memcompile.runtime.interrupts import uninterrupted
 from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
 from memcompile.runtime.state_dicts import config_of, plan_in
+from memcompile.runtime.storage.drawing import draw_table
 from memcompile.runtime.storage.frozen_values import MappedValues
 from memcompile.runtime.wrappers import is_in_ddp, is_sharded, unwrap
 
@@ -128,8 +129,9 @@ def _run_steps(
     with pipeline.step("rehearse", "blocks rehearsed"):
         sites = with_named(sites, requested.memory_layers)
         rehearsed = [site for site in sites if site.refusal is None]
-        refusals = rehearse(root, captures, rehearsed, requested)
-        sites = [dataclasses.replace(site, refusal=refusals.get(site.down, site.refusal)) for site in sites]
+        rehearsal = rehearse(root, captures, rehearsed, requested)
+        refusals = [rehearsal.refusals.get(site.down, site.refusal) for site in sites]
+        sites = [dataclasses.replace(s, refusal=refusal) for s, refusal in zip(sites, refusals, strict=True)]
         pipeline.count = len(rehearsed)
     with pipeline.step("place", "blocks chosen"):
         chosen = place(sites, requested.memory_layers)
@@ -147,7 +149,7 @@ def _run_steps(
     patches.hold(pool)
     with uninterrupted():  # half a change could not be mended by a second call
         with pipeline.step("install", "layers installed"):
-            ffns = install(pool, root, chosen)
+            ffns = install(pool, root, chosen, rehearsal.operations)
             pipeline.count = len(pool.layers)
         with pipeline.step("adopt", "optimizers adopted"):
             pipeline.count = adopt_optimizers(ffns, pool, root)
@@ -158,7 +160,7 @@ def _run_steps(
 
 
 def reset_parameters(model: nn.Module) -> None:
-    """Draws the memory of a planned model anew, values and layers: after ``to_empty()``, or to start over.
+    """Draws the memory of a planned model anew, values and layers. A collective where they are DTensors.
 
     Raises:
         PlanError: the model has no memory, or its values lie in a file.
@@ -166,17 +168,9 @@ def reset_parameters(model: nn.Module) -> None:
     pool = _pool(model)
     if isinstance(pool.values, MappedValues):
         raise PlanError(f"the values lie in {pool.values.path!r}, for inference: plan with values_storage='device'")
-    pool.table.flush()  # what rows have missed is of the values as they are now
-    sharded = pool.table.sharded
-    if sharded is None:
-        draw_values(pool.values)
-    else:
-        draw_part(pool.table.part, sharded, values_shape(pool.config))
+    draw_table(pool)
     for layer in pool.layers.values():
-        if sharded is not None and sharded.tokens == "shared":
-            redraw_layer(layer, pool)
-        else:
-            layer.reset_parameters()
+        layer.reset_parameters()
 
 
 def flush(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,29 @@ from torch import Tensor, nn
 from memcompile.common.sites import FfnSite
 from memcompile.config import MemoryConfig
 from memcompile.errors import MemcompileError
+from memcompile.lowering.inductor.caches import traced_to_plan
 from memcompile.passes.capture.sandbox import sandbox
 from memcompile.passes.capture.state import NotRestored
 from memcompile.passes.capture.trace import Capture
 from memcompile.runtime.install import RehearsedLayer, rehearsed_stand_ins
+from memcompile.runtime.stand_ins.operations import Operations
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What came of it.
+
+    Attributes:
+        refusals: why sites cannot have a memory, by the name of their down-projection: what the model's code accepts
+            between their projections are tensors alone, it needs another dtype than the memory's, or no gradient
+            reaches them.
+        operations: what each site does between its projections, in train mode and in eval mode.
+    """
+
+    refusals: dict[str, str]
+    operations: dict[str, Operations]
 
 
 @dataclasses.dataclass
@@ -41,28 +58,33 @@ class _Run:
     error: str = ""
 
 
-def rehearse(
-    root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], config: MemoryConfig
-) -> dict[str, str]:
-    """Why sites cannot have a memory, by the name of their down-projection: what the model's code accepts between their
-    projections are tensors alone, it needs another dtype than the memory's, or no gradient reaches them.
+def rehearse(root: nn.Module, captures: Sequence[Capture], sites: Sequence[FfnSite], config: MemoryConfig) -> Rehearsal:
+    """What comes of memories in the place of sites, or beside them.
 
     Raises:
         PlanError: the model's forward keeps what cannot be put back.
     """
+    rehearsing = _Rehearsing(root, captures, config, {site.down: Operations() for site in sites})
     if not sites:
-        return {}
-    with sandbox() as survivors:
-        refusals = _Rehearsal(root, captures, config).refusals(sites)
+        return Rehearsal({}, {})
+    with sandbox() as survivors, traced_to_plan():
+        refusals = rehearsing.refusals(sites)
+        refusals |= rehearsing.refusals_in_the_other_mode([site for site in sites if site.down not in refusals])
         survivors.refuse(capture.graph for capture in captures)
     for down, sentence in refusals.items():
         log.debug("rehearsal of %s: %s", down, sentence)
-    return refusals
+    return Rehearsal(refusals, rehearsing.operations)
 
 
-class _Rehearsal:
-    def __init__(self, root: nn.Module, captures: Sequence[Capture], config: MemoryConfig) -> None:
-        self.root, self.captures, self.config = root, captures, config
+class _Rehearsing:
+    def __init__(
+        self,
+        root: nn.Module,
+        captures: Sequence[Capture],
+        config: MemoryConfig,
+        operations: dict[str, Operations],
+    ) -> None:
+        self.root, self.captures, self.config, self.operations = root, captures, config, operations
         self._dense: dict[int, _Run] = {}
 
     def refusals(self, sites: Sequence[FfnSite]) -> dict[str, str]:
@@ -86,21 +108,14 @@ class _Rehearsal:
         calls: collections.Counter[str] = collections.Counter()
         outputs: dict[str, list[tuple[Tensor, Tensor]]] = {site.down: [] for site in sites}
         differentiates = True
-        for capture in self.captures:
-            prefix = f"{capture.path}." if capture.path else ""
-            read = (site for site in sites if site.down.startswith(prefix) and site.down not in capture.unread)
-            inside = [site for site in read if capture.covers(site.down)]
-            if capture.forward is None or not inside:
-                continue
-            with rehearsed_stand_ins(self.root, inside, self.config) as layers:
+        for capture, inside in self._runs(sites):
+            with rehearsed_stand_ins(self.root, inside, self.config, self.operations) as layers:
                 try:
                     run = self._there_and_back(capture, layers)
                 except NotRestored:
                     raise
-                except MemcompileError as error:
-                    return (str(error).removeprefix("memcompile: "), False), {}
                 except Exception as error:  # the owner's code has an object where it expects a tensor
-                    return (f"its code does not run with a stand-in ({_described(error)})", False), {}
+                    return (_sentence(error), False), {}
             if run.dtypes != capture.output_dtypes and len(run.dtypes) == len(capture.output_dtypes):
                 return (f"with a memory the model returns {run.dtypes}, and without {capture.output_dtypes}", False), {}
             if run.differentiates is None and self._dense_run(capture).differentiates is not None:
@@ -116,6 +131,50 @@ class _Rehearsal:
             return None, {}
         untrained = {down: _untrained(calls_of_it, differentiates) for down, calls_of_it in outputs.items()}
         return None, {down: sentence for down, sentence in untrained.items() if sentence}
+
+    def refusals_in_the_other_mode(self, sites: Sequence[FfnSite]) -> dict[str, str]:
+        """Runs the model in eval mode where it was traced in train mode, and the other way round: an FFN that spells
+        its dropout out does it in one of them. A model may have no forward in a mode; what only runs there is not
+        recorded.
+        """
+        found: dict[str, str] = {}
+        for capture, inside in self._runs(sites):
+            assert capture.forward is not None
+            modules = self.root.get_submodule(capture.path).modules()
+            training = not any(m.training for m in modules) or capture.forward.training is False
+            other = dataclasses.replace(capture, forward=dataclasses.replace(capture.forward, training=training))
+            if self._failure(other, inside) and not self._failure(other, []):
+                mode = "train" if training else "eval"
+                found |= {down: f"in {mode} mode {why}" for down, why in self._failing(other, inside).items()}
+        return found
+
+    def _failing(self, capture: Capture, sites: Sequence[FfnSite]) -> dict[str, str]:
+        """Those of the sites whose stand-ins the forward does not run with."""
+        sentence = self._failure(capture, sites)
+        if not sentence or len(sites) == 1:
+            return {sites[0].down: sentence} if sentence else {}
+        half = len(sites) // 2
+        return self._failing(capture, sites[:half]) | self._failing(capture, sites[half:])
+
+    def _failure(self, capture: Capture, sites: Sequence[FfnSite]) -> str:
+        assert capture.forward is not None
+        with rehearsed_stand_ins(self.root, sites, self.config, self.operations):
+            try:
+                capture.forward.run(self.root.get_submodule(capture.path))
+            except NotRestored:
+                raise
+            except Exception as error:  # the owner's code may fail in any way
+                return _sentence(error)
+        return ""
+
+    def _runs(self, sites: Sequence[FfnSite]) -> Iterator[tuple[Capture, list[FfnSite]]]:
+        """The captures that can be run again, each with the sites that it runs."""
+        for capture in self.captures:
+            prefix = f"{capture.path}." if capture.path else ""
+            read = (site for site in sites if site.down.startswith(prefix) and site.down not in capture.unread)
+            inside = [site for site in read if capture.covers(site.down)]
+            if capture.forward is not None and inside:
+                yield capture, inside
 
     def _dense_run(self, capture: Capture) -> _Run:
         if id(capture) not in self._dense:
@@ -153,6 +212,12 @@ def _untrained(outputs: Sequence[tuple[Tensor, Tensor]], differentiates: bool) -
     if differentiates and not any(parameter.grad is not None for _, parameter in outputs):
         return "no gradient reaches it, because its output is detached or not part of what the model returns"
     return ""
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, MemcompileError):
+        return str(error).removeprefix("memcompile: ")
+    return f"its code does not run with a stand-in ({_described(error)})"
 
 
 def _described(error: Exception) -> str:

@@ -14,6 +14,7 @@ from torch._dynamo import OptimizedModule
 from torch._dynamo.decorators import mark_unbacked
 from torch.autograd import Variable
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
@@ -54,6 +55,11 @@ def has_state_dict_hooks(optimizer: Optimizer) -> bool:
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a DTensor; any other tensor as it is."""
     return DTensor.to_local(tensor) if isinstance(tensor, DTensor) else tensor  # as it is stored
+
+
+def local_offset(tensor: DTensor) -> tuple[int, ...]:
+    """Where in the whole tensor this rank's part begins."""
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ layers, by which it is known before whether the model's own code runs with stand
 
 import contextlib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from memcompile.runtime.distributed.sharding import cut_layers, new_sharded_valu
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.stand_ins.added import WeightProxy
+from memcompile.runtime.stand_ins.modules import mark_replaced
+from memcompile.runtime.stand_ins.operations import Operations
 from memcompile.runtime.stand_ins.replaced import ReplacedParameter, Role
 from memcompile.runtime.state_dicts import tell_part, watch_state_dicts
 from memcompile.runtime.storage.frozen_values import create_values, keep_in_place
@@ -46,12 +48,15 @@ def _runs(root: nn.Module, path: str) -> bool:
     return type(module).forward is not nn.Module.forward and not isinstance(module, _CONTAINERS)
 
 
-def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> dict[str, dict[str, nn.Parameter]]:
+def install(
+    pool: MemoryPool, root: nn.Module, chosen: list[FfnSite], operations: Mapping[str, Operations]
+) -> dict[str, dict[str, nn.Parameter]]:
     """Creates the values and one `MemoryLayer` a site. Replaces the FFNs' parameters by stand-ins, or puts stand-ins
     before their weights where the memory is added.
 
     A layer is registered as ``memory`` on the module that held the down-projection's weight, so that its
-    parameters read ``...mlp.down_proj.memory.half_keys``. The sites are named from ``root``.
+    parameters read ``...mlp.down_proj.memory.half_keys``. The sites are named from ``root``, and ``operations`` has
+    what the rehearsal recorded of each, by its down-projection.
 
     The model changes only after everything new exists: an error, or a table too large for the memory, leaves it
     as it was. Returns the parameters of each chosen FFN by their names, under the key of its layer in the pool; those
@@ -71,6 +76,8 @@ def install(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> dict[st
     for site in chosen:
         down = root.get_parameter(site.down)
         layer = MemoryLayer(pool, site.name or site.down, site.width, down.dtype, down.device)
+        layer.operations = operations[site.down]
+        layer.operations.records = False
         layers.append(layer.train(_holder(root, site).training))
 
     keys = [site.down.removeprefix(pool.prefix) for site in chosen]
@@ -120,7 +127,10 @@ def put_stand_ins(root: nn.Module, site: FfnSite, layer: Any, adds: bool) -> Non
             continue
         width = parameter.numel() // site.width if role is Role.UP else 0
         del holder._parameters[attribute]
-        setattr(holder, attribute, ReplacedParameter(name, role, width, layer, parameter.shape))
+        state = name.removeprefix(f"{site.name}.")  # equal blocks share a compiled graph
+        within = holder if role is Role.DOWN else None
+        setattr(holder, attribute, ReplacedParameter(name, role, width, layer, parameter.shape, state, within))
+        mark_replaced(holder)
 
 
 def _check(pool: MemoryPool, root: nn.Module, chosen: list[FfnSite]) -> None:
@@ -144,23 +154,32 @@ class RehearsedLayer:
 
     Attributes:
         outputs: what each call returned, and a parameter that it read.
+        operations: what it records of the FFN.
     """
 
-    def __init__(self, site: FfnSite, config: MemoryConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        site: FfnSite,
+        config: MemoryConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        operations: Operations,
+    ) -> None:
         self.name, self.width, self._device = site.name or site.down, site.width, device
         self._config = MemoryConfig(
             placement=config.placement, gate=config.gate, qk_norm=config.qk_norm,
             n_keys=2, heads=1, top_k=1, key_dim=2, value_dim=site.width,
         )  # fmt: skip
+        self.operations = operations
         self.query_weight = types.SimpleNamespace(dtype=dtype, device=device)
         self.outputs: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         dtype, config = self.query_weight.dtype, self._config
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=()):
-            query_weight, *others = new_layer(config, self.width, dtype, self._device).values()
+            parameters: list[Any] = [*new_layer(config, self.width, dtype, self._device).values()]
             values = nn.Parameter(torch.zeros(values_shape(config), dtype=dtype, device=x.device))
-        query_bias, half_keys, *rest = others
+        query_weight, query_bias, half_keys, *rest = parameters
         output = memory_lookup(x, query_weight, query_bias, half_keys, values, *rest, heads=1, top_k=1)
         self.outputs.append((output, query_weight))
         return output
@@ -168,9 +187,11 @@ class RehearsedLayer:
 
 @contextlib.contextmanager
 def rehearsed_stand_ins(
-    root: nn.Module, sites: Sequence[FfnSite], config: MemoryConfig
+    root: nn.Module, sites: Sequence[FfnSite], config: MemoryConfig, operations: Mapping[str, Operations]
 ) -> Iterator[list[RehearsedLayer]]:
-    """Puts stand-ins with layers for a rehearsal into the FFNs of ``sites``; afterwards the model is as it was."""
+    """Puts stand-ins with layers for a rehearsal into the FFNs of ``sites``, which record what ``operations`` the FFNs
+    have; afterwards the model is as it was.
+    """
     names = [name for site in sites for name in site.parameters]
     holders = {id(h): h for h in (root.get_submodule(name.rpartition(".")[0]) for name in names)}.values()
     before = [(h, type(h), dict(h.__dict__), dict(h._parameters)) for h in holders]
@@ -178,7 +199,7 @@ def rehearsed_stand_ins(
     try:
         for site in sites:
             down = root.get_parameter(site.down)
-            layers.append(RehearsedLayer(site, config, down.dtype, down.device))
+            layers.append(RehearsedLayer(site, config, down.dtype, down.device, operations[site.down]))
             put_stand_ins(root, site, layers[-1], config.placement == "add")
         yield layers
     finally:

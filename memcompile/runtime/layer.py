@@ -8,11 +8,13 @@ from torch.distributed.tensor import DTensor
 
 from memcompile.lowering import memory_lookup
 from memcompile.lowering._torch import functorch_is_active
-from memcompile.lowering.parameters import draw_layer, new_layer
+from memcompile.lowering.parameters import new_layer
 from memcompile.runtime._torch import is_exporting, without_torch_function
 from memcompile.runtime.distributed.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
+from memcompile.runtime.stand_ins.operations import Operations
 from memcompile.runtime.state_dicts import encode_plan
+from memcompile.runtime.storage.drawing import draw_parameters
 from memcompile.runtime.table.current_values import is_alias
 from memcompile.runtime.table.table import flush_while_traced
 
@@ -28,6 +30,7 @@ class MemoryLayer(nn.Module):
 
     Attributes:
         name: path of the module that owned the FFN.
+        operations: what the FFN did between its projections, where the layer replaced it.
         query_weight: [heads * key_dim, width], xavier uniform.
         query_bias: [heads * key_dim], zero.
         half_keys: [2, heads, n_keys, key_dim / 2], U(-key_dim**-1/2, key_dim**-1/2).
@@ -50,7 +53,7 @@ class MemoryLayer(nn.Module):
     def __init__(self, pool: MemoryPool, name: str, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         config = pool.config
-        self.name = name
+        self.name, self.operations = name, Operations()
         self.width, self.heads, self.top_k = width, config.heads, config.top_k
         self.pool: MemoryPool
         object.__setattr__(self, "pool", pool)  # not a submodule: the values belong to the root
@@ -58,8 +61,8 @@ class MemoryLayer(nn.Module):
             self.register_parameter(own, parameter)
 
     def reset_parameters(self) -> None:
-        """Draws the layer's own parameters anew; the pool's values stay."""
-        draw_layer(self._parameters, self.pool.config)
+        """Draws the layer's own parameters anew; the pool's values stay. A collective where they are DTensors."""
+        draw_parameters(self)
 
     def parameters_of_lookup(self, values: Tensor) -> LayerTensors:
         """What the op reads besides the tokens, in the order of its arguments; DTensors where they are sharded."""

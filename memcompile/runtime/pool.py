@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from memcompile.common.sites import VALUES_NAME, FfnSite
+from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite
 from memcompile.config import MemoryConfig
 from memcompile.runtime import patches
 from memcompile.runtime.table.hooks import watch_optimizers
@@ -102,8 +102,17 @@ class MemoryPool:
 
     def memory_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The values and the parameters of every memory layer, by their full names from the owner."""
-        own = {id(self.values)} | {id(p) for layer in self.layers.values() for p in layer.parameters()}
+        own = {id(self.values)} | {id(p) for down in self.layers for p in self.layer_parameters(down)}
         return ((name, p) for name, p in self.owner.named_parameters() if id(p) in own)
+
+    def layer_parameters(self, down: str) -> list[nn.Parameter]:
+        """The parameters of a layer, and of what is registered in its place: a wrapper may run a copy of it."""
+        layer = self.layers[down]
+        try:
+            registered = self.owner.get_submodule(f"{down.rpartition('.')[0]}.{LAYER_NAME}".lstrip("."))
+        except AttributeError:  # a wrapper around the projection has changed the names
+            registered = layer
+        return list(dict.fromkeys([*layer.parameters(), *registered.parameters()]))
 
     @property
     def chosen(self) -> list[FfnSite]:

@@ -11,6 +11,7 @@ from memcompile.errors import PlanError
 from memcompile.passes.detect.detect import find_in_model
 from memcompile.planning.rehearsal import rehearse
 from memcompile.runtime.install import rehearsed_stand_ins
+from memcompile.runtime.stand_ins.operations import Operations
 from tests.models import WIDTH, ZOO, Block, Transformer, around, plain_ffn
 from tests.planned import MEMORY
 
@@ -46,7 +47,7 @@ def rehearsed(model: nn.Module, placement: str = "replace", example_inputs=None)
     captures, blocks = find_in_model(Pipeline("find"), model, example_inputs)
     sites = [block.site for block in blocks if block.site.refusal is None]
     assert sites
-    return rehearse(model, captures, sites, MemoryConfig(placement=placement))
+    return rehearse(model, captures, sites, MemoryConfig(placement=placement)).refusals
 
 
 @pytest.mark.parametrize("placement", ["replace", "add"])
@@ -87,9 +88,48 @@ def test_stand_ins_of_a_rehearsal_leave_no_trace(placement):
     model, inputs = ZOO["inner_norm"]()
     sites = memcompile.find_ffns(model, inputs)
     state = [(type(m), list(m.__dict__), list(m._parameters.items())) for m in model.modules()]
-    with pytest.raises(ZeroDivisionError), rehearsed_stand_ins(model, sites, MemoryConfig(placement=placement)):
+    operations, config = {site.down: Operations() for site in sites}, MemoryConfig(placement=placement)
+    with pytest.raises(ZeroDivisionError), rehearsed_stand_ins(model, sites, config, operations):
         1 / 0  # noqa: B018
     assert [(type(m), list(m.__dict__), list(m._parameters.items())) for m in model.modules()] == state
+
+
+class InOneMode(nn.Module):
+    """An FFN that does something else in one of the modes."""
+
+    def __init__(self, other, mode):
+        super().__init__()
+        self.up, self.down, self.other, self.mode = nn.Linear(WIDTH, 80), nn.Linear(80, WIDTH), other, mode
+
+    def forward(self, x):
+        hidden = self.up(x).relu()
+        return self.down(self.other(hidden) if self.training is self.mode else hidden)
+
+
+def mixes_tokens(hidden):
+    return hidden - hidden.mean(1, keepdim=True)
+
+
+def scales(hidden):
+    return hidden * 0.5
+
+
+def fails(hidden):
+    raise RuntimeError("has no forward in this mode")
+
+
+@pytest.mark.parametrize("planned_in", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("other", [mixes_tokens, scales, fails])
+def test_the_other_mode_is_rehearsed_too(planned_in, other):
+    model = around(plain_ffn, layers=3).train(planned_in)
+    model.blocks[1].ffn = InOneMode(other, not planned_in).train(planned_in)
+    rows = memcompile.plan(model, memory_layers="all", **MEMORY).rows
+    assert [row.chosen for row in rows] == [True, other is not mixes_tokens, True]
+    if other is mixes_tokens:
+        mode = "eval" if planned_in else "train"
+        assert rows[1].reason.startswith(f"in {mode} mode ") and "mean over tokens" in rows[1].reason
+    for training in (planned_in, not planned_in) if other is not fails else (planned_in,):
+        model.train(training)(torch.randint(50, (2, 5)))
 
 
 # --- dtypes ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,10 @@ A graph names an operator and not what it computes, so a cache would return the 
 every backend, plain Inductor too; `graph_pass.py` adds the options to the key of ours.
 """
 
+import contextlib
 import hashlib
+import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +28,7 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
+_planning = threading.local()  # `depth`: in how many contexts of `traced_to_plan` the thread is
 _traced_alone = False  # an operator was compiled while no planned model had tagged the caches
 
 
@@ -41,12 +45,22 @@ def untag_caches() -> None:
         torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag.replace(_tag(), "").strip()
 
 
+@contextlib.contextmanager
+def traced_to_plan() -> Iterator[None]:
+    """What this thread traces in here is looked at, and not compiled."""
+    _planning.depth = getattr(_planning, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _planning.depth -= 1
+
+
 def tag_traced() -> None:
     """Tags the caches when an operator of this package is traced: exported programs and rewritten graphs are compiled
     where no model is planned.
     """
     global _traced_alone
-    if _tag() not in torch.compiler.config.cache_key_tag:
+    if getattr(_planning, "depth", 0) == 0 and _tag() not in torch.compiler.config.cache_key_tag:
         _traced_alone = True
         tag_caches()
 

@@ -26,13 +26,13 @@ class Forward:
         arguments: of the call. Only shapes and dtypes of tensors are read, unless the call computes.
         compute: run on copies of the real tensors: some paths depend on values (the tokens of an image, a router's
             choice), and some operators have no fake kernel for every dtype.
-        evaluate: run in eval mode, whatever mode the module is in.
+        training: run in train mode, or in eval mode, whatever mode the module is in; None is the module's own.
         device: of the tensors in the arguments.
     """
 
     arguments: Arguments
     compute: bool = False
-    evaluate: bool = False
+    training: bool | None = None
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     def run(self, module: nn.Module, through: Callable[[Callable], Callable] = lambda function: function) -> Any:
@@ -56,9 +56,9 @@ class Forward:
             as_input = mode.from_tensor if isinstance(mode, FakeTensorMode) else _copy
             parameters = {name: as_input(p) for name, p in module.named_parameters()}
             buffers = {name: as_input(b) for name, b in module.named_buffers()}
-            if self.evaluate:
+            if self.training is not None:
                 for inner in module.modules():  # not eval(), which may be the owner's own and change weights
-                    inner.training = False
+                    inner.training = self.training
             with mode:
                 args, kwargs = pytree.tree_map(argument, (self.arguments.args, self.arguments.kwargs))
                 # What it sets in context variables, it sets in a copy of the context.

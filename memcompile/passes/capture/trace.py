@@ -111,7 +111,7 @@ def _skipped_in_training(model: nn.Module, names: dict[int, str], captures: Sequ
     assert whole.forward is not None
     for compute in (False, True) if can_compute(model) else (False,):
         try:
-            capture = _trace_once(model, "", names, dataclasses.replace(whole.forward, compute=compute, evaluate=True))
+            capture = _trace_once(model, "", names, dataclasses.replace(whole.forward, compute=compute, training=False))
         except NotRestored:
             raise
         except Exception as error:  # as in train mode, the owner's code may fail in any way

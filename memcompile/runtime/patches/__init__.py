@@ -25,6 +25,7 @@ def needed_by(pool: MemoryPool) -> dict[str, bool]:
         "optimizer_loading": True,
         "optimizer_step": True,
         "data_parallel": True,
+        "emptied": True,
         "pipelining": dist.is_initialized(),
         "sparse_clipping": pool.config.gradient != "dense",
         "clipping": is_sharded,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from memcompile.common.token_wise import PROJECTIONS, RESHAPES, TRANSPOSES, canonical
 from memcompile.errors import CaptureError, PlanError
-from memcompile.runtime.stand_ins.replaced import Role, projected_operand
+from memcompile.runtime.stand_ins.replaced import Role, projected_operand, running_layer
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
@@ -230,7 +230,7 @@ def _projected(result: Any, operand: Any, weights: list[Any], activations: list[
     if operand.differentiable and torch.is_grad_enabled() and not operand.value.requires_grad:
         raise operand.error("lost its gradient between the projections: an autograd.Function takes tensors alone")
     # Some models keep the down-projection in a higher precision (T5): the memory has its dtype.
-    memory = layer(operand.source.to(layer.query_weight.dtype))
+    memory = running_layer(layer, weight.module)(operand.source.to(layer.query_weight.dtype))
     return result + memory.reshape(result.shape).to(result.dtype)
 
 

@@ -1,12 +1,14 @@
 """Shape arithmetic of a hidden activation: where its tokens end and its features begin. Knows no tensor's values.
 
 Shapes are split in leading dimensions, which count tokens and may be symbolic, and feature dimensions, which are
-integers. Every function returns None where an operator would mix the two.
+integers. Functions return None where an operator would mix the two.
 """
 
 import math
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 Features = tuple[int, ...]
 
@@ -87,3 +89,8 @@ def parts(size: int, split: int | Sequence[int]) -> list[int]:
         return list(split)
     whole, rest = divmod(size, split)
     return [split] * whole + [rest] * (rest > 0)
+
+
+def listed(sizes: tuple) -> Any:
+    """Sizes that are given one by one, or as one sequence."""
+    return sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], (int, torch.SymInt)) else sizes

@@ -17,22 +17,32 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memcompile.common import token_wise
+from memcompile.common.sites import LAYER_NAME
 from memcompile.common.token_wise import CASTS, POINTWISE, PROJECTIONS, canonical
 from memcompile.errors import CaptureError
 from memcompile.runtime.stand_ins.hidden import HiddenActivation
+from memcompile.runtime.stand_ins.operations import TRAINED, History, StandIn, State, states_of, unproved
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
 
-# What leaves a replaced parameter as it is; a loop that initialises every module's weights finds nothing to do.
+# What leaves a replaced parameter as it is.
 _KEEPS = token_wise.TRANSPOSES | CASTS | token_wise.RESHAPES
-_KEEPS |= frozenset(
-    """uniform_ normal_ trunc_normal_ constant_ ones_ zeros_ xavier_uniform_ xavier_normal_ kaiming_uniform_
-    kaiming_normal_ orthogonal_""".split()
+# What a program's own initialisation does. It passes a replaced parameter by: there is nothing to initialise.
+_WRITES = frozenset(name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_"))
+_WRITES |= frozenset(name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_"))
+_IN_PLACE_OPERATORS = frozenset(f"__i{name}__" for name in "add sub mul truediv pow and or".split())
+_WRITES |= _IN_PLACE_OPERATORS
+# A write that adds a tensor to what was there: a merged adapter, a mask.
+_ADDS = frozenset(f"{name}_" for name in POINTWISE - {"masked_fill", "where"})
+_ADDS |= _IN_PLACE_OPERATORS | frozenset(
+    "addbmm_ addmm_ addmv_ addr_ baddbmm_ index_add_ scatter_add_ scatter_reduce_".split()
 )
+_PARTS = (token_wise.FEATURE_SPLITS - {"slice"}) | {"__getitem__"}
+_IN_PLACE = _IN_PLACE_OPERATORS | frozenset(f"{name}_" for name in token_wise.TOKEN_WISE)
 # Random or constant tensors in the shape of a hidden activation: a dropout that the model spells out.
 _FACTORIES = {f"{name}_like": getattr(torch, name) for name in ("rand", "randn", "zeros", "ones", "empty")}
 
@@ -48,10 +58,10 @@ class Role(enum.Enum):
 def _torch_function(
     cls: type, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
 ) -> Any:
-    return _dispatch(canonical(func.__name__), args, kwargs or {})
+    return _dispatch(func.__name__, args, kwargs or {})
 
 
-class ReplacedParameter:
+class ReplacedParameter(StandIn):
     """Stands where a parameter of a replaced FFN was.
 
     Attributes:
@@ -60,6 +70,8 @@ class ReplacedParameter:
         width: features that an up-projection by it produces; 0 for other roles.
         layer: the memory layer that replaced the FFN.
         shape: the parameter's shape, for code that asks.
+        state: the name within the FFN, or what led to this part of the parameter or to what was computed of it.
+        holder: of a down-projection's weight the module that has it, and the memory layer too.
         cast: the dtype that the model's code cast it to for one call, if it did.
     """
 
@@ -70,9 +82,12 @@ class ReplacedParameter:
         width: int,
         layer: MemoryLayer,
         shape: torch.Size,
+        state: State,
+        holder: nn.Module | None = None,
         cast: torch.dtype | None = None,
     ) -> None:
-        self.name, self.role, self.width, self.layer, self.shape, self.cast = name, role, width, layer, shape, cast
+        self.name, self.role, self.width, self.layer, self.shape = name, role, width, layer, shape
+        self.state, self.holder, self.cast = state, holder, cast
 
     def _itself(self, *args: Any, **kwargs: Any) -> ReplacedParameter:
         return self
@@ -81,7 +96,9 @@ class ReplacedParameter:
         for argument in (*args, *kwargs.values()):
             dtype = argument if isinstance(argument, torch.dtype) else getattr(argument, "dtype", None)
             if dtype is not None:
-                return ReplacedParameter(self.name, self.role, self.width, self.layer, self.shape, dtype)
+                return ReplacedParameter(
+                    self.name, self.role, self.width, self.layer, self.shape, self.state, self.holder, dtype
+                )
         return self
 
     def float(self) -> ReplacedParameter:
@@ -97,15 +114,23 @@ class ReplacedParameter:
         return self.to(torch.float64)
 
     type = type_as = to
-    contiguous = detach = clone = _itself
-    uniform_ = normal_ = trunc_normal_ = fill_ = zero_ = copy_ = _itself
-    data = property(_itself)
-    t = transpose = permute = view = reshape = unsqueeze = squeeze = expand = _itself
+    contiguous = detach = clone = cpu = cuda = _itself
+    t = transpose = permute = view = reshape = unsqueeze = squeeze = expand = view_as = flatten = __setitem__ = _itself
+    data = property(_itself, lambda self, data: None)
+    requires_grad = property(lambda self: False, lambda self, requires_grad: None)
+    is_meta = True  # it holds no numbers either: initialisations that read what they have drawn leave it alone
     T = property(_itself)
     mT = property(_itself)  # noqa: N815
 
     def dim(self) -> int:
         return len(self.shape)
+
+    ndimension = dim
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    ndim = property(dim)
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -113,28 +138,41 @@ class ReplacedParameter:
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     def __matmul__(self, other: Any) -> Any:
         raise CaptureError(f"memcompile: {self.name}, which a memory replaced, is multiplied from the left")
+
+    def derived(self, operator: str, operands: Sequence[Any], shape: torch.Size) -> ReplacedParameter:
+        """What an operator makes of it: no weight of a projection."""
+        state = (operator, *states_of(operands))
+        if TRAINED in state:
+            raise unproved(self.layer, f"`{operator}` of {self.name}", operands, self.state)
+        return ReplacedParameter(self.name, Role.OTHER, 0, self.layer, shape, state, cast=self.cast)
 
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):  # copy and pickle ask a bare instance for these
             raise AttributeError(attribute)
         if attribute in ("dtype", "device"):
             return (attribute == "dtype" and self.cast) or getattr(self.layer.query_weight, attribute)
+        if attribute.startswith("new_"):
+            return getattr(torch.empty(0, dtype=self.dtype, device=self.device), attribute)
         raise AttributeError(
             f"{attribute!r} of {self.name}: this parameter was replaced by a memory "
-            f"(memcompile.explain(model) lists which); exclude its block from memory_layers to keep it"
+            f"(memcompile.explain(model) lists which, memcompile.replaced_modules(model) the modules that held them); "
+            f"exclude its block from memory_layers to keep it"
         )
 
     def __repr__(self) -> str:
         return f"ReplacedParameter({self.name})"
 
 
-def _forward_operator(name: str) -> Callable:
+def _forwarded(spelling: str) -> Callable:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _dispatch(name, (self, *args), kwargs)
+        return _dispatch(spelling, (self, *args), kwargs)
 
-    method.__name__ = name
+    method.__name__ = spelling
     return method
 
 
@@ -146,29 +184,28 @@ def _refused_operator(spelling: str) -> Callable:
 
 
 _METHODS = POINTWISE | CASTS | token_wise.DROPOUTS | token_wise.FEATURE_REDUCTIONS | {"min", "max"}
-_ARITHMETIC = [f"__{side}{name}__" for name in "add sub mul pow truediv".split() for side in ("", "r", "i")]
-_ARITHMETIC += ["__neg__", "__pos__", "__abs__"]
-_OTHERS = "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __invert__ __matmul__".split()
-_reached: tuple[tuple[Any, frozenset[str], list[str]], ...] = (
-    (HiddenActivation, _METHODS, _ARITHMETIC + _OTHERS),
-    (ReplacedParameter, POINTWISE, _ARITHMETIC),
+_METHODS |= {f"{name}_" for name in _METHODS}
+_ARITHMETIC = {f"__{side}{name}__" for name in "add sub mul pow truediv".split() for side in ("", "r", "i")}
+_ARITHMETIC |= {"__neg__", "__pos__", "__abs__"}
+_OTHERS = set("__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __invert__ __matmul__".split())
+_reached: tuple[tuple[Any, frozenset[str]], ...] = (
+    (HiddenActivation, _METHODS | _ARITHMETIC | _OTHERS),
+    (ReplacedParameter, POINTWISE | _WRITES | _ARITHMETIC | _PARTS),
 )
 # Python operators and tensor methods reach a stand-in as attributes, not through __torch_function__.
-for _class, _methods, _operators in _reached:
+for _class, _spellings in _reached:
     _class.__torch_function__ = classmethod(_torch_function)
-    for _name in sorted(_methods):
-        for _spelling in (_name, f"{_name}_"):
-            if not hasattr(_class, _spelling):
-                setattr(_class, _spelling, _forward_operator(_name))
-    for _spelling in _operators:
-        setattr(_class, _spelling, _forward_operator(canonical(_spelling)))
+    for _spelling in _spellings:
+        if _spelling.startswith("__") or not hasattr(_class, _spelling):
+            setattr(_class, _spelling, _forwarded(_spelling))
 # Without these Python would have an answer of its own: an object is true.
-for _name in "bool int float len setitem floordiv mod xor".split():
-    setattr(HiddenActivation, f"__{_name}__", _refused_operator(f"__{_name}__"))
+for _spelling in "bool int float len setitem floordiv mod xor".split():
+    setattr(HiddenActivation, f"__{_spelling}__", _refused_operator(f"__{_spelling}__"))
 
 
-def _dispatch(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Runs operator ``name`` on arguments of which at least one is a stand-in."""
+def _dispatch(spelling: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Runs an operator, by the name of its function or method, on arguments of which at least one is a stand-in."""
+    name = canonical(spelling)
     given = (*args, *kwargs.values())
     operands = [a for arg in given for a in (arg if isinstance(arg, (list, tuple)) else (arg,))]
     if name in PROJECTIONS:
@@ -176,21 +213,42 @@ def _dispatch(name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     hidden = [a for a in operands if isinstance(a, HiddenActivation)]
     if hidden:
         if name in _FACTORIES:
-            like = {"dtype": hidden[0].dtype, "device": hidden[0].device, **kwargs}
-            return _FACTORIES[name](hidden[0].shape, **like)
-        return hidden[0].run(name, hidden, args, kwargs)
+            return _like(name, hidden[0], kwargs)
+        in_place = spelling in _IN_PLACE or kwargs.get("inplace") is True
+        return hidden[0].run(name, hidden, operands, args, kwargs, in_place)
     replaced = [a for a in operands if isinstance(a, ReplacedParameter)]
-    others = [a for a in operands if isinstance(a, Tensor)]
+    first, others = replaced[0], [a for a in operands if isinstance(a, Tensor)]
+    written = kwargs.get("out") is first or (spelling in _WRITES and next(iter(args), kwargs.get("tensor")) is first)
+    if written and not (spelling in _ADDS and any(other.dim() > 0 or other.requires_grad for other in others)):
+        return first
     if name in _KEEPS and not others:
-        return replaced[0]
-    if name == "add" and len(others) == 1 and _is_down_bias(replaced[0], others[0]):
+        return first
+    if name in _FACTORIES:
+        return _like(name, first, kwargs)
+    if spelling in _PARTS and not others:
+        return _parts(spelling, first, args[1:], kwargs)
+    if name == "add" and len(others) == 1 and _is_down_bias(first, others[0]):
+        if first.layer.operations.after((first.state, name)) is None:
+            raise unproved(first.layer, f"what was made of {first.name}", (), first.state)
         return others[0]
     if name in POINTWISE and _is_derived(replaced, others):
-        return replaced[0]
+        return first.derived(name, operands, first.shape)
     raise CaptureError(
-        f"memcompile: {replaced[0].name} was replaced by a memory, but {name} reads it; "
-        f"exclude its block from memory_layers to keep the parameter"
+        f"memcompile: {first.name} was replaced by a memory, but {spelling} reads it; exclude its block from "
+        f"memory_layers to keep the parameter"
     )
+
+
+def _like(name: str, stand_in: Any, kwargs: dict[str, Any]) -> Tensor:
+    return _FACTORIES[name](stand_in.shape, **{"dtype": stand_in.dtype, "device": stand_in.device, **kwargs})
+
+
+def _parts(spelling: str, parameter: ReplacedParameter, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Parts of a parameter, as an initialisation writes to and as an FFN with one bias for all reads."""
+    parts = getattr(torch.empty(parameter.shape, device="meta"), spelling)(*args, **kwargs)
+    if isinstance(parts, Tensor):
+        return parameter.derived(spelling, (parameter,), parts.shape)
+    return tuple(parameter.derived(spelling, (parameter,), part.shape) for part in parts)
 
 
 def _is_down_bias(parameter: ReplacedParameter, output: Tensor) -> bool:
@@ -201,10 +259,10 @@ def _is_down_bias(parameter: ReplacedParameter, output: Tensor) -> bool:
 
 def _is_derived(replaced: Sequence[ReplacedParameter], others: Sequence[Tensor]) -> bool:
     """Whether something is computed of learned vectors and constants, which only the hidden activation reads:
-    ``1 + gamma``, ``softplus(alpha)``.
+    ``1 + gamma``, ``softplus(alpha)``; or of parameters and numbers alone.
     """
     rank = max(len(parameter.shape) for parameter in replaced)
-    return all(p.role is Role.OTHER for p in replaced) and all(other.dim() <= rank for other in others)
+    return not others or (all(p.role is Role.OTHER for p in replaced) and all(o.dim() <= rank for o in others))
 
 
 def projected_operand(name: str, args: tuple, kwargs: dict[str, Any], weight: type) -> Any:
@@ -232,10 +290,19 @@ def _project(name: str, operands: Sequence[Any], args: tuple, kwargs: dict[str, 
     if weight.role is Role.UP:
         if not isinstance(activation, Tensor):
             raise CaptureError(f"memcompile: {weight.name} projects {activation!r}, which is no tensor")
-        return HiddenActivation(activation, (weight.width,), weight.layer)
+        beside = [a for a in operands if a is not activation]
+        state = weight.layer.operations.after((weight.state, "projection", *states_of(beside)))
+        if state is None:
+            raise unproved(weight.layer, f"`projection` by {weight.name}", beside, weight.state)
+        return HiddenActivation(activation, (weight.width,), weight.layer, History(state, activation))
     if not isinstance(activation, HiddenActivation) or activation.layer is not weight.layer:
         raise CaptureError(
             f"memcompile: {weight.name} was replaced by a memory, but projects {type(activation).__name__} "
             f"that its own up-projection did not produce; exclude its block from memory_layers"
         )
-    return activation.project(weight.cast)
+    return activation.project(running_layer(weight.layer, weight.holder), operands, weight.cast)
+
+
+def running_layer(layer: Any, holder: nn.Module | None) -> Any:
+    """What is registered in a layer's place: PEFT's ``modules_to_save`` puts a wrapper there, which runs a copy."""
+    return holder._modules[LAYER_NAME] if isinstance(layer, nn.Module) and holder is not None else layer

@@ -1,1 +1,1 @@
-"""Values for inference, in a file or in the CPU's memory."""
+"""Where values come from: drawn anew, or, for inference, in a file or in the CPU's memory."""

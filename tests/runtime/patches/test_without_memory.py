@@ -169,6 +169,35 @@ def backward() -> Any:
     )
 
 
+def emptied() -> Any:
+    with torch.device("meta"):
+        model = dense()
+    state = torch.get_rng_state()
+    model[0].to_empty(device="cpu")
+    alone = [p.is_meta for p in model.parameters()]
+    model.to_empty(device="cpu", recurse=False)
+    model.to_empty(device="cpu")
+    return (
+        alone,
+        [p.device for p in model.parameters()],
+        state,
+        torch.get_rng_state(),
+        told(lambda: model.to_empty("cpu")),
+    )
+
+
+def pretrained() -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=9, n_positions=4)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for module in model.modules():
+        del module._is_hf_initialized
+    model.init_weights()
+    return before, dict(model.named_parameters())
+
+
 def data_parallel() -> Any:
     model = dense()
     ddp = DistributedDataParallel(model, bucket_cap_mb=1)
@@ -233,7 +262,7 @@ def pipelining() -> Any:
     return output, told(lambda: PipelineStage(dense(), 1, 1, torch.device("cpu")))
 
 
-ALONE = [loading, optimizer_loading, optimizer_step, sparse_clipping, cache_key, backward]
+ALONE = [loading, optimizer_loading, optimizer_step, sparse_clipping, cache_key, backward, emptied]
 IN_A_GROUP = [data_parallel, clipping, fully_shard, pipelining]
 
 

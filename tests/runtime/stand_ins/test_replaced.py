@@ -16,18 +16,7 @@ from memcompile import CaptureError
 from memcompile.runtime.stand_ins.replaced import HiddenActivation, ReplacedParameter
 from tests.models import HIDDEN, WIDTH, around
 from tests.planned import MEMORY, planned_gpt
-
-
-class OperatedFfn(nn.Module):
-    """Runs `operator`, set after planning, on its hidden activation."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.up, self.down, self.other = nn.Linear(width, hidden), nn.Linear(hidden, width), nn.Linear(hidden, hidden)
-        self.operator: Callable = lambda h: h
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.operator(F.gelu(self.up(x))))
+from tests.runtime.stand_ins.operated import TOKEN_WISE, OperatedFfn, have_had
 
 
 @pytest.fixture
@@ -41,47 +30,6 @@ def ffn() -> OperatedFfn:
 def x() -> Tensor:
     return torch.randn(3, 5, WIDTH)
 
-
-TOKEN_WISE: dict[str, Callable] = {
-    "activation": torch.tanh,
-    "method": lambda h: h.sigmoid(),
-    "in place": lambda h: h.relu_(),
-    "function in place": lambda h: F.relu(h, inplace=True),
-    "arithmetic": lambda h: 1 - (2 * h + 3) / 4,
-    "divided": lambda h: 1 / (1 + h),
-    "in-place arithmetic": lambda h: h.mul_(2).add_(1),
-    "keyword": lambda h: torch.add(h, 1, alpha=2),
-    "power": lambda h: 2**h + h**2,
-    "abs": abs,
-    "negated": lambda h: -h,
-    "gated": lambda h: h * torch.sigmoid(h),
-    "cast": lambda h: h.to(torch.float64).type_as(h).contiguous(),
-    "dropout": lambda h: F.dropout(h, 0.5),
-    "layer norm": lambda h: F.layer_norm(h, (HIDDEN,)),
-    "rms norm spelt out": lambda h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6),
-    "mean over features": lambda h: h - torch.mean(h, dim=[2], keepdim=True),
-    "vector norm": lambda h: h / torch.linalg.vector_norm(h, dim=-1, keepdim=True),
-    "leading dimensions": lambda h: h.view(-1, HIDDEN).reshape(3, 5, -1),
-    "flattened tokens": lambda h: h.flatten(0, 1).unsqueeze(0).view(3, 5, HIDDEN),
-    "its own shape": lambda h: h.view(*h.shape[:-1], h.size(-1)) if h.dim() == h.ndim == 3 else None,
-    "chunked": lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
-    "split": lambda h: torch.mul(*h.split([HIDDEN // 2] * 2, dim=2)),
-    "sliced": lambda h: h[..., : HIDDEN // 2] * h[..., HIDDEN // 2 :],
-    "glu": F.glu,
-    "where": lambda h: torch.where(torch.tensor(True), h, 0.0),
-    "comparison": lambda h: h * (h > 0) + torch.where(h <= 0, h, 0.0),
-    "masked fill": lambda h: h.masked_fill(h < 0, 0).masked_fill_((h > 1) | ~(h < 2), 1),
-    "drop path": lambda h: h * h.new_empty(3, 1, 1).bernoulli_(0.5) * (torch.rand_like(h) > 0.1),
-    "statistics without the dimension": lambda h: h / h.square().mean(-1).sqrt().unsqueeze(-1),
-    "variance": lambda h: (h - h.mean(-1, True)) / h.var(-1, True, True),
-    "groups of features": lambda h: h.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2),
-    "groups by index": lambda h: torch.cat([h.view(3, 5, 2, -1)[..., 0, :], h.view(3, 5, 2, -1).select(-2, 1)], -1),
-    "unbound": lambda h: torch.cat(h.reshape(3, 5, 2, HIDDEN // 2).unbind(-2), -1),
-    "permuted features": lambda h: h.view(-1, 5, 2, HIDDEN // 2).permute(0, 1, 3, 2).reshape(3, 5, HIDDEN),
-    "minimum with a scalar tensor": lambda h: torch.min(h, torch.tensor(1.0)).max(torch.tensor(-1.0)),
-    "minimum of two": lambda h: torch.min(h, -h) + torch.maximum(h, torch.zeros(())),
-    "in groups of one": lambda h: (h.unsqueeze(-2) * h[:, :, None]).squeeze(2).view_as(h),
-}
 
 MIXING: dict[str, Callable] = {
     "roll": lambda h: torch.roll(h, 1, 1),
@@ -132,21 +80,19 @@ MIXING: dict[str, Callable] = {
 
 @pytest.mark.parametrize("name", TOKEN_WISE)
 def test_token_wise_operators_pass_the_input_on(name, ffn, x):
-    ffn.operator = TOKEN_WISE[name]
+    have_had(ffn, TOKEN_WISE[name], x)
     assert torch.equal(ffn(x), ffn.down.memory(x))
 
 
 @pytest.mark.parametrize("name", MIXING)
 def test_everything_else_names_the_block(name, ffn, x):
-    ffn.operator = MIXING[name]
     with pytest.raises(CaptureError, match=r"\(blocks\.1\.ffn\).*exclude the block from memory_layers"):
-        ffn(x)
+        have_had(ffn, MIXING[name], x)
 
 
 def test_a_hidden_activation_has_the_shape_that_it_would_have(ffn, x):
     seen: list[HiddenActivation] = []
-    ffn.operator = lambda h: seen.append(h) or h
-    ffn(x.double().float())
+    have_had(ffn, lambda h: seen.append(h) or h, x.double().float())
     (hidden,) = seen
     assert (hidden.shape, hidden.dtype, hidden.device) == ((3, 5, HIDDEN), torch.float32, x.device)
     assert hidden.is_floating_point()
@@ -192,7 +138,7 @@ def test_attributes_of_a_replaced_parameter(ffn):
     weight = ffn.up.weight
     assert isinstance(weight, ReplacedParameter)
     assert (weight.shape, weight.dtype, weight.device) == ((HIDDEN, WIDTH), torch.float32, torch.device("cpu"))
-    for attribute in ("grad", "requires_grad", "item"):
+    for attribute in ("grad", "item", "norm"):
         assert not hasattr(weight, attribute)
     with pytest.raises(AttributeError, match=r"'grad' of blocks\.1\.ffn\.up\.weight.*replaced by a memory"):
         weight.grad  # noqa: B018
@@ -223,6 +169,17 @@ BREAKS_THE_GRAPH = {"unbound", "drop path", "masked fill"}
 
 @pytest.mark.parametrize("name", sorted(TOKEN_WISE.keys() - BREAKS_THE_GRAPH))
 def test_dynamo_traces_them_without_a_graph_break(name, ffn, x):
-    ffn.operator = TOKEN_WISE[name]
+    have_had(ffn, TOKEN_WISE[name], x)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(ffn, backend="eager", fullgraph=True)(x), ffn.down.memory(x))
+
+
+@pytest.mark.parametrize("name", sorted(BREAKS_THE_GRAPH))
+def test_they_run_where_the_graph_breaks_within_the_ffn(name, ffn, x):
+    have_had(ffn, TOKEN_WISE[name], x)
+    torch._dynamo.reset()
+    compiled = torch.compile(ffn, backend="eager")
+    assert torch.equal(compiled(x), ffn.down.memory(x))
+    ffn.operator = lambda h: TOKEN_WISE[name](h) * 0
+    with pytest.raises(CaptureError, match=r"`mul` .* was not part of the FFN"):
+        compiled(x)
