@@ -127,6 +127,6 @@ def _name(holder: Any, held: set[int]) -> str | None:
         return f"the generator {holder.__qualname__!r}"
     if isinstance(holder, (types.FunctionType, type)):
         return f"{holder.__module__}.{holder.__qualname__}"
-    return (
-        None if isinstance(holder, _INSIDE) else f"an object of {type(holder).__module__}.{type(holder).__qualname__}"
-    )
+    if isinstance(holder, (*_INSIDE, *_ITERATORS, types.GeneratorType)):
+        return None
+    return f"an object of {type(holder).__module__}.{type(holder).__qualname__}"
