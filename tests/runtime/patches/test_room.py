@@ -27,7 +27,7 @@ FILES = [name for _, name, _ in pkgutil.iter_modules(patches.__path__) if name !
 CHANGES_TORCH = {
     "memcompile/compile.py": {"torch.compile"},
     "memcompile/lowering/inductor/caches.py": {"torch.compiler.config.cache_key_tag"},
-    "memcompile/passes/capture/sandbox.py": {"torch.Tensor.data", "torch.autograd.Function.apply"},
+    "memcompile/passes/capture/sandbox.py": {"torch.autograd.Function.apply"},
     "memcompile/runtime/table/hooks.py": {"register_optimizer_step_pre_hook"},
 }
 
