@@ -153,9 +153,9 @@ class RehearsedLayer:
     def __call__(self, x: Tensor) -> Tensor:
         dtype, config = self.query_weight.dtype, self._config
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=()):
-            query_weight, *others = new_layer(config, self.width, dtype, self._device).values()
+            parameters: list[Any] = [*new_layer(config, self.width, dtype, self._device).values()]
             values = nn.Parameter(torch.zeros(values_shape(config), dtype=dtype, device=x.device))
-        query_bias, half_keys, *rest = others
+        query_weight, query_bias, half_keys, *rest = parameters
         output = memory_lookup(x, query_weight, query_bias, half_keys, values, *rest, heads=1, top_k=1)
         self.outputs.append((output, query_weight))
         return output

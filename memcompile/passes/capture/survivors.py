@@ -19,11 +19,11 @@ from memcompile.passes._torch import FakeTensor, FakeTensorMode, pytree
 
 _DEPTH = 8  # objects between a tensor and what holds it
 _INSIDE = (dict, list, tuple, set, frozenset, types.CellType, types.FrameType, types.MethodType)
-_ITERATORS = (type(iter([])), type(iter(())), map, filter, itertools.starmap)
+_ITERATORS: tuple[Any, ...] = (type(iter([])), type(iter(())), map, filter, itertools.starmap)
 _numbers = itertools.count()
 
 
-class NumberedMode(FakeTensorMode):
+class NumberedMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """The mode of one forward. Its tensors tell which forward made them.
 
     Attributes:
