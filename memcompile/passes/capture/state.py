@@ -278,7 +278,7 @@ class State(TorchDispatchMode):
             self._undo.append(lambda: refill(dict, attributes_of(value), before))
             skipped = HOOKS if issubclass(type(value), nn.Module) else ()  # hooks do not run
             self._pending.extend(v for name, v in before.items() if name not in skipped)
-        for slot in _slots(type(value)):
+        for slot in _slots(type(value)):  # type: ignore[arg-type]
             content = content_of(slot, value)
             self._undo.append(functools.partial(fill_slot, slot, value, content))
             self._pending.append(content)
