@@ -170,7 +170,7 @@ def test_the_steps_of_a_plan_and_of_a_compilation(caplog, tmp_path, monkeypatch)
     assert [name for pipeline, name, *_ in steps if pipeline == "compile"] == COMPILE
     counted = {name: f"{number} {what}" for _, name, number, what in steps}
     assert counted["trace"] == "1 graphs" and counted["detect"] == "4 blocks found"
-    assert counted["place"] == "2 blocks chosen" and counted["rehearse"] == "2 blocks rehearsed"
+    assert counted["place"] == "2 blocks chosen" and counted["rehearse"] == "4 blocks rehearsed"
     assert counted["install"] == "2 layers installed" and counted["verify"] == "2 lookups"
     written = [path.relative_to(tmp_path).as_posix().partition("-")[2] for path in sorted(tmp_path.rglob("*.txt"))]
     taking = [f"plan/0{n}-{PLAN[n - 1]}" for n in (2, 3)] + [f"compile/0{n}-{COMPILE[n - 1]}" for n in (1, 2, 3)]

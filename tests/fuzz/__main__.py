@@ -29,6 +29,7 @@ _CHOICES = {
     "model.head": spec.HEADS,
     "model.output": spec.OUTPUTS,
     "model.dtype": spec.DTYPES,
+    "model.cache": spec.CACHES,
     "miss": tuple(MISSES),
 }
 _SWITCHES = """ffn.bias ffn.gate_last ffn.flat block.late block.drop_path block.checkpoint block.shared

@@ -78,11 +78,15 @@ class _Writer:
             self._write_miss()
         if ffn.dropout in ("between", "both"):
             scope.do("h = F.dropout(h, 0.1, self.training)")
+        if ffn.cast == "down in float32":
+            scope.do(f"h = h.to({self.own}down.weight.dtype)")
         if self.block.miss == "up tied to down":
             scope.do(f"y = F.linear(h, {self.own}up.weight.t())")
         else:
             self._project("y", "h", "down", ffn.hidden, self.width)
-        scope.do(self.miss.after)
+        scope.do(self._fill(self.miss.after))
+        if ffn.cast == "down in float32":
+            scope.do(f"y = y.to({self.x}.dtype)")
         if ffn.flat:
             scope.do(f"y = y.view({original}.shape)")
         if ffn.dropout in ("after", "both"):
@@ -144,6 +148,7 @@ class _Writer:
         activation, scope = self.ffn.activation, self.scope
         cast, back = {
             "none": (None, None),
+            "down in float32": (None, None),
             "to(float32), to(dtype)": (f"{h} = {h}.to(torch.float32)", f"{h} = {h}.to({self.x}.dtype)"),
             "float(), type_as": (f"{h} = {h}.float()", f"{h} = {h}.type_as({self.x})"),
             "float(), to(weight.dtype)": (f"{h} = {h}.float()", f"{h} = {h}.to({self.own}{self._down()}.dtype)"),

@@ -76,6 +76,7 @@ def models(draw: st.DrawFn) -> Model:
         head=draw(st.sampled_from(spec.HEADS)),
         output=draw(_mostly_first(spec.OUTPUTS)),
         dtype=draw(_mostly_first(spec.DTYPES)),
+        cache=draw(_mostly_first(spec.CACHES)),
         training=draw(st.booleans()),
         guess=draw(st.booleans()),
     )
@@ -96,6 +97,9 @@ def fitted(model: Model) -> Model:
                 b if b.miss != block.miss else dataclasses.replace(b, miss=None) for b in blocks[i + 1 :]
             ]
         model = _forced(model, block.miss)
+    if any(block.miss == "detached" for block in blocks):  # the rest has a backward
+        blocks = [dataclasses.replace(b, residual="x = x + y") if b.residual == "x += y" else b for b in blocks]
+        blocks = [dataclasses.replace(b, miss=None) if b.miss == "source overwritten" else b for b in blocks]
     if model.head == "tied" and model.stem not in ("embedding", "positions"):
         model = dataclasses.replace(model, head="linear")
     return dataclasses.replace(model, blocks=tuple(blocks))
@@ -121,6 +125,8 @@ def _fitted_block(block: Block, first: Block | None, model: Model) -> Block:
         ffn = dataclasses.replace(ffn, hidden=20)
     if ffn.activation == "nn.PReLU()" or ffn.gating == "F.glu" or block.miss == "pruned":
         ffn = dataclasses.replace(ffn, cast="none")  # a weight of the model's dtype, or of another until its hook runs
+    if ffn.cast == "down in float32":
+        ffn = dataclasses.replace(ffn, projection="linear", cast="none" if block.miss else ffn.cast)
     views = _VIEWS if block.miss is None else (*_VIEWS, "view and select", "slices", "every other")
     if ffn.gating in views and ffn.activation in _IN_PLACE:
         ffn = dataclasses.replace(ffn, activation="F.relu({h})")  # autograd has no rule for it

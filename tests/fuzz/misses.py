@@ -114,6 +114,21 @@ MISSES: dict[str, Miss] = {
         "{own}a = nn.Parameter(torch.randn({hidden}, 2))\n{own}b = nn.Parameter(torch.randn(2, {width}))",
         after="y = y + lora",
     ),
+    "serial adapter": _mixing(
+        "",
+        "{own}narrow, {own}wide = nn.Linear({width}, 3), nn.Linear(3, {width})",
+        after="y = y + {own}wide(F.relu({own}narrow(y)))",
+    ),
+    "serial adapter without residual": _mixing(
+        "",
+        "{own}narrow, {own}wide = nn.Linear({width}, 3), nn.Linear(3, {width})",
+        after="y = {own}wide(F.relu({own}narrow(y)))",
+    ),
+    # What does not train.
+    "no_grad": _around(
+        "grad = torch.is_grad_enabled()\ntorch.set_grad_enabled(False)\ny = {ffn}\ntorch.set_grad_enabled(grad)"
+    ),
+    "detached": _mixing("", after="y = y.detach()", guess=(False,)),
     # What reads more than the source.
     "two sources": _reading(
         "{h} = {h} * torch.sigmoid({own}other(stream))", "{own}other = nn.Linear({width}, {hidden})"

@@ -9,7 +9,10 @@ from tests.fuzz.misses import MISSES, Miss
 from tests.fuzz.spec import Block, Model
 
 VOCABULARY = 11
-_IMPORTS = """import torch
+_IMPORTS = """import functools
+import threading
+
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
@@ -36,6 +39,71 @@ _MIXERS = {  # name -> what projects, what mixes the tokens of `v`
     ),
     "conv": ("v", "y = F.silu(self.conv(v.transpose(1, 2)).transpose(1, 2))"),
 }
+_CACHES = {
+    "none": "",
+    "plain object": """class Keep:
+    table = None
+
+    def __call__(self, x):
+        self.table = table(x) if self.table is None else self.table
+        return x + self.table
+
+
+keep = Keep()""",
+    "global": """KEPT = {}
+
+
+def keep(x):
+    if x.shape[1] not in KEPT:
+        KEPT[x.shape[1]] = table(x)
+    return x + KEPT[x.shape[1]]""",
+    "lru_cache": """@functools.lru_cache
+def cached(length, dtype):
+    return torch.arange(length, dtype=dtype)[:, None] * 0.01
+
+
+def keep(x):
+    return x + cached(x.shape[1], x.dtype)""",
+    "class": """class Keep:
+    table = None
+
+
+def keep(x):
+    Keep.table = table(x) if Keep.table is None else Keep.table
+    return x + Keep.table""",
+    "closure": """def keeping():
+    kept = None
+
+    def keep(x):
+        nonlocal kept
+        kept = table(x) if kept is None else kept
+        return x + kept
+
+    return keep
+
+
+keep = keeping()""",
+    "default": """def keep(x, kept=[]):
+    if not kept:
+        kept.append(table(x))
+    return x + kept[0]""",
+    "thread-local": """LOCAL = threading.local()
+
+
+def keep(x):
+    if not hasattr(LOCAL, "table"):
+        LOCAL.table = table(x)
+    return x + LOCAL.table""",
+    "real tensor": """COUNT = torch.zeros(())
+
+
+def keep(x):
+    COUNT.add_(1)
+    return x * 1.0""",
+}
+_TABLE = """def table(x):
+    return torch.arange(x.shape[1], dtype=x.dtype)[:, None] * 0.01
+"""
 _EXPERTS = ("two FFNs on one source", "experts by top-k", "experts by weight", "experts by index")  # and no FFN beside
 
 
@@ -88,7 +156,8 @@ class _Writer:
             "tuple": f"({', '.join(results)},)",
             "dict": "{" + ", ".join(f'"output{i}": {r}' for i, r in enumerate(results)) + "}",
         }[model.output]
-        parts = [_IMPORTS, *([_RMS_NORM] if any(b.norm == "RmsNorm" for b in blocks) else []), *self.classes]
+        kept = [_TABLE, _CACHES[model.cache]] if model.cache != "none" else []
+        parts = [_IMPORTS, *kept, *([_RMS_NORM] if any(b.norm == "RmsNorm" for b in blocks) else []), *self.classes]
         expected = frozenset(self.owner) - self.false
         return Source(
             "\n\n".join([*parts, scope.render(result), self._footer(expected)]), expected, self.owner, self.whole
@@ -102,9 +171,15 @@ class _Writer:
             inputs = f"torch.randint({VOCABULARY}, ({size}))"
         cast = "" if model.dtype == "torch.float32" else f".to({model.dtype})"
         return (
-            f"model = Model(){cast}.train({model.training})\nexample_inputs = ({inputs},)\n"
+            f"model = Model(){cast}.train({model.training})\n{self._float32()}example_inputs = ({inputs},)\n"
             f"expected = {sorted(expected)}\n"
         )
+
+    def _float32(self) -> str:
+        """Casts of down-projections that have a dtype of their own."""
+        blocks = [b for i, b in enumerate(self.model.blocks) if b.ffn.cast == "down in float32" and not b.shared]
+        paths = [down.removesuffix(".weight") for down, i in self.owner.items() if self.model.blocks[i] in blocks]
+        return "".join(f"model.{_code(path)}.float()\n" for path in paths)
 
     def _write_stem(self) -> None:
         scope, width, stem = self.scope, self.model.width, self.model.stem
@@ -117,6 +192,8 @@ class _Writer:
             scope.do("x = self.stem(inputs)")
         else:
             scope.do("x = inputs")
+        if self.model.cache != "none":
+            scope.do("x = keep(x)")
         if stem == "positions":
             scope.make(f"self.positions = nn.Embedding(64, {width})")
             scope.do("x = x + self.positions(torch.arange(inputs.shape[1], device=inputs.device))")

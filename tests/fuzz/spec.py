@@ -25,7 +25,7 @@ FUNCTIONS = (
 )
 MODULES = ("nn.GELU()", "nn.ReLU()", "nn.ReLU(inplace=True)", "nn.SiLU()", "nn.Mish()", "nn.Hardswish()", "nn.PReLU()")
 ACTIVATIONS = FUNCTIONS + MODULES
-CASTS = ("none", "to(float32), to(dtype)", "float(), type_as", "float(), to(weight.dtype)")
+CASTS = ("none", "to(float32), to(dtype)", "float(), type_as", "float(), to(weight.dtype)", "down in float32")
 INNER_NORMS = ("none", "nn.LayerNorm", "nn.RMSNorm", "rms spelt out")
 DROPOUTS = ("none", "between", "after", "both")
 HOMES = ("module", "inline", "sequential")
@@ -39,6 +39,7 @@ SCALES = ("none", "half", "layer scale")
 STEMS = ("embedding", "positions", "none", "linear")
 HEADS = ("linear", "none", "tied", "pooler", "projector", "transform")
 OUTPUTS = ("tensor", "tuple", "dict")
+CACHES = ("none", "plain object", "global", "lru_cache", "class", "closure", "default", "thread-local", "real tensor")
 DTYPES = ("torch.float32", "torch.bfloat16", "torch.float64")
 
 
@@ -88,6 +89,7 @@ class Model:
     head: str = HEADS[0]
     output: str = OUTPUTS[0]
     dtype: str = DTYPES[0]
+    cache: str = CACHES[0]  # where a table that is added to the stream is kept
     training: bool = True
     guess: bool = False  # no example inputs are given
 

@@ -167,7 +167,6 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
         (BF16, BF16, FP32, "input", True),
         (BF16, BF16, FP64, "input", True),
         (FP32, FP32, BF16, "input", True),
-        (FP32, FP32, FP64, "input", False),
         (BF16, BF16, FP32, "weight", True),
         (BF16, FP32, FP32, "input", True),
         (FP32, FP32, FP32, "autocast", True),
@@ -185,22 +184,43 @@ def test_mixed_dtypes_run_as_the_dense_model_did(placement, stream, up, down, ca
             block.norm2.to(stream)
         model.norm.to(stream), model.head.to(stream)
     tokens = torch.randint(50, (2, 5))
-    try:
-        dense = model(tokens).dtype
-    except RuntimeError:
-        dense = None
-    try:
-        memcompile.plan(model, memory_layers="all", placement=placement, example_inputs=(tokens,), **MEMORY)
-    except PlanError as error:
-        if "left alone" not in str(error):
-            raise
-        assert (model(tokens).dtype if dense else None) == dense
-        return
-    assert dense is not None
+    dense = model(tokens).dtype
+    memcompile.plan(model, memory_layers="all", placement=placement, example_inputs=(tokens,), **MEMORY)
     output = model(tokens)
     assert output.dtype == dense
     output.float().sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "memory" in name)
+
+
+class CheckingFfn(MixedFfn):
+    def forward(self, x):
+        hidden = self.up(x).relu().to(self.down.weight.dtype)
+        if hidden.dtype != self.down.weight.dtype:
+            raise TypeError("mixed dtypes")
+        return self.down(hidden).to(x.dtype)
+
+
+def test_code_that_checks_a_dtype_that_a_stand_in_has_not_is_refused():
+    model = around(lambda width, hidden: CheckingFfn(FP32, BF16), layers=2)
+    with pytest.raises(PlanError, match="TypeError: mixed dtypes"):
+        memcompile.plan(model, memory_layers=1, **MEMORY)
+    model(torch.randint(50, (2, 5))).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_t5_keeps_its_down_projection_in_float32(dtype):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 80, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).to(dtype)
+    for name, module in model.named_modules():
+        if name.endswith(".wo"):
+            module.float()
+    tokens = {"input_ids": torch.randint(50, (2, 7)), "decoder_input_ids": torch.randint(50, (2, 5))}
+    dense = model.train()(**tokens).logits
+    memcompile.plan(model, memory_layers="all", **MEMORY)
+    logits = model(**tokens).logits
+    assert (logits.dtype, logits.shape) == (dense.dtype, dense.shape)
+    logits.float().sum().backward()
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------

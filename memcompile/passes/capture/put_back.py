@@ -28,7 +28,7 @@ def stream_of_module(module: Any) -> list[Any]:
     return [numpy.random.mtrand._rand] if numpy is not None and module in (numpy, numpy.random) else []
 
 
-def stream_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], None]] | None:
+def stream_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None:
     """How the state of a generator of random numbers is read and written."""
     if isinstance(value, torch.Generator):
         return value.get_state, value.set_state
@@ -51,7 +51,8 @@ def is_equal(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) else pickle.dumps(a) == pickle.dumps(b)
 
 
-ITERATORS = (types.GeneratorType, itertools.count, *(type(iter(c)) for c in ([], (), "", range(0))))
+_PLAIN: tuple[Any, ...] = ([], (), "", range(0))
+ITERATORS = (types.GeneratorType, itertools.count, *(type(iter(c)) for c in _PLAIN))
 
 
 def position(iterator: Any) -> Any:

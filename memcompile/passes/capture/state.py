@@ -18,7 +18,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class State(TorchDispatchMode):
     """
 
     def __init__(self, module: nn.Module, computes: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._undo: list[Callable[[], None]] = []
         self._seen: dict[int, Any] = {}  # by id; it keeps them alive, so that no id is used twice
         self._pending: list[Any] = [module]
@@ -153,7 +153,7 @@ class State(TorchDispatchMode):
         given = {a.name: v for a, v in zip(schema.arguments, args, strict=False)} | dict(kwargs)
         for argument in schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
-                value = given.get(argument.name)
+                value: Any = given.get(argument.name)
                 for tensor in value if isinstance(value, (list, tuple)) else [value]:
                     if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
                         self._save(tensor)
@@ -197,7 +197,7 @@ class State(TorchDispatchMode):
         else:
             self._visit_instance(value)
 
-    def _visit_class(self, cls: type, names: frozenset[str] | set[str] = frozenset()) -> None:
+    def _visit_class(self, cls: type, names: Set[str] = frozenset()) -> None:
         """A class, whose attributes any code that is reached may call, read and write by their names."""
         if cls.__module__ == "builtins":
             return
@@ -224,7 +224,7 @@ class State(TorchDispatchMode):
             self._read(vars(sys.modules[name]), names)
         self._unread |= names - self._names
 
-    def _read(self, owner: Any, names: set[str]) -> None:
+    def _read(self, owner: Any, names: Set[str]) -> None:
         """Notes the bindings of these names; the code that has the names reads modules and classes by them, too."""
         now = vars(owner) if isinstance(owner, type) else owner
         scope = self._scopes.get(id(owner))
@@ -278,7 +278,7 @@ class State(TorchDispatchMode):
             self._undo.append(lambda: refill(dict, attributes_of(value), before))
             skipped = HOOKS if issubclass(type(value), nn.Module) else ()  # hooks do not run
             self._pending.extend(v for name, v in before.items() if name not in skipped)
-        for slot in _slots(type(value)):
+        for slot in _slots(type(value)):  # type: ignore[arg-type]
             content = content_of(slot, value)
             self._undo.append(functools.partial(fill_slot, slot, value, content))
             self._pending.append(content)
@@ -319,6 +319,6 @@ def _names_in(code: types.CodeType) -> set[str]:
 
 
 @functools.cache
-def _slots(cls: type) -> list[Any]:
+def _slots(cls: Any) -> list[Any]:
     own = (c for c in cls.__mro__ if "__slots__" in vars(c) and not _is_foreign(c.__module__))
     return [slot for c in own for slot in vars(c).values() if type(slot) is types.MemberDescriptorType]

@@ -19,10 +19,11 @@ from memcompile.passes._torch import FakeTensor, FakeTensorMode, pytree
 
 _DEPTH = 8  # objects between a tensor and what holds it
 _INSIDE = (dict, list, tuple, set, frozenset, types.CellType, types.FrameType, types.MethodType)
+_ITERATORS: tuple[Any, ...] = (type(iter([])), type(iter(())), map, filter, itertools.starmap)
 _numbers = itertools.count()
 
 
-class NumberedMode(FakeTensorMode):
+class NumberedMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """The mode of one forward. Its tensors tell which forward made them.
 
     Attributes:
@@ -63,18 +64,16 @@ class Survivors:
             gc.unfreeze()  # what is frozen may hold tensors, but is not among their referrers
         gc.collect()  # an exception holds its frames
         try:
-            for cache in [h for h, _ in _holders(self._alive(kept), []) if isinstance(h, functools._lru_cache_wrapper)]:
+            left = self._alive(kept)
+            for cache in [h for h, _ in _holders(left) if isinstance(h, functools._lru_cache_wrapper)]:
                 cache.cache_clear()
             left = self._alive(kept)
-            if left:
-                # What autograd holds has no holder in Python, unlike the result that autograd belongs to.
-                named = (
-                    (fake, name) for fake in left for name in itertools.starmap(_name, _holders([fake], left)) if name
-                )
-                fake, name = next(named, (left[0], "an object without a name"))
+            # Where autograd alone holds some, in a cycle that no garbage collector sees, the program never meets them.
+            name = next(filter(None, itertools.starmap(_name, _holders(left))), None)
+            if name is not None:
                 raise PlanError(
-                    f"the model's forward keeps a tensor of shape {list(fake.shape)} in {name}, where planning cannot "
-                    f"put back what was there: build the model anew, and have its modules keep the tensor"
+                    f"the model's forward keeps a tensor in {name}, where planning cannot put back what was there: "
+                    f"build the model anew, and have its modules keep the tensor"
                 )
         finally:
             if frozen:
@@ -98,18 +97,20 @@ def holds_fake(cache: Any) -> bool:
     return False
 
 
-def _holders(tensors: list[FakeTensor], ignored: list[FakeTensor]) -> Iterator[tuple[Any, Any]]:
-    """What refers to tensors, and what refers to that, up to objects that have names; each with what it refers to."""
+def _holders(tensors: list[FakeTensor]) -> Iterator[tuple[Any, set[int]]]:
+    """What refers to tensors, and what refers to that, up to objects with names; each with the ids of what it holds."""
     level: list[Any] = list(tensors)
-    seen = {id(tensors), id(ignored), *map(id, tensors)}
+    seen = {id(tensors), *map(id, tensors)}
     for _ in range(_DEPTH):
-        above: list[Any] = []
-        for held in level:
-            found = [h for h in gc.get_referrers(held) if id(h) not in seen and h is not level and h is not above]
-            seen.update(map(id, found))
-            yield from ((holder, held) for holder in found if not isinstance(holder, types.FrameType))
-            above += [h for h in found if isinstance(h, _INSIDE) and _module_of(h) is None]
-        level = above
+        if not level:
+            return
+        seen.add(id(level))
+        found = [h for h in gc.get_referrers(*level) if id(h) not in seen and not isinstance(h, types.FrameType)]
+        held = set(map(id, level))
+        seen.update(map(id, found))
+        yield from [(holder, held) for holder in found]
+        seen.add(id(found))
+        level = [h for h in found if isinstance(h, _INSIDE) and _module_of(h) is None]
 
 
 def _module_of(scope: Any) -> str | None:
@@ -118,14 +119,14 @@ def _module_of(scope: Any) -> str | None:
     return name if isinstance(name, str) and vars(sys.modules.get(name, types)) is scope else None
 
 
-def _name(holder: Any, held: Any) -> str | None:
+def _name(holder: Any, held: set[int]) -> str | None:
     module = _module_of(holder)
     if module is not None:
-        return f"the global {next((n for n, v in holder.items() if v is held), '?')!r} of module {module!r}"
-    if isinstance(holder, types.GeneratorType):
+        return f"the global {next((n for n, v in holder.items() if id(v) in held), '?')!r} of module {module!r}"
+    if isinstance(holder, types.GeneratorType) and holder.gi_code is not _holders.__code__:
         return f"the generator {holder.__qualname__!r}"
     if isinstance(holder, (types.FunctionType, type)):
         return f"{holder.__module__}.{holder.__qualname__}"
-    return (
-        None if isinstance(holder, _INSIDE) else f"an object of {type(holder).__module__}.{type(holder).__qualname__}"
-    )
+    if isinstance(holder, (*_INSIDE, *_ITERATORS, types.GeneratorType)):
+        return None
+    return f"an object of {type(holder).__module__}.{type(holder).__qualname__}"

@@ -93,7 +93,7 @@ def test_what_cannot_be_put_back_is_told_before_anything_changes():
     model = Keeping([Hidden()])
     names = list(model.state_dict())
     try:
-        with pytest.raises(PlanError, match=r"keeps a tensor of shape .* in an object of logging.Logger"):
+        with pytest.raises(PlanError, match=r"keeps a tensor in an object of logging.Logger"):
             memcompile.plan(model, memory_layers=1, **MEMORY)
     finally:
         del LOGGER.kept
