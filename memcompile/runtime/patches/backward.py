@@ -8,9 +8,9 @@ The same: a backward that raises nothing, and every other error.
 from collections.abc import Callable
 from typing import Any
 
+from memcompile.common.patch import Patch, Replaced
 from memcompile.runtime._torch import autograd
 from memcompile.runtime.distributed.collective_errors import named_collectives
-from memcompile.runtime.patches.patch import Patch, Replaced
 
 
 def _named(run_backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

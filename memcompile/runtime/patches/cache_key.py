@@ -6,8 +6,8 @@ Until: https://github.com/pytorch/pytorch/issues/144344 (the key of a custom ope
 The same: code; the caches keep that of other models under another key.
 """
 
+from memcompile.common.patch import Patch
 from memcompile.lowering.inductor.caches import tag_caches, untag_caches
-from memcompile.runtime.patches.patch import Patch
 
 
 class _Tag:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import utils
 
+from memcompile.common.patch import Patch, Replaced
 from memcompile.runtime._torch import clip_grad, local_part
-from memcompile.runtime.patches.patch import Patch, Replaced
 
 
 def _norm_by_mesh(

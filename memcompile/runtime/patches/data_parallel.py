@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from memcompile.common.patch import Patch, Replaced
 from memcompile.errors import PlanError
-from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.pool import live_pools
 from memcompile.runtime.table.gradient import Replicas
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import nn
 
+from memcompile.common.patch import Patch, Replaced
 from memcompile.runtime.layer import MemoryLayer
-from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.pool import MemoryPool, live_pools
 from memcompile.runtime.storage.drawing import draw_emptied, draw_parameters, draw_table
 

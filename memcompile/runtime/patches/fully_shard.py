@@ -8,8 +8,8 @@ The same: all parameters that are no values of a memory.
 from collections.abc import Callable
 from typing import Any
 
+from memcompile.common.patch import Patch, Replaced
 from memcompile.runtime._torch import fsdp_init
-from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.pool import live_pools
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from memcompile.common.patch import Patch, Replaced
 from memcompile.common.sites import VALUES_NAME
 from memcompile.errors import PlanError
-from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.pool import pool_of, pools_inside
 from memcompile.runtime.state_dicts import is_plan, is_plan_name, plan_entries
 

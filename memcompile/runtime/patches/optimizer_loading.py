@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from memcompile.common.patch import Patch, Replaced
 from memcompile.runtime.optimizer_state import load_exactly
-from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.table.hooks import flush_tables_of, meet
 from memcompile.runtime.table.named_states import matched, memories_in
 from memcompile.runtime.table.table import tables_in

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from memcompile.common.patch import Patch
 from memcompile.errors import PlanError
 from memcompile.runtime._torch import body_of_step
-from memcompile.runtime.patches.patch import Patch
 from memcompile.runtime.table.hooks import holds_tables, step_with_tables
 
 

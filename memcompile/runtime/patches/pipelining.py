@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from memcompile.common.patch import Patch, Replaced
 from memcompile.errors import PlanError
 from memcompile.runtime._torch import pipeline_stage
-from memcompile.runtime.patches.patch import Patch, Replaced
 from memcompile.runtime.pool import live_pools
 
 

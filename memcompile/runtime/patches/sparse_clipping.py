@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memcompile.common.patch import Patch
 from memcompile.lowering._torch import has_kernel, unregister
-from memcompile.runtime.patches.patch import Patch
 
 
 def _vector_norm(

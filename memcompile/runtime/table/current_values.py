@@ -158,11 +158,11 @@ def _current_rows(values: Any) -> Tensor:
 class TableAlias(_Current, Tensor):
     """Shares the memory of the values of a table. Saved and copied as a tensor like others."""
 
-    def __repr__(self, *args: Any, **kwargs: Any) -> str:
-        return plain(self).__repr__(*args, **kwargs)
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(plain(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return plain(self).__reduce_ex__(protocol)
+        return plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(plain(self), memo)
@@ -173,11 +173,11 @@ class _AsParameter:
 
     __slots__ = ()
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return repr(_as_parameter(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _as_parameter(self).__reduce_ex__(protocol)
+        return _as_parameter(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
@@ -188,11 +188,11 @@ class _AsParameter:
         return memo[id(self)]  # type: ignore[no-any-return]
 
 
-class TableValues(_AsParameter, _Current, nn.Parameter):
+class TableValues(_AsParameter, _Current, nn.Parameter):  # type: ignore[misc]
     """The values of a table."""
 
 
-class TableShards(_AsParameter, _Current, DTensor):
+class TableShards(_AsParameter, _Current, DTensor):  # type: ignore[misc]
     """The values of a sharded table. These methods are none of PyTorch's functions."""
 
     def to_local(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -238,7 +238,7 @@ def _flush(values: Any) -> None:
         table.flush()
 
 
-def table_of(values: Tensor) -> ValueTable | None:
+def table_of(values: Any) -> ValueTable | None:
     """The table that values, or their alias, are of, while it is alive."""
     of = getattr(values, _TABLE, None)
     return None if of is None else of()  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -91,7 +91,7 @@ class Replicas:
         assert ddp is not None, "a backward of its module runs"
         return self._own_group or ddp.process_group  # type: ignore[no-any-return]
 
-    def _before_forward(self, ddp: nn.Module, args: Any) -> None:
+    def _before_forward(self, ddp: Any, args: Any) -> None:
         if ddp._comm_hooks and self._own_group is None:
             ranks = dist.get_process_group_ranks(ddp.process_group)
             self._own_group = dist.new_group(ranks, use_local_synchronization=True)

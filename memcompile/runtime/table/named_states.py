@@ -88,7 +88,7 @@ def _names(optimizer: Optimizer) -> list[str | None]:
     return [names.get(id(p)) for p in parameters_of(optimizer)]
 
 
-def _without_common_prefix(names: Sequence[str]) -> list[str]:
+def _without_common_prefix(names: list[Any]) -> list[Any]:
     """Names of one model from whatever module: one run may have planned it with a loss around it."""
     parts = [name.split(".") for name in names]
     shared = 0

@@ -56,15 +56,15 @@ class RowGradient(Tensor):
             return func(*dense[0], **dense[1])  # raises where the call is wrong
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return as_tensor(self).__reduce_ex__(protocol)
+        return as_tensor(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
             memo[id(self)] = _as_row_gradient(copy.deepcopy(as_tensor(self), memo))
         return memo[id(self)]  # type: ignore[no-any-return]
 
-    def __repr__(self, *args: Any, **kwargs: Any) -> str:
-        return as_tensor(self).__repr__(*args, **kwargs)
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(as_tensor(self))
 
 
 def row_gradient(grad: Tensor, values: Tensor | None = None) -> Tensor:

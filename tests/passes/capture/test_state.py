@@ -122,7 +122,7 @@ class Meanwhile(nn.Module):
 
     def forward(self, tokens):
         self.go.set()
-        assert self.done.wait(60)
+        self.done.wait(60)  # without an assert, which reads code of pytest
         self.done.clear()
         return self.body(tokens)
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from memcompile.common.patch import Patch
 from memcompile.runtime import patches
-from memcompile.runtime.patches.patch import Patch
 from memcompile.runtime.pool import pool_of
 from tests.planned import planned_gpt
 from tests.test_import import ALL_MODULES, ROOT, run
 
 PACKAGE = ROOT / "memcompile"
-FILES = [name for _, name, _ in pkgutil.iter_modules(patches.__path__) if name != "patch"]
+FILES = [name for _, name, _ in pkgutil.iter_modules(patches.__path__)]
 
 # The front door; while a model is traced; and the tag of the caches, a public option: lowering sets it where an
 # operator is compiled and no model is planned.

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from memcompile.runtime.patches.patch import Patch
+from memcompile.common.patch import Patch
 from memcompile.runtime.pool import pool_of
 from tests.planned import batch, planned_gpt
 from tests.runtime.distributed.processes import run_on_ranks

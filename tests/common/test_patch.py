@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from memcompile.runtime.patches.patch import Patch, Replaced
+from memcompile.common.patch import Patch, Replaced
 
 
 class Owner:
