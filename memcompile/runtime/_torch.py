@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["OptimizedModule", "autograd", "clip_grad"]  # which are imported for other files
+__all__ = ["OptimizedModule", "autograd", "clip_grad", "pytree"]  # which are imported for other files
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import GetSetDescriptorType
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from memcompile.common.functions import writes
 from memcompile.errors import CaptureError
 from memcompile.lowering._torch import functorch_is_active
-from memcompile.runtime._torch import without_torch_function
+from memcompile.runtime._torch import pytree, without_torch_function
 
 if TYPE_CHECKING:
     from memcompile.runtime.table.table import ValueTable
@@ -65,12 +67,12 @@ class _Current:
         if _keeps(func) or (_name(func) in _MEMORY and type(args[0]) is TableValues):
             with without_torch_function():
                 return func(*args, **kwargs)
-        read = [value for value in _tensors([args, kwargs]) if isinstance(value, _Current)]
+        read = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, _Current)]
         for value in read:
             _flush(value)
         with without_torch_function():
             result = func(*args, **kwargs)
-            return result if functorch_is_active() else _alias(result, read)
+            return result if functorch_is_active() else pytree.tree_map_only(Tensor, partial(_alias, read), result)
 
 
 def _name(func: Any) -> str:
@@ -91,28 +93,13 @@ def _keeps(func: Any) -> bool:
 @torch.compiler.assume_constant_result
 def _traced_kind(func: Any) -> str:
     """Whether a function that Dynamo traces "keeps", "writes" or "reads" the numbers of its first argument."""
-    name = _name(func)
     if _keeps(func):
         return "keeps"
-    in_place = name.endswith("_") and not name.endswith("__")
-    return "writes" if in_place or func.__name__ in ("__set__", "__setitem__") else "reads"
+    return "writes" if writes(func) else "reads"
 
 
-def _tensors(arguments: Any) -> Iterator[Any]:
-    """What is in arguments, lists and dicts taken apart."""
-    if isinstance(arguments, (list, tuple)):
-        for argument in arguments:
-            yield from _tensors(argument)
-    elif isinstance(arguments, dict):
-        yield from _tensors(list(arguments.values()))
-    else:
-        yield arguments
-
-
-def _alias(result: Any, read: Sequence[Any]) -> Any:
-    """The result, where tensors that share the memory of what was read are of its class."""
-    if type(result) in (list, tuple):
-        return type(result)(_alias(each, read) for each in result)
+def _alias(read: Sequence[Any], result: Tensor) -> Tensor:
+    """A result, of the class of aliases where it shares the memory of what was read."""
     if type(result) is Tensor and result.layout is torch.strided and result.numel():
         memory = result.untyped_storage().data_ptr()
         for value in read:
@@ -134,20 +121,8 @@ def _traced(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
                 "memcompile: a compiled graph writes the values of a memory, whose rows may have missed steps: write "
                 "them outside of torch.compile"
             )
-        return func(*_mapped(args, _current_rows), **_mapped(kwargs, _current_rows))
-
-
-def _mapped(arguments: Any, change: Callable[[Any], Any]) -> Any:
-    """The arguments, with all values and aliases changed."""
-    if isinstance(arguments, _Current):
-        return change(arguments)
-    if isinstance(arguments, tuple):
-        return tuple([_mapped(argument, change) for argument in arguments])
-    if isinstance(arguments, list):
-        return [_mapped(argument, change) for argument in arguments]
-    if isinstance(arguments, dict):
-        return {name: _mapped(argument, change) for name, argument in arguments.items()}
-    return arguments
+        args, kwargs = pytree.tree_map_only(_Current, _current_rows, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 def _current_rows(values: Any) -> Tensor:

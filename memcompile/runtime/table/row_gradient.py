@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memcompile.runtime._torch import without_torch_function
+from memcompile.common.functions import writes
+from memcompile.runtime._torch import pytree, without_torch_function
 
 _DENSE = "_memcompile_dense"  # what a gradient that was made dense is now
 _VALUES = "_memcompile_values"  # the parameter that it is the gradient of
@@ -45,14 +46,14 @@ class RowGradient(Tensor):
                 return args[0]
             if func == _SET_DATA and args[0] is args[1]:
                 return None
-            given = _mapped([args, kwargs], now)
-            if not _any_sparse(given):
+            given = pytree.tree_map_only(Tensor, now, (args, kwargs))
+            if not any(type(leaf) is RowGradient for leaf in pytree.tree_leaves(given)):
                 return func(*given[0], **given[1])
             is_view = getattr(func, "__name__", "") in _VIEWS
             if not is_view:
                 with contextlib.suppress(NotImplementedError, RuntimeError, TypeError):  # of kernels that are missing
-                    return _mapped(func(*given[0], **given[1]), _as_row_gradient)
-            dense = _mapped(given, _made_dense if is_view or _writes(func) else _to_dense)
+                    return pytree.tree_map_only(Tensor, _as_row_gradient, func(*given[0], **given[1]))
+            dense = pytree.tree_map_only(RowGradient, _made_dense if is_view or writes(func) else _to_dense, given)
             return func(*dense[0], **dense[1])  # raises where the call is wrong
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -90,29 +91,6 @@ def as_tensor(grad: Tensor) -> Tensor:
         )
 
 
-def _writes(func: Callable) -> bool:
-    """Whether a function writes its first argument."""
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    assigns = name in ("__set__", "__setitem__") or (name.startswith("__i") and name.endswith("__"))
-    return in_place or assigns or getattr(func, "__module__", "").startswith("torch.distributed")
-
-
-def _mapped(arguments: Any, change: Callable[[Any], Any]) -> Any:
-    """Arguments, lists and dicts taken apart, with each tensor changed."""
-    if type(arguments) in (list, tuple):
-        return type(arguments)([_mapped(argument, change) for argument in arguments])
-    if isinstance(arguments, dict):
-        return {name: _mapped(argument, change) for name, argument in arguments.items()}
-    return change(arguments) if isinstance(arguments, Tensor) else arguments
-
-
-def _any_sparse(arguments: Any) -> bool:
-    found: list[Tensor] = []
-    _mapped(arguments, found.append)
-    return any(type(tensor) is RowGradient for tensor in found)
-
-
 def now(tensor: Tensor) -> Any:
     """The dense tensor that a gradient has become; any other tensor as it is."""
     return getattr(tensor, _DENSE, tensor) if type(tensor) is RowGradient else tensor
@@ -122,17 +100,15 @@ def _as_row_gradient(tensor: Tensor) -> Tensor:
     return row_gradient(tensor) if tensor.layout is torch.sparse_coo else tensor
 
 
-def _to_dense(tensor: Tensor) -> Tensor:
-    return as_tensor(tensor).to_dense() if type(tensor) is RowGradient else tensor
+def _to_dense(gradient: RowGradient) -> Tensor:
+    return as_tensor(gradient).to_dense()
 
 
-def _made_dense(tensor: Tensor) -> Tensor:
+def _made_dense(gradient: RowGradient) -> Tensor:
     """What a gradient is from here on: in the hands of who has it, and of its parameter."""
-    if type(tensor) is not RowGradient:
-        return tensor
-    dense = _to_dense(tensor)
-    setattr(tensor, _DENSE, dense)
-    values = getattr(tensor, _VALUES, lambda: None)()
-    if values is not None and values.grad is tensor:
+    dense = _to_dense(gradient)
+    setattr(gradient, _DENSE, dense)
+    values = getattr(gradient, _VALUES, lambda: None)()
+    if values is not None and values.grad is gradient:
         values.grad = dense
     return dense
