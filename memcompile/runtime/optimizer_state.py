@@ -3,7 +3,7 @@
 `Optimizer.load_state_dict` casts it to the dtype of its parameter, which rounds fp32 moments of bf16 parameters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,14 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """All that an optimizer holds, in the order in which its state dict numbers them."""
     groups = getattr(optimizer, "param_groups", ())  # a subclass may have none
     return [parameter for group in groups for parameter in group["params"]]
+
+
+def optimizers_inside(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """The optimizers that are attributes of one, or lie in a list, tuple or dict that is one."""
+    for name, value in vars(optimizer).items():
+        if name not in ("state", "param_groups"):
+            several = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            yield from (v for v in (value, *several) if isinstance(v, Optimizer) and v is not optimizer)
 
 
 def numbers_in(state_dict: Mapping[str, Any]) -> list[int]:

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memcompile.runtime.optimizer_state import parameters_of
+from memcompile.runtime.optimizer_state import optimizers_inside, parameters_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,7 +45,7 @@ class Group:
     @property
     def optimizer(self) -> Optimizer:
         """The one that steps it: no wrapper."""
-        inner = {id(v) for o in self.optimizers for v in vars(o).values() if isinstance(v, Optimizer) and v is not o}
+        inner = {id(inside) for optimizer in self.optimizers for inside in optimizers_inside(optimizer)}
         return next((o for o in self.optimizers if id(o) in inner), self.optimizers[0])
 
     @functools.cached_property

@@ -14,7 +14,7 @@ Where a step raises, the gradient is in place again:
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from memcompile.errors import OptionError
 from memcompile.runtime._torch import has_state_dict_hooks
-from memcompile.runtime.optimizer_state import parameters_of
+from memcompile.runtime.optimizer_state import optimizers_inside, parameters_of
 from memcompile.runtime.storage.frozen_values import refuse_gradient
 from memcompile.runtime.table.named_states import save_names
 from memcompile.runtime.table.row_gradient import now
@@ -76,7 +76,7 @@ def _tables_of_its_own(optimizer: Optimizer) -> list[tuple[ValueTable, Options]]
         OptionError: ranks share the work otherwise.
     """
     held = tables_in(optimizer)
-    inner = list(_inside(optimizer)) if held else []
+    inner = list(optimizers_inside(optimizer)) if held else []
     if inner and type(optimizer).__name__ == "ZeroRedundancyOptimizer":
         if any(table.gradient != "dense" for table, _ in held):
             raise OptionError(
@@ -86,14 +86,6 @@ def _tables_of_its_own(optimizer: Optimizer) -> list[tuple[ValueTable, Options]]
         return []
     theirs = {table for other in inner for table, _ in tables_in(other)}
     return [(table, group) for table, group in held if table not in theirs]
-
-
-def _inside(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """The optimizers that are attributes of one, or lie in a list, tuple or dict that is one."""
-    for name, value in vars(optimizer).items():
-        if name not in ("state", "param_groups"):
-            several = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-            yield from (v for v in (value, *several) if isinstance(v, Optimizer) and v is not optimizer)
 
 
 @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call]  # where a step is compiled, that of the class is
