@@ -53,6 +53,9 @@ class MuonWithAuxiliary(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        self.move()
+
+    def move(self) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
                 if group["use_muon"]:
@@ -79,6 +82,16 @@ class MuonOfStates(Optimizer):
 
 class FillingMuon(MuonWithAuxiliary):
     """Every parameter has a gradient: those without one get zeros."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is None):
+            parameter.grad = torch.zeros_like(parameter)
+        self.move()
+
+
+class FillingBeforeItsParent(MuonWithAuxiliary):
+    """The same, before the step of its parent's: there the table's gradient is in place."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

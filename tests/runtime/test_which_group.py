@@ -15,6 +15,7 @@ from memcompile import OptionError
 from tests.models import GATED_HIDDEN, WIDTH, InlineGatedBlock, Transformer, tiny_gpt
 from tests.planned import MEMORY, batch
 from tests.runtime.optimizers import (
+    FillingBeforeItsParent,
     FillingMuon,
     Muon,
     MuonOfStates,
@@ -234,6 +235,22 @@ def test_muon_alone_gets_matrices_and_the_rest_is_told(caplog):
     assert "no optimizer holds parameters of the memory: memory_values and 4 parameters of 1 layer" in message
     assert "Muon takes matrices alone" in message
     assert held(model, muon) == [memory(model, "query_weight", "gate_weight", "out_weight")]
+
+
+@pytest.mark.parametrize("values_grad", ["sparse", "dense"])
+def test_gradients_of_zeros_before_the_step_of_a_parent_are_none_of_the_tables(values_grad):
+    results = []
+    for kind in (MuonWithAuxiliary, FillingBeforeItsParent):
+        torch.manual_seed(0)
+        model = tiny_gpt(layers=2)
+        memcompile.plan(model, memory_layers=1, values_grad=values_grad, **MEMORY)
+        optimizer = kind([{"params": [*model.parameters()], "use_muon": False}])
+        for step in range(3):
+            optimizer.zero_grad()
+            model(*batch(step)).backward()
+            optimizer.step()
+        results.append(model.memory_values.detach().clone())
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("values_grad", ["sparse", "dense"])
