@@ -50,6 +50,34 @@ def through_a_file(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
+def loaded(saved: dict[str, Tensor]) -> nn.Module:
+    """A new model, planned as the one that was saved, with its parameters."""
+    model = fresh(1)
+    memcompile.plan(model, memory=memcompile.config_from(saved))
+    model.load_state_dict(saved)
+    return model
+
+
+def assert_resumes(run_of: Callable[..., Callable]) -> None:
+    """Trains 6 steps, and again 3 of them from a checkpoint of the model and its optimizer after 3.
+
+    Args:
+        run_of: gives what the loop calls for a model, with the options of the line where it is planned there.
+    """
+    model = fresh(0)
+    run = run_of(model, **LINE)
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    train(run, optimizer, range(3))
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    expected = train(run, optimizer, range(3, 6))
+
+    resumed = loaded(saved["model"])
+    optimizer = AdamW(resumed.parameters(), lr=1e-2)
+    optimizer.load_state_dict(saved["optimizer"])
+    assert train(run_of(resumed, backend="memcompile"), optimizer, range(3, 6)) == expected
+    assert_same(resumed.state_dict(), model.state_dict())
+
+
 def test_nanogpt():
     """The optimizer, with two groups, comes before the line; a checkpoint has names with `_orig_mod.` in them, which a
     resume takes off.
@@ -84,9 +112,7 @@ def test_nanogpt():
     expected = step_all(model, compiled, optimizer, range(3, 6))
 
     state = {name.removeprefix("_orig_mod."): value for name, value in saved["model"].items()}
-    resumed = fresh(1)
-    memcompile.plan(resumed, memory=memcompile.config_from(state))
-    resumed.load_state_dict(state)
+    resumed = loaded(state)
     optimizer = configure(resumed)
     optimizer.load_state_dict(saved["optimizer"])
     assert step_all(resumed, torch.compile(resumed, backend="memcompile"), optimizer, range(3, 6)) == expected
@@ -96,26 +122,14 @@ def test_nanogpt():
 def test_blocks_that_are_compiled_one_by_one():
     """Regional compilation: the whole is planned, then each block is compiled."""
 
-    def compiled(model: nn.Module) -> nn.Module:
+    def run_of(model: nn.Module, backend: str, **options: Any) -> nn.Module:
+        if options:
+            memcompile.plan(model, **options)
         for block in model.blocks:
-            block.compile(backend="memcompile")
+            block.compile(backend=backend)
         return model
 
-    options = {name: value for name, value in LINE.items() if name != "backend"}
-    model = fresh(0)
-    memcompile.plan(model, **options)
-    optimizer = AdamW(model.parameters(), lr=1e-2)
-    train(compiled(model), optimizer, range(3))
-    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    expected = train(model, optimizer, range(3, 6))
-
-    resumed = fresh(1)
-    memcompile.plan(resumed, memory=memcompile.config_from(saved["model"]))
-    resumed.load_state_dict(saved["model"])
-    optimizer = AdamW(resumed.parameters(), lr=1e-2)
-    optimizer.load_state_dict(saved["optimizer"])
-    assert train(compiled(resumed), optimizer, range(3, 6)) == expected
-    assert_same(resumed.state_dict(), model.state_dict())
+    assert_resumes(run_of)
 
 
 def test_an_optimizer_for_each_parameter_that_steps_in_the_backward():
@@ -150,9 +164,7 @@ def test_an_optimizer_for_each_parameter_that_steps_in_the_backward():
     expected = run(compiled, range(3, 6))
     assert all(p.grad is None for p in model.parameters())
 
-    resumed = fresh(1)
-    memcompile.plan(resumed, memory=memcompile.config_from(saved["model"]))
-    resumed.load_state_dict(saved["model"])
+    resumed = loaded(saved["model"])
     for name, optimizer in hooked(resumed).items():
         optimizer.load_state_dict(saved["optimizers"][name])
     assert run(torch.compile(resumed, backend="memcompile"), range(3, 6)) == expected
@@ -198,17 +210,4 @@ class WithLoss(nn.Module):
 
 def test_the_inner_model_is_saved_and_optimised():
     """The line is on a module that adds a loss; the program saves and optimises the model inside."""
-    model = fresh(0)
-    optimizer = AdamW(model.parameters(), lr=1e-2)
-    compiled = torch.compile(WithLoss(model), **LINE)
-    train(compiled, optimizer, range(3))
-    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    expected = train(compiled, optimizer, range(3, 6))
-
-    resumed = fresh(1)
-    memcompile.plan(resumed, memory=memcompile.config_from(saved["model"]))
-    resumed.load_state_dict(saved["model"])
-    optimizer = AdamW(resumed.parameters(), lr=1e-2)
-    optimizer.load_state_dict(saved["optimizer"])
-    assert train(torch.compile(WithLoss(resumed), backend="memcompile"), optimizer, range(3, 6)) == expected
-    assert_same(resumed.state_dict(), model.state_dict())
+    assert_resumes(lambda model, **options: torch.compile(WithLoss(model), **options))

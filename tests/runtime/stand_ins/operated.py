@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import memcompile
 from memcompile.runtime.pool import pool_of
-from tests.models import HIDDEN, WIDTH
-from tests.planned import planned_gpt
+from tests.models import HIDDEN, WIDTH, around
+from tests.planned import MEMORY, planned_gpt
 
 
 class OperatedFfn(nn.Module):
@@ -82,6 +83,13 @@ def wake(model: nn.Module) -> nn.Module:
         for layer in pool_of(model).layers.values():
             layer.out_weight.normal_(generator=generator)
     return model
+
+
+def added_ffn() -> OperatedFfn:
+    """One to which memory was added, with an effect."""
+    model = around(OperatedFfn, layers=2)
+    memcompile.plan(model, memory_layers=[1], placement="add", **MEMORY)
+    return wake(model).blocks[1].ffn
 
 
 def added_gpt(**options) -> nn.Module:

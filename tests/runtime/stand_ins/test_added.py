@@ -22,11 +22,10 @@ from tests.models import (
     Block,
     RawParameterFfn,
     Transformer,
-    around,
     plain_ffn,
 )
 from tests.planned import MEMORY, assert_same, batch, lookups, stop_before_inductor
-from tests.runtime.stand_ins.operated import TOKEN_WISE, OperatedFfn, added_gpt, dense_of, trained, wake
+from tests.runtime.stand_ins.operated import TOKEN_WISE, OperatedFfn, added_ffn, added_gpt, dense_of, trained, wake
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -82,14 +81,7 @@ def test_a_dense_block_and_an_equal_one_with_memory_have_graphs_of_their_own(kin
 
 @pytest.fixture
 def ffn() -> OperatedFfn:
-    model = around(OperatedFfn, layers=2)
-    memcompile.plan(model, memory_layers=[1], placement="add", **MEMORY)
-    return wake(model).blocks[1].ffn
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 5, WIDTH)
+    return added_ffn()
 
 
 @pytest.mark.parametrize("name", TOKEN_WISE)

@@ -24,19 +24,12 @@ from tests.models import (
     around,
 )
 from tests.planned import MEMORY, assert_same, batch, lookups, planned_gpt
-from tests.runtime.stand_ins.operated import OperatedFfn, added_gpt, dense_of, trained, wake
+from tests.runtime.stand_ins.operated import OperatedFfn, added_ffn, added_gpt, dense_of, trained, wake
 
 
 @pytest.fixture
 def ffn() -> OperatedFfn:
-    model = around(OperatedFfn, layers=2)
-    memcompile.plan(model, memory_layers=[1], placement="add", **MEMORY)
-    return wake(model).blocks[1].ffn
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 5, WIDTH)
+    return added_ffn()
 
 
 def test_a_weight_passes_for_its_parameter(ffn):

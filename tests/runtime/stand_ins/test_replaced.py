@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import memcompile
 from memcompile import CaptureError
@@ -24,11 +24,6 @@ def ffn() -> OperatedFfn:
     model = around(OperatedFfn, layers=2)
     memcompile.plan(model, memory_layers=[1], **MEMORY)
     return model.blocks[1].ffn
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 5, WIDTH)
 
 
 MIXING: dict[str, Callable] = {

@@ -49,6 +49,20 @@ def initialise(model: nn.Module) -> None:
             module.reset_parameters()
 
 
+def losses_of(model: nn.Module) -> list[float]:
+    """Five steps on one batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens, targets = batch()
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(tokens, targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def all_at_once(model: nn.Module) -> None:
     model.to_empty(device="cpu")
 
@@ -75,7 +89,7 @@ ORDERS = [all_at_once, block_by_block, module_by_module, through_a_wrapper]
 @pytest.mark.parametrize("options", [{}, {"placement": "add"}, {"values_grad": "sparse"}, {"qk_norm": True}])
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_model_from_the_meta_device(order, options, empty_is_nan):
-    model, (tokens, targets) = on_meta(**options), batch()
+    model = on_meta(**options)
     order(model)
     initialise(model)
     drawn, twin = memory_of(model), memory_of(planned_gpt(**options))
@@ -83,13 +97,7 @@ def test_a_model_from_the_meta_device(order, options, empty_is_nan):
         assert not parameter.isnan().any(), name
         spread = [p.detach().std().item() for p in (parameter, twin[name])]
         assert spread[0] == pytest.approx(spread[1], rel=0.5), name
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        losses.append(model(tokens, targets))
-        losses[-1].backward()
-        optimizer.step()
+    losses = losses_of(model)
     assert losses[-1] < losses[0]
 
 

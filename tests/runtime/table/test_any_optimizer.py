@@ -13,6 +13,7 @@ from torch.optim import LBFGS, SGD, Adafactor, AdamW, Optimizer
 
 from memcompile.runtime.table import hooks
 from tests.planned import batch
+from tests.runtime.table.optimizer_kinds import ScheduleFree
 from tests.runtime.table.stepping import model_of, snapshot, stepped_by_pytorch, train
 
 Seen = list[Tensor | None]
@@ -33,23 +34,6 @@ class Lion(Optimizer):
                     average = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
                     p.sub_(group["lr"] * torch.lerp(p.grad, average, beta1).sign())
                     average.lerp_(p.grad, 1 - beta2)
-
-
-class ScheduleFree(Optimizer):
-    """SGD of arXiv 2405.15682: gradients are taken between where steps go and their average."""
-
-    def __init__(self, params: Any, lr: float = 1e-2) -> None:
-        super().__init__(params, {"lr": lr, "steps": 0})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            group["steps"] += 1
-            for p in group["params"]:
-                if p.grad is not None:
-                    z = self.state[p].setdefault("z", p.clone())
-                    z.sub_(group["lr"] * p.grad)
-                    p.lerp_(z, 0.1 + 0.9 / group["steps"])
 
 
 class Lookahead(Optimizer):
