@@ -28,17 +28,19 @@ _HARDWARE_UNITS |= dict.fromkeys(("nvlink_latency", "network_latency"), 1e-6)
 _FIELDS = {field.name: field for kind in (Job, Hardware) for field in fields(kind)}
 _OPTIONS = {
     "required": {
-        "slots": "rows of the table: a perfect square, as 65536, 1M or 64M (K = 2**10, M = 2**20)",
-        "value_dim": "elements of a row",
+        "slots": "of a layer, a perfect square: 65536, 1M or 64M (K = 2**10, M = 2**20)",
+        "value_dim": "elements of a value",
         "gpus": "ranks of the whole job",
     },
     "the table": {
+        "variant": "of the layers; rows of peer have 2 * --value-dim elements",
+        "tables": "shared by all layers, or one of --slots for each",
         "dtype": "of values, gradient and activations",
         "by": "what a rank of a group holds of the table; columns are balanced, whichever slots are hit most",
     },
     "the layers and their tokens": {
         "tokens": "of each rank a step",
-        "layers": "memory layers that share the table",
+        "layers": "memory layers",
         "heads": "queries a token",
         "top_k": "slots that each head reads",
         "key_dim": "width of a query (half of --value-dim)",

@@ -16,6 +16,9 @@ LayerChoice = int | str | Sequence[int | str] | Callable[[FfnSite], bool]
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "placement": ("replace", "add"),
+    "variant": ("memory+", "memory", "pkm", "peer"),
+    "weighting": ("softmax", "sigmoid"),
+    "tables": ("shared", "separate"),
     "values_grad": ("auto", "dense", "sparse"),
     "values_optimizer": (None, "row_adamw", "lazy_adam", "row_wise_adagrad", "row_sgd"),
     "values_state_dtype": ("float32", "bfloat16"),
@@ -23,10 +26,11 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 SPARSE_FROM = 2**16  # slots
 # May change in a checkpoint's life.
-TRAINING_OPTIONS = ("values_lr", "values_grad", "values_optimizer", "values_state_dtype")
+TRAINING_OPTIONS = ("values_lr", "values_grad", "values_optimizer", "values_state_dtype", "balance_loss")
 STORAGE_OPTIONS = ("values_storage", "values_path")  # of a machine: no checkpoint has them
 LEARNING_DEFAULTS = {"values_grad": "auto", "values_optimizer": None, "values_state_dtype": "float32"}
-MAX_KEYS = 46340  # n_keys**2 slots must be addressable by an int32
+MAX_SLOTS = 2**31  # they are numbered in int32
+MAX_KEYS = 46340  # whose slots are no more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,11 +58,26 @@ class MemoryConfig:
         key_dim: width of one head's query, even; each half-key has ``key_dim / 2`` entries. None is half of
             the model's width.
         value_dim: width of a value row. None is the model's width.
-        gate: True is Memory+ (a silu gate that depends on the input, then an output projection);
-            False is plain Memory (an output projection only where ``value_dim`` differs from the width, or
-            where the memory is added).
+        variant: what a layer computes of a token x, of its hits' weights w and their rows:
+
+            - "memory+" (arXiv 2412.09764): ``W_out (y * silu(W_gate x))`` of ``y = sum of w * v``.
+            - "memory" (the same): ``y`` without a gate, projected only where ``value_dim`` differs from the width, or
+              where the memory is added.
+            - "pkm" (Lample et al. 2019, arXiv 1907.05242): as "memory", with BatchNorm of the query. Its running
+              statistics are buffers of each layer; they move in train mode alone.
+            - "peer" (He 2024, arXiv 2407.04153): as "memory", of ``y = sum of w * gelu(u . x) * v``. A row is a pair
+              [u | v], of width + ``value_dim`` numbers. The chosen blocks have one width.
+        weighting: the weights of a head's hits: "softmax" over their scores, or the "sigmoid" of each.
+        tables: "shared" is one table, which all layers read. "separate" is a table of ``n_keys ** 2`` slots for each
+            layer; they lie in one parameter, one after the other.
+        gate: whether a layer has the gate of "memory+". None follows the variant; a bool is for ablations.
         qk_norm: scale both halves of the query and every half-key to unit norm, with a learned temperature a
             head. For large memories on small base models, which train unstably without it.
+        balance_loss: factor of a loss that spreads the hits over the half-keys (of "Switch Transformers", arXiv
+            2101.03961, for half-keys): ``n_keys * sum of f_i * P_i``, with f_i the share of hits that half-key i has,
+            and P_i the mean of its softmax over all scores; the mean over sides and heads. It is 1 where hits are
+            spread evenly. In train mode its gradient is added in each backward through the layer, with the factor 1:
+            what the loop multiplies its own loss by does not multiply this one.
         values_lr: constant learning rate of the values, whatever the optimizer and its schedule use for the
             rest; None follows the rest.
 
@@ -89,8 +108,12 @@ class MemoryConfig:
     top_k: int = 32
     key_dim: int | None = None
     value_dim: int | None = None
-    gate: bool = True
+    variant: str = "memory+"
+    weighting: str = "softmax"
+    tables: str = "shared"
+    gate: bool | None = None
     qk_norm: bool = False
+    balance_loss: float = 0.0
     values_lr: float | None = 1e-3
     values_grad: str = "auto"
     values_optimizer: str | None = None
@@ -109,19 +132,28 @@ class MemoryConfig:
             is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if not is_count and not (none and value is None):
                 raise OptionError(f"{name} must be an integer >= 1{none}, got {value!r}")
-        for name in ("gate", "qk_norm"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name, none in (("gate", ", False or None"), ("qk_norm", " or False")):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name == "gate"):
+                raise OptionError(f"{name} must be True{none}, got {value!r}")
         if self.key_dim is not None and self.key_dim % 2:
             raise OptionError(f"key_dim must be even (two half-keys share it), got {self.key_dim}")
         if self.n_keys is not None and self.n_keys > MAX_KEYS:
             raise OptionError(f"n_keys must be at most {MAX_KEYS} (n_keys**2 slots fit an int32), got {self.n_keys}")
+        if self.n_keys is not None and self.slots > MAX_SLOTS:
+            raise OptionError(
+                f"tables='separate' has {self.slots:,} slots in {self._tables} layers, and {MAX_SLOTS:,} fit an int32: "
+                f"lower n_keys, or choose fewer memory_layers"
+            )
         if self.n_keys is not None and self.top_k > self.n_keys:
             raise OptionError(f"top_k={self.top_k} exceeds n_keys={self.n_keys}: lower top_k or raise n_keys")
-        lr = self.values_lr
-        if lr is not None and (isinstance(lr, bool) or not isinstance(lr, numbers.Real) or not 0 <= lr < float("inf")):
-            raise OptionError(f"values_lr must be a learning rate >= 0 or None, got {lr!r}")
-        object.__setattr__(self, "values_lr", lr if lr is None else float(lr))
+        for name, wanted in (("values_lr", "a learning rate >= 0 or None"), ("balance_loss", "a factor >= 0")):
+            value = getattr(self, name)
+            if value is None and name == "values_lr":
+                continue
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < float("inf"):
+                raise OptionError(f"{name} must be {wanted}, got {value!r}")
+            object.__setattr__(self, name, float(value))
         path = self.values_path
         if path is not None:
             if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
@@ -149,11 +181,29 @@ class MemoryConfig:
         return self.values_storage != "device"
 
     @property
+    def has_gate(self) -> bool:
+        """What ``gate`` means for the variant."""
+        return self.variant == "memory+" if self.gate is None else self.gate
+
+    @property
+    def slots(self) -> int:
+        """The slots of all layers together, with ``n_keys`` given; of `tables="separate"` as far as ``memory_layers``
+        says how many layers there are.
+        """
+        assert self.n_keys is not None
+        return self.n_keys**2 * self._tables
+
+    @property
+    def _tables(self) -> int:
+        layers = self.memory_layers if self.tables == "separate" else 1
+        return layers if isinstance(layers, int) else len(layers) if isinstance(layers, tuple) else 1
+
+    @property
     def gradient(self) -> str:
         """What ``values_grad`` means for ``n_keys`` half-keys a side: "dense" or "sparse"."""
         if self.values_grad != "auto":
             return self.values_grad
-        large = self.n_keys is not None and self.n_keys**2 >= SPARSE_FROM
+        large = self.n_keys is not None and self.slots >= SPARSE_FROM
         return "sparse" if large and not self.frozen else "dense"
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import memcompile
 from memcompile import MemoryConfig, OptionError
+from memcompile.common.sizes import resolve
 from tests.models import tiny_gpt
 
 
@@ -25,8 +26,12 @@ def test_defaults_are_those_of_the_paper():
         "top_k": 32,
         "key_dim": None,
         "value_dim": None,
-        "gate": True,
+        "variant": "memory+",
+        "weighting": "softmax",
+        "tables": "shared",
+        "gate": None,
         "qk_norm": False,
+        "balance_loss": 0.0,
         "values_lr": 1e-3,
         "values_grad": "auto",
         "values_optimizer": None,
@@ -81,8 +86,13 @@ WRONG = [
     ("key_dim", 7, r"key_dim must be even \(two half-keys share it\), got 7"),
     ("key_dim", -2, "key_dim must be an integer >= 1 or None"),
     ("value_dim", 0, "value_dim must be an integer >= 1 or None"),
-    ("gate", 1, "gate must be True or False, got 1"),
-    ("gate", None, "gate must be True or False, got None"),
+    ("variant", "memory++", "variant must be 'memory\\+', 'memory', 'pkm' or 'peer', got 'memory\\+\\+'"),
+    ("weighting", "linear", "weighting must be 'softmax' or 'sigmoid', got 'linear'"),
+    ("tables", 2, "tables must be 'shared' or 'separate', got 2"),
+    ("gate", 1, "gate must be True, False or None, got 1"),
+    ("balance_loss", -0.1, "balance_loss must be a factor >= 0, got -0.1"),
+    ("balance_loss", math.inf, "balance_loss must be a factor >= 0"),
+    ("balance_loss", None, "balance_loss must be a factor >= 0, got None"),
     ("qk_norm", "yes", "qk_norm must be True or False, got 'yes'"),
     ("values_lr", -1e-3, "values_lr must be a learning rate >= 0 or None"),
     ("values_lr", math.inf, "values_lr must be"),
@@ -151,10 +161,62 @@ def test_a_path_is_kept_as_text():
         ("values_lr", 0),
         ("values_lr", None),
         ("heads", 1),
+        ("balance_loss", 0),
     ],
 )
 def test_limits_themselves_are_allowed(option, value):
     assert getattr(MemoryConfig(**{option: value}), option) == value
+
+
+def test_separate_tables_are_together_a_table_that_int32_can_number():
+    assert MemoryConfig(tables="separate", memory_layers=["a", "b"], n_keys=32768).slots == 2**31
+    with pytest.raises(OptionError, match=r"tables='separate' has 3,221,225,472 slots in 3 layers.*lower n_keys"):
+        MemoryConfig(tables="separate", memory_layers=3, n_keys=32768)
+
+
+def test_the_gradient_is_sparse_from_so_many_slots_of_all_layers_on():
+    assert MemoryConfig(n_keys=150, memory_layers=3).gradient == "dense"
+    assert MemoryConfig(n_keys=150, memory_layers=3, tables="separate").gradient == "sparse"
+
+
+@pytest.mark.parametrize(
+    ("options", "variant", "gate"),
+    [
+        ({}, "memory+", True),
+        ({"variant": "memory"}, "memory", False),
+        ({"gate": False}, "memory", False),
+        ({"variant": "memory", "gate": True}, "memory+", True),
+        ({"variant": "pkm"}, "pkm", False),
+        ({"variant": "pkm", "gate": True}, "pkm", True),
+        ({"variant": "peer"}, "peer", False),
+    ],
+)
+def test_one_memory_has_one_form_of_options(options, variant, gate):
+    site = memcompile.find_ffns(tiny_gpt(layers=1))[0]
+    resolved = resolve(MemoryConfig(**options), [site], 1000)
+    assert (resolved.variant, resolved.gate) == (variant, gate)
+
+
+def test_pairs_are_as_wide_as_every_block():
+    site = memcompile.find_ffns(tiny_gpt(layers=1))[0]
+    wider = dataclasses.replace(site, width=64)
+    with pytest.raises(OptionError, match=r"those chosen have the widths \[32, 64\]: choose blocks of one width"):
+        resolve(MemoryConfig(variant="peer"), [site, wider], 1000)
+    assert resolve(MemoryConfig(variant="memory"), [site, wider], 1000).value_dim == 64
+
+
+def test_the_number_of_keys_that_is_chosen_counts_all_numbers_of_the_values():
+    site = memcompile.find_ffns(tiny_gpt(layers=1))[0]
+    sites, parameters = [site] * 4, 32 * 128**2  # with 4 times as many the values have 256 half-keys a side
+    chosen = {
+        name: resolve(MemoryConfig(**options), sites, parameters).n_keys
+        for name, options in {
+            "shared": {},
+            "separate": {"tables": "separate"},
+            "pairs": {"variant": "peer"},
+        }.items()
+    }
+    assert chosen == {"shared": 256, "separate": 128, "pairs": 128}
 
 
 def test_unknown_options_suggest_the_nearest():
@@ -177,7 +239,11 @@ configs = st.builds(
     top_k=st.integers(1, 32),
     key_dim=st.none() | st.integers(1, 64).map(lambda n: 2 * n),
     value_dim=st.none() | st.integers(1, 64),
-    gate=st.booleans(),
+    variant=st.sampled_from(["memory+", "memory", "pkm", "peer"]),
+    weighting=st.sampled_from(["softmax", "sigmoid"]),
+    tables=st.sampled_from(["shared", "separate"]),
+    gate=st.none() | st.booleans(),
+    balance_loss=st.floats(0, 1),
     qk_norm=st.booleans(),
     values_lr=st.none() | st.floats(0, 1),
 )
@@ -206,6 +272,7 @@ def test_the_config_travels_in_the_state_dict():
         heads=2,
         key_dim=16,
         value_dim=32,
+        gate=True,
         qk_norm=True,
     )
     again = tiny_gpt()

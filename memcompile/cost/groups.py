@@ -3,9 +3,10 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import Any
 
-from memcompile.config import MAX_KEYS
+from memcompile.config import MAX_SLOTS
 from memcompile.cost.job import Job
 from memcompile.cost.memory import Memory, memory_of
 from memcompile.cost.time import Exchange, Hardware, Times, exchanges_of, times_of
@@ -47,7 +48,7 @@ def group_sizes(job: Job, hardware: Hardware) -> list[int]:
             f"gpus={job.gpus} do not fill nodes of gpus_per_node={node}: "
             f"use {job.gpus // node * node} or {(job.gpus // node + 1) * node} GPUs, or another gpus_per_node"
         )
-    most = job.slots if job.by == "rows" else job.value_dim
+    most = job.rows if job.by == "rows" else job.row_dim
     node = min(node, job.gpus)
     divisors = (m for m in range(1, min(job.gpus, most) + 1) if job.gpus % m == 0)
     return [m for m in divisors if m % node == 0 or node % m == 0]
@@ -103,7 +104,7 @@ def remedies(job: Job, hardware: Hardware) -> list[str]:
         if fits(gpus=gpus):
             helping.append(f"--gpus {gpus}")
             break
-    n_keys = range(job.top_k, MAX_KEYS + 1)
+    n_keys = range(job.top_k, isqrt(MAX_SLOTS * job.slots // job.rows) + 1)
     fitting = n_keys[: bisect_right(n_keys, False, key=lambda n: not fits(slots=n**2))]
     if fitting:
         helping.append(f"--slots {fitting[-1] ** 2} (at most, {fitting[-1]}**2)")
@@ -113,4 +114,6 @@ def remedies(job: Job, hardware: Hardware) -> list[str]:
 def _changes(job: Job, choices: Sequence[tuple[str, str]]) -> list[tuple[str, dict[str, Any]]]:
     """Those of the choices that the job does not have, each as it is written and as the option of a `Job`."""
     others = [(name, value) for name, value in choices if getattr(job, name) != value]
+    if job.variant == "peer":
+        others = [change for change in others if change != ("by", "columns")]
     return [(f"--{name.replace('_', '-')} {value}", {name: value}) for name, value in others]

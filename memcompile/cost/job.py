@@ -3,12 +3,15 @@
 import math
 from dataclasses import dataclass
 
-from memcompile.config import MAX_KEYS
+from memcompile.config import CHOICES as MEMORY_CHOICES
+from memcompile.config import MAX_KEYS, MAX_SLOTS
 from memcompile.errors import OptionError
 
 BYTES = {"bf16": 2, "fp32": 4}
 FP32, ROW_NUMBER = 4, 8  # bytes; rows of a sparse gradient are numbered in int64
 CHOICES = {
+    "variant": MEMORY_CHOICES["variant"],
+    "tables": MEMORY_CHOICES["tables"],
     "dtype": tuple(BYTES),
     "optimizer": ("adamw", "lazy_adam", "row_wise_adagrad", "sgd"),
     "state_dtype": tuple(BYTES),
@@ -19,17 +22,19 @@ CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A table of slots x value_dim that memory layers share, and the tokens of a step.
+    """A table of slots x value_dim that memory layers share, or one of each, and the tokens of a step.
 
     Raises:
         OptionError: naming the option, what it got and what it takes.
     """
 
-    slots: int  # rows of the table, n_keys ** 2
-    value_dim: int  # elements of a row
+    slots: int  # of a layer, n_keys ** 2
+    value_dim: int  # elements of a value
     gpus: int  # all ranks of the job, each with tokens of its own
     tokens: int = 8192  # of each rank a step
-    layers: int = 3  # memory layers that share the table
+    layers: int = 3  # memory layers
+    variant: str = "memory+"  # of "peer" a row is u and v, taken for as wide as v
+    tables: str = "shared"  # by all layers, or "separate"
     heads: int = 4  # queries a token
     top_k: int = 32  # slots that each query reads
     key_dim: int | None = None  # width of a query, even; None is half of value_dim
@@ -62,6 +67,12 @@ class Job:
         if self.n_keys > MAX_KEYS:
             most = f"{MAX_KEYS**2:,} ({MAX_KEYS}**2, which fit an int32)"
             raise OptionError(f"slots must be at most {most}, got {self.slots:,}")
+        if self.rows > MAX_SLOTS:
+            raise OptionError(
+                f"tables='separate' has {self.rows:,} slots in {self.layers} layers: lower slots or layers"
+            )
+        if self.variant == "peer" and self.by == "columns":
+            raise OptionError("variant='peer' has rows of two vectors, which columns would cut: shard by rows")
         if self.top_k > self.n_keys:
             raise OptionError(f"top_k={self.top_k} exceeds n_keys={self.n_keys}: lower top_k or raise slots")
 
@@ -69,6 +80,16 @@ class Job:
     def n_keys(self) -> int:
         """Half-keys a side."""
         return math.isqrt(self.slots)
+
+    @property
+    def rows(self) -> int:
+        """Of the table, all layers together."""
+        return self.slots * (self.layers if self.tables == "separate" else 1)
+
+    @property
+    def row_dim(self) -> int:
+        """Elements of a row."""
+        return self.value_dim * (2 if self.variant == "peer" else 1)
 
     @property
     def hits(self) -> int:
@@ -86,21 +107,25 @@ class Job:
         return self.key_dim or max(2, self.value_dim // 4 * 2)
 
     def shard(self, ranks: int, rank: int = 0) -> tuple[int, int]:
-        """The (slots, columns) that a rank of a group holds, as `torch.chunk` divides: rank 0 has the most, the last
+        """The (rows, columns) that a rank of a group holds, as `torch.chunk` divides: rank 0 has the most, the last
         ranks may have less, or nothing.
         """
-        size = self.slots if self.by == "rows" else self.value_dim
+        size = self.rows if self.by == "rows" else self.row_dim
         chunk = -(-size // ranks)
         own = min(chunk, max(0, size - rank * chunk))
-        return (own, self.value_dim) if self.by == "rows" else (self.slots, own)
+        return (own, self.row_dim) if self.by == "rows" else (self.rows, own)
+
+    def output_columns(self, columns: int) -> int:
+        """The columns of a token's sum, of so many of its rows."""
+        return self.value_dim if self.variant == "peer" else columns
 
     def touched_rows(self, ranks: int) -> int:
         """Distinct rows that the tokens of so many ranks hit in a step, in all layers: an expectation.
 
-        Of H uniform hits in N slots N (1 - exp(-H / N)), times `unique`.
+        Of H uniform hits in N rows N (1 - exp(-H / N)), times `unique`.
         """
         hits = ranks * self.tokens * self.hits * self.layers
-        return max(1, round(-self.unique * self.slots * math.expm1(-hits / self.slots)))
+        return max(1, round(-self.unique * self.rows * math.expm1(-hits / self.rows)))
 
     def own_rows(self, rows: int, ranks: int) -> int:
         """How many of the rows that are touched lie on a rank: by columns a part of each, by rows their part."""

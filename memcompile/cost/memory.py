@@ -32,7 +32,9 @@ def memory_of(job: Job, ranks: int, rank: int = 0) -> Memory:
     """What a rank of a memory group of `ranks` holds; rank 0 has the most."""
     slots, columns = job.shard(ranks, rank)
     row, replicas, tokens = columns * job.element_bytes, job.gpus // ranks, ranks * job.tokens
-    during_layers = job.layers * tokens * job.hits * HIT + tokens * row
+    sums = tokens * job.output_columns(columns) * job.element_bytes
+    read = tokens * job.value_dim * job.element_bytes if job.variant == "peer" else 0  # the tokens themselves
+    during_layers = job.layers * tokens * job.hits * HIT + sums + read
     if job.values_grad == "dense":
         gradient, between_replicas = slots * row, 0  # an all-reduce is in place
     else:
@@ -74,10 +76,12 @@ def gather_bytes(job: Job, ranks: int, granule: int) -> int:
     """
     _, columns = job.shard(ranks)
     tokens, row = ranks * job.tokens, columns * job.element_bytes
+    sums = tokens * job.output_columns(columns) * job.element_bytes
+    read = tokens * job.value_dim * job.element_bytes if job.variant == "peer" else 0
     rows_read = tokens * job.hits
     if job.by == "rows":
         rows_read = min(rows_read, round(job.tokens * job.hits * job.skew))
-    return tokens * job.hits * HIT + rows_read * moved(row, granule) + tokens * row
+    return tokens * job.hits * HIT + rows_read * moved(row, granule) + sums + read
 
 
 def search_bytes(job: Job) -> int:

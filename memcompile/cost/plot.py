@@ -33,7 +33,7 @@ def draw(job: Job, hardware: Hardware, found: Sequence[Candidate], path: Path) -
     FigureCanvasAgg(figure)
     chosen, by_gpus = best(found), best_by_gpus(job, hardware)
     figure.suptitle(
-        f"{job.slots:,} slots x {job.value_dim:,} in {job.dtype}, {job.optimizer}, {job.values_grad} gradient, "
+        f"{job.rows:,} slots x {job.row_dim:,} in {job.dtype}, {job.optimizer}, {job.values_grad} gradient, "
         f"{job.tokens:,} tokens a rank\nmodelled, nothing overlapped",
         fontsize=11,
     )

@@ -30,9 +30,9 @@ def table(job: Job, hardware: Hardware, found: Sequence[Candidate]) -> str:
     about_best = [misfit(job, hardware, found)] if chosen is None else _chosen(job, hardware, chosen)
     assumed = (fill(line, 118, initial_indent="- ", subsequent_indent="  ") for line in assumptions(job, hardware))
     nodes = -(-job.gpus // hardware.gpus_per_node)
-    size = _gib(job.slots * job.value_dim * job.element_bytes)
+    size = _gib(job.rows * job.row_dim * job.element_bytes)
     title = (
-        f"memcompile estimate: {job.slots:,} slots ({job.n_keys:,} half-keys a side) x {job.value_dim:,} in "
+        f"memcompile estimate: {job.rows:,} slots ({job.n_keys:,} half-keys a side) x {job.row_dim:,} in "
         f"{job.dtype}, {size} GiB, on {job.gpus:,} GPU(s) in {nodes} node(s)"
     )
     parts = [[title], _candidates(found, chosen), about_best, ["assumed", *assumed]]

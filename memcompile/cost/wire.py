@@ -21,23 +21,29 @@ class Collective:
 
 
 def layer_collectives(job: Job, ranks: int, rank: int = 0) -> tuple[Collective, ...]:
-    """Two of a layer's forward, then two of its backward, in their order; none in a group of one rank.
+    """Those of a layer's forward, then those of its backward, in their order; none in a group of one rank.
 
-    By columns a rank receives the columns of its outputs that it lacks, by rows the partial sums of all ranks.
+    By columns a rank receives the columns of its outputs that it lacks, by rows the partial sums of all ranks. Of pairs
+    the tokens travel too, and their gradients.
     """
     if ranks == 1:
         return ()
     _, own = job.shard(ranks, rank)
+    own = job.output_columns(own)
     hits, column = (ranks - 1) * job.tokens * job.hits, job.tokens * job.element_bytes
     if job.by == "rows":
         outputs, forward, backward, lacking = "partial outputs", "reduce_scatter", "all_gather", (ranks - 1) * own
     else:
         outputs, forward, backward, lacking = "outputs", "all_to_all", "all_to_all", job.value_dim - own
+    width = (ranks - 1) * job.value_dim * column
+    is_peer = job.variant == "peer"
     return (
         Collective("hits", "all_gather", MEMORY, hits * HIT),
+        *([Collective("tokens", "all_gather", MEMORY, width)] if is_peer else []),
         Collective(outputs, forward, MEMORY, lacking * column),
         Collective("output gradients", backward, MEMORY, (ranks - 1) * own * column),
         Collective("weight gradients", "reduce_scatter", MEMORY, hits * FP32),
+        *([Collective("token gradients", "reduce_scatter", MEMORY, width)] if is_peer else []),
     )
 
 
@@ -55,7 +61,7 @@ def step_collectives(job: Job, ranks: int, rank: int = 0) -> tuple[Collective, .
         received = (replicas - 1) * job.sent_rows_bytes(ranks, rank)
         found.append(Collective("gradient rows", "all_gather", REPLICAS, received))
     if ranks > 1 and job.by == "columns" and job.optimizer == "row_wise_adagrad":
-        stepped = job.slots if is_dense else job.touched_rows(job.gpus)
+        stepped = job.rows if is_dense else job.touched_rows(job.gpus)
         found.append(Collective("row squares", "all_reduce", MEMORY, _on_a_ring(stepped * FP32, ranks)))
     return tuple(found)
 

@@ -76,6 +76,11 @@ def schema_defaults(operator: torch._ops.OpOverload) -> dict[str, Any]:
     return {argument.name: argument.default_value for argument in operator._schema.arguments}
 
 
+def runs_in_backward() -> bool:
+    """Whether a backward runs in this thread, which may recompute a forward."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_traced(tensor: Tensor) -> bool:
     """Whether AOTAutograd or Dynamo is tracing what is done with the tensor."""
     return isinstance(tensor, (FakeTensor, FunctionalTensor))

@@ -4,6 +4,7 @@ It is composite: one node in Dynamo's graph, taken apart by AOTAutograd into GEM
 which Inductor fuses, and the operators `product_key_topk`, `weighted_gather` and their derivatives.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -18,9 +19,15 @@ from memcompile.lowering.distributed.collectives import sum_gradients, sum_over_
 from memcompile.lowering.distributed.sharded_table import Shards, sharded_gather
 from memcompile.lowering.gather.table_gather import gather
 from memcompile.lowering.register.schema import LIBRARY, operator
-from memcompile.lowering.search.product_key_topk import check_top_k
+from memcompile.lowering.search.batch_norm import normalized
+from memcompile.lowering.search.hit_scores import balance_of, hit_scores
+from memcompile.lowering.search.product_key_topk import MAX_SLOTS, check_top_k
 
-_CHOICES = {"values_grad": ("dense", "sparse"), "values_storage": ("device", "host", "mmap")}
+_CHOICES = {
+    "values_grad": ("dense", "sparse"),
+    "values_storage": ("device", "host", "mmap"),
+    "weighting": ("softmax", "sigmoid"),
+}
 
 
 def memory_lookup(
@@ -34,6 +41,10 @@ def memory_lookup(
     out_weight: Tensor | None = None,
     out_bias: Tensor | None = None,
     temperature: Tensor | None = None,
+    query_scale: Tensor | None = None,
+    query_shift: Tensor | None = None,
+    query_mean: Tensor | None = None,
+    query_var: Tensor | None = None,
     *,
     heads: int,
     top_k: int,
@@ -42,13 +53,18 @@ def memory_lookup(
     shards: Shards | None = None,
     capacity: int | None = None,
     row_state: Sequence[Tensor] = (),
+    weighting: str = "softmax",
+    first_slot: int = 0,
+    balance_loss: float = 0.0,
+    training: bool = False,
 ) -> Tensor:
     """A product-key memory layer (Lample et al. 2019; Memory Layers at Scale, arXiv 2412.09764, section 3).
 
     A head's query is cut in halves q1, q2, each scored against n half-keys. Slot i * n + j scores
     q1 . k1[i] + q2 . k2[j]; the `top_k` best of the n * n slots are found exactly, a softmax over them gives
     their weights, and the weighted rows of `values` are summed over all heads. With `gate_weight` the sum y
-    becomes y * silu(gate(x)) (Memory+); with `out_weight` it is projected.
+    becomes y * silu(gate(x)) (Memory+); with `out_weight` it is projected. With `query_scale` the query has gone
+    through BatchNorm (Lample et al. 2019: `search.batch_norm`).
 
     Scores and softmax are computed in float32 (float64 where the query is), under autocast too, because lower
     precisions reorder the slots; all but the smallest products of a half dtype are exact in it. The projections
@@ -58,11 +74,15 @@ def memory_lookup(
         x: [..., d]; any leading dimensions, of any size.
         query_weight: [heads * key_dim, d], and query_bias: [heads * key_dim] or None.
         half_keys: [2, heads, n, key_dim / 2].
-        values: [n * n, value_dim], of any floating dtype; it may differ from the rest.
+        values: [n * n, value_dim], of any floating dtype; it may differ from the rest. Or several such tables, one
+            after the other, of which `first_slot` begins the layer's own.
         gate_weight: [value_dim, d] or None for no gate, and gate_bias: [value_dim] or None.
         out_weight: [d_out, value_dim] or None for no projection, and out_bias: [d_out] or None.
         temperature: [heads] or None. With it, each half of a query and each half-key is scaled to unit norm,
             and a head's scores are multiplied by its temperature.
+        query_scale, query_shift: [heads * key_dim] or None, of BatchNorm of the query, before the unit norm.
+        query_mean, query_var: its running statistics, [heads * key_dim], of any floating dtype. None takes those of
+            the batch.
         heads: number of heads.
         top_k: slots read by a head, at most n.
         values_grad: "dense", or "sparse" for a gradient of `values` that is a coalesced sparse COO tensor of the rows
@@ -77,21 +97,30 @@ def memory_lookup(
             tell each other.
         row_state: what rows of `values` have missed of their optimizer's steps, as `table_gather` takes it; empty where
             the rows are as they stand.
+        weighting: a head's weights are the "softmax" over its hits' scores, or the "sigmoid" of each.
+        first_slot: the row of `values` that is the layer's slot 0, a multiple of n * n.
+        balance_loss: factor of a loss (`search.hit_scores.balance_of`) whose gradient, times this and nothing else, is
+            added in each backward through the output.
+        training: whether BatchNorm takes the batch's statistics, and moves `query_mean` and `query_var` towards them,
+            in place.
 
     Returns:
         [..., d_out], or [..., value_dim] with no projection, in the dtype of `F.linear(x, query_weight)`.
 
     Raises:
         ValueError: a shape or an option does not fit; the message names the argument.
-        NotImplementedError: on forward-mode differentiation. Reverse mode works to any order.
+        NotImplementedError: on forward-mode differentiation. Reverse mode works to any order. Also for a balance loss
+            in float16, and for statistics that move under torch.func.vmap.
     """
     placed: tuple[Any, ...] = ("", (), 0, 1, False)
     if shards is not None:
         placed = (shards.group, shards.sizes, shards.rank, shards.dim, shards.same_tokens)
-    return operator("memory_lookup")(
+    updates = training and query_mean is not None
+    return operator("memory_lookup.updating" if updates else "memory_lookup")(
         x, query_weight, query_bias, half_keys, values,
         gate_weight, gate_bias, out_weight, out_bias, temperature, heads, top_k, values_grad, values_storage,
-        *placed, capacity, [*row_state] or None,
+        *placed, capacity, [*row_state] or None, weighting, first_slot, balance_loss,
+        query_scale, query_shift, query_mean, query_var,
     )  # fmt: skip
 
 
@@ -99,7 +128,7 @@ DEFAULTS = schema_defaults(operator("memory_lookup"))
 
 
 class _Lookup(SimpleNamespace):
-    """The operator's arguments, by their names in its schema."""
+    """The operator's arguments, by their names in its schema; and `updating`, whether its statistics move."""
 
     @property
     def shards(self) -> Shards | None:
@@ -145,13 +174,22 @@ class _Lookup(SimpleNamespace):
         n_keys = half_keys.shape[2]
         _expect_shape("half_keys", half_keys, (2, heads, n_keys, key_dim // 2), "[2, heads, n_keys, key_dim / 2]")
         _expect_shape("temperature", self.temperature, (heads,), "[heads]")
+        for name in ("query_scale", "query_shift", "query_mean", "query_var"):
+            _expect_shape(name, getattr(self, name), (rows,), "[heads * key_dim]")
+            if self.query_scale is None and getattr(self, name) is not None:
+                raise ValueError(f"{name}: given without query_scale")
+        if (self.query_mean is None) != (self.query_var is None):
+            raise ValueError("query_mean and query_var: give both, or neither")
         check_top_k(self.top_k, n_keys)
         shards, values, out_weight = self.shards, self.values, self.out_weight
         shape = list(values.shape)
         if shards is not None and values.dim() == 2:
             shape[shards.dim] = sum(shards.sizes)
-        if len(shape) != 2 or shape[0] != n_keys * n_keys:
-            raise ValueError(f"values: expected [n_keys**2 = {n_keys * n_keys}, value_dim], got {shape}")
+        own, first = n_keys * n_keys, self.first_slot
+        if len(shape) != 2 or shape[0] % own or not shape[0]:
+            raise ValueError(f"values: expected [n_keys**2 = {own}, value_dim], got {shape}")
+        if first % own or not 0 <= first < shape[0] or first + own > MAX_SLOTS:
+            raise ValueError(f"first_slot: expected a multiple of n_keys**2 = {own} below {shape[0]}, got {first}")
         value_dim = shards.own if shards is not None and shards.same_tokens else shape[1]
         for part in ("gate", "out"):
             if getattr(self, f"{part}_weight") is None and getattr(self, f"{part}_bias") is not None:
@@ -168,7 +206,12 @@ class _Lookup(SimpleNamespace):
         x, values = self.x, self.values
         tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         query = F.linear(tokens, self.query_weight, self.query_bias)  # [tokens, heads * key_dim]
-        weights, slots = self._search(query)  # [tokens, heads * top_k]
+        if self.balance_loss and query.dtype is torch.float16:
+            raise NotImplementedError(
+                "balance_loss: its gradient has no loss scale, which float16 needs: train in bfloat16, or with "
+                "balance_loss=0"
+            )
+        weights, slots, loss = self._search(query)  # [tokens, heads * top_k]
         if self.in_parallel:  # each rank goes on with its own columns, and has their share of the gradients
             weights, tokens = sum_gradients(weights, self.group), sum_gradients(tokens, self.group)
         if self.values_storage != "device":
@@ -182,21 +225,35 @@ class _Lookup(SimpleNamespace):
         if gate is not None:
             y = y * gate
         y = self._join_columns(y) if self.in_parallel else self._project(y, self.out_bias)
-        return y.reshape(*x.shape[:-1], y.shape[1])
+        y = y.reshape(*x.shape[:-1], y.shape[1])
+        return y if loss is None else operator("with_loss")(y, loss)
 
-    def _search(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and slots [tokens, heads * top_k] of the queries [tokens, heads * key_dim]."""
+    def _search(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weights and slots [tokens, heads * top_k] of the queries [tokens, heads * key_dim]; and the balance loss."""
         dtype = torch.promote_types(query.dtype, self.half_keys.dtype)
-        if self.temperature is not None:  # norms are not exact in the half dtypes
+        if self.temperature is not None or self.query_scale is not None:  # norms are not exact in the half dtypes
             dtype = torch.promote_types(dtype, torch.float32)
         half_keys = self.half_keys.to(dtype)
-        halves = query.to(dtype).reshape(-1, self.heads, 2, half_keys.shape[3])
+        query = query.to(dtype)
+        if self.query_scale is not None:
+            batch_norm = self.query_scale, self.query_shift, self.query_mean, self.query_var
+            query = normalized(query, *batch_norm, self.updating)
+        halves = query.reshape(-1, self.heads, 2, half_keys.shape[3])
         if self.temperature is not None:
             # A score is linear in the query, so its half-queries carry the temperature.
             halves = F.normalize(halves, dim=-1) * self.temperature.to(dtype)[:, None, None]
             half_keys = F.normalize(half_keys, dim=-1)
-        weights, slots = operator("product_key_search")(halves.flatten(-2), half_keys, self.top_k)
-        return weights.flatten(1), slots.flatten(1)
+        searched = halves.flatten(-2), half_keys
+        if self.weighting == "softmax":
+            weights, slots = operator("product_key_search")(*searched, self.top_k)
+        else:
+            _, slots = operator("product_key_search")(*(tensor.detach() for tensor in searched), self.top_k)
+            weights = hit_scores(halves, half_keys, slots).sigmoid()
+        loss = None
+        if self.balance_loss and torch.is_grad_enabled():
+            loss = self.balance_loss * balance_of(halves, half_keys, slots)
+        slots = slots.flatten(1)
+        return weights.flatten(1), slots + self.first_slot if self.first_slot else slots, loss
 
     def _read(self, slots: Tensor, weights: Tensor) -> Tensor:
         """The weighted sums of the rows that each token hits."""
@@ -225,12 +282,14 @@ def _expect_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], mean
         raise ValueError(f"{name}: expected {meaning} = {list(shape)}, got {list(tensor.shape)}")
 
 
-def _run(*args: Any) -> Tensor:
-    lookup = _Lookup(**DEFAULTS | dict(zip(DEFAULTS, args, strict=False)))  # PyTorch leaves out those that are defaults
+def _run(updating: bool, *args: Any) -> Tensor:
+    # PyTorch leaves out those that are defaults.
+    lookup = _Lookup(**DEFAULTS | dict(zip(DEFAULTS, args, strict=False)), updating=updating)
     lookup.check()
     return lookup.run()
 
 
 # vmap takes the operator apart as autograd does; without the second line it would loop over the batch.
 for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
-    LIBRARY.impl("memory_lookup", _run, _key)  # type: ignore[no-untyped-call]
+    LIBRARY.impl("memory_lookup", functools.partial(_run, False), _key)  # type: ignore[no-untyped-call]
+    LIBRARY.impl("memory_lookup.updating", functools.partial(_run, True), _key)  # type: ignore[no-untyped-call]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from memcompile.common.sites import FfnSite
+from memcompile.config import MemoryConfig
 from memcompile.lowering import memory_lookup
 from memcompile.passes.detect.detect import find_ffns
-from memcompile.runtime.layer import LayerTensors, MemoryLayer
+from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool, pool_of
 from memcompile.runtime.table.untrained import in_words, parameters_of_memory
 from memcompile.runtime.which_group import groups_of
@@ -190,10 +191,10 @@ def _layer_flops(layer: MemoryLayer) -> int:
         # by its shape: a DTensor's is that of the whole tensor
         return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
-    tensors = cast(LayerTensors, tuple(map(meta, layer.parameters_of_lookup(layer.pool.values))))
+    tensors: dict[str, Any] = {name: meta(tensor) for name, tensor in layer.tensors(layer.pool.values).items()}
     token = torch.empty(1, layer.width, dtype=layer.query_weight.dtype, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        memory_lookup(token, *tensors, heads=layer.heads, top_k=layer.top_k)
+        memory_lookup(token, **tensors, **layer.options)
     return counter.get_total_flops()
 
 
@@ -208,10 +209,27 @@ def _memory(pool: MemoryPool) -> str:
         rate = "its learning rate" if c.values_lr is None else f"the constant learning rate {c.values_lr:g}"
         learning = f"\nvalues: stepped when the optimizer that holds them steps, by {rule}, at {rate}"
     return (
-        f"memory: {c.n_keys**2:,} slots ({c.n_keys} half-keys a side) x {c.value_dim} in {len(pool.layers)} layer(s), "
-        f"{c.heads} heads x top {c.top_k}, key_dim {c.key_dim}; values {str(pool.values.dtype).removeprefix('torch.')}"
-        f"{learning}"
+        f"memory: {c.slots:,} slots ({c.n_keys} half-keys a side) x {pool.values_shape[1]} in {len(pool.layers)} "
+        f"layer(s), {c.heads} heads x top {c.top_k}, key_dim {c.key_dim}; values "
+        f"{str(pool.values.dtype).removeprefix('torch.')}{_form(c)}{learning}"
     )
+
+
+def _form(config: MemoryConfig) -> str:
+    """What a layer computes, where an option of that has not its default."""
+    parts = {
+        "BatchNorm of the query": config.variant == "pkm",
+        "pairs [u | v]": config.variant == "peer",
+        f"{'a' if config.gate else 'no'} gate": True,
+        "unit norm of query and keys": config.qk_norm,
+        "sigmoid weights": config.weighting == "sigmoid",
+        "a table for each layer": config.tables == "separate",
+        f"balance loss {config.balance_loss:g}": config.balance_loss > 0,
+    }
+    default = dataclasses.replace(config, variant="memory+", gate=True, weighting="softmax", tables="shared")
+    if config == dataclasses.replace(default, balance_loss=0.0):
+        return ""
+    return f"\nvariant {config.variant}: {', '.join(part for part, has in parts.items() if has)}"
 
 
 def _cells(row: ExplainedSite) -> list[str]:

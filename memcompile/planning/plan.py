@@ -20,7 +20,6 @@ from memcompile.common.pipeline import Pipeline
 from memcompile.common.sizes import resolve
 from memcompile.config import MemoryConfig, check_names
 from memcompile.errors import OptionError, PlanError
-from memcompile.lowering.parameters import values_shape
 from memcompile.passes.capture.graphs import is_captured
 from memcompile.passes.detect.detect import find_in_model
 from memcompile.passes.detect.place import place, with_named
@@ -94,7 +93,7 @@ def plan(
     if _is_planned(root, given):
         planned = _pool(root)
         if memory_mesh is not None:
-            check_same(planned, cut(planned.config, memory_mesh, shard_by, shard_tokens))
+            check_same(planned, cut(planned, memory_mesh, shard_by, shard_tokens))
         patches.hold(planned)  # the process may be one of several now
         return explain(model)
     if is_sharded(root):
@@ -140,12 +139,15 @@ def _run_steps(
         owner, prefix = owner_of(root, chosen)
         config = resolve(requested, chosen, sum(p.numel() for p in root.parameters()))
         config = dataclasses.replace(config, memory_layers=[site.down.removeprefix(prefix) for site in chosen])
-        pool = MemoryPool(owner=owner, prefix=prefix, config=config, requested=requested, sites=tuple(sites))
+        width = max(site.width for site in chosen)
+        pool = MemoryPool(
+            owner=owner, prefix=prefix, config=config, requested=requested, width=width, sites=tuple(sites)
+        )
         pool.table.model = weakref.ref(root)
         if mesh is not None:
-            pool.table.sharded = cut(config, *mesh)
+            pool.table.sharded = cut(pool, *mesh)
             check_plans_agree(pool, pool.table.sharded)
-        pipeline.count = values_shape(config)[0]
+        pipeline.count = pool.values_shape[0]
     patches.hold(pool)
     with uninterrupted():  # half a change could not be mended by a second call
         with pipeline.step("install", "layers installed"):

@@ -14,7 +14,7 @@ from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite, owner_path
 from memcompile.config import MemoryConfig
 from memcompile.errors import PlanError
 from memcompile.lowering import memory_lookup
-from memcompile.lowering.parameters import new_layer, values_shape
+from memcompile.lowering.parameters import lookup_options, new_buffers, new_layer, values_shape
 from memcompile.runtime.distributed.sharding import cut_layers, new_sharded_values
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool
@@ -69,13 +69,13 @@ def install(
     _check(pool, root, chosen)
     down = root.get_parameter(chosen[0].down)
     if pool.table.sharded is None:
-        values = create_values(pool.config, down.dtype, down.device)
+        values = create_values(pool.config, pool.width, down.dtype, down.device)
     else:
         values = new_sharded_values(pool, down.dtype, down.device)
     layers = []
-    for site in chosen:
+    for number, site in enumerate(chosen):
         down = root.get_parameter(site.down)
-        layer = MemoryLayer(pool, site.name or site.down, site.width, down.dtype, down.device)
+        layer = MemoryLayer(pool, number, site.name or site.down, site.width, down.dtype, down.device)
         layer.operations = operations[site.down]
         layer.operations.records = False
         layers.append(layer.train(_holder(root, site).training))
@@ -167,9 +167,11 @@ class RehearsedLayer:
     ) -> None:
         self.name, self.width, self._device = site.name or site.down, site.width, device
         self._config = MemoryConfig(
-            placement=config.placement, gate=config.gate, qk_norm=config.qk_norm,
-            n_keys=2, heads=1, top_k=1, key_dim=2, value_dim=site.width,
+            memory_layers=1, placement=config.placement, variant=config.variant, gate=config.gate,
+            qk_norm=config.qk_norm, weighting=config.weighting, tables=config.tables,
+            balance_loss=config.balance_loss, n_keys=2, heads=1, top_k=1, key_dim=2, value_dim=site.width,
         )  # fmt: skip
+        self._options = lookup_options(self._config, 0)
         self.operations = operations
         self.query_weight = types.SimpleNamespace(dtype=dtype, device=device)
         self.outputs: list[tuple[Tensor, Tensor]] = []
@@ -177,11 +179,13 @@ class RehearsedLayer:
     def __call__(self, x: Tensor) -> Tensor:
         dtype, config = self.query_weight.dtype, self._config
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=()):
-            parameters: list[Any] = [*new_layer(config, self.width, dtype, self._device).values()]
-            values = nn.Parameter(torch.zeros(values_shape(config), dtype=dtype, device=x.device))
-        query_weight, query_bias, half_keys, *rest = parameters
-        output = memory_lookup(x, query_weight, query_bias, half_keys, values, *rest, heads=1, top_k=1)
-        self.outputs.append((output, query_weight))
+            tensors: dict[str, Any] = {
+                "values": nn.Parameter(torch.zeros(values_shape(config, self.width), dtype=dtype, device=x.device)),
+                **new_layer(config, self.width, dtype, self._device),
+                **new_buffers(config, dtype, self._device),
+            }
+        output = memory_lookup(x, **tensors, **self._options, balance_loss=config.balance_loss, training=True)
+        self.outputs.append((output, tensors["query_weight"]))
         return output
 
 

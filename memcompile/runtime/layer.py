@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from memcompile.lowering import memory_lookup
 from memcompile.lowering._torch import functorch_is_active
-from memcompile.lowering.parameters import new_layer
+from memcompile.lowering.parameters import LAYER_BUFFERS, LAYER_PARAMETERS, lookup_options, new_buffers, new_layer
 from memcompile.runtime._torch import is_exporting, without_torch_function
 from memcompile.runtime.distributed.collective_errors import named_collectives
 from memcompile.runtime.pool import MemoryPool
@@ -18,8 +18,8 @@ from memcompile.runtime.storage.drawing import draw_parameters
 from memcompile.runtime.table.current_values import is_alias
 from memcompile.runtime.table.table import flush_while_traced
 
-_Optional = Tensor | None
-LayerTensors = tuple[Tensor, Tensor, Tensor, Tensor, _Optional, _Optional, _Optional, _Optional, _Optional]
+LayerTensors = dict[str, Tensor | None]
+_CUT = ("gate_weight", "gate_bias", "out_weight")  # by tensor parallelism
 
 
 class MemoryLayer(nn.Module):
@@ -39,6 +39,8 @@ class MemoryLayer(nn.Module):
             value_dim == width that replaces its FFN. Zero where the memory is added, so that the model starts as
             it was.
         temperature: [heads], 10; None without qk-norm.
+        query_scale, query_shift: [heads * key_dim], 1 and 0, of BatchNorm of the query; None but in the variant "pkm".
+        query_mean, query_var: its running statistics, buffers [heads * key_dim] of at least float32, 0 and 1.
     """
 
     query_weight: nn.Parameter
@@ -49,40 +51,39 @@ class MemoryLayer(nn.Module):
     out_weight: nn.Parameter | None
     out_bias: nn.Parameter | None
     temperature: nn.Parameter | None
+    query_scale: nn.Parameter | None
+    query_shift: nn.Parameter | None
+    query_mean: Tensor | None
+    query_var: Tensor | None
 
-    def __init__(self, pool: MemoryPool, name: str, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, pool: MemoryPool, number: int, name: str, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """The layer of this number, from 0 on, among those of a pool."""
         super().__init__()
         config = pool.config
+        self.options = lookup_options(config, number)
         self.name, self.operations = name, Operations()
         self.width, self.heads, self.top_k = width, config.heads, config.top_k
         self.pool: MemoryPool
         object.__setattr__(self, "pool", pool)  # not a submodule: the values belong to the root
         for own, parameter in new_layer(config, width, dtype, device).items():
             self.register_parameter(own, parameter)
+        for own, buffer in new_buffers(config, dtype, device).items():
+            self.register_buffer(own, buffer)
 
     def reset_parameters(self) -> None:
         """Draws the layer's own parameters anew; the pool's values stay. A collective where they are DTensors."""
         draw_parameters(self)
 
-    def parameters_of_lookup(self, values: Tensor) -> LayerTensors:
-        """What the op reads besides the tokens, in the order of its arguments; DTensors where they are sharded."""
-        return (
-            self.query_weight,
-            self.query_bias,
-            self.half_keys,
-            values,
-            self.gate_weight,
-            self.gate_bias,
-            self.out_weight,
-            self.out_bias,
-            self.temperature,
-        )
-
     def tensors(self, values: Tensor) -> LayerTensors:
+        """What the op reads besides the tokens, by the names of its arguments; DTensors where they are sharded."""
+        return {"values": values, **{name: getattr(self, name) for name in (*LAYER_PARAMETERS, *LAYER_BUFFERS)}}
+
+    def own_tensors(self, values: Tensor) -> LayerTensors:
         """What this rank has of them."""
-        *tensors, gate_weight, gate_bias, out_weight, out_bias, temperature = self.parameters_of_lookup(values)
-        cut = _own_part(gate_weight), _own_part(gate_bias), _own_part(out_weight)
-        return (*tensors, *cut, out_bias, temperature)  # type: ignore[return-value]
+        tensors = self.tensors(values)
+        return tensors | {name: _own_part(tensors[name]) for name in _CUT}
 
     def forward(self, x: Tensor) -> Tensor:
         table = self.pool.table
@@ -105,9 +106,10 @@ class MemoryLayer(nn.Module):
         with without_torch_function():  # the operator is given the state of rows
             return memory_lookup(
                 x,
-                *self.tensors(values),
-                heads=self.heads,
-                top_k=self.top_k,
+                **self.own_tensors(values),  # type: ignore[arg-type]
+                **self.options,
+                training=self.training,
+                balance_loss=self.pool.config.balance_loss if self.training else 0.0,
                 values_grad=table.gradient,
                 values_storage=self.pool.config.values_storage,
                 shards=None if sharded is None else sharded.shards,
@@ -130,10 +132,10 @@ class MemoryLayer(nn.Module):
         config: Any = self.pool.config
         return (
             f"width={self.width}, slots={config.n_keys**2}, heads={self.heads}, top_k={self.top_k}, "
-            f"key_dim={config.key_dim}, value_dim={config.value_dim}, gate={config.gate}"
+            f"key_dim={config.key_dim}, value_dim={config.value_dim}, variant={config.variant}, gate={config.gate}"
         )
 
 
-def _own_part(parameter: _Optional) -> _Optional:
+def _own_part(parameter: Tensor | None) -> Tensor | None:
     """The own columns, as autograd sees them, of what tensor parallelism has cut."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

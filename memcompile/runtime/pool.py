@@ -13,6 +13,7 @@ from torch import nn
 
 from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite
 from memcompile.config import MemoryConfig
+from memcompile.lowering.parameters import values_shape
 from memcompile.runtime import patches
 from memcompile.runtime.table.hooks import watch_optimizers
 from memcompile.runtime.table.table import ValueTable
@@ -35,6 +36,7 @@ class MemoryPool:
         prefix: what names of the planned model start with, to which those of the owner are relative: "" or "model.".
         config: the options, with every size resolved (None only for ``values_lr``); layers are named from the owner.
         requested: the options as the user gave them.
+        width: of the layers; of the widest where they differ.
         sites: every FFN that was found in the planned model, in execution order, refused ones included; named from it.
         table: the values, and the state of their rows.
         layers: the memory layer of each chosen FFN, by the name that its down-projection's weight has from the owner.
@@ -45,6 +47,7 @@ class MemoryPool:
     prefix: str
     config: MemoryConfig
     requested: MemoryConfig
+    width: int
     sites: tuple[FfnSite, ...]
     layers: dict[str, MemoryLayer] = dataclasses.field(default_factory=dict)
     removed_parameters: int = 0
@@ -86,8 +89,13 @@ class MemoryPool:
 
     @property
     def values(self) -> nn.Parameter:
-        """The table [n_keys**2, value_dim]; a DTensor where it is sharded."""
+        """The table, of `values_shape`; a DTensor where it is sharded."""
         return self.table.values
+
+    @property
+    def values_shape(self) -> tuple[int, int]:
+        """[slots of all layers, numbers of a row]."""
+        return values_shape(self.config, self.width)
 
     def attach(self, values: nn.Parameter) -> None:
         """Registers the values on the owner; from here on the model is planned."""

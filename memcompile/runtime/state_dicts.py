@@ -23,6 +23,9 @@ FORMAT = 1
 # option is of the machine.
 _LATER_OPTIONS = {
     "placement": "replace",
+    "weighting": "softmax",
+    "tables": "shared",
+    "balance_loss": 0.0,
     "values_grad": "dense",
     "values_optimizer": None,
     "values_state_dtype": "float32",
@@ -248,4 +251,5 @@ def checked_plan(plan: Any, where: object = PLAN_KEY) -> dict[str, Any]:
     if saved_format > FORMAT:
         raise PlanError(f"the checkpoint's plan has format {saved_format}, this memcompile reads {FORMAT}: upgrade it")
     own = {name: option for name, option in config.items() if name not in STORAGE_OPTIONS}  # a path is of the machine
-    return {**plan, "config": {**_LATER_OPTIONS, **own}}
+    variant = "memory" if own.get("gate") is False else "memory+"  # before plans named it
+    return {**plan, "config": {**_LATER_OPTIONS, "variant": variant, **own}}

@@ -39,13 +39,20 @@ class Case:
     bias: bool = True
     gate: bool = True
     qk_norm: bool = False
+    weighting: str = "softmax"
+    tables: int = 1  # that lie one after the other, of which the layer has the last
     dtype: torch.dtype = torch.float32
     strided: bool = False
     seed: int = 0
 
     @property
-    def options(self) -> dict[str, int]:
-        return {"heads": self.heads, "top_k": self.top_k}
+    def options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"heads": self.heads, "top_k": self.top_k}
+        if self.weighting != "softmax":
+            options["weighting"] = self.weighting
+        if self.tables > 1:
+            options["first_slot"] = (self.tables - 1) * self.n_keys**2
+        return options
 
     def tensors(self) -> list[Tensor | None]:
         """The arguments of memory_lookup before `heads`, as leaves that require gradients."""
@@ -64,13 +71,23 @@ class Case:
             leaf(rows, self.width, scale=thin),
             leaf(rows) if self.bias else None,
             leaf(2, self.heads, self.n_keys, self.half_dim),
-            leaf(self.n_keys**2, self.value_dim),
+            leaf(self.tables * self.n_keys**2, self.value_dim),
             leaf(self.value_dim, self.width, scale=thin) if self.gate else None,
             leaf(self.value_dim) if self.gate and self.bias else None,
             leaf(self.out_dim, self.value_dim, scale=thin) if self.out_dim else None,
             leaf(self.out_dim) if self.out_dim and self.bias else None,
             leaf(self.heads, scale=3.0) if self.qk_norm else None,
         ]
+
+    def batch_norm(self, leaves: bool = True) -> dict[str, Tensor]:
+        """BatchNorm of the query, far from the identity: leaves that require gradients, and running statistics."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        drawn = torch.randn(4, self.heads * 2 * self.half_dim, generator=generator, dtype=torch.float64)
+        scale, shift, mean, var = drawn[0].exp(), drawn[1], drawn[2], drawn[3].exp()
+        learnt = {"query_scale": scale.to(self.dtype), "query_shift": shift.to(self.dtype)}
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        running = {"query_mean": mean.to(dtype), "query_var": var.to(dtype)}
+        return {name: tensor.requires_grad_(leaves) for name, tensor in learnt.items()} | running
 
 
 @st.composite
@@ -95,6 +112,8 @@ def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Case
         bias=draw(st.booleans()),
         gate=draw(st.booleans()),
         qk_norm=qk_norm,
+        weighting=draw(st.sampled_from(["softmax", "sigmoid"])),
+        tables=draw(st.integers(1, 3)),
         dtype=draw(st.sampled_from(dtypes)),
         strided=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
@@ -106,6 +125,7 @@ VARIANTS = {
     "gate": Case(out_dim=None),
     "out": Case(gate=False),
     "full": Case(qk_norm=True),
+    "sigmoid": Case(weighting="sigmoid", tables=3),
 }
 
 

@@ -45,9 +45,19 @@ def scores_reference(
     half_keys: Tensor,
     temperature: Tensor | None,
     heads: int,
+    batch_norm: tuple[Tensor | None, ...] = (None, None, None, None),
+    training: bool = False,
 ) -> Tensor:
-    """Both halves' scores of every key: [2, tokens, heads, n]."""
+    """Both halves' scores of every key: [2, tokens, heads, n].
+
+    Args:
+        batch_norm: scale, shift, running mean and variance; the last two stay as they are.
+    """
     query = F.linear(_tokens(x), query_weight, query_bias)
+    scale, shift, *running = batch_norm
+    if scale is not None:
+        mean, var = (None if t is None else t.clone().to(query) for t in running)
+        query = F.batch_norm(query, mean, var, scale, shift, training or mean is None)
     halves = query.reshape(-1, heads, 2, half_keys.shape[-1])  # [tokens, heads, 2, key_dim / 2]
     if temperature is not None:
         halves = F.normalize(halves, dim=-1)
@@ -67,28 +77,47 @@ def memory_lookup_reference(
     out_weight: Tensor | None = None,
     out_bias: Tensor | None = None,
     temperature: Tensor | None = None,
+    query_scale: Tensor | None = None,
+    query_shift: Tensor | None = None,
+    query_mean: Tensor | None = None,
+    query_var: Tensor | None = None,
     *,
     heads: int,
     top_k: int,
     slots: Tensor | None = None,
+    weighting: str = "softmax",
+    first_slot: int = 0,
+    training: bool = False,
 ) -> Tensor:
-    """`memory_lookup`, computed as it is defined, in the dtype of its arguments.
+    """`memory_lookup`, computed as it is defined, in the dtype of its arguments. Running statistics stay as they are.
 
     Args:
         slots: [tokens, heads, k], to read these slots instead of the best. Two precisions may choose
             differently between slots that score almost the same; given slots compare the rest of the layer.
         The rest is as in `memory_lookup`.
     """
-    scores = scores_reference(x, query_weight, query_bias, half_keys, temperature, heads)
+    batch_norm = query_scale, query_shift, query_mean, query_var
+    scores = scores_reference(x, query_weight, query_bias, half_keys, temperature, heads, batch_norm, training)
     n_keys = scores.shape[-1]
     if slots is None:
         _, slots = product_key_topk_reference(scores, top_k)
     slots = slots.long()
     logits = scores[0].gather(-1, slots // n_keys) + scores[1].gather(-1, slots % n_keys)
-    weights = logits.softmax(dim=-1)  # [tokens, heads, k]
-    y = (weights.unsqueeze(-1) * values[slots]).sum(dim=(1, 2))  # [tokens, value_dim]
+    weights = logits.softmax(dim=-1) if weighting == "softmax" else logits.sigmoid()  # [tokens, heads, k]
+    y = (weights.unsqueeze(-1) * values[first_slot + slots]).sum(dim=(1, 2))  # [tokens, value_dim]
     if gate_weight is not None:
         y = y * F.silu(F.linear(_tokens(x), gate_weight, gate_bias))
     if out_weight is not None:
         y = F.linear(y, out_weight, out_bias)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def balance_reference(scores: Tensor, slots: Tensor) -> Tensor:
+    """The balance loss of scores [2, tokens, heads, n] and the slots [tokens, heads, k] that were hit: n * sum of
+    f_i * P_i, the mean over sides and heads.
+    """
+    n_keys = scores.shape[-1]
+    hit = torch.stack([slots.long() // n_keys, slots.long() % n_keys])  # [2, tokens, heads, k]
+    shares = F.one_hot(hit, n_keys).to(scores.dtype).mean(dim=(1, 3))  # [2, heads, n]
+    means = scores.softmax(dim=-1).mean(dim=1)
+    return n_keys * (shares * means).sum(dim=-1).mean()

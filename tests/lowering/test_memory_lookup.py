@@ -114,12 +114,12 @@ def test_gradcheck(variant):
 
 
 @pytest.mark.parametrize(
-    ("variant", "dtype"), [("plain", torch.float32), ("full", torch.float32), ("full", torch.bfloat16)]
+    ("variant", "dtype"),
+    [("plain", torch.float32), ("full", torch.float32), ("full", torch.bfloat16), ("sigmoid", torch.bfloat16)],
 )
 def test_opcheck(variant, dtype):
     case = in_dtype(VARIANTS[variant], dtype)
-    arguments = (*case.tensors(), case.heads, case.top_k)
-    torch.library.opcheck(torch.ops.memcompile.memory_lookup.default, arguments)
+    torch.library.opcheck(torch.ops.memcompile.memory_lookup.default, tuple(case.tensors()), case.options)
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0, 3), (2, 3), (1, 2, 1, 3)])
@@ -210,6 +210,15 @@ ERRORS = {
     "out_bias: expected [d_out] = [9], got [10]": {"out_bias": torch.zeros(10)},
     "out_bias: given without out_weight": {"out_weight": None},
     "temperature: expected [heads] = [2], got [1]": {"temperature": torch.zeros(1)},
+    "first_slot: expected a multiple of n_keys**2 = 49 below 49, got 49": {"first_slot": 49},
+    "first_slot: expected a multiple of n_keys**2 = 49 below 98, got 7": {
+        "values": torch.zeros(98, 10),
+        "first_slot": 7,
+    },
+    "query_scale: expected [heads * key_dim] = [12], got [11]": {"query_scale": torch.zeros(11)},
+    "query_var: given without query_scale": {"query_var": torch.zeros(12)},
+    "query_mean and query_var: give both, or neither": {"query_scale": torch.zeros(12), "query_mean": torch.zeros(12)},
+    "weighting: expected one of softmax, sigmoid, got 'linear'": {"weighting": "linear"},
     "top_k: expected 1 <= top_k <= n_keys = 7, got 8": {"top_k": 8},
     "top_k: expected 1 <= top_k <= n_keys = 7, got 0": {"top_k": 0},
     "46341**2 slots do not fit int32": {"half_keys": torch.zeros(2, 2, 46341, 3)},

@@ -30,6 +30,11 @@ VARIANTS = {
         {"gate": False, "qk_norm": True},
         {"query_weight", "query_bias", "half_keys", "temperature"},
     ),
+    "pkm": ({"variant": "pkm"}, {"query_weight", "query_bias", "half_keys", "query_scale", "query_shift"}),
+    "sigmoid, separate": (
+        {"variant": "memory", "weighting": "sigmoid", "tables": "separate", "memory_layers": 2},
+        {"query_weight", "query_bias", "half_keys"},
+    ),
 }
 
 
@@ -49,14 +54,17 @@ def test_parameters_and_forward_of_each_variant(name):
         "out_weight": (WIDTH, value_dim),
         "out_bias": (WIDTH,),
         "temperature": (2,),
+        "query_scale": (2 * 8,),
+        "query_shift": (2 * 8,),
     }
     assert {n: tuple(p.shape) for n, p in layer.named_parameters()} == {n: shapes[n] for n in names}
 
     def reference(dtype: torch.dtype) -> torch.Tensor:
-        tensors = [None if t is None else t.to(dtype) for t in layer.tensors(model.memory_values)]
-        return memory_lookup_reference(x.to(dtype), *tensors, heads=2, top_k=4)
+        tensors = {n: None if t is None else t.to(dtype) for n, t in layer.tensors(model.memory_values).items()}
+        return memory_lookup_reference(x.to(dtype), **tensors, **layer.options, training=True)
 
-    assert_as_accurate(layer(x), reference(torch.float32), reference(torch.float64))
+    expected = reference(torch.float32), reference(torch.float64)
+    assert_as_accurate(layer(x), *expected)
 
 
 def test_the_start_follows_the_papers():
@@ -104,5 +112,6 @@ def test_the_values_are_read_anew_at_each_call():
 
 def test_a_layer_says_what_it_is():
     layer = layer_of(planned_gpt())
-    assert repr(layer) == ("MemoryLayer(width=32, slots=64, heads=2, top_k=4, key_dim=8, value_dim=32, gate=True)")
+    sizes = "width=32, slots=64, heads=2, top_k=4, key_dim=8, value_dim=32"
+    assert repr(layer) == f"MemoryLayer({sizes}, variant=memory+, gate=True)"
     assert layer.name == "blocks.1.ffn"

@@ -24,7 +24,7 @@ def test_the_values_are_one_parameter_of_the_root():
     pool = pool_of(model)
     assert pool.values is model.memory_values
     assert pool.values.shape == (64, 32)
-    assert all(layer.tensors(pool.values)[3] is model.memory_values for layer in pool.layers.values())
+    assert all(layer.tensors(pool.values)["values"] is model.memory_values for layer in pool.layers.values())
 
 
 def test_memory_parameters_have_readable_names():

@@ -82,7 +82,7 @@ def test_round_trip_into_a_model_planned_from_the_checkpoint(through, assign):
 def test_a_config_survives_its_own_round_trip():
     config = memcompile.config_from(planned_gpt().state_dict())
     assert config == memcompile.config_from(planned_gpt(memory_layers=["blocks.1.ffn"]).state_dict())
-    assert config == MemoryConfig(memory_layers=["blocks.1.ffn.2.weight"], value_dim=32, **MEMORY)
+    assert config == MemoryConfig(memory_layers=["blocks.1.ffn.2.weight"], value_dim=32, gate=True, **MEMORY)
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -122,6 +122,9 @@ OTHER_PLANS = {
     "heads": ({"heads": 1}, "heads=1 (here 2)"),
     "top_k": ({"top_k": 2}, "top_k=2 (here 4)"),
     "gate": ({"gate": False}, "gate=False (here True)"),
+    "variant": ({"variant": "pkm"}, "variant='pkm' (here 'memory+')"),
+    "weighting": ({"weighting": "sigmoid"}, "weighting='sigmoid' (here 'softmax')"),
+    "tables": ({"tables": "separate"}, "tables='separate' (here 'shared')"),
     "qk_norm": ({"qk_norm": True}, "qk_norm=True (here False)"),
     "placement": ({"placement": "add"}, "placement='add' (here 'replace')"),
     "layers": ({"memory_layers": [0]}, "layers ['blocks.0.ffn.2.weight'] (here ['blocks.1.ffn.2.weight'])"),
@@ -141,10 +144,11 @@ def test_another_plan_is_refused_before_anything_is_copied(name):
     assert_same(snapshot(model), before)
 
 
-def test_the_learning_rate_of_the_values_is_no_part_of_the_plan():
-    model = planned_gpt(values_lr=None)
+def test_options_of_training_are_no_part_of_the_plan():
+    model = planned_gpt(values_lr=None, balance_loss=0.1)
     model.load_state_dict(planned_gpt(values_lr=1e-2).state_dict())
-    assert pool_of(model).config.values_lr is None
+    config = pool_of(model).config
+    assert (config.values_lr, config.balance_loss) == (None, 0.1)
 
 
 GOOD_PLAN = {"memcompile": 1, "config": {}, "layers": []}
@@ -343,13 +347,19 @@ def test_the_other_placement_is_refused():
         added_gpt().load_state_dict(planned_gpt().state_dict())
 
 
-def test_a_plan_from_before_placements_replaces():
-    state = dict(planned_gpt(seed=1).state_dict())
+@pytest.mark.parametrize("variant", ["memory+", "memory"])
+def test_a_plan_from_before_placements_and_variants(variant):
+    state = dict(planned_gpt(seed=1, variant=variant).state_dict())
     plan = json.loads(bytes(state[PLAN].tolist()))
-    del plan["config"]["placement"]
+    for later in ("placement", "variant", "weighting", "tables", "balance_loss"):
+        del plan["config"][later]
     state[PLAN] = encoded(plan)
-    planned_gpt().load_state_dict(state)
-    assert memcompile.config_from(state).placement == "replace"
+    for options in ({"variant": variant}, {"gate": variant == "memory+"}):
+        model = planned_gpt(**options)
+        model.load_state_dict(state)
+        assert torch.equal(model.memory_values, state["memory_values"])
+    config = memcompile.config_from(state)
+    assert (config.placement, config.variant, config.gate) == ("replace", variant, variant == "memory+")
 
 
 def test_an_added_model_through_torch_save_and_distributed_state_dicts():

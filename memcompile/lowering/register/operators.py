@@ -46,11 +46,18 @@ def register_arguments(name: str, arguments: type[Any]) -> None:
 
 
 def register_for_graphs(
-    name: str, kernel: Function, fake: Function, key: str, derivative: Function = torch.library.fallthrough_kernel
+    name: str,
+    kernel: Function,
+    fake: Function,
+    key: str,
+    derivative: Function = torch.library.fallthrough_kernel,
+    vmap: Function | None = None,
 ) -> None:
     """Registers an operator with one kernel, for the dispatch key `key`. By default it has no derivative: it is of
     graphs in which derivatives are there already.
     """
+    if vmap is not None:
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=LIBRARY)
     LIBRARY.impl(name, torch.no_grad()(kernel), key)  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, derivative, "Autograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)

@@ -17,9 +17,15 @@ SCHEMAS = {
         "Tensor? gate_weight, Tensor? gate_bias, Tensor? out_weight, Tensor? out_bias, "
         'Tensor? temperature, int heads, int top_k, str values_grad="dense", str values_storage="device", '
         'str group="", int[] parts=[], int part=0, int shard_dim=1, bool same_tokens=False, '
-        "SymInt? capacity=None, Tensor[]? row_state=None) -> Tensor"
+        'SymInt? capacity=None, Tensor[]? row_state=None, str weighting="softmax", int first_slot=0, '
+        "float balance_loss=0.0, Tensor? query_scale=None, Tensor? query_shift=None, Tensor? query_mean=None, "
+        "Tensor? query_var=None) -> Tensor"
     ),
     "prefetch_rows": "(Tensor values, Tensor slots) -> Tensor",
+    "update_statistics": (
+        "(Tensor(a!) mean, Tensor(b!) var, Tensor batch_mean, Tensor batch_var, SymInt tokens) -> ()"
+    ),
+    "with_loss": "(Tensor output, Tensor loss) -> Tensor",
     "product_key_search": "(Tensor query, Tensor half_keys, int top_k) -> (Tensor weights, Tensor slots)",
     "product_key_topk": "(Tensor scores, int top_k) -> (Tensor logits, Tensor slots)",
     "weighted_gather": "(Tensor values, Tensor slots, Tensor weights) -> Tensor",
@@ -58,11 +64,18 @@ SCHEMAS = {
     "onednn_mm": "(Tensor left, Tensor right, Tensor? bias) -> Tensor",  # a product in Inductor's graphs: cpu/gemm.py
 }
 
+# In training BatchNorm's running statistics move: an overload of its own, so that the other one mutates nothing.
+SCHEMAS["memory_lookup.updating"] = (
+    SCHEMAS["memory_lookup"]
+    .replace("Tensor? query_mean", "Tensor(a!)? query_mean")
+    .replace("Tensor? query_var", "Tensor(b!)? query_var")
+)
+
 # Every operator takes its inputs at any strides, so Inductor need not copy them into a layout of eager's.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
-# They ask how many rows were hit, and return as many.
-_NOT_CAPTURED = {"table_gather", "table_dot", "sparse_scatter"}
+# They ask how many rows were hit, and return as many; or whether a backward runs.
+_NOT_CAPTURED = {"table_gather", "table_dot", "sparse_scatter", "update_statistics"}
 
 for _name, _signature in SCHEMAS.items():
     _unsafe = (torch.Tag.cudagraph_unsafe,) if _name in _NOT_CAPTURED else ()
@@ -70,8 +83,9 @@ for _name, _signature in SCHEMAS.items():
 
 
 def operator(name: str) -> torch._ops.OpOverload:
-    """The overload `torch.ops.memcompile.<name>.default`."""
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    """The overload `torch.ops.memcompile.<name>.default`, or that which the name ends with."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(getattr(torch.ops, NAMESPACE), packet), overload or "default")
 
 
 def expect(

@@ -65,6 +65,16 @@ def _vmap(info: Any, in_dims: Any, query: Tensor, half_keys: Tensor, top_k: int)
     return (weights.unflatten(1, (batch, heads)), slots.unflatten(1, (batch, heads))), (1, 1)
 
 
+def half_key_rows(slots: Tensor, n_keys: int) -> Tensor:
+    """The rows [tokens, heads, 2, k] that slots [tokens, heads, k] have of half-keys [2 * heads * n_keys, key_dim / 2]:
+    (side * heads + head) * n_keys + key.
+    """
+    heads = slots.shape[1]
+    keys = torch.stack([slots // n_keys, slots % n_keys], dim=2)
+    first = torch.arange(2 * heads, device=slots.device, dtype=slots.dtype).view(2, heads, 1) * n_keys
+    return first.transpose(0, 1) + keys
+
+
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     query, half_keys, _ = inputs
     ctx.save_for_backward(query, half_keys, *output)
@@ -77,10 +87,7 @@ def _backward(ctx: Any, grad_weights: Tensor, _: Any) -> tuple[Tensor | None, Te
     tokens, heads, key_dim = query.shape
     sides, _, n_keys, half_dim = half_keys.shape
     bags, top_k = tokens * heads * sides, slots.shape[-1]
-    # One row a half-key, in the order of half_keys: row = (side * heads + head) * n_keys + key.
-    keys = torch.stack([slots // n_keys, slots % n_keys], dim=2)  # [tokens, heads, 2, k]
-    first = torch.arange(sides * heads, device=slots.device, dtype=slots.dtype).view(sides, heads, 1) * n_keys
-    rows = (first.transpose(0, 1) + keys).reshape(bags, top_k)
+    rows = half_key_rows(slots, n_keys).reshape(bags, top_k)
     factors = grad_logits[:, :, None].expand(-1, -1, sides, -1).reshape(bags, top_k)
 
     grad_query = grad_half_keys = None

@@ -14,6 +14,7 @@ from memcompile.passes._torch import FakeTensor, pytree
 from memcompile.passes.fx import calls_a_body
 
 OP_NAME = "memcompile.memory_lookup"
+_OVERLOADS = {OP_NAME, f"{OP_NAME}.default", f"{OP_NAME}.updating"}
 POSITIONS = {name: position for position, name in enumerate(DEFAULTS)}
 
 
@@ -87,7 +88,7 @@ def names_by_identity(layers: Mapping[str, Sequence[torch.Tensor]], inputs: Sequ
 
 def is_lookup(node: fx.Node) -> bool:
     """Whether the node is one call of the op."""
-    return node.op == "call_function" and str(node.target).removesuffix(".default") == OP_NAME
+    return node.op == "call_function" and str(node.target) in _OVERLOADS
 
 
 def operators_in(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Collection, Sequence
 from operator import attrgetter
+from typing import Any
 
 from torch import fx, nn
 
@@ -13,13 +15,18 @@ from memcompile.common.sizes import resolve
 from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError, PlanError
 from memcompile.lowering import operator
-from memcompile.lowering.parameters import LAYER_PARAMETERS, new_layer, new_values
+from memcompile.lowering.memory_lookup import DEFAULTS
+from memcompile.lowering.parameters import LAYER_PARAMETERS, lookup_options, new_layer, new_values
 from memcompile.passes._torch import assign_attribute
 from memcompile.passes.capture.graphs import Parameters, Scope, called_body, exchange, fake_mode, give_values, read
 from memcompile.passes.detect.blocks import Block, Candidate
 from memcompile.passes.detect.detect import find_in_scopes
 from memcompile.passes.fx import calls_a_body, operator_name
 from memcompile.passes.rewrite.splice import Splice
+
+_POSITIONAL = tuple(
+    itertools.takewhile(lambda name: name != "heads", DEFAULTS)
+)  # the operator's tensors before its sizes
 
 
 def rewrite(
@@ -81,6 +88,12 @@ def _check(graph_module: object, sites: Sequence[FfnSite], config: MemoryConfig)
     if planned:
         name = f"{planned[0]}.{VALUES_NAME}".lstrip(".")
         raise PlanError(f"the graph has an attribute {name!r} already: its model was planned before the capture")
+    for name, value in (("variant", "pkm"), ("balance_loss", config.balance_loss or None)):
+        if getattr(config, name) == value:
+            raise OptionError(
+                f"{name}={value!r} differs in train and eval mode, and a captured graph has one mode: plan the live "
+                f"model so, and export it"
+            )
     if config.frozen:
         raise OptionError(
             f"values_storage={config.values_storage!r} is of live models: plan the model so, and export it"
@@ -167,8 +180,9 @@ class _NewParameters:
         weights = list(module.parameters()) or [n.meta["val"] for n in scope.capture.parameters]
         self.config = resolve(requested, [block.site for block in blocks], sum(weight.numel() for weight in weights))
         self._values = f"{_owner(blocks, nodes)}.{VALUES_NAME}".lstrip(".")
-        self.drawn = {self._values: new_values(self.config, first.dtype, first.device)}
-        self._paths: dict[str, str] = {}
+        width = max(block.site.width for block in blocks)
+        self.drawn = {self._values: new_values(self.config, width, first.dtype, first.device)}
+        self._paths: dict[str, str] = {}  # of the layers, by the down-projections
         holders = [down.rpartition(".")[0] for down in downs]
         for block, holder, (weight, down) in zip(blocks, holders, downs.items(), strict=True):
             path = f"{holder}.{LAYER_NAME}".lstrip(".") if holders.count(holder) == 1 else f"{weight}_{LAYER_NAME}"
@@ -193,8 +207,13 @@ class _NewParameters:
 
     def operands(self, site: FfnSite, scope: Scope) -> list[fx.Node | None]:
         """The nodes of one layer in the scope's graph, in the order of the operator's arguments."""
-        names = [f"{self._paths[site.down]}.{name}" for name in LAYER_PARAMETERS]
+        names = [f"{self._paths[site.down]}.{name}" for name in LAYER_PARAMETERS if name in _POSITIONAL]
         return [self.node(scope, n) if n in self.drawn else None for n in (*names[:3], self._values, *names[3:])]
+
+    def options(self, site: FfnSite) -> dict[str, Any]:
+        """The operator's other arguments for one layer, but for those that have their defaults."""
+        found = lookup_options(self.config, [*self._paths].index(site.down))
+        return {name: value for name, value in found.items() if value != DEFAULTS[name]}
 
     def node(self, scope: Scope, name: str) -> fx.Node:
         """The node in the scope's graph; a body of a higher-order operator gets one more operand."""
@@ -222,8 +241,9 @@ def _append_placeholder(graph: fx.Graph, name: str) -> fx.Node:
 def _splice(call: Candidate, scopes: list[Scope], site: FfnSite, added: _NewParameters) -> Splice:
     scope = next(scope for scope in scopes if scope.capture is call.capture)
     splice = Splice(call.region, scope, site)
-    sizes = added.config.heads, added.config.top_k
-    output = splice.insert(operator("memory_lookup"), added.operands(site, scope), sizes)
+    options = added.options(site)
+    sizes = options.pop("heads"), options.pop("top_k")
+    output = splice.insert(operator("memory_lookup"), added.operands(site, scope), sizes, options)
     if added.config.placement == "add":
         splice.add(output)
     else:

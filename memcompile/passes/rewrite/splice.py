@@ -35,8 +35,12 @@ class Splice:
         sources = [original[n] for n in (region.up[0].input, region.source)]
         self.sources = [n for n in sources if n.meta["val"].shape[-1] == site.width]
 
-    def insert(self, lookup: OpOverload, tensors: Sequence[fx.Node | None], sizes: tuple) -> fx.Node:
-        """``lookup(source, *tensors, *sizes)`` before the FFN's output, in the shape and dtype of that output."""
+    def insert(
+        self, lookup: OpOverload, tensors: Sequence[fx.Node | None], sizes: tuple, options: dict[str, Any]
+    ) -> fx.Node:
+        """``lookup(source, *tensors, *sizes, **options)`` before the FFN's output, in the shape and dtype of that
+        output.
+        """
         output = self.down.meta["val"]
         same = [s for s in self.sources if _sizes(s)[:-1] == _sizes(self.down)[:-1]]
         source = (same or self.sources)[0]
@@ -49,6 +53,7 @@ class Splice:
             tensors = (*cast[:2], keys, values, *cast[2:], temperature)
             shape = (*value.shape[:-1], self.site.width)
             node = self._call(lookup, (source, *tensors, *sizes), output if same else output.new_empty(shape))
+            node.kwargs = options
             if not same:
                 node = self._call(torch.ops.aten.view.default, (node, self._output_sizes()), output)
         return node

@@ -14,10 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from memcompile.common.sites import VALUES_NAME
-from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError, PlanError
 from memcompile.lowering.distributed.sharded_table import Shards, chunk_sizes
-from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, values_shape
+from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, pair_at
 from memcompile.runtime import patches
 from memcompile.runtime._torch import local_part, sized_at_run_time
 from memcompile.runtime.optimizer_state import parameters_of
@@ -119,7 +118,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: st
         raise PlanError(
             f"{type(root).__name__} has no memory to shard: call memcompile.plan(model, ...) first. {_ORDER}"
         )
-    sharded = cut(pool.config, mesh, by, tokens)
+    sharded = cut(pool, mesh, by, tokens)
     if pool.table.sharded is not None:
         check_same(pool, sharded)
         return
@@ -140,12 +139,13 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: st
     cut_layers(pool)
 
 
-def cut(config: MemoryConfig, mesh: DeviceMesh, by: str, tokens: str) -> ShardedValues:
-    """How values of these options lie on a mesh.
+def cut(pool: MemoryPool, mesh: DeviceMesh, by: str, tokens: str) -> ShardedValues:
+    """How the values of a pool lie on a mesh.
 
     Raises:
-        OptionError: a mesh of other dimensions, an unknown option, or a gradient that sharding does not serve.
+        OptionError: a mesh of other dimensions, an unknown option, or values that sharding does not serve.
     """
+    config = pool.config
     if not isinstance(mesh, DeviceMesh) or mesh.ndim > 2:
         raise OptionError(
             f"mesh: expected a DeviceMesh of one dimension, the memory group, or of two, replicas and memory group; "
@@ -161,13 +161,15 @@ def cut(config: MemoryConfig, mesh: DeviceMesh, by: str, tokens: str) -> Sharded
         raise OptionError(f"tokens must be 'uneven', 'even' or 'shared', got {tokens!r}")
     if tokens == "shared" and by == "rows":
         raise OptionError("tokens='shared' is tensor parallelism, which needs by='columns'")
+    if config.variant == "peer" and by == "columns":
+        raise OptionError("variant='peer' has rows of two vectors, which columns would cut: shard by rows (by='rows')")
     if config.values_storage != "device":
         raise OptionError(
             f"values_storage={config.values_storage!r} keeps all values in one place, and for inference: shard values "
             f"on the devices, or serve them from one process"
         )
     dim, memory = DIMS[by], mesh.ndim - 1
-    sizes = chunk_sizes(values_shape(config)[dim], mesh.size(memory))
+    sizes = chunk_sizes(pool.values_shape[dim], mesh.size(memory))
     group, rank = mesh.get_group(memory).group_name, mesh.get_local_rank(memory)
     return ShardedValues(mesh, Shards(group, sizes, rank, dim, same_tokens=tokens == "shared"), tokens)
 
@@ -211,19 +213,19 @@ def new_sharded_values(pool: MemoryPool, dtype: torch.dtype, device: torch.devic
     unless on the meta device.
     """
     assert pool.table.sharded is not None
-    sharded, shape = pool.table.sharded, values_shape(pool.config)
+    sharded, shape = pool.table.sharded, pool.values_shape
     own = (shape[0], sharded.shards.own) if sharded.shards.by_columns else (sharded.shards.own, shape[1])
     part = torch.empty(own, dtype=dtype, device=device)
-    draw_part(part, sharded, shape)
+    draw_part(part, sharded, pool)
     whole = DTensor.from_local(
         part, sharded.mesh, sharded.placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
     )
     return nn.Parameter(whole)
 
 
-def draw_part(part: Tensor, sharded: ShardedValues, shape: tuple[int, int]) -> None:
-    """Draws a part of a table [slots, value_dim] in place, with the seed of the mesh's first rank. A collective unless
-    on the meta device.
+def draw_part(part: Tensor, sharded: ShardedValues, pool: MemoryPool) -> None:
+    """Draws a part of a pool's table in place, with the seed of the mesh's first rank. A collective unless on the meta
+    device.
     """
     seed = draw_seed()
     if part.is_meta:
@@ -231,7 +233,8 @@ def draw_part(part: Tensor, sharded: ShardedValues, shape: tuple[int, int]) -> N
     common = torch.tensor([seed], device=part.device)
     _broadcast(common, sharded)
     offset = sharded.shards.offset
-    draw_values(part, int(common), shape, (0, offset) if sharded.shards.by_columns else (offset, 0))
+    start = (0, offset) if sharded.shards.by_columns else (offset, 0)
+    draw_values(part, int(common), pool.values_shape, start, pair_at(pool.config, pool.width))
 
 
 def cut_layers(pool: MemoryPool) -> None:
@@ -247,9 +250,9 @@ def cut_layers(pool: MemoryPool) -> None:
         part = distribute_tensor(parameter.detach(), sharded.memory_mesh, [Shard(_CUT[name])])
         layer._parameters[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
     for layer in pool.layers.values():
-        for parameter in layer.parameters():
-            if not isinstance(parameter, DTensor) and not parameter.is_meta:
-                _broadcast(parameter.detach(), sharded)
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            if not isinstance(tensor, DTensor) and not tensor.is_meta:
+                _broadcast(tensor.detach(), sharded)
 
 
 def redraw_layer(layer: MemoryLayer, pool: MemoryPool) -> None:

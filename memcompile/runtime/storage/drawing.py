@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from memcompile.lowering.parameters import draw_layer, draw_seed, draw_values, new_layer, values_shape
+from memcompile.lowering.parameters import draw_buffers, draw_layer, draw_seed, draw_values, new_layer, pair_at
 from memcompile.runtime._torch import local_offset, local_part
 from memcompile.runtime.distributed.sharding import draw_part, redraw_layer
 from memcompile.runtime.pool import MemoryPool, live_pools
@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 def draw_table(pool: MemoryPool) -> None:
     """Draws the values anew, in place. A collective where they are a DTensor: it is the same table however it lies."""
     pool.table.flush()  # what rows have missed is of the values as they are now
-    values, sharded = pool.values, pool.table.sharded
+    values, sharded, start_of_v = pool.values, pool.table.sharded, pair_at(pool.config, pool.width)
     if sharded is not None:
-        draw_part(pool.table.part, sharded, values_shape(pool.config))
+        draw_part(pool.table.part, sharded, pool)
     elif isinstance(values, DTensor):  # by fully_shard
         rows, columns = local_offset(values)
-        draw_values(local_part(values), _common_seed(values), values_shape(pool.config), (rows, columns))
+        draw_values(local_part(values), _common_seed(values), pool.values_shape, (rows, columns), start_of_v)
     else:
-        draw_values(values)
+        draw_values(values, pair_at=start_of_v)
 
 
 def draw_parameters(layer: MemoryLayer) -> None:
-    """Draws a layer's own parameters anew, in place. A collective where they are DTensors."""
+    """Draws a layer's own parameters anew, in place, and resets its buffers. A collective where they are DTensors."""
     pool, sharded = layer.pool, layer.pool.table.sharded
+    draw_buffers(layer._buffers)
     if sharded is not None and sharded.tokens == "shared":
         redraw_layer(layer, pool)
         return

@@ -5,6 +5,7 @@ memory, or in a file and are read as they are needed; the system keeps pages tha
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,20 +22,20 @@ from memcompile.runtime.storage.values_file import read_values
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # what DistributedDataParallel reads
 
 
-def create_values(config: MemoryConfig, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """The table [slots, value_dim] of a new memory: drawn, or of the file that the options name.
+def create_values(config: MemoryConfig, width: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """The table of a new memory of layers of this width: drawn, or of the file that the options name.
 
     Raises:
         PlanError: the file is not there, not whole, or of another table.
     """
     if config.values_storage == "mmap":
         assert config.values_path is not None
-        return open_values(config.values_path, values_shape(config), dtype)
+        return open_values(config.values_path, values_shape(config, width), dtype)
     if config.values_storage == "host":
-        values = new_values(config, dtype, torch.device("cpu"))
+        values = new_values(config, width, dtype, torch.device("cpu"))
         values.requires_grad_(False)
         return values
-    return new_values(config, dtype, device)
+    return new_values(config, width, dtype, device)
 
 
 def keep_in_place(root: nn.Module) -> None:
@@ -154,7 +155,8 @@ def keep_mapped(values: MappedValues, state_dict: dict[str, Any], name: str) -> 
 
 
 def _table(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]:,} slots of {shape[1]} (n_keys={round(shape[0] ** 0.5)}, value_dim={shape[1]})"
+    n_keys = f"n_keys={math.isqrt(shape[0])}, " if math.isqrt(shape[0]) ** 2 == shape[0] else ""
+    return f"{shape[0]:,} slots of {shape[1]} ({n_keys}value_dim={shape[1]})"
 
 
 def _refuse_to_learn(path: str) -> None:
