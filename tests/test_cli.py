@@ -82,6 +82,8 @@ def test_every_assumption_is_an_option(capsys):
     given = {
         "--dtype": "fp32",
         "--by": "rows",
+        "--variant": "peer",
+        "--tables": "separate",
         "--tokens": "2K",
         "--layers": "2",
         "--heads": "8",
@@ -109,6 +111,8 @@ def test_every_assumption_is_an_option(capsys):
         slots=2**20,
         value_dim=64,
         gpus=8,
+        variant="peer",
+        tables="separate",
         tokens=2048,
         layers=2,
         heads=8,

@@ -26,6 +26,10 @@ WRONG = [
     ({"dtype": "fp8"}, "dtype must be one of bf16, fp32, got 'fp8'"),
     ({"optimizer": "lion"}, "optimizer must be one of adamw, lazy_adam, row_wise_adagrad, sgd, got 'lion'"),
     ({"by": "blocks"}, "by must be one of columns, rows, got 'blocks'"),
+    ({"variant": "moe"}, r"variant must be one of memory\+, memory, pkm, peer, got 'moe'"),
+    ({"tables": "none"}, "tables must be one of shared, separate, got 'none'"),
+    ({"variant": "peer"}, "variant='peer' has rows of two vectors, which columns would cut: shard by rows"),
+    ({"slots": 2**30, "tables": "separate"}, "has 3,221,225,472 slots in 3 layers: lower slots or layers"),
     ({"unique": 0.0}, "unique must be a share above 0 and at most 1, got 0"),
     ({"unique": 1.5}, "unique must be a share above 0 and at most 1, got 1.5"),
     ({"skew": 0.5}, "skew must be at least 1, the mean's, got 0.5"),
@@ -49,6 +53,15 @@ def test_what_follows_from_the_options():
     assert job(dtype="fp32", key_dim=10).element_bytes == 4 and job(key_dim=10).query_width == 10
     assert job(value_dim=10).shard(4) == (2**20, 3) and job(value_dim=10).shard(4, 3) == (2**20, 1)
     assert job(by="rows").shard(4) == (2**18, 64)
+
+
+def test_separate_tables_and_pairs():
+    assert job(tables="separate").shard(4) == (3 * 2**20, 16)
+    assert job(tables="separate", by="rows").shard(4) == (3 * 2**18, 64)
+    one = job(layers=1)
+    assert job(tables="separate").touched_rows(4) == pytest.approx(3 * one.touched_rows(4), abs=2)
+    pairs = job(variant="peer", by="rows")
+    assert pairs.shard(4) == (2**18, 128) and pairs.output_columns(128) == 64
 
 
 def test_rows_of_uniform_hits_are_those_of_a_draw():

@@ -48,6 +48,15 @@ def test_a_small_job_by_hand():
     assert memory_of(asked, 4, rank=3).values == 36 * 1 * 2  # the last rank has less
 
 
+def test_pairs_by_hand():
+    """Rows are twice as wide, and sums are not; the tokens are there too."""
+    asked = {"slots": 2**20, "value_dim": 64, "gpus": 4, "tokens": 64, "by": "rows"}
+    plain, pairs = Job(**asked), Job(**asked, variant="peer")
+    assert memory_of(pairs, 4).values == 2 * memory_of(plain, 4).values
+    assert memory_of(pairs, 4).buffers == memory_of(plain, 4).buffers + 4 * 64 * 64 * 2
+    assert gather_bytes(pairs, 4, 1) == gather_bytes(plain, 4, 1) + (64 * 128 + 4 * 64) * 64 * 2
+
+
 def test_replicas_gather_the_rows_of_all():
     asked = Job(slots=2**20, value_dim=64, gpus=8, tokens=64)
     memory = memory_of(asked, 2)

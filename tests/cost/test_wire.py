@@ -22,6 +22,16 @@ def job(value_dim, **options):
     return Job(value_dim=value_dim, **sizes | options)
 
 
+def test_pairs_send_tokens_and_their_gradients_too():
+    plain, pairs = (layer_collectives(job(8, by="rows", variant=name), 4) for name in ("memory", "peer"))
+    more = [collective for collective in pairs if collective not in plain]
+    assert [c for c in pairs if c in plain] == list(plain)
+    assert {c.name: (c.operation, c.received_bytes) for c in more} == {
+        "tokens": ("all_gather", 3 * TOKENS * 8 * 2),
+        "token gradients": ("reduce_scatter", 3 * TOKENS * 8 * 2),
+    }
+
+
 def columns_of(value_dim, ranks):
     """Of each rank, as DTensor's Shard(1) divides them."""
     chunks = [chunk.tolist() for chunk in torch.arange(value_dim).chunk(ranks)]

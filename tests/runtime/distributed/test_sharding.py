@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import memcompile
 from memcompile import MemcompileError
 from memcompile.runtime._torch import local_part
+from memcompile.runtime.distributed.sharding import cut
 from tests.models import tiny_gpt
 from tests.planned import MEMORY, plain_attention, planned_gpt
 from tests.runtime.distributed.processes import run_on_ranks
@@ -21,6 +23,7 @@ from tests.runtime.distributed.sharded import largest_difference, memory_mesh, s
 
 PLAN = {"layers": 4, "memory_layers": 3}
 ONE_LAYER = {"layers": 2, "memory_layers": 1}
+TABLES = {"layers": 2, "memory_layers": 2, "variant": "memory", "weighting": "sigmoid", "tables": "separate"}
 FP32 = (("SGD", torch.optim.SGD, 3), ("AdamW", torch.optim.AdamW, 3), ("first step of AdamW", torch.optim.AdamW, 1))
 
 # name -> ranks, how the values lie, sequences of each rank, plan, whether compiled
@@ -31,10 +34,8 @@ TRAININGS: dict[str, tuple[int, dict[str, Any], tuple[int, ...], dict[str, Any],
     "rows, dense": (2, {"by": "rows"}, (2, 2), {**ONE_LAYER, "values_grad": "dense"}, False),
     "even": (2, {"tokens": "even"}, (2, 2), {**PLAN, "values_grad": "sparse"}, False),
     "no tokens on a rank": (2, {}, (0, 3), {**PLAN, "values_grad": "sparse"}, False),
-    "a plain Memory": (2, {}, (2, 1), {**ONE_LAYER, "values_grad": "sparse", "gate": False}, False),
-    "sigmoid, separate": (2, {}, (2, 1), {**PLAN, "weighting": "sigmoid", "tables": "separate"}, False),
-    "pkm in eval mode": (2, {"by": "rows"}, (1, 2), {**PLAN, "variant": "pkm", "values_grad": "sparse"}, False),
-    "balanced pkm": (2, {"tokens": "shared"}, (3,), {**PLAN, "variant": "pkm", "balance_loss": 0.1}, False),
+    "plain, sigmoid, a table each": (2, {}, (2, 1), {**TABLES, "values_grad": "sparse"}, False),
+    "pkm in eval mode": (2, {"by": "rows"}, (1, 2), {**ONE_LAYER, "variant": "pkm", "values_grad": "sparse"}, False),
     "compiled columns": (2, {"by": "columns"}, (3, 1), {**PLAN, "values_grad": "sparse"}, True),
     "compiled rows": (2, {"by": "rows"}, (1, 2), {**ONE_LAYER, "values_grad": "dense"}, True),
     "compiled, even": (2, {"tokens": "even"}, (2, 2), {**ONE_LAYER, "values_grad": "sparse"}, True),
@@ -48,7 +49,7 @@ TRAININGS: dict[str, tuple[int, dict[str, Any], tuple[int, ...], dict[str, Any],
 
 def run_training(rank: int, name: str) -> dict[str, Any]:
     ranks, how, sizes, plan, compiled = TRAININGS[name]
-    model = sharded_gpt(memory_mesh(ranks), **how, **plan)
+    model = sharded_gpt(memory_mesh(ranks), **how, **plan).train("eval mode" not in name)
     torch._dynamo.reset()
     run = torch.compile(model, backend="memcompile", fullgraph=True, dynamic=True) if compiled else model
     with plain_attention():
@@ -60,8 +61,15 @@ def run_training(rank: int, name: str) -> dict[str, Any]:
 
 def expected_training(name: str) -> dict[str, Any]:
     _, _, sizes, plan, _ = TRAININGS[name]
-    model = planned_gpt(**plan).double()
+    model = planned_gpt(**plan).double().train("eval mode" not in name)
     return train(model, model, sizes)
+
+
+def parallel_pkm(rank: int | None) -> dict[str, Any]:
+    """Tensor parallelism, or one process: all ranks have all tokens, so statistics and balance loss are the same."""
+    plan = {**ONE_LAYER, "variant": "pkm", "balance_loss": 0.1, "gate": True}
+    model = planned_gpt(**plan).double() if rank is None else sharded_gpt(memory_mesh(2), tokens="shared", **plan)
+    return train(model, model, (3,), foreach=False)
 
 
 def raised(call: Any, *args: Any, **kwargs: Any) -> str:
@@ -108,6 +116,9 @@ def wrong_orders(rank: int) -> dict[str, str]:
     told["tokens"] = raised(memcompile.shard, planned_gpt(), mesh, tokens="odd")
     told["mesh"] = raised(memcompile.shard, planned_gpt(), "cuda")
     told["parallel rows"] = raised(memcompile.shard, planned_gpt(), mesh, by="rows", tokens="shared")
+    told["pairs"] = raised(
+        cut, SimpleNamespace(config=memcompile.MemoryConfig(variant="peer")), mesh, "columns", "even"
+    )
     told["no mesh"] = raised(memcompile.plan, tiny_gpt(), shard_by="rows")
     told["planned, unsharded"] = raised(memcompile.plan, planned_gpt(), memory_mesh=mesh)
     told["row optimizer"] = raised(memcompile.optim.RowAdamW, [sharded.memory_values])
@@ -211,6 +222,7 @@ def on_two(rank: int) -> dict[str, Any]:
     found["other plans"] = other_plans(rank)
     found["copies"] = copies(rank)
     found["hooks"] = hooks(rank)
+    found["parallel pkm"] = parallel_pkm(rank)
     found["without common seeds"] = without_common_seeds(rank)
     found["drawn"] = {by: drawn(rank, 2, by) for by in ("columns", "rows")}
     found["drawn apart"] = drawn(rank, 2, "columns", seed_of_rank=True)
@@ -246,6 +258,14 @@ def test_training_is_that_of_one_process(ranks, name):
         for what, allowed in (("gradients", 1e-13), ("parameters", 1e-9), ("state", 1e-12)):
             difference, where = largest_difference(found[what], expected[what])
             assert difference <= allowed, f"rank {rank}: {what} of {where} differ by {difference}"
+
+
+def test_tensor_parallel_batch_norm_and_balance_loss(ranks):
+    expected = parallel_pkm(None)
+    for found in ranks[2]:
+        for what in ("gradients", "parameters"):
+            difference, where = largest_difference(found["parallel pkm"][what], expected[what])
+            assert difference <= 1e-9, f"{what} of {where} differ by {difference}"
 
 
 def test_the_drift_in_fp32_is_of_gradients_that_are_zero(ranks):
@@ -310,6 +330,7 @@ def test_wrong_options_are_told(ranks):
         "tokens": "'uneven', 'even' or 'shared'",
         "mesh": "DeviceMesh",
         "parallel rows": "by='columns'",
+        "pairs": "shard by rows (by='rows')",
         "row optimizer": "values_optimizer",
         "no mesh": "memory_mesh",
     }.items():
