@@ -14,11 +14,13 @@ from memcompile.errors import OptionError
 
 LayerChoice = int | str | Sequence[int | str] | Callable[[FfnSite], bool]
 
+VARIANTS = ("memory+", "memory", "pkm", "peer")
+TABLES = ("shared", "separate")
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "placement": ("replace", "add"),
-    "variant": ("memory+", "memory", "pkm", "peer"),
+    "variant": VARIANTS,
     "weighting": ("softmax", "sigmoid"),
-    "tables": ("shared", "separate"),
+    "tables": TABLES,
     "values_grad": ("auto", "dense", "sparse"),
     "values_optimizer": (None, "row_adamw", "lazy_adam", "row_wise_adagrad", "row_sgd"),
     "values_state_dtype": ("float32", "bfloat16"),
@@ -148,12 +150,12 @@ class MemoryConfig:
         if self.n_keys is not None and self.top_k > self.n_keys:
             raise OptionError(f"top_k={self.top_k} exceeds n_keys={self.n_keys}: lower top_k or raise n_keys")
         for name, wanted in (("values_lr", "a learning rate >= 0 or None"), ("balance_loss", "a factor >= 0")):
-            value = getattr(self, name)
-            if value is None and name == "values_lr":
+            given: Any = getattr(self, name)
+            if given is None and name == "values_lr":
                 continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < float("inf"):
-                raise OptionError(f"{name} must be {wanted}, got {value!r}")
-            object.__setattr__(self, name, float(value))
+            if isinstance(given, bool) or not isinstance(given, numbers.Real) or not 0 <= float(given) < float("inf"):
+                raise OptionError(f"{name} must be {wanted}, got {given!r}")
+            object.__setattr__(self, name, float(given))
         path = self.values_path
         if path is not None:
             if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import memcompile
 from memcompile import MemoryConfig, OptionError
-from memcompile.common.sizes import resolve
 from tests.models import tiny_gpt
 
 
@@ -177,46 +176,6 @@ def test_separate_tables_are_together_a_table_that_int32_can_number():
 def test_the_gradient_is_sparse_from_so_many_slots_of_all_layers_on():
     assert MemoryConfig(n_keys=150, memory_layers=3).gradient == "dense"
     assert MemoryConfig(n_keys=150, memory_layers=3, tables="separate").gradient == "sparse"
-
-
-@pytest.mark.parametrize(
-    ("options", "variant", "gate"),
-    [
-        ({}, "memory+", True),
-        ({"variant": "memory"}, "memory", False),
-        ({"gate": False}, "memory", False),
-        ({"variant": "memory", "gate": True}, "memory+", True),
-        ({"variant": "pkm"}, "pkm", False),
-        ({"variant": "pkm", "gate": True}, "pkm", True),
-        ({"variant": "peer"}, "peer", False),
-    ],
-)
-def test_one_memory_has_one_form_of_options(options, variant, gate):
-    site = memcompile.find_ffns(tiny_gpt(layers=1))[0]
-    resolved = resolve(MemoryConfig(**options), [site], 1000)
-    assert (resolved.variant, resolved.gate) == (variant, gate)
-
-
-def test_pairs_are_as_wide_as_every_block():
-    site = memcompile.find_ffns(tiny_gpt(layers=1))[0]
-    wider = dataclasses.replace(site, width=64)
-    with pytest.raises(OptionError, match=r"those chosen have the widths \[32, 64\]: choose blocks of one width"):
-        resolve(MemoryConfig(variant="peer"), [site, wider], 1000)
-    assert resolve(MemoryConfig(variant="memory"), [site, wider], 1000).value_dim == 64
-
-
-def test_the_number_of_keys_that_is_chosen_counts_all_numbers_of_the_values():
-    site = memcompile.find_ffns(tiny_gpt(layers=1))[0]
-    sites, parameters = [site] * 4, 32 * 128**2  # with 4 times as many the values have 256 half-keys a side
-    chosen = {
-        name: resolve(MemoryConfig(**options), sites, parameters).n_keys
-        for name, options in {
-            "shared": {},
-            "separate": {"tables": "separate"},
-            "pairs": {"variant": "peer"},
-        }.items()
-    }
-    assert chosen == {"shared": 256, "separate": 128, "pairs": 128}
 
 
 def test_unknown_options_suggest_the_nearest():

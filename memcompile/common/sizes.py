@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from memcompile.common.sites import FfnSite
 from memcompile.config import MemoryConfig
@@ -33,7 +34,7 @@ def resolve(requested: MemoryConfig, chosen: Sequence[FfnSite], parameters: int)
     gate, variant = requested.has_gate, requested.variant
     if variant in ("memory+", "memory"):  # which differ in their gate alone
         variant = "memory+" if gate else "memory"
-    sizes = {"n_keys": n_keys, "key_dim": key_dim, "value_dim": value_dim}
+    sizes: dict[str, Any] = {"n_keys": n_keys, "key_dim": key_dim, "value_dim": value_dim}
     try:
         layers = [site.down for site in chosen]
         return dataclasses.replace(requested, memory_layers=layers, variant=variant, gate=gate, **sizes)

@@ -3,15 +3,14 @@
 import math
 from dataclasses import dataclass
 
-from memcompile.config import CHOICES as MEMORY_CHOICES
-from memcompile.config import MAX_KEYS, MAX_SLOTS
+from memcompile.config import MAX_KEYS, MAX_SLOTS, TABLES, VARIANTS
 from memcompile.errors import OptionError
 
 BYTES = {"bf16": 2, "fp32": 4}
 FP32, ROW_NUMBER = 4, 8  # bytes; rows of a sparse gradient are numbered in int64
-CHOICES = {
-    "variant": MEMORY_CHOICES["variant"],
-    "tables": MEMORY_CHOICES["tables"],
+CHOICES: dict[str, tuple[str, ...]] = {
+    "variant": VARIANTS,
+    "tables": TABLES,
     "dtype": tuple(BYTES),
     "optimizer": ("adamw", "lazy_adam", "row_wise_adagrad", "sgd"),
     "state_dtype": tuple(BYTES),

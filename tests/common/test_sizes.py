@@ -1,10 +1,13 @@
 """The sizes of a memory that follow from the model."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import memcompile
-from memcompile import OptionError
+from memcompile import MemoryConfig, OptionError
+from memcompile.common.sizes import resolve
 from memcompile.runtime.pool import pool_of
 from tests.models import tiny_gpt
 
@@ -39,3 +42,43 @@ def test_default_sizes_follow_the_width():
 def test_top_k_larger_than_the_default_keys():
     with pytest.raises(OptionError, match=r"top_k=65 exceeds n_keys=64.*chosen for a model of this size"):
         memcompile.plan(tiny_gpt(), memory_layers=1, top_k=65)
+
+
+@pytest.mark.parametrize(
+    ("options", "variant", "gate"),
+    [
+        ({}, "memory+", True),
+        ({"variant": "memory"}, "memory", False),
+        ({"gate": False}, "memory", False),
+        ({"variant": "memory", "gate": True}, "memory+", True),
+        ({"variant": "pkm"}, "pkm", False),
+        ({"variant": "pkm", "gate": True}, "pkm", True),
+        ({"variant": "peer"}, "peer", False),
+    ],
+)
+def test_one_memory_has_one_form_of_options(options, variant, gate):
+    site = memcompile.find_ffns(tiny_gpt(layers=1))[0]
+    resolved = resolve(MemoryConfig(**options), [site], 1000)
+    assert (resolved.variant, resolved.gate) == (variant, gate)
+
+
+def test_pairs_are_as_wide_as_every_block():
+    site = memcompile.find_ffns(tiny_gpt(layers=1))[0]
+    wider = dataclasses.replace(site, width=64)
+    with pytest.raises(OptionError, match=r"those chosen have the widths \[32, 64\]: choose blocks of one width"):
+        resolve(MemoryConfig(variant="peer"), [site, wider], 1000)
+    assert resolve(MemoryConfig(variant="memory"), [site, wider], 1000).value_dim == 64
+
+
+def test_the_number_of_keys_that_is_chosen_counts_all_numbers_of_the_values():
+    site = memcompile.find_ffns(tiny_gpt(layers=1))[0]
+    sites, parameters = [site] * 4, 32 * 128**2  # with 4 times as many the values have 256 half-keys a side
+    chosen = {
+        name: resolve(MemoryConfig(**options), sites, parameters).n_keys
+        for name, options in {
+            "shared": {},
+            "separate": {"tables": "separate"},
+            "pairs": {"variant": "peer"},
+        }.items()
+    }
+    assert chosen == {"shared": 256, "separate": 128, "pairs": 128}
