@@ -29,7 +29,7 @@ def normalized(
         updating: whether they move, and those of the batch are taken.
     """
     if mean is None or var is None or updating:
-        tokens = torch.sym_max(1, query.shape[0])
+        tokens = torch.sym_max(1, query.shape[0])  # type: ignore[no-untyped-call]
         batch_mean = query.sum(0) / tokens
         batch_var = (query - batch_mean).square().sum(0) / tokens
         if updating:

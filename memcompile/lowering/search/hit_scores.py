@@ -49,8 +49,9 @@ def balance_of(halves: Tensor, half_keys: Tensor, slots: Tensor) -> Tensor:
         scores = halves.to(dtype).permute(2, 1, 0, 3) @ half_keys.to(dtype).mT  # [2, heads, tokens, n]
     rows = half_key_rows(slots, n_keys).flatten().long()
     hits = scores.new_zeros(sides * heads * n_keys).scatter_add(0, rows, scores.new_ones(rows.shape))
-    shares = hits.view(sides, heads, n_keys) / torch.sym_max(1, tokens * top_k)
-    means = scores.softmax(-1).sum(2) / torch.sym_max(1, tokens)
+    some = torch.sym_max(1, tokens)  # type: ignore[no-untyped-call]
+    shares = hits.view(sides, heads, n_keys) / (some * top_k)
+    means = scores.softmax(-1).sum(2) / some
     return n_keys * (shares * means).sum(-1).mean()
 
 
