@@ -5,13 +5,14 @@ Tried with torch 2.11, 2.13 and 2.15.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CellType
-from typing import Any
+from types import CellType, FunctionType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, autograd
 from torch._dynamo import OptimizedModule
 from torch._dynamo.decorators import mark_unbacked
+from torch._dynamo.eval_frame import FrameAction, FrameExecStrategy, set_code_exec_strategy
 from torch.autograd import Variable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -35,6 +36,20 @@ def at_once() -> Iterator[None]:
         # The collector may call us while FakeTensorMode has every operator run on the meta device.
         torch._C._set_meta_in_tls_dispatch_include(False)
         yield
+
+
+_Function = TypeVar("_Function", bound=FunctionType)
+
+
+def never_compiled_alone(function: _Function) -> _Function:
+    """Has Dynamo run a function as it is where it is called from Python, with all that it calls. Within what Dynamo
+    traces, it is traced.
+
+    `__torch_function__` needs it: Dynamo compares functions by identity, and those that get an attribute of a tensor
+    are new objects at each access, so what it compiled for `tensor.device` would run for `tensor.shape`.
+    """
+    set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+    return function
 
 
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memcompile.common.functions import writes
-from memcompile.runtime._torch import pytree, without_torch_function
+from memcompile.runtime._torch import never_compiled_alone, pytree, without_torch_function
 
 _DENSE = "_memcompile_dense"  # what a gradient that was made dense is now
 _VALUES = "_memcompile_values"  # the parameter that it is the gradient of
@@ -37,6 +37,7 @@ class RowGradient(Tensor):
     """A sparse COO gradient [slots, dim] whose functions are those of a dense one."""
 
     @classmethod
+    @never_compiled_alone
     def __torch_function__(
         cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
