@@ -5,14 +5,14 @@ Tried with torch 2.11, 2.13 and 2.15.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CellType, FunctionType
+from types import CellType, CodeType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, autograd
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._dynamo import OptimizedModule
 from torch._dynamo.decorators import mark_unbacked
-from torch._dynamo.eval_frame import FrameAction, FrameExecStrategy, set_code_exec_strategy
 from torch.autograd import Variable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -38,7 +38,7 @@ def at_once() -> Iterator[None]:
         yield
 
 
-_Function = TypeVar("_Function", bound=FunctionType)
+_Function = TypeVar("_Function", bound=Callable)
 
 
 def never_compiled_alone(function: _Function) -> _Function:
@@ -48,7 +48,8 @@ def never_compiled_alone(function: _Function) -> _Function:
     `__torch_function__` needs it: Dynamo compares functions by identity, and those that get an attribute of a tensor
     are new objects at each access, so what it compiled for `tensor.device` would run for `tensor.shape`.
     """
-    set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+    code: CodeType = getattr(function, "__code__")  # noqa: B009
+    set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
     return function
 
 
