@@ -87,9 +87,8 @@ def as_tensor(grad: Tensor) -> Tensor:
         return grad  # type: ignore[no-any-return]
     with without_torch_function():
         indices, values = grad._indices(), grad._values()
-        return torch.sparse_coo_tensor(
-            indices, values, grad.shape, is_coalesced=grad.is_coalesced(), check_invariants=False
-        )
+        known: Any = {"is_coalesced": grad.is_coalesced(), "check_invariants": False}
+        return torch.sparse_coo_tensor(indices, values, grad.shape, device=values.device, **known)
 
 
 def now(tensor: Tensor) -> Any:
