@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.knowledge.data import NOTHING, Corpus, Questions
-from benchmarks.knowledge.model import Decoder
+from benchmarks.knowledge.models.decoder import Decoder
 
 BATCH = 256
 

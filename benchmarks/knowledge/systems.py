@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import memcompile
 from benchmarks.harness.package import rows_per_token
-from benchmarks.knowledge.experts import Experts
-from benchmarks.knowledge.model import Decoder
-from benchmarks.knowledge.ngrams import HASHES, ORDERS, NGrams
+from benchmarks.knowledge.models.decoder import Decoder
+from benchmarks.knowledge.models.experts import Experts
+from benchmarks.knowledge.models.ngrams import HASHES, ORDERS, NGrams
 
 DENSE, EXPERTS, NGRAMS, MEMORY = "dense", "experts", "n-grams", "memory"  # kinds of systems
 

@@ -125,6 +125,12 @@ class Trainer:
             setattr(self, name, state[name])
 
 
+def ended(run: Run, folder: Path) -> dict[str, Any] | None:
+    """What it measured, where it has ended before."""
+    path = folder / f"{run.key}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def train(run: Run, corpus: Corpus, folder: Path, advance: Callable[[int], None]) -> dict[str, Any]:
     """What a run measured: from its file where it has ended before, else trained, from its saved state if it has one.
 
@@ -132,12 +138,11 @@ def train(run: Run, corpus: Corpus, folder: Path, advance: Callable[[int], None]
     the same numbers as one that was not, bit for bit.
 
     Args:
-        advance: hears how many steps more are done.
+        advance: hears how many steps more are done, of those of a run that had not ended before.
     """
+    if content := ended(run, folder):
+        return content
     result, checkpoint = folder / f"{run.key}.json", folder / f"{run.key}.pt"
-    if result.exists():
-        advance(run.steps)
-        return json.loads(result.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(run, corpus)
     questions = corpus.seen(ASKED)
@@ -161,7 +166,9 @@ def train(run: Run, corpus: Corpus, folder: Path, advance: Callable[[int], None]
     }
     content |= {"diverged": trainer.diverged, "history": trainer.history, "slots": slots(trainer.model)}
     content |= {} if trainer.diverged else measures(trainer.model, corpus)
-    result.write_text(json.dumps(content, indent=1) + "\n")
+    part = result.with_suffix(".json.part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, result)
     checkpoint.unlink(missing_ok=True)
     return content
 

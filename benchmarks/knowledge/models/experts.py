@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.knowledge.model import ffn_width
+from benchmarks.knowledge.models.decoder import ffn_width
 
 
 class Experts(nn.Module):
