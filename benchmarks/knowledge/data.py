@@ -164,7 +164,9 @@ class Batches:
         return self._corpus.sentence(fact, self._corpus.seen_template(fact, epoch))
 
     def _random(self, kind: int, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self._seed * 2 + kind) * 2**32 + number)
+        # hashed: of a seed, the CPU's generator takes the lower 32 bits alone
+        digest = hashlib.sha256(f"{self._seed} {kind} {number}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Tokens and targets int64 [rows + text_rows, context].

@@ -151,7 +151,8 @@ def _dense_width(size: str, factor: float, vocabulary: int) -> int:
         with torch.device("meta"):
             return flops_per_token(Decoder(vocabulary, width, at.blocks))
 
-    width, asked = at.width, factor * flops(at.width)
+    asked = factor * flops(at.width)
+    width = int(at.width * factor**0.5) // 8 * 8  # not too wide: FLOPs grow with the width's square, or more slowly
     while flops(width) < asked:
         width += 8
     return width
