@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 END = 256  # the token after each answer; 0 to 255 are bytes, and pieces follow
-_WORDS = re.compile(rb" ?[A-Za-z\x80-\xff]+|[0-9]| +(?= )|\s|[^\sA-Za-z0-9\x80-\xff]")
+_WORDS = re.compile(rb" ?[A-Za-z\x80-\xff]+| ?[0-9]+| +(?= )|\s|[^\sA-Za-z0-9\x80-\xff]")
 
 
 class Vocabulary:
