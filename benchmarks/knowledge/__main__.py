@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import datetime
 import platform
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -27,7 +26,7 @@ from benchmarks.knowledge.figures import draw
 from benchmarks.knowledge.plan import FULL, SHORT, SWEEPS, Plan, Runs, chosen_rates, work
 from benchmarks.knowledge.report import judge, report
 from benchmarks.knowledge.systems import SIZES, SYSTEMS
-from benchmarks.knowledge.training import Run, ended, train
+from benchmarks.knowledge.training import Run, commit, ended, train
 
 EPILOG = """\
 Each training's result is kept in DIR/knowledge when it ends, and its state as it goes: the same command goes on where
@@ -92,19 +91,6 @@ def about(corpus: Corpus, command: str) -> dict[str, Any]:
             "text_tokens": len(corpus.text),
         },
     }
-
-
-def commit() -> str | None:
-    """Of the source, with "+" where files were changed since; None outside of a repository or without git."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def run(plan: Plan, corpus: Corpus, output: Path, compiled: bool, command: str) -> Results:

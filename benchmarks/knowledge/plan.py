@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.knowledge.data import Sizes
@@ -14,7 +14,7 @@ SWEPT = "memory+"  # the system of the sweeps
 # Options of memcompile over those of the system, by the name of what is asked. A sweep is compared with itself alone:
 # the options that stay the same in it may be others than those of the comparison.
 SWEEPS: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    "slots": [{"n_keys": n, "top_k": 16} for n in (16, 32, 64, 128, 256, 512)],
+    "slots": [{"n_keys": n, "top_k": 16, "key_dim": 16} for n in (16, 32, 64, 128, 256, 512)],
     "layers": [{"memory_layers": number} for number in (1, 2, 3, 4)],
     "placement": [{"memory_layers": layers} for layers in ([0], [1], [2], [3], [0, 1], [1, 2], [2, 3])],
     "gate": [{"gate": gate} for gate in (True, False)],
@@ -46,11 +46,13 @@ class Plan:
 
 
 TUNED_BY = 100  # a seed of its own, so that no result has the luck of the choice
-SHORT = Plan("short", Sizes(3000, rows=28, text_rows=4), ("dense", "moe", "memory", "memory+"), ("small",), (0,), 800)
+_DATA = Sizes(2000, vocabulary=512, rows=30, text_rows=2)
+SHORT = Plan("short", _DATA, ("dense", "moe", "memory", "memory+"), ("small",), seeds=(0,), steps=700)
 FULL = Plan(
-    *("full", Sizes(6000, rows=28, text_rows=4), tuple(SYSTEMS), tuple(SIZES), (0, 1, 2)),
-    steps=1600,
-    tuning_steps=800,
+    *("full", replace(_DATA, facts=6000), tuple(SYSTEMS), tuple(SIZES)),
+    seeds=(0, 1, 2),
+    steps=2100,
+    tuning_steps=700,
     sweeps=tuple(SWEEPS),
 )
 Chosen = Mapping[tuple[str, str], Rates]  # by system and size

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -164,7 +165,12 @@ def train(run: Run, corpus: Corpus, folder: Path, advance: Callable[[int], None]
         "times_shown": trainer.batches.shown / len(corpus.facts),
         "training_tokens": run.steps * corpus.sizes.tokens_per_step,
     }
-    content |= {"diverged": trainer.diverged, "history": trainer.history, "slots": slots(trainer.model)}
+    content |= {
+        "diverged": trainer.diverged,
+        "history": trainer.history,
+        "slots": slots(trainer.model),
+        "commit": commit(),
+    }
     content |= {} if trainer.diverged else measures(trainer.model, corpus)
     part = result.with_suffix(".json.part")
     part.write_text(json.dumps(content, indent=1) + "\n")
@@ -176,3 +182,16 @@ def train(run: Run, corpus: Corpus, folder: Path, advance: Callable[[int], None]
 def slots(model: nn.Module) -> int:
     """Rows of the memory's table; 0 without one."""
     return sum(len(p) for p in model.parameters() if memcompile.is_table(p))
+
+
+def commit() -> str | None:
+    """Of the source, with "+" where files were changed since; None outside of a repository or without git."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
