@@ -111,7 +111,7 @@ def _with_experts(at: Size, vocabulary: int, experts: int) -> Decoder:
 
 
 def _with_ngrams(at: Size, vocabulary: int, rows: int) -> Decoder:
-    return Decoder(vocabulary, at.width, at.blocks, before={1: NGrams(at.width, rows, at.width)})
+    return Decoder(vocabulary, at.width, at.blocks, before={1: NGrams(at.width, rows, at.width // 4)})
 
 
 def parameters(model: nn.Module) -> int:
@@ -137,7 +137,7 @@ def _ngram_rows(size: str, vocabulary: int) -> int:
     """As many as come nearest to the parameters of EQUAL_PARAMETERS."""
     with torch.device("meta"):
         one = parameters(_with_ngrams(SIZES[size], vocabulary, 1))
-    return max(1, 1 + (_asked_parameters(size, vocabulary) - one) // SIZES[size].width)
+    return max(1, 1 + (_asked_parameters(size, vocabulary) - one) // (SIZES[size].width // 4))
 
 
 @cache

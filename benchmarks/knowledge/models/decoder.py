@@ -38,8 +38,8 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 class Predecessors(nn.Module):
     """Adds to each token a sum of the REACH tokens before it, weighted for each channel.
 
-    That is a causal depthwise convolution, as in the Canon layers of Allen-Zhu 2025. Names and codes have several tokens,
-    and attention alone takes long to learn to join them: without it most of a short training is spent on that.
+    That is a causal depthwise convolution, as in the Canon layers of Allen-Zhu 2025. Names and codes have several
+    tokens, and attention alone takes long to learn to join them: without it a short training is spent on that.
     """
 
     def __init__(self, width: int) -> None:
