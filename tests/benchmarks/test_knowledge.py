@@ -342,3 +342,13 @@ def test_options():
     assert command.parse([])[0].systems == ("dense", "moe", "memory", "memory+")
     full, _ = command.parse(["--full"])
     assert len(full.sizes) == 2 and len(full.seeds) == 3 and full.tuning_steps and set(full.systems) == set(SYSTEMS)
+
+
+def test_compiled_runs_ask_for_the_backend_of_their_system(tmp_path, digests, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, backend: asked.append(backend) or model)
+    for system in ("dense", "memory+"):
+        eager, compiled = one_run(system, steps=2), one_run(system, steps=2, compiled=True)
+        assert eager.key != compiled.key
+        train(compiled, corpus(), tmp_path, lambda _: None)
+    assert asked == ["inductor", "memcompile"]
