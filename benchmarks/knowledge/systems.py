@@ -56,8 +56,8 @@ SIZES = {
     "small": Size(64, 2, {"memory_layers": 1, "n_keys": 128, "heads": 2, "top_k": 32, "key_dim": 32}),
     "medium": Size(128, 4, {"memory_layers": 2, "n_keys": 192, "heads": 4, "top_k": 32, "key_dim": 32}),
 }
-_DENSE_RATES = tuple(map(Rates, (0.01, 0.005, 0.02)))
-_MEMORY_RATES = (Rates(0.01, 0.1), Rates(0.005, 0.1), Rates(0.01, 0.3))
+_DENSE_RATES = tuple(map(Rates, (0.005, 0.0025, 0.01)))
+_MEMORY_RATES = (Rates(0.005, 0.1), Rates(0.0025, 0.1), Rates(0.01, 0.1))
 SYSTEMS = {
     "dense": System(DENSE, _DENSE_RATES),
     "dense2x": System(DENSE, _DENSE_RATES, flops=2),
