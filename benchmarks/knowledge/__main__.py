@@ -53,7 +53,8 @@ class Knowledge:
         return sum(work(run) for run in {run.key: run for run in runs}.values() if not ended(run, self._folder))
 
     def measure(self, session: Session) -> None:
-        self.tuning = [self._train(run, session) for run in self.runs.tuning()]
+        for run in self.runs.tuning():
+            self.tuning.append(self._train(run, session))
         chosen = chosen_rates(self.tuning)
         for run in self.runs.comparison(chosen):
             self.results.append(self._train(run, session))
