@@ -101,7 +101,8 @@ def run(plan: Plan, corpus: Corpus, output: Path, compiled: bool, command: str) 
     results = Results(machine())
     knowledge = Knowledge(plan, corpus, folder, compiled)
     with Session(results, knowledge.remaining(), unit="step") as session:
-        knowledge.measure(session)
+        with results.others.watched():
+            knowledge.measure(session)
         results.complete = True
     if not results.complete:
         done = len(knowledge.tuning) + len(knowledge.results) + len(knowledge.sweeps)

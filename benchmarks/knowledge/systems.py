@@ -57,12 +57,13 @@ SIZES = {
     "medium": Size(128, 4, {"memory_layers": 2, "n_keys": 192, "heads": 4, "top_k": 32, "key_dim": 32}),
 }
 _DENSE_RATES = tuple(map(Rates, (0.005, 0.0025, 0.01)))
+_EXPERT_RATES = tuple(map(Rates, (0.0025, 0.005, 0.01)))
 _MEMORY_RATES = (Rates(0.005, 0.1), Rates(0.0025, 0.1), Rates(0.01, 0.1))
 SYSTEMS = {
     "dense": System(DENSE, _DENSE_RATES),
     "dense2x": System(DENSE, _DENSE_RATES, flops=2),
     "dense4x": System(DENSE, _DENSE_RATES, flops=4),
-    "moe": System(EXPERTS, _DENSE_RATES),
+    "moe": System(EXPERTS, _EXPERT_RATES),
     "ngram": System(NGRAMS, _DENSE_RATES),
     "memory": System(MEMORY, _MEMORY_RATES, memory={"gate": False}),
     "memory+": System(MEMORY, _MEMORY_RATES, memory={"gate": True}),
