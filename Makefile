@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo demo-sharded test test-gpu lint docs fuzz bench bench-gpu bench-compile clean
+.PHONY: demo demo-sharded test test-gpu lint docs fuzz bench bench-gpu bench-compile bench-knowledge clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.examples
@@ -37,6 +37,9 @@ fuzz: $(VENV)/.test
 bench: $(VENV)/.benchmark
 	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.training_step
+
+bench-knowledge: $(VENV)/.benchmark
+	$(BIN)/python -m benchmarks.knowledge
 
 # .venv has PyTorch's CPU build, so these two take PYTHON, which must have the CUDA build and the packages of the extras.
 test-gpu:

@@ -44,6 +44,13 @@ def compile_options() -> dict[str, Any]:
     return inductor_patches("benchmark")
 
 
+def rows_per_token(model: nn.Module) -> int:
+    """Rows of the table of a planned model that a token reads, in all layers together."""
+    pool = pool_of(model)
+    assert pool is not None
+    return len(pool.layers) * pool.config.heads * pool.config.top_k
+
+
 class Table:
     """The table of a planned model."""
 

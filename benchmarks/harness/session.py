@@ -22,10 +22,10 @@ from benchmarks.harness.tables import table
 class Session:
     """What a measurement reports to while it runs."""
 
-    def __init__(self, results: Results, cases: int) -> None:
+    def __init__(self, results: Results, cases: int, unit: str = "case") -> None:
         self.results = results
         self.interrupted = False  # what is being compiled may swallow the exception, or fail in another way
-        self._progress = tqdm(total=cases, unit="case", dynamic_ncols=True, disable=None)
+        self._progress = tqdm(total=cases, unit=unit, dynamic_ncols=True, disable=None)
 
     def say(self, what: str) -> None:
         self.check()

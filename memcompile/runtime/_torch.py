@@ -5,11 +5,12 @@ Tried with torch 2.11, 2.13 and 2.15.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CellType
-from typing import Any
+from types import CellType, CodeType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, autograd
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._dynamo import OptimizedModule
 from torch._dynamo.decorators import mark_unbacked
 from torch.autograd import Variable
@@ -35,6 +36,21 @@ def at_once() -> Iterator[None]:
         # The collector may call us while FakeTensorMode has every operator run on the meta device.
         torch._C._set_meta_in_tls_dispatch_include(False)
         yield
+
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def never_compiled_alone(function: _Function) -> _Function:
+    """Has Dynamo run a function as it is where it is called from Python, with all that it calls. Within what Dynamo
+    traces, it is traced.
+
+    `__torch_function__` needs it: Dynamo compares functions by identity, and those that get an attribute of a tensor
+    are new objects at each access, so what it compiled for `tensor.device` would run for `tensor.shape`.
+    """
+    code: CodeType = getattr(function, "__code__")  # noqa: B009
+    set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
 
 
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,8 @@ class MemoryPool:
         vars(self.owner).update({_POOL_ATTRIBUTE: self, **others})
         self.table.watch_gradient()
         watch_optimizers(self.table)
+        if not self.config.frozen:
+            self.table.drawn = self.table.part._version
         _LIVE.add(self)
 
     def memory_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

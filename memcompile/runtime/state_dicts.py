@@ -44,6 +44,7 @@ def watch_state_dicts(pool: MemoryPool, root: nn.Module) -> None:
     pool.owner.register_state_dict_pre_hook(_before_saving)  # type: ignore[no-untyped-call]
     pool.owner.register_state_dict_post_hook(_after_saving)  # type: ignore[no-untyped-call]
     pool.owner.register_load_state_dict_pre_hook(_check_state_dict)  # type: ignore[no-untyped-call]
+    root.register_load_state_dict_post_hook(_find_tied)  # type: ignore[no-untyped-call]
     if root is not pool.owner:
         root.register_load_state_dict_pre_hook(_move_table)  # type: ignore[no-untyped-call]
 
@@ -121,6 +122,22 @@ def _move_table(root: nn.Module, state_dict: dict[str, Any], prefix: str, *rest:
         return
     inside = next(name for name, module in root.named_modules() if module is pool.owner)
     state_dict.setdefault(f"{prefix}{inside}.{VALUES_NAME}", state_dict.pop(prefix + VALUES_NAME))
+
+
+def _find_tied(root: nn.Module, keys: Any) -> None:
+    """A parameter of several names is loaded where one of them is: safetensors files hold it once."""
+    missing = set(keys.missing_keys)
+    if not missing:
+        return
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    tied = {name: others for others in names.values() if len(others) > 1 for name in others}
+    for key in missing:
+        for name in (name for name in tied if f".{key}".endswith(f".{name}")):
+            if any(key.removesuffix(name) + other not in missing for other in tied[name]):
+                keys.missing_keys.remove(key)
+                break
 
 
 def _check_state_dict(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

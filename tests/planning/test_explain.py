@@ -7,12 +7,15 @@ import pathlib
 import subprocess
 import sys
 
+import torch
+from accelerate import cpu_offload
 from expecttest import assert_expected_inline
 from torch import nn
 
 import memcompile
 from memcompile.planning.explain import explain
 from tests.models import GATED_HIDDEN, WIDTH, InlineGatedBlock, Transformer, tiny_gpt
+from tests.planned import batch
 
 SIZES = {"n_keys": 8, "top_k": 4, "heads": 2}
 
@@ -119,6 +122,21 @@ def test_it_changes_nothing():
     before = dict(model.named_parameters())
     explain(model)
     assert dict(model.named_parameters()).keys() == before.keys()
+
+
+def test_offloaded_blocks_are_listed():
+    """Their weights are on the meta device, and a hook of accelerate's fetches them when the block runs."""
+    model = tiny_gpt(layers=3)
+    tokens, expected = batch()[0], model(batch()[0])
+    cpu_offload(model.blocks[1].ffn, execution_device=torch.device("cpu"))
+    rows = explain(model).rows
+    assert [row.site.refusal for row in rows] == [
+        None,
+        "blocks.1.ffn.0.weight is offloaded: plan the model where all of its weights are loaded, and dispatch it "
+        "afterwards",
+        None,
+    ]
+    assert torch.equal(model(tokens), expected)
 
 
 def test_parts_and_wrappers_explain_the_whole():

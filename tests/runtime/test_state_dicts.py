@@ -216,6 +216,35 @@ def test_missing_memory_keys_are_strict_errors():
         planned_gpt().load_state_dict(state)
 
 
+class Tied(nn.Module):
+    """Its logits are by the embedding of its tokens, as those of GPT-2 are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = tiny_gpt()
+        self.transformer.head.weight = self.transformer.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.transformer(tokens)
+
+
+@pytest.mark.parametrize("name", ["transformer.head.weight", "transformer.tokens.weight"])
+def test_a_tied_weight_is_loaded_by_one_of_its_names(name):
+    model, other = Tied(), nn.Sequential(Tied())
+    for planned in (model, other[0]):
+        memcompile.plan(planned, memory_layers=1, **MEMORY)
+    saved = model.state_dict()
+    del saved[name]
+    other.load_state_dict({f"0.{key}": value for key, value in saved.items()})
+    assert_same(snapshot(other[0]), snapshot(model))
+    del saved["transformer.norm.weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "transformer.norm.weight"\.'):
+        model.load_state_dict(saved)
+    del saved[next(key for key in ("transformer.head.weight", "transformer.tokens.weight") if key in saved)]
+    with pytest.raises(RuntimeError, match=r"transformer\.head\.weight"):
+        model.load_state_dict(saved)
+
+
 def test_a_whole_model_through_torch_save():
     model, (tokens, targets) = planned_gpt(), batch()
     file = io.BytesIO()

@@ -53,7 +53,15 @@ class Forward:
             return tensor.fill_(1) if self.compute else tensor
 
         with restored_afterwards(module, self.compute) as mode:
-            as_input = mode.from_tensor if isinstance(mode, FakeTensorMode) else _copy
+
+            def as_input(tensor: Tensor) -> Tensor:
+                if not isinstance(mode, FakeTensorMode):
+                    return _copy(tensor)
+                fake = mode.from_tensor(
+                    tensor
+                )  # of weights that are offloaded, on the device where they are computed with
+                return fake.to(self.device).detach().requires_grad_(fake.requires_grad) if fake.is_meta else fake
+
             parameters = {name: as_input(p) for name, p in module.named_parameters()}
             buffers = {name: as_input(b) for name, b in module.named_buffers()}
             if self.training is not None:

@@ -49,13 +49,16 @@ def restored_afterwards(module: nn.Module, computes: bool) -> Iterator[FakeTenso
     """Gives the mode to run one forward in. It undoes what the forward does: caches that it fills, counts, buffers that
     it makes, random state, and the fake parameters that `functional_call` leaves in a module with two paths.
 
-    Hooks do not run: they are the user's own code with effects of its own, and it expects no fake tensors. The hooks by
-    which a Hugging Face model collects its own hidden states do, because its forward reads what they collect.
+    Hooks do not run: they are the user's own code with effects of its own, and it expects no fake tensors. Nor do those
+    of accelerate, which take the place of a forward and fetch offloaded weights. The hooks by which a Hugging Face
+    model collects its own hidden states do, because its forward reads what they collect.
     """
     with _one_at_a_time:
         state = State(module, computes)
         for inner in module.modules():
             inner.__dict__.update({hooks: _of_the_model(inner.__dict__[hooks]) for hooks in HOOKS})
+            if "_hf_hook" in inner.__dict__ and "_old_forward" in inner.__dict__:
+                inner.__dict__["forward"] = inner.__dict__["_old_forward"]
         mode = state if computes else NumberedMode(state.save)
         # It is of all threads: none is compiled meanwhile, where any is.
         eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()

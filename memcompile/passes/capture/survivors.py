@@ -59,10 +59,12 @@ class Survivors:
         kept = {id(leaf) for graph in graphs for node in graph.nodes for leaf in pytree.tree_leaves(dict(node.meta))}
         if not self._alive(kept):
             return
+        gc.collect()  # an exception holds its frames
+        if not self._alive(kept):
+            return
         frozen = gc.get_freeze_count()
         if frozen:
             gc.unfreeze()  # what is frozen may hold tensors, but is not among their referrers
-        gc.collect()  # an exception holds its frames
         try:
             left = self._alive(kept)
             for cache in [h for h, _ in _holders(left) if isinstance(h, functools._lru_cache_wrapper)]:

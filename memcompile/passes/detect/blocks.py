@@ -244,6 +244,8 @@ def _registration_refusals(model: nn.Module, replaced: Sequence[str], tied: Mapp
             yield f"{name} is tied to {min(tied[id(parameter)] - {name})}"
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
             yield f"{name} is a {type(parameter).__name__} of {parameter.dtype}: sharded or quantised weights stay"
+        if parameter.is_meta and not all(p.is_meta for p in model.parameters()):
+            yield f"{name} is offloaded: plan the model where all of its weights are loaded, and dispatch it afterwards"
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             yield f"{name} has gradient hooks, which would be lost"
     for path in (name.rpartition(".")[0] for name in replaced):

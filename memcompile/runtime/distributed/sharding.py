@@ -32,7 +32,7 @@ _ORDER = "The order is: plan, shard, then DDP or fully_shard, then the optimizer
 _CUT = {"gate_weight": 0, "gate_bias": 0, "out_weight": 1}  # under tensor parallelism: the dim of value_dim
 # Its size is what graphs have for the most tokens of a rank, until that is agreed upon. Not an attribute of what a
 # module holds: Dynamo takes the sizes of those for constants.
-_ROOM = sized_at_run_time(torch.empty(1).expand(1_000_003))
+_ROOM = sized_at_run_time(torch.empty(1, device="cpu").expand(1_000_003))
 
 
 @dataclasses.dataclass(eq=False)

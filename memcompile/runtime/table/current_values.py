@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from memcompile.common.functions import writes
 from memcompile.errors import CaptureError
 from memcompile.lowering._torch import functorch_is_active
-from memcompile.runtime._torch import pytree, without_torch_function
+from memcompile.runtime._torch import never_compiled_alone, pytree, without_torch_function
 
 if TYPE_CHECKING:
     from memcompile.runtime.table.table import ValueTable
@@ -58,6 +58,7 @@ class _Current:
     __slots__ = ()
 
     @classmethod
+    @never_compiled_alone
     def __torch_function__(
         cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

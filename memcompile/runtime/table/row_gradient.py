@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memcompile.common.functions import writes
-from memcompile.runtime._torch import pytree, without_torch_function
+from memcompile.runtime._torch import never_compiled_alone, pytree, without_torch_function
 
 _DENSE = "_memcompile_dense"  # what a gradient that was made dense is now
 _VALUES = "_memcompile_values"  # the parameter that it is the gradient of
@@ -37,6 +37,7 @@ class RowGradient(Tensor):
     """A sparse COO gradient [slots, dim] whose functions are those of a dense one."""
 
     @classmethod
+    @never_compiled_alone
     def __torch_function__(
         cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -86,9 +87,8 @@ def as_tensor(grad: Tensor) -> Tensor:
         return grad  # type: ignore[no-any-return]
     with without_torch_function():
         indices, values = grad._indices(), grad._values()
-        return torch.sparse_coo_tensor(
-            indices, values, grad.shape, is_coalesced=grad.is_coalesced(), check_invariants=False
-        )
+        known: Any = {"is_coalesced": grad.is_coalesced(), "check_invariants": False}
+        return torch.sparse_coo_tensor(indices, values, grad.shape, device=values.device, **known)
 
 
 def now(tensor: Tensor) -> Any:

@@ -47,6 +47,7 @@ class ValueTable:
         replicas: the DDP that the model is in, where the gradient of the values is sparse.
         model: gives the model that was planned, whose names optimizers' states are saved with; None once it is gone.
         flushed: whether all rows were flushed since replicas of the model last agreed on it.
+        drawn: the version of the values that were drawn for the plan, while nothing has written them.
         name: of no other table of the process.
     """
 
@@ -56,6 +57,7 @@ class ValueTable:
         self.sharded: ShardedValues | None = None
         self.replicas: Replicas | None = None
         self.flushed = False
+        self.drawn: int | None = None
         self._state: State | None = None
         self._rule: type[Rule] = AdamW
         self._options = AdamW.defaults

@@ -71,5 +71,5 @@ def _fingerprints(values: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _factors(dim: int, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randint(-(2**62), 2**62, (dim,), generator=generator) * 2 + 1).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return (torch.randint(-(2**62), 2**62, (dim,), generator=generator, device="cpu") * 2 + 1).to(device)

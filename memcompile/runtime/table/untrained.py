@@ -1,5 +1,6 @@
 """Which parameters of a memory no optimizer holds: they are trainable, get gradients, and do not learn. It is told at
-the plan, where the model has an optimizer then, and in the first step of an optimizer of the model.
+the plan, where the model has an optimizer then, and in the first step of an optimizer of the model. So is a memory that
+is frozen with the random numbers that it was drawn with.
 """
 
 import collections
@@ -85,7 +86,7 @@ def tell_at_plan(table: ValueTable, optimizers: Iterable[Optimizer], for_matrice
 
 def tell_in_step(optimizer: Optimizer) -> None:
     """Warns, once for each table, where an optimizer of its model steps, and no optimizer holds parameters of the
-    memory, which get gradients.
+    memory, which get gradients; or all of them are frozen as they were drawn.
     """
     asked = _asked.setdefault(optimizer, weakref.WeakSet())
     for table in live_tables:
@@ -94,14 +95,25 @@ def tell_in_step(optimizer: Optimizer) -> None:
             continue  # asked when it has a gradient
         asked.add(table)
         model = {id(p) for p in (table.model() or table.owner).parameters()}
-        missing = untrained(table) if any(id(p) in model for p in parameters_of(optimizer)) else []
-        if missing and table not in _told:
+        if table in _told or not any(id(p) in model for p in parameters_of(optimizer)):
+            continue
+        name, missing = type(optimizer).__name__, untrained(table)
+        if missing:
             _told.add(table)
             log.warning(
                 "memcompile: %s.step() trains a model, and no optimizer holds parameters of its memory: %s. %s",
-                type(optimizer).__name__,
+                name,
                 in_words(missing),
                 _FIX,
+            )
+        elif table.drawn == table.part._version and not any(
+            p.requires_grad for p in parameters_of_memory(table).values()
+        ):
+            _told.add(table)
+            log.warning(
+                "memcompile: %s.step() trains a model, and its memory is frozen with the random numbers that it was "
+                "drawn with. Make its parameters trainable, which memory in their names tells, or load a checkpoint",
+                name,
             )
 
 

@@ -28,6 +28,8 @@ def fakes() -> list[FakeTensor]:
 @pytest.mark.parametrize("by_value", [False, True], ids=["fake", "computed"])
 @pytest.mark.parametrize("kind", KEEPERS)
 def test_what_a_forward_keeps_is_as_it_was(kind, by_value):
+    if kind == "draws" and torch.__version__ < "2.12":
+        pytest.skip("its graphs take no generators")
     model = Keeping([KEEPERS[kind]()], by_value)
     before = places(model)
     graphs = trace(model, (TOKENS,))

@@ -120,6 +120,33 @@ def test_a_whole_step_that_is_compiled(monkeypatch):
     torch.testing.assert_close(*results, rtol=0, atol=1e-9)
 
 
+def test_attributes_of_the_table_where_a_graph_breaks():
+    """Dynamo compiles what it leaves to eager mode function by function. It does not tell attributes apart."""
+    model = model_of("sparse")
+    optimizer = adamw(model)
+    train(model, optimizer, range(3))
+    model(*batch(3)).backward()
+    values = model.memory_values
+    expected = evaluate(model)
+    asked = [values, values.detach(), values.grad]
+
+    def attributes(tensor: Tensor) -> list[Any]:
+        return [tensor.device, tensor.shape, tensor.dtype, tensor.ndim, tensor.requires_grad, tensor.numel()]
+
+    described = torch.compiler.disable(attributes, recursive=False)
+
+    @torch.compile(backend="eager")
+    def run() -> Any:
+        torch._dynamo.graph_break()
+        return [described(tensor) for tensor in asked], evaluate(model)
+
+    for _ in range(2):
+        found, logits = run()
+        assert found == [attributes(tensor) for tensor in asked]
+        assert found[0] == [torch.device("cpu"), (SIZES["n_keys"] ** 2, 32), torch.float64, 2, True, values.numel()]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+
+
 def test_hooks_on_saved_tensors_that_copy_change_no_bit():
     """They offload activations, to the CPU for one."""
     results = []

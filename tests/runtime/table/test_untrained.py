@@ -49,6 +49,18 @@ def test_a_frozen_model_with_an_optimizer_of_its_head(placement, caplog):
     )
 
 
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_model_that_is_frozen_after_the_plan(loads, caplog):
+    """As PEFT freezes all of a model and adds adapters: the memory keeps the numbers that it was drawn with."""
+    model = planned_gpt(layers=2)
+    if loads:
+        model.load_state_dict(planned_gpt(layers=2).state_dict())
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    train(model, AdamW(model.head.parameters()), range(3))
+    assert [("frozen with the random numbers" in message) for message in said(caplog)] == [True] * (not loads)
+
+
 class Adapted(nn.Module):
     """A frozen linear layer with a low-rank adapter."""
 
