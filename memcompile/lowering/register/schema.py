@@ -17,7 +17,7 @@ SCHEMAS = {
         "Tensor? gate_weight, Tensor? gate_bias, Tensor? out_weight, Tensor? out_bias, "
         'Tensor? temperature, int heads, int top_k, str values_grad="dense", str values_storage="device", '
         'str group="", int[] parts=[], int part=0, int shard_dim=1, bool same_tokens=False, '
-        "SymInt? capacity=None, Tensor[]? row_state=None) -> Tensor"
+        "SymInt? capacity=None, Tensor[]? row_state=None, bool pairs=False) -> Tensor"
     ),
     "prefetch_rows": "(Tensor values, Tensor slots) -> Tensor",
     "product_key_search": "(Tensor query, Tensor half_keys, int top_k) -> (Tensor weights, Tensor slots)",
@@ -25,11 +25,30 @@ SCHEMAS = {
     "weighted_gather": "(Tensor values, Tensor slots, Tensor weights) -> Tensor",
     "gather_dot": "(Tensor values, Tensor slots, Tensor grad) -> Tensor",
     "weighted_scatter": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> Tensor",
-    "row_sums": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> (Tensor rows, Tensor sums)",
+    "row_sums": (
+        "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots, Tensor? more_weights=None, "
+        "Tensor? more_grad=None) -> (Tensor rows, Tensor sums)"
+    ),
+    # A table whose rows are pairs: pairs.py.
+    "pair_gather": "(Tensor values, Tensor slots, Tensor weights, Tensor x) -> (Tensor y, Tensor dots)",
+    "pair_grads": (
+        "(Tensor values, Tensor slots, Tensor weights, Tensor x, Tensor dots, Tensor grad) "
+        "-> (Tensor grad_weights, Tensor grad_x, Tensor into, Tensor out)"
+    ),
+    "pair_scatter": ("(Tensor slots, Tensor into, Tensor x, Tensor out, Tensor grad, SymInt num_slots) -> Tensor"),
     # A table whose gradient is of the rows that were hit: table_gather.py.
     "table_gather": "(Tensor values, Tensor slots, Tensor weights, Tensor[] row_state, str gradient) -> Tensor",
     "table_dot": "(Tensor values, Tensor slots, Tensor grad, Tensor[] row_state) -> Tensor",
     "sparse_scatter": "(Tensor values, Tensor[] slots, Tensor[] weights, Tensor[] grads, bool opaque=False) -> Tensor",
+    # The same of a table of pairs: table_pairs.py.
+    "table_pairs": (
+        "(Tensor values, Tensor slots, Tensor weights, Tensor x, Tensor[] row_state, str gradient) "
+        "-> (Tensor y, Tensor dots)"
+    ),
+    "table_pair_grads": (
+        "(Tensor values, Tensor slots, Tensor weights, Tensor x, Tensor dots, Tensor grad, Tensor[] row_state) "
+        "-> (Tensor grad_weights, Tensor grad_x, Tensor into, Tensor out)"
+    ),
     "skipped_steps": (
         "(Tensor rates, Tensor starts, int until, int terms, int moments) -> (Tensor decays, Tensor panels)"
     ),
@@ -62,7 +81,7 @@ SCHEMAS = {
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 # They ask how many rows were hit, and return as many.
-_NOT_CAPTURED = {"table_gather", "table_dot", "sparse_scatter"}
+_NOT_CAPTURED = {"table_gather", "table_dot", "sparse_scatter", "table_pairs", "table_pair_grads"}
 
 for _name, _signature in SCHEMAS.items():
     _unsafe = (torch.Tag.cudagraph_unsafe,) if _name in _NOT_CAPTURED else ()
