@@ -39,13 +39,14 @@ class Case:
     bias: bool = True
     gate: bool = True
     qk_norm: bool = False
+    pairs: bool = False
     dtype: torch.dtype = torch.float32
     strided: bool = False
     seed: int = 0
 
     @property
-    def options(self) -> dict[str, int]:
-        return {"heads": self.heads, "top_k": self.top_k}
+    def options(self) -> dict[str, Any]:
+        return {"heads": self.heads, "top_k": self.top_k} | ({"pairs": True} if self.pairs else {})
 
     def tensors(self) -> list[Tensor | None]:
         """The arguments of memory_lookup before `heads`, as leaves that require gradients."""
@@ -64,7 +65,7 @@ class Case:
             leaf(rows, self.width, scale=thin),
             leaf(rows) if self.bias else None,
             leaf(2, self.heads, self.n_keys, self.half_dim),
-            leaf(self.n_keys**2, self.value_dim),
+            leaf(self.n_keys**2, self.value_dim + (self.width if self.pairs else 0)),
             leaf(self.value_dim, self.width, scale=thin) if self.gate else None,
             leaf(self.value_dim) if self.gate and self.bias else None,
             leaf(self.out_dim, self.value_dim, scale=thin) if self.out_dim else None,
@@ -95,6 +96,7 @@ def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Case
         bias=draw(st.booleans()),
         gate=draw(st.booleans()),
         qk_norm=qk_norm,
+        pairs=draw(st.booleans()),
         dtype=draw(st.sampled_from(dtypes)),
         strided=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
@@ -106,6 +108,7 @@ VARIANTS = {
     "gate": Case(out_dim=None),
     "out": Case(gate=False),
     "full": Case(qk_norm=True),
+    "pairs": Case(gate=False, pairs=True),
 }
 
 

@@ -132,10 +132,9 @@ def _grads(values: Tensor, slots: Tensor, weights: Tensor, x: Tensor, dots: Tens
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
     values, slots, weights, x, dots = ctx.saved_tensors
     of_values, _, of_weights, of_x = ctx.needs_input_grad
     if torch.is_grad_enabled():  # a derivative of these is asked for
@@ -155,9 +154,6 @@ def _scatter_fake(slots: Tensor, into: Tensor, x: Tensor, out: Tensor, grad: Ten
 
 
 def _scatter(slots: Tensor, into: Tensor, x: Tensor, out: Tensor, grad: Tensor, num_slots: int) -> Tensor:
-    if slots.device.type != "cpu":  # its own kernels sum the halves
-        scatter = operator("weighted_scatter")
-        return torch.cat([scatter(slots, into, x, num_slots), scatter(slots, out, grad, num_slots)], 1)
     rows, sums = sums_of_hits(slots, (into, x), (out, grad))
     return x.new_zeros(num_slots, sums.shape[1]).index_copy_(0, rows, sums)
 

@@ -101,10 +101,11 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.version = ctx.values._version
     ctx.save_for_backward(slots, weights, x, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
+def _backward(
+    ctx: Any, grad: Tensor, _: Tensor
+) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
     refuse_second_derivative()
     values, (slots, weights, x, dots) = ctx.values, ctx.saved_tensors
     check_unchanged(values, ctx.version)
