@@ -34,13 +34,17 @@ class PairSums {
   // out = sum over i < count of weight(i, dotted row . vector) * summed row, of the rows numbers[i]; `known` as in RowSums.
   template <class Number, class Weight>
   void weighted_sum(const Number* numbers, int64_t count, int64_t known, const Row* vector, const Weight& weight, Row* out) {
-    copy_in_pairs(vector, dotted_.dim, copy_.data());
-    sums_.sum_groups(count, out, [&]<int64_t size>(std::integral_constant<int64_t, size>, int64_t first, int64_t last, const S* from, S* to) {
+    const Table<Row> dotted = dotted_, summed = summed_;  // which no store changes
+    S* const copy = copy_.data();
+    copy_in_pairs(vector, dotted.dim, copy);
+    const auto add = [=]<int64_t size>(std::integral_constant<int64_t, size>, int64_t first, int64_t last, const S* from, S* to) __attribute__((always_inline)) {
       S weights[size];
-      dots_of_group<size>(RowGroup<Row, size>(dotted_, first, last, summed_, first, last, numbers), copy_.data(), dotted_.dim, weights);
+      const RowGroup<Row, size> first_half(dotted, first, last, summed, first, last, numbers);
+      dots_of_group<size>(first_half, copy, dotted.dim, size, weights);
       for (int64_t z = 0; z < size; ++z) weights[z] = weight(first + z, weights[z]);
-      add_rows<size>(RowGroup<Row, size>(summed_, first, last, dotted_, first + size, known, numbers), weights, summed_.dim, from, to);
-    });
+      add_rows<size>(RowGroup<Row, size>(summed, first, last, dotted, first + size, known, numbers), weights, summed.dim, from, to);
+    };
+    sums_.sum_groups(count, out, add);
   }
 
  private:

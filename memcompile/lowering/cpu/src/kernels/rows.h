@@ -103,10 +103,11 @@ class RowSums {
   // out = sum over i < count of weights[i] * table.row(numbers[i]). Of the numbers, `known` are there: those after count
   // are of the rows that are wanted next, which are fetched ahead.
   template <class Number>
-  void weighted_sum(const Table<Row>& table, const Number* numbers, const S* weights, int64_t count, int64_t known, Row* out) {
-    sum_groups(count, out, [&]<int64_t size>(std::integral_constant<int64_t, size>, int64_t first, int64_t last, const S* from, S* to) {
-      add_rows<size>(RowGroup<Row, size>(table, numbers, first, last, known), weights + first, dim_, from, to);
-    });
+  void weighted_sum(Table<Row> table, const Number* numbers, const S* weights, int64_t count, int64_t known, Row* out) {
+    const auto add = [=, dim = dim_]<int64_t size>(std::integral_constant<int64_t, size>, int64_t first, int64_t last, const S* from, S* to) __attribute__((always_inline)) {
+      add_rows<size>(RowGroup<Row, size>(table, numbers, first, last, known), weights + first, dim, from, to);
+    };
+    sum_groups(count, out, add);
   }
 
   // out = what add(its size, first, last, from, to) adds up, of groups of up to kSideBySide of `count` rows: each adds that of the rows
@@ -133,9 +134,9 @@ class RowSums {
   static constexpr int64_t kPart = 8 * kSideBySide;  // rows
 
   template <class Add>
-  void add_part(int64_t first, int64_t last, const Add& add) {
+  void add_part(int64_t first, int64_t last, Add add) {
     const S* from = zeros_.data();
-    const auto group = [&]<int64_t size>(std::integral_constant<int64_t, size> constant) {
+    const auto group = [&]<int64_t size>(std::integral_constant<int64_t, size> constant) __attribute__((always_inline)) {
       add(constant, first, last, from, part_.data());
       from = part_.data();
       first += size;
@@ -158,9 +159,9 @@ void copy_in_pairs(const Row* vector, int64_t dim, Sum<Row>* copy) {
   for (; c < dim; ++c) copy[c] = vector[c];
 }
 
-// out[z] = row z . copy, for z < size; the copy as above. Inlined as add_rows is.
+// out[z] = row z . copy, for z < count; the copy as above.
 template <int64_t size, class Row>
-__attribute__((always_inline)) inline void dots_of_group(RowGroup<Row, size> group, const Sum<Row>* copy, int64_t dim, Sum<Row>* out) {
+__attribute__((always_inline)) inline void dots_of_group(RowGroup<Row, size> group, const Sum<Row>* copy, int64_t dim, int64_t count, Sum<Row>* out) {
   using S = Sum<Row>;
   Pair<S> dot[size] = {};
   group.for_each_pair(dim, [&](int64_t c) __attribute__((always_inline)) {
@@ -171,7 +172,7 @@ __attribute__((always_inline)) inline void dots_of_group(RowGroup<Row, size> gro
       dot[z].b += x.b * y.b;
     }
   });
-  for (int64_t z = 0; z < size; ++z) {
+  for (int64_t z = 0; z < count; ++z) {
     S sum = sum_of_lanes<S>(dot[z].a + dot[z].b);
     for (int64_t c = dim / kPair<Row> * kPair<Row>; c < dim; ++c) sum += copy[c] * S(group.row[z][c]);
     out[z] = sum;
@@ -182,11 +183,11 @@ __attribute__((always_inline)) inline void dots_of_group(RowGroup<Row, size> gro
 template <class Row, class Number>
 void dots_with_rows(const Table<Row>& table, const Number* numbers, int64_t count, int64_t known, const Row* vector,
                     Sum<Row>* copy, Sum<Row>* out) {
-  copy_in_pairs(vector, table.dim, copy);
+  const int64_t dim = table.dim;
+  copy_in_pairs(vector, dim, copy);
   for (int64_t first = 0; first < count; first += kSideBySide) {
-    Sum<Row> dots[kSideBySide];
-    dots_of_group<kSideBySide>(RowGroup<Row>(table, numbers, first, count, known), copy, table.dim, dots);
-    std::copy_n(dots, std::min(kSideBySide, count - first), out + first);
+    const RowGroup<Row> group(table, numbers, first, count, known);
+    dots_of_group<kSideBySide>(group, copy, dim, std::min(kSideBySide, count - first), out + first);
   }
 }
 
