@@ -164,9 +164,7 @@ class _Lookup(SimpleNamespace):
         if self.pairs and shape[1] <= x.shape[-1]:
             raise ValueError(f"values: expected pairs [{shape[0]}, d + value_dim] with d = {x.shape[-1]}, got {shape}")
         if self.pairs and shards is not None and shards.by_columns:
-            raise ValueError(
-                "shards: a table of pairs is sharded by rows, since a pair is read whole: shard it with by='rows'"
-            )
+            raise ValueError("shards: a table of pairs is sharded by rows, since a pair is read whole: shard_by='rows'")
         value_dim = shards.own if shards is not None and shards.same_tokens else shape[1]
         value_dim -= x.shape[-1] if self.pairs else 0
         for part in ("gate", "out"):

@@ -141,8 +141,8 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, T
         grad_values, grad_weights, grad_x = _composed_grads(values, slots, weights, x, grad)
         return grad_values if of_values else None, None, grad_weights if of_weights else None, grad_x if of_x else None
     grad_weights, grad_x, into, out = operator("pair_grads")(values, slots, weights, x, dots, grad)
-    grad_values = operator("pair_scatter")(slots, into, x, out, grad, values.shape[0]) if of_values else None
-    return grad_values, None, grad_weights.to(weights.dtype) if of_weights else None, grad_x if of_x else None
+    of_table = operator("pair_scatter")(slots, into, x, out, grad, values.shape[0]) if of_values else None
+    return of_table, None, grad_weights.to(weights.dtype) if of_weights else None, grad_x if of_x else None
 
 
 def _check_scatter(slots: Tensor, into: Tensor, x: Tensor, out: Tensor, grad: Tensor, num_slots: int) -> None:

@@ -14,9 +14,9 @@ from memcompile.lowering.search.product_key_topk import candidate_pairs
 Shape = Sequence[int]
 
 
-_READERS = ("weighted_gather", "gather_dot", "table_gather", "table_dot")
+_READERS = ["weighted_gather", "gather_dot", "table_gather", "table_dot"]
 # A number of a pair is multiplied once too, and a gelu for each hit counts as none, as PyTorch's own does.
-_READERS += ("pair_gather", "pair_grads", "table_pairs", "table_pair_grads")
+_READERS += ["pair_gather", "pair_grads", "table_pairs", "table_pair_grads"]
 
 
 @register_flop_formula([operator(name).overloadpacket for name in _READERS])
