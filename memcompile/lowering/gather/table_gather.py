@@ -94,11 +94,10 @@ def _stale(values: Tensor, slots: Tensor, row_state: RowState) -> tuple[Tensor, 
     """
     if not row_state or row_state[1].numel() == 0:
         return values, None
-    history, last_step, moment, _ = row_state
-    is_cast = values.dtype is torch.float16 or (moment.numel() > 0 and moment.dtype not in moment_dtypes(values))
+    history, last_step = row_state[:2]
     # A copy of bf16 would be rounded.
     is_small = slots.numel() >= _HITS_A_ROW * values.shape[0] and values.dtype is not torch.bfloat16
-    if is_cast or is_small:
+    if _is_cast(values, row_state) or is_small:
         return current_table(values, row_state), None
     last = last_step.index_select(0, slots.reshape(-1)).view(slots.shape)
     return values, last if bool((last != RateHistory(history).step).any()) else None
@@ -113,16 +112,27 @@ def current_table(values: Tensor, row_state: RowState) -> Tensor:
 
 
 def current_rows(values: Tensor, rows: Tensor, row_state: RowState) -> Tensor:
-    """These rows [n, dim], some of which have missed steps, as they are after all steps; in the dtype of sums."""
+    """These rows [n, dim], some of which have missed steps, as they are after all steps; in the dtype of values, or in
+    that of sums.
+    """
     history, last_step, *moments = row_state
-    current, last = values[rows].to(sum_dtype(values)), last_step[rows].unsqueeze(1)
+    last = last_step[rows].unsqueeze(1)
     if not _has_moments(row_state):
-        return current * _decays(row_state, last).to(current.dtype)
+        return values[rows] * _decays(row_state, last).to(sum_dtype(values))
+    ones = torch.ones(len(rows), 1, dtype=sum_dtype(values), device=rows.device)  # a hit a row, of weight 1
+    if not _is_cast(values, row_state):
+        return _stale_read("stale_gather", values, rows.unsqueeze(1), ones, row_state, last)
     # Moments of another dtype are beside values that were cast since their last step.
+    current = values[rows].to(sum_dtype(values))
     of_rows = [m[rows] if m.dtype in moment_dtypes(current) else m[rows].to(current.dtype) for m in moments]
-    own = torch.arange(len(rows), device=rows.device).unsqueeze(1)  # a hit a row, of weight 1
-    ones = torch.ones_like(own, dtype=current.dtype)
+    own = torch.arange(len(rows), device=rows.device).unsqueeze(1)
     return _stale_read("stale_gather", current, own, ones, [history, last_step, *of_rows], last)
+
+
+def _is_cast(values: Tensor, row_state: RowState) -> bool:
+    """Whether no step can have made these values with these moments."""
+    moment = row_state[2]
+    return values.dtype is torch.float16 or (moment.numel() > 0 and moment.dtype not in moment_dtypes(values))
 
 
 Factors = Sequence[Tensor]  # slots, weights or gradients, of one layer each; two a layer where rows are pairs

@@ -99,12 +99,11 @@ def test_factors_that_do_not_fit_the_layers():
             sparse_scatter(values, [slots], given_weights, grads)
 
 
-@pytest.mark.parametrize("row_state_given", [False, True])
-def test_compiled_layers_that_share_a_table(row_state_given):
+def test_compiled_layers_that_share_a_table():
     """By Inductor, with this package's pass: one sparse gradient for both, and that of eager."""
     case = VARIANTS["pairs"]
     first, second = case.tensors(), [None if t is None else t.detach() for t in case.tensors()]
-    state = list(row_state_arguments({}, first[4].shape[1])) if row_state_given else []
+    state = list(row_state_arguments({}, first[4].shape[1]))
 
     def both(values: Tensor, x: Tensor) -> Tensor:
         options = {**case.options, "values_grad": "sparse", "row_state": state}
