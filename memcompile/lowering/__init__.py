@@ -1,7 +1,7 @@
 """The operators of memcompile and how each device runs them. Importing this package registers all of them."""
 
 from memcompile.lowering import cpu
-from memcompile.lowering.gather import prefetch_rows, stale_rows, table_gather, weighted_gather
+from memcompile.lowering.gather import pairs, prefetch_rows, stale_rows, table_gather, table_pairs, weighted_gather
 from memcompile.lowering.memory_lookup import memory_lookup
 from memcompile.lowering.register import flops
 from memcompile.lowering.register.kernels import IN_PYTORCH
@@ -15,7 +15,8 @@ from memcompile.lowering.update import row_adam, row_tables, skipped_steps
 __all__ = ["cpu", "memory_lookup", "operator"]
 
 _REGISTERED_BY_IMPORT = (
-    prefetch_rows, stale_rows, table_gather, weighted_gather, flops, batch_norm, hit_scores, product_key_search,
+    pairs, prefetch_rows, stale_rows, table_gather, table_pairs, weighted_gather, flops, batch_norm, hit_scores,
+    product_key_search,
     product_key_topk, row_adam, row_tables, skipped_steps,
 )  # fmt: skip
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from memcompile.lowering._torch import functorch_is_active, schema_defaults
 from memcompile.lowering.distributed.collectives import sum_gradients, sum_over_ranks
+from memcompile.lowering.distributed.sharded_pairs import sharded_pairs
 from memcompile.lowering.distributed.sharded_table import Shards, sharded_gather
 from memcompile.lowering.gather.table_gather import gather
+from memcompile.lowering.gather.table_pairs import gather_pairs
 from memcompile.lowering.register.schema import LIBRARY, operator
 from memcompile.lowering.search.batch_norm import normalized
 from memcompile.lowering.search.hit_scores import balance_of, hit_scores
@@ -57,6 +59,7 @@ def memory_lookup(
     first_slot: int = 0,
     balance_loss: float = 0.0,
     training: bool = False,
+    pairs: bool = False,
 ) -> Tensor:
     """A product-key memory layer (Lample et al. 2019; Memory Layers at Scale, arXiv 2412.09764, section 3).
 
@@ -66,6 +69,9 @@ def memory_lookup(
     becomes y * silu(gate(x)) (Memory+); with `out_weight` it is projected. With `query_scale` the query has gone
     through BatchNorm (Lample et al. 2019: `search.batch_norm`).
 
+    With `pairs` a row of `values` is a pair (u, v), and y = sum over the hits of w * gelu(u . x) * v, with the exact
+    gelu (PEER: He 2024, "Mixture of A Million Experts", arXiv 2407.04153). See `gather/pairs.py`.
+
     Scores and softmax are computed in float32 (float64 where the query is), under autocast too, because lower
     precisions reorder the slots; all but the smallest products of a half dtype are exact in it. The projections
     follow autocast.
@@ -74,8 +80,8 @@ def memory_lookup(
         x: [..., d]; any leading dimensions, of any size.
         query_weight: [heads * key_dim, d], and query_bias: [heads * key_dim] or None.
         half_keys: [2, heads, n, key_dim / 2].
-        values: [n * n, value_dim], of any floating dtype; it may differ from the rest. Or several such tables, one
-            after the other, of which `first_slot` begins the layer's own.
+        values: [n * n, value_dim], or [n * n, d + value_dim] with `pairs`, of any floating dtype; it may differ from
+            the rest. Or several such tables, one after the other, of which `first_slot` begins the layer's own.
         gate_weight: [value_dim, d] or None for no gate, and gate_bias: [value_dim] or None.
         out_weight: [d_out, value_dim] or None for no projection, and out_bias: [d_out] or None.
         temperature: [heads] or None. With it, each half of a query and each half-key is scaled to unit norm,
@@ -103,6 +109,8 @@ def memory_lookup(
             added in each backward through the output.
         training: whether BatchNorm takes the batch's statistics, and moves `query_mean` and `query_var` towards them,
             in place.
+        pairs: whether rows are pairs. x is rounded to the values' dtype for the dots with u. Such a table is sharded by
+            rows.
 
     Returns:
         [..., d_out], or [..., value_dim] with no projection, in the dtype of `F.linear(x, query_weight)`.
@@ -120,7 +128,7 @@ def memory_lookup(
         x, query_weight, query_bias, half_keys, values,
         gate_weight, gate_bias, out_weight, out_bias, temperature, heads, top_k, values_grad, values_storage,
         *placed, capacity, [*row_state] or None, weighting, first_slot, balance_loss,
-        query_scale, query_shift, query_mean, query_var,
+        query_scale, query_shift, query_mean, query_var, pairs,
     )  # fmt: skip
 
 
@@ -190,7 +198,12 @@ class _Lookup(SimpleNamespace):
             raise ValueError(f"values: expected [n_keys**2 = {own}, value_dim], got {shape}")
         if first % own or not 0 <= first < shape[0] or first + own > MAX_SLOTS:
             raise ValueError(f"first_slot: expected a multiple of n_keys**2 = {own} below {shape[0]}, got {first}")
+        if self.pairs and shape[1] <= x.shape[-1]:
+            raise ValueError(f"values: expected pairs [{shape[0]}, d + value_dim] with d = {x.shape[-1]}, got {shape}")
+        if self.pairs and shards is not None and shards.by_columns:
+            raise ValueError("shards: a table of pairs is sharded by rows, since a pair is read whole: shard_by='rows'")
         value_dim = shards.own if shards is not None and shards.same_tokens else shape[1]
+        value_dim -= x.shape[-1] if self.pairs else 0
         for part in ("gate", "out"):
             if getattr(self, f"{part}_weight") is None and getattr(self, f"{part}_bias") is not None:
                 raise ValueError(f"{part}_bias: given without {part}_weight")
@@ -219,7 +232,7 @@ class _Lookup(SimpleNamespace):
         if self.values_storage == "mmap":
             slots = operator("prefetch_rows")(values, slots)
         gate = None if self.gate_weight is None else F.silu(F.linear(tokens, self.gate_weight, self.gate_bias))
-        y = self._read(slots, weights).to(query.dtype)  # [tokens, value_dim]
+        y = self._read(slots, weights, tokens).to(query.dtype)  # [tokens, value_dim]
         if self.values_storage != "device":
             y = y.to(tokens.device)
         if gate is not None:
@@ -255,14 +268,22 @@ class _Lookup(SimpleNamespace):
         slots = slots.flatten(1)
         return weights.flatten(1), slots + self.first_slot if self.first_slot else slots, loss
 
-    def _read(self, slots: Tensor, weights: Tensor) -> Tensor:
+    def _read(self, slots: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
         """The weighted sums of the rows that each token hits."""
         values, row_state = self.values, self.row_state or ()
+        if self.pairs:
+            return self._read_pairs(slots, weights, tokens.to(values.device, values.dtype))
         if self.shards is not None:
             return sharded_gather(values, slots, weights, self.shards, self.capacity, self.values_grad, row_state)
         if functorch_is_active():
             return operator("weighted_gather")(values, slots, weights)  # type: ignore[no-any-return]
         return gather(values, slots, weights, row_state, self.values_grad)
+
+    def _read_pairs(self, slots: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+        hits, row_state = (self.values, slots, weights, x), self.row_state or ()
+        if self.shards is not None:
+            return sharded_pairs(*hits, self.shards, self.capacity, self.values_grad, row_state)
+        return gather_pairs(*hits, row_state, self.values_grad)
 
     def _project(self, y: Tensor, bias: Tensor | None) -> Tensor:
         return y if self.out_weight is None else F.linear(y, self.out_weight, bias)

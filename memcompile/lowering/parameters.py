@@ -29,18 +29,14 @@ def lookup_options(config: MemoryConfig, layer: int) -> dict[str, Any]:
 
     Args:
         layer: its number among the memory's layers.
-
-    Raises:
-        NotImplementedError: a variant that the operator does not have.
     """
-    if config.variant == "peer":
-        raise NotImplementedError("variant='peer' has no operator yet: choose 'memory+', 'memory' or 'pkm'")
     assert config.n_keys is not None
     return {
         "heads": config.heads,
         "top_k": config.top_k,
         "weighting": config.weighting,
         "first_slot": layer * config.n_keys**2 if config.tables == "separate" else 0,
+        "pairs": config.variant == "peer",
     }
 
 

@@ -63,7 +63,7 @@ def tensors(
         leaf(query_weight),
         leaf(integers(2, rows)) if layer.bias else None,
         leaf(integers(32, 2, layer.heads, layer.n_keys, layer.half_dim) * unit),
-        leaf(normal(1, layer.n_keys**2, layer.value_dim)),
+        leaf(normal(1, layer.n_keys**2, layer.value_dim + (layer.width if layer.pairs else 0))),
         leaf(normal(thin, layer.value_dim, layer.width)) if layer.gate else None,
         leaf(normal(1, layer.value_dim)) if layer.gate and layer.bias else None,
         leaf(normal(layer.value_dim**-0.5, layer.out_dim, layer.value_dim)) if layer.out_dim else None,
@@ -86,7 +86,7 @@ class HitRows:
         self.rows, self.position = rows, position
 
     def __getitem__(self, slots: Tensor) -> Tensor:
-        return self.rows[self.position]
+        return self.rows[self.position.view(slots.shape)]
 
 
 def right_slots(arguments: list[Tensor | None], layer: Layer) -> Tensor:

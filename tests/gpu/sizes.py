@@ -1,6 +1,7 @@
 """The sizes of the layers that run on the GPU, and small ones to rehearse the tests with."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,14 @@ class Layer:
     bias: bool = True
     gate: bool = True
     out_dim: int | None = 1024
+    pairs: bool = False
 
     @property
-    def options(self) -> dict[str, int]:
-        return {"heads": self.heads, "top_k": self.top_k}
+    def options(self) -> dict[str, Any]:
+        return {"heads": self.heads, "top_k": self.top_k, "pairs": self.pairs}
 
     def table_bytes(self, itemsize: int) -> int:
-        return self.n_keys**2 * self.value_dim * itemsize
+        return self.n_keys**2 * (self.value_dim + self.pairs * self.width) * itemsize
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ REAL = Sizes(
         "plain": Layer(gate=False, out_dim=None, bias=False),
         "widest": Layer(value_dim=4096),
         "many": Layer(n_keys=4096, value_dim=256),
+        "pairs": Layer(width=512, value_dim=512, gate=False, out_dim=None, pairs=True),
     },
     crowded=Layer(n_keys=64),
     search_tokens=512,
@@ -71,6 +74,7 @@ SMALL = Sizes(
         "plain": Layer((24,), 64, half_dim=16, n_keys=40, value_dim=48, gate=False, out_dim=None, bias=False),
         "widest": Layer((24,), 64, half_dim=16, n_keys=40, value_dim=96),
         "many": Layer((24,), 64, half_dim=16, n_keys=70, value_dim=16),
+        "pairs": Layer((24,), 64, half_dim=16, n_keys=40, value_dim=48, gate=False, out_dim=None, pairs=True),
     },
     crowded=Layer((64,), 64, half_dim=16, n_keys=33, value_dim=48, out_dim=56),
     search_tokens=16,

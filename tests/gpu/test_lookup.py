@@ -14,10 +14,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @HOW
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["wide", "plain", "widest", "many"])
+@pytest.mark.parametrize("name", ["wide", "plain", "widest", "many", "pairs"])
 def test_output_and_gradients(name, dtype, compiled, device, sizes, needs_memory):
     layer = sizes.layers[name]
-    hits = layer.leading[0] * layer.heads * layer.top_k * layer.value_dim
+    hits = layer.leading[0] * layer.heads * layer.top_k * (layer.value_dim + layer.pairs * layer.width)
     needs_memory(3 * layer.table_bytes(dtype.itemsize) + 8 * hits * 8)
     arguments = exact.tensors(layer, dtype, device)
     exact.assert_right(exact.compared(exact.lookup(layer, compiled), arguments, layer))

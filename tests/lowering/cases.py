@@ -41,6 +41,7 @@ class Case:
     qk_norm: bool = False
     weighting: str = "softmax"
     tables: int = 1  # that lie one after the other, of which the layer has the last
+    pairs: bool = False
     dtype: torch.dtype = torch.float32
     strided: bool = False
     seed: int = 0
@@ -52,6 +53,8 @@ class Case:
             options["weighting"] = self.weighting
         if self.tables > 1:
             options["first_slot"] = (self.tables - 1) * self.n_keys**2
+        if self.pairs:
+            options["pairs"] = True
         return options
 
     def tensors(self) -> list[Tensor | None]:
@@ -71,7 +74,7 @@ class Case:
             leaf(rows, self.width, scale=thin),
             leaf(rows) if self.bias else None,
             leaf(2, self.heads, self.n_keys, self.half_dim),
-            leaf(self.tables * self.n_keys**2, self.value_dim),
+            leaf(self.tables * self.n_keys**2, self.value_dim + (self.width if self.pairs else 0)),
             leaf(self.value_dim, self.width, scale=thin) if self.gate else None,
             leaf(self.value_dim) if self.gate and self.bias else None,
             leaf(self.out_dim, self.value_dim, scale=thin) if self.out_dim else None,
@@ -114,6 +117,7 @@ def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Case
         qk_norm=qk_norm,
         weighting=draw(st.sampled_from(["softmax", "sigmoid"])),
         tables=draw(st.integers(1, 3)),
+        pairs=draw(st.booleans()),
         dtype=draw(st.sampled_from(dtypes)),
         strided=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
@@ -126,6 +130,7 @@ VARIANTS = {
     "out": Case(gate=False),
     "full": Case(qk_norm=True),
     "sigmoid": Case(weighting="sigmoid", tables=3),
+    "pairs": Case(gate=False, pairs=True),
 }
 
 

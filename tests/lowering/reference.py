@@ -66,6 +66,23 @@ def scores_reference(
     return scores if temperature is None else scores * temperature[:, None]
 
 
+def pair_gather_reference(values: Tensor, slots: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    """The sum over a token's hits of weight * gelu(u . x) * v, of rows (u, v), computed as it is defined.
+
+    Args:
+        values: [num_slots, d + value_dim].
+        slots: integers [tokens, hits], and weights: [tokens, hits].
+        x: [tokens, d].
+
+    Returns:
+        [tokens, value_dim].
+    """
+    rows = values[slots.long()]  # [tokens, hits, d + value_dim]
+    u, v = rows[..., : x.shape[1]], rows[..., x.shape[1] :]
+    dots = (u * x.unsqueeze(1)).sum(dim=-1)
+    return ((weights.to(dots.dtype) * F.gelu(dots)).unsqueeze(-1) * v).sum(dim=1)
+
+
 def memory_lookup_reference(
     x: Tensor,
     query_weight: Tensor,
@@ -88,6 +105,7 @@ def memory_lookup_reference(
     weighting: str = "softmax",
     first_slot: int = 0,
     training: bool = False,
+    pairs: bool = False,
 ) -> Tensor:
     """`memory_lookup`, computed as it is defined, in the dtype of its arguments. Running statistics stay as they are.
 
@@ -104,7 +122,11 @@ def memory_lookup_reference(
     slots = slots.long()
     logits = scores[0].gather(-1, slots // n_keys) + scores[1].gather(-1, slots % n_keys)
     weights = logits.softmax(dim=-1) if weighting == "softmax" else logits.sigmoid()  # [tokens, heads, k]
-    y = (weights.unsqueeze(-1) * values[first_slot + slots]).sum(dim=(1, 2))  # [tokens, value_dim]
+    slots = first_slot + slots
+    if pairs:
+        y = pair_gather_reference(values, slots.flatten(1), weights.flatten(1), _tokens(x))
+    else:
+        y = (weights.unsqueeze(-1) * values[slots]).sum(dim=(1, 2))  # [tokens, value_dim]
     if gate_weight is not None:
         y = y * F.silu(F.linear(_tokens(x), gate_weight, gate_bias))
     if out_weight is not None:

@@ -32,7 +32,7 @@ def test_aot_eager_is_eager(case):
     assert_same_as_eager(case, "aot_eager", {"rtol": 0, "atol": 0})
 
 
-@pytest.mark.parametrize("variant", ["plain", "full"])
+@pytest.mark.parametrize("variant", ["plain", "full", "pairs"])
 def test_inductor(variant):
     # Fused, fp32 sums are ordered otherwise; sums of a few tens of terms of size one.
     assert_same_as_eager(VARIANTS[variant], "inductor", {"rtol": 1e-5, "atol": 1e-5})
@@ -63,8 +63,9 @@ def test_one_node_in_dynamos_graph():
     assert operators(recorder.graphs[0].graph) == ["memcompile.memory_lookup.default"]
 
 
-def test_one_node_in_an_exported_program():
-    case = VARIANTS["full"]
+@pytest.mark.parametrize("variant", ["full", "pairs"])
+def test_one_node_in_an_exported_program(variant):
+    case = VARIANTS[variant]
     x, *rest = (None if t is None else t.detach() for t in case.tensors())
 
     class Memory(torch.nn.Module):
@@ -76,8 +77,9 @@ def test_one_node_in_an_exported_program():
     torch.testing.assert_close(exported.module()(x), Memory()(x), rtol=0, atol=0)
 
 
-def test_dynamic_tokens_do_not_recompile():
-    case = Case()
+@pytest.mark.parametrize("pairs", [False, True])
+def test_dynamic_tokens_do_not_recompile(pairs):
+    case = Case(pairs=pairs)
     _, *rest = case.tensors()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer(case), backend=counter, fullgraph=True)
@@ -124,6 +126,12 @@ def test_it_comes_apart_into_gemms_and_our_operators(device):
     assert backward.count("memcompile.weighted_scatter.default") == 2  # values and half-keys
     assert backward.count("memcompile.weighted_gather.default") == 1  # the query
     assert not any("product_key" in name for name in backward)  # the search is not done again
+
+
+def test_pairs_come_apart_into_their_operators():
+    forward, backward = (operators(graph) for graph in traced(VARIANTS["pairs"]))
+    assert forward.count("memcompile.pair_gather.default") == 1
+    assert backward.count("memcompile.pair_grads.default") == backward.count("memcompile.pair_scatter.default") == 1
 
 
 def test_nothing_dense_is_saved_or_built_in_the_backward():

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from memcompile.lowering import memory_lookup
+from memcompile.lowering.distributed.sharded_table import Shards
 from tests.lowering.cases import (
     TENSOR_NAMES,
     VARIANTS,
@@ -115,16 +116,20 @@ def test_gradcheck(variant):
 
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [("plain", torch.float32), ("full", torch.float32), ("full", torch.bfloat16), ("sigmoid", torch.bfloat16)],
-)
+    [
+        ("plain", torch.float32), ("full", torch.float32), ("full", torch.bfloat16), ("sigmoid", torch.bfloat16),
+        ("pairs", torch.bfloat16),
+    ],
+)  # fmt: skip
 def test_opcheck(variant, dtype):
     case = in_dtype(VARIANTS[variant], dtype)
     torch.library.opcheck(torch.ops.memcompile.memory_lookup.default, tuple(case.tensors()), case.options)
 
 
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0, 3), (2, 3), (1, 2, 1, 3)])
-def test_leading_dimensions(leading):
-    case = Case(leading=leading)
+def test_leading_dimensions(leading, pairs):
+    case = Case(leading=leading, pairs=pairs)
     x, *rest = case.tensors()
     output = memory_lookup(x, *rest, **case.options)
     assert output.shape == (*leading, case.out_dim)
@@ -148,8 +153,9 @@ def test_values_may_have_a_dtype_of_their_own(variant, layer, pool):
         assert tensor is None or tensor.grad.dtype == tensor.dtype
 
 
-def test_a_nan_token_is_nan_alone():
-    case = Case(leading=(4,), qk_norm=True)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_nan_token_is_nan_alone(pairs):
+    case = Case(leading=(4,), qk_norm=True, pairs=pairs)
     x, *rest = (None if t is None else t.detach() for t in case.tensors())
     clean = memory_lookup(x, *rest, **case.options)
     for poison in (math.nan, math.inf):
@@ -160,8 +166,9 @@ def test_a_nan_token_is_nan_alone():
         torch.testing.assert_close(output[[0, 1, 3]], clean[[0, 1, 3]])
 
 
-def test_frozen_values_get_no_gradient_and_the_rest_does():
-    case = Case()
+@pytest.mark.parametrize("pairs", [False, True])
+def test_frozen_values_get_no_gradient_and_the_rest_does(pairs):
+    case = Case(pairs=pairs)
     tensors = case.tensors()
     tensors[4].requires_grad_(False)
     memory_lookup(*tensors, **case.options).sum().backward()
@@ -169,9 +176,10 @@ def test_frozen_values_get_no_gradient_and_the_rest_does():
     assert tensors[3].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_saved_for_backward_are_slots_and_weights_never_rows_or_scores(qk_norm):
-    case = Case(leading=(64,), n_keys=40, top_k=8, value_dim=96, heads=2, qk_norm=qk_norm)
+def test_saved_for_backward_are_slots_and_weights_never_rows_or_scores(qk_norm, pairs):
+    case = Case(leading=(64,), n_keys=40, top_k=8, value_dim=96, heads=2, qk_norm=qk_norm, pairs=pairs)
     tensors = case.tensors()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -203,6 +211,16 @@ ERRORS = {
         "half_keys": torch.zeros(2, 1, 7, 3)
     },
     "values: expected [n_keys**2 = 49, value_dim], got [48, 10]": {"values": torch.zeros(48, 10)},
+    "values: expected pairs [49, d + value_dim] with d = 12, got [49, 12]": {
+        "values": torch.zeros(49, 12),
+        "pairs": True,
+    },
+    "gate_weight: expected [value_dim, d] = [8, 12], got [10, 12]": {"values": torch.zeros(49, 20), "pairs": True},
+    "shards: a table of pairs is sharded by rows": {
+        "values": torch.zeros(49, 22),
+        "pairs": True,
+        "shards": Shards("", (22,), 0, 1),
+    },
     "gate_weight: expected [value_dim, d] = [10, 12], got [12, 10]": {"gate_weight": torch.zeros(12, 10)},
     "gate_bias: expected [value_dim] = [10], got [12]": {"gate_bias": torch.zeros(12)},
     "gate_bias: given without gate_weight": {"gate_weight": None},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.lowering.cases import Case
-from tests.lowering.reference import memory_lookup_reference
+from tests.lowering.reference import memory_lookup_reference, pair_gather_reference
 from tests.tolerance import assert_as_accurate
 
 
@@ -42,6 +42,24 @@ def test_the_reference_is_the_definition(qk_norm):
         expected.append(w_2 @ (y * gate * torch.sigmoid(gate)) + b_2)
     actual = memory_lookup_reference(*tensors, **case.options)
     torch.testing.assert_close(actual.detach(), torch.stack(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_pairs_are_experts_of_one_neuron():
+    case = Case(leading=(3,), gate=False, out_dim=None, pairs=True, dtype=torch.float64)
+    x, *rest = (None if t is None else t.detach() for t in case.tensors())
+    values, slots = rest[3], torch.tensor([[3, 8], [0, 0], [48, 5]])
+    weights = torch.tensor([[0.3, -2.0], [1.0, 0.5], [0.0, 1.5]], dtype=torch.float64)
+    expected = torch.zeros(3, case.value_dim, dtype=torch.float64)
+    for token in range(3):
+        for hit in range(2):
+            pair = values[slots[token, hit]].tolist()
+            z = math.fsum(a * b for a, b in zip(pair[: case.width], x[token].tolist(), strict=True))
+            gelu = z * (1 + math.erf(z / math.sqrt(2))) / 2
+            expected[token] += weights[token, hit] * gelu * torch.tensor(pair[case.width :], dtype=torch.float64)
+    torch.testing.assert_close(pair_gather_reference(values, slots, weights, x), expected, rtol=1e-12, atol=1e-12)
+    layer = memory_lookup_reference(x, *rest, **case.options, slots=torch.zeros(3, 2, 1, dtype=torch.int64))
+    ones = torch.ones(3, 2, dtype=torch.float64)  # the softmax of one slot a head
+    assert torch.equal(layer, pair_gather_reference(values, torch.zeros(3, 2, dtype=torch.int64), ones, x))
 
 
 def test_the_tolerance_accepts_its_own_precision_and_nothing_much_worse():

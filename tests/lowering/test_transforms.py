@@ -10,6 +10,7 @@ from tests.lowering.cases import VARIANTS, Case, in_dtype
 from tests.lowering.reference import memory_lookup_reference
 
 FULL = in_dtype(VARIANTS["full"], torch.float64)
+PAIRS = in_dtype(VARIANTS["pairs"], torch.float64)
 TENSORS = [t.detach() for t in FULL.tensors()]
 ALL = tuple(range(len(TENSORS)))
 
@@ -113,6 +114,33 @@ def test_vmap_does_not_loop_over_the_batch():
     assert seen.count("memcompile::weighted_gather") == 1
 
 
+@pytest.mark.parametrize("batched_values", [False, True])
+def test_pairs_to_any_order_and_in_batches(batched_values):
+    """Gradients of gradients, in torch.func and by create_graph; and these of a batch."""
+    tensors = [None if t is None else t.detach() for t in PAIRS.tensors()]
+    x, values = tensors[0], tensors[4]
+
+    def norm(of):
+        def scalar(x, weight, values):
+            return of(x, weight, *tensors[2:4], values, *tensors[5:], **PAIRS.options).pow(2).sum()
+
+        return scalar, lambda *args: sum(g.pow(2).sum() for g in grad(scalar, (0, 1, 2))(*args))
+
+    (ours, our_norm), (exact, exact_norm) = norm(memory_lookup), norm(memory_lookup_reference)
+    args = x, tensors[1], values
+    torch.testing.assert_close(grad(our_norm, (0, 1, 2))(*args), grad(exact_norm, (0, 1, 2))(*args))
+
+    leaves = [t.clone().requires_grad_() for t in args]
+    first = torch.autograd.grad(ours(*leaves), leaves, create_graph=True)
+    found = torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
+    torch.testing.assert_close(found, grad(exact_norm, (0, 1, 2))(*args))
+
+    in_dims = (0, None, 0 if batched_values else None)
+    stacked = [t if dim is None else torch.stack([t, 0.7 * t]) for t, dim in zip(args, in_dims, strict=True)]
+    batches = (vmap(grad(of, (0, 1, 2)), in_dims)(*stacked) for of in (ours, exact))
+    torch.testing.assert_close(*batches)
+
+
 def test_functional_call():
     class Memory(torch.nn.Module):
         def __init__(self):
@@ -147,6 +175,8 @@ def operators():
     yield "gather_dot", lambda t: ops.gather_dot(values, slots, t), grad_rows
     yield "weighted_scatter", lambda t: ops.weighted_scatter(slots, t, grad_rows, 9), weights
     yield "weighted_scatter", lambda t: ops.weighted_scatter(slots, weights, t, 9), grad_rows
+    yield "pair_gather", lambda t: ops.pair_gather(t, slots, weights, grad_rows[:, :2])[0], values
+    yield "pair_gather", lambda t: ops.pair_gather(values, slots, weights, t)[0], grad_rows[:, :2].clone()
 
 
 FORWARD_MODE = list(operators())

@@ -116,6 +116,16 @@ def sharded_gather(
         NotImplementedError: under torch.func, or in a graph of another backend than memcompile's.
         RuntimeError: more tokens than the capacity.
     """
+    capacity = agreed_capacity(slots, shards, capacity)
+    return _sharded_gather(table, slots, weights, shards, capacity, gradient, row_state)  # type: ignore[no-any-return]
+
+
+def agreed_capacity(slots: Tensor, shards: Shards, capacity: int | None) -> int | None:
+    """The most tokens that a rank of the group has in this call; the ranks tell each other where it is not given.
+
+    Raises:
+        As `sharded_gather`.
+    """
     if functorch_is_active():
         raise NotImplementedError("torch.func transforms do not work on sharded memory values: use an unsharded model")
     if capacity is None and not shards.same_tokens:
@@ -130,7 +140,7 @@ def sharded_gather(
             slots.shape[0] <= capacity,
             lambda: f"capacity: this rank has {slots.shape[0]} tokens, but the ranks agreed on at most {capacity}",
         )
-    return _sharded_gather(table, slots, weights, shards, capacity, gradient, row_state)  # type: ignore[no-any-return]
+    return capacity
 
 
 def most_tokens(tokens: int, group: str, device: torch.device) -> int:
@@ -151,8 +161,8 @@ def _forward(
     tokens = slots.shape[0]
     with below_autograd():
         if shards.own_tokens:
-            slots, weights = _gather_hits(slots, weights, capacity, shards)
-        hits, shares = _own_hits(slots, weights, shards)
+            slots, weights = gather_hits(slots, weights, capacity, shards)
+        hits, shares = own_hits(slots, weights, shards)
         if table.numel():
             sums = gather(table, hits, shares, row_state, gradient)
         else:
@@ -167,30 +177,30 @@ def _forward(
     return sums
 
 
-def _gather_hits(slots: Tensor, weights: Tensor, capacity: int, shards: Shards) -> tuple[Tensor, Tensor]:
+def gather_hits(slots: Tensor, weights: Tensor, capacity: int, shards: Shards) -> tuple[Tensor, Tensor]:
     """Slots and weights of all ranks, [P * C, hits] each; those of padding are -1 and 0. One all-gather."""
     word, hits = _WORDS[weights.dtype], slots.shape[1]
     packed = torch.cat([slots.to(word) + 1, weights.view(word)], 1)
     # A hit of padding is a slot of 0 - 1, so that zeros are enough for it.
-    packed = _padded(packed, capacity)
+    packed = padded(packed, capacity)
     everyones = collectives.all_gather(packed, shards.ranks, shards.group)  # [P * C, 2 * hits]
     return everyones[:, :hits] - 1, everyones[:, hits:].contiguous().view(weights.dtype)
 
 
-def _padded(tokens: Tensor, capacity: int) -> Tensor:
+def padded(tokens: Tensor, capacity: int) -> Tensor:
     """[n, ...] with zeros up to [C, ...]."""
     return F.pad(tokens, (0, 0, 0, capacity - tokens.shape[0]))
 
 
-def _own_hits(slots: Tensor, weights: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
+def own_hits(slots: Tensor, weights: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
     """Hits as the own part numbers its rows; of padding, and of rows elsewhere, any row by a weight of 0."""
     if shards.by_columns:
         return slots.clamp(min=0), weights
-    own = _is_own(slots, shards)
+    own = is_own(slots, shards)
     return torch.where(own, slots - shards.offset, 0), torch.where(own, weights, 0)
 
 
-def _is_own(slots: Tensor, shards: Shards) -> Tensor:
+def is_own(slots: Tensor, shards: Shards) -> Tensor:
     return (slots >= shards.offset) & (slots < shards.offset + shards.own)
 
 
@@ -206,21 +216,26 @@ def _columns_to_tokens(sums: Tensor, capacity: int, shards: Shards) -> Tensor:
     return torch.cat([block.view(capacity, size) for block, size in zip(blocks, sizes, strict=True)], 1)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None, None]:
+def check_backward(grad: Tensor) -> None:
+    """Raises NotImplementedError for a backward that is not served."""
     if torch.is_grad_enabled():
         raise NotImplementedError("the gradient of sharded memory values has no derivative of its own (create_graph)")
     if is_traced(grad) and not is_keyed():
         raise NotImplementedError("sharded memory values are compiled by backend='memcompile' alone")
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None, None]:
+    check_backward(grad)
     table, (slots, weights) = ctx.table, ctx.saved_tensors
     check_unchanged(table, ctx.version)
     shards = ctx.shards
     tokens, capacity = grad.shape[0], ctx.capacity
     if shards.own_tokens:
-        padded = _padded(grad, capacity)
+        own = padded(grad, capacity)
         if shards.by_columns:
-            grad = _tokens_to_columns(padded, capacity, shards)
+            grad = _tokens_to_columns(own, capacity, shards)
         else:
-            grad = collectives.all_gather(padded, shards.ranks, shards.group)  # [P * C, value_dim]
+            grad = collectives.all_gather(own, shards.ranks, shards.group)  # [P * C, value_dim]
     grad_table = grad_weights = None
     if ctx.needs_input_grad[2]:
         grad_weights = _dots(table, slots, grad, ctx.row_state, shards)
@@ -250,12 +265,12 @@ def _dots(table: Tensor, slots: Tensor, grad: Tensor, row_state: RowState, shard
     """The gradient of all tokens' weights, as far as the own part makes it."""
     if not table.numel():
         return torch.zeros_like(slots, dtype=sum_dtype(table))
-    hits, _ = _own_hits(slots, slots, shards)
+    hits, _ = own_hits(slots, slots, shards)
     if row_state:
         dots = operator("table_dot")(table, hits, grad, row_state)
     else:
         dots = operator("gather_dot")(table, hits, grad)
-    return dots if shards.by_columns else torch.where(_is_own(slots, shards), dots, 0)
+    return dots if shards.by_columns else torch.where(is_own(slots, shards), dots, 0)
 
 
 def _scatter(table: Tensor, slots: Tensor, weights: Tensor, grad: Tensor, gradient: str, shards: Shards) -> Tensor:
@@ -263,11 +278,16 @@ def _scatter(table: Tensor, slots: Tensor, weights: Tensor, grad: Tensor, gradie
     if gradient == "dense":
         if not table.numel():
             return torch.zeros_like(table)
-        hits, shares = _own_hits(slots, weights, shards)
+        hits, shares = own_hits(slots, weights, shards)
         return operator("weighted_scatter")(hits, shares, grad, table.shape[0])  # type: ignore[no-any-return]
     if not shards.by_columns:
-        slots = torch.where(_is_own(slots, shards), slots - shards.offset, -1)
+        slots = own_slots(slots, shards)
     return operator("sparse_scatter")(table, [slots], [weights], [grad])  # type: ignore[no-any-return]
+
+
+def own_slots(slots: Tensor, shards: Shards) -> Tensor:
+    """Slots as the own rows are numbered; -1 for rows elsewhere and for padding."""
+    return torch.where(is_own(slots, shards), slots - shards.offset, -1)
 
 
 _sharded_gather = autograd_kernel("sharded_gather", forward=_forward, backward=_backward)

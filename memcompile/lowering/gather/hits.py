@@ -22,13 +22,25 @@ def check_slots(slots: Tensor) -> None:
     expect("slots", slots, ("tokens", "hits"), torch.int32, torch.int64)
 
 
-def check_hits(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int = 0) -> None:
+def check_hits(
+    slots: Tensor,
+    weights: Tensor,
+    grad: Tensor,
+    num_slots: int = 0,
+    more_weights: Tensor | None = None,
+    more_grad: Tensor | None = None,
+) -> None:
     """Raises ValueError for what are not slots, weights and a gradient of the same tokens. The arguments are those of
-    `weighted_scatter`.
+    `weighted_scatter` and `row_sums`.
     """
     check_slots(slots)
     expect("weights", weights, slots.shape)
     expect("grad", grad, (slots.shape[0], "value_dim"))
+    if (more_weights is None) != (more_grad is None):
+        raise ValueError("more_weights and more_grad: expected both or neither")
+    if more_weights is not None and more_grad is not None:
+        expect("more_weights", more_weights, slots.shape)
+        expect("more_grad", more_grad, (slots.shape[0], "value_dim"), grad.dtype)
 
 
 def check_dot(values: Tensor, slots: Tensor, grad: Tensor) -> None:
@@ -58,16 +70,17 @@ def parts_of_tokens(slots: Tensor, dim: int, elements: Mapping[str, int]) -> Ite
     return (slice(start, start + size) for start in range(0, tokens, size))
 
 
-def sums_of_hits(slots: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def sums_of_hits(slots: Tensor, *factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The distinct slots, ascending, int64 [n]; and for each the sum of weights[hit] * grad[token of the hit] over its
-    hits, [n, value_dim] in grad's dtype.
+    hits, [n, value_dim] in grad's dtype; of several factors (weights, grad) side by side.
     """
-    weights, grad = weights.detach(), grad.detach()
     ranked, hits = slots.reshape(-1).sort(stable=True)
     rows, counts = torch.unique_consecutive(ranked, return_counts=True)
     if len(rows) == 0:
-        return rows.long(), grad.new_empty(0, grad.shape[1])
+        return rows.long(), torch.cat([grad.new_empty(0, grad.shape[1]) for _, grad in factors], 1)
     # The hits of a slot are a bag of (token, weight), its sum a gather.
-    weights_of, tokens = weights.reshape(-1)[hits].to(grad.dtype), hits // weights.shape[1]
-    starts = counts.cumsum(0) - counts
-    return rows.long(), F.embedding_bag(tokens, grad, starts, per_sample_weights=weights_of, mode="sum")
+    tokens, starts, sums = hits // slots.shape[1], counts.cumsum(0) - counts, []
+    for weights, grad in factors:
+        weights_of = weights.detach().reshape(-1)[hits].to(grad.dtype)
+        sums.append(F.embedding_bag(tokens, grad.detach(), starts, per_sample_weights=weights_of, mode="sum"))
+    return rows.long(), sums[0] if len(sums) == 1 else torch.cat(sums, 1)

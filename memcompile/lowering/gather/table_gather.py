@@ -3,7 +3,8 @@
     table_gather  (V, s, w)[t]    = sum_h w[t, h] * V[s[t, h]]              [tokens, value_dim]
     table_dot     (V, s, u)[t, h] = V[s[t, h]] . u[t]                       [tokens, hits]
     sparse_scatter(V, [s], [w], [u]) = the sum of weighted_scatter(s, w, u) over the layers, in the rows that they hit:
-                                       coalesced sparse COO [num_slots, value_dim]; a slot of -1 is no hit
+                                       coalesced sparse COO [num_slots, value_dim]; a slot of -1 is no hit. Two weights
+                                       and two gradients for each layer have columns of their own, side by side
 
 They are `weighted_gather`, `gather_dot` and `weighted_scatter` for values whose optimizer leaves a row as it is until a
 step touches it, and then makes up for the steps that the row has missed. What is read are the rows V as they are after
@@ -93,11 +94,10 @@ def _stale(values: Tensor, slots: Tensor, row_state: RowState) -> tuple[Tensor, 
     """
     if not row_state or row_state[1].numel() == 0:
         return values, None
-    history, last_step, moment, _ = row_state
-    is_cast = values.dtype is torch.float16 or (moment.numel() > 0 and moment.dtype not in moment_dtypes(values))
+    history, last_step = row_state[:2]
     # A copy of bf16 would be rounded.
     is_small = slots.numel() >= _HITS_A_ROW * values.shape[0] and values.dtype is not torch.bfloat16
-    if is_cast or is_small:
+    if _is_cast(values, row_state) or is_small:
         return current_table(values, row_state), None
     last = last_step.index_select(0, slots.reshape(-1)).view(slots.shape)
     return values, last if bool((last != RateHistory(history).step).any()) else None
@@ -105,32 +105,54 @@ def _stale(values: Tensor, slots: Tensor, row_state: RowState) -> tuple[Tensor, 
 
 def current_table(values: Tensor, row_state: RowState) -> Tensor:
     """The table [num_slots, dim] as it is after all steps: itself where no row has missed any, else a copy."""
-    history, last_step, *moments = row_state
-    rows = (last_step != RateHistory(history).step).nonzero()[:, 0]
+    rows = (row_state[1] != RateHistory(row_state[0]).step).nonzero()[:, 0]
     if len(rows) == 0:
         return values
-    current, last = values[rows].to(sum_dtype(values)), last_step[rows].unsqueeze(1)
+    return values.index_copy(0, rows, current_rows(values, rows, row_state).to(values.dtype))
+
+
+def current_rows(values: Tensor, rows: Tensor, row_state: RowState) -> Tensor:
+    """These rows [n, dim], some of which have missed steps, as they are after all steps; in the dtype of values, or in
+    that of sums.
+    """
+    history, last_step, *moments = row_state
+    last = last_step[rows].unsqueeze(1)
     if not _has_moments(row_state):
-        current = current * _decays(row_state, last).to(current.dtype)
-    else:
-        # Moments of another dtype are beside values that were cast since their last step.
-        of_rows = [m[rows] if m.dtype in moment_dtypes(current) else m[rows].to(current.dtype) for m in moments]
-        own = torch.arange(len(rows), device=rows.device).unsqueeze(1)  # a hit a row, of weight 1
-        ones = torch.ones_like(own, dtype=current.dtype)
-        current = _stale_read("stale_gather", current, own, ones, [history, last_step, *of_rows], last)
-    return values.index_copy(0, rows, current.to(values.dtype))
+        return values[rows] * _decays(row_state, last).to(sum_dtype(values))
+    ones = torch.ones(len(rows), 1, dtype=sum_dtype(values), device=rows.device)  # a hit a row, of weight 1
+    if not _is_cast(values, row_state):
+        return _stale_read("stale_gather", values, rows.unsqueeze(1), ones, row_state, last)
+    # Moments of another dtype are beside values that were cast since their last step.
+    current = values[rows].to(sum_dtype(values))
+    of_rows = [m[rows] if m.dtype in moment_dtypes(current) else m[rows].to(current.dtype) for m in moments]
+    own = torch.arange(len(rows), device=rows.device).unsqueeze(1)
+    return _stale_read("stale_gather", current, own, ones, [history, last_step, *of_rows], last)
 
 
-Factors = Sequence[Tensor]  # slots, weights or gradients, of one layer each
+def _is_cast(values: Tensor, row_state: RowState) -> bool:
+    """Whether no step can have made these values with these moments."""
+    moment = row_state[2]
+    return values.dtype is torch.float16 or (moment.numel() > 0 and moment.dtype not in moment_dtypes(values))
+
+
+Factors = Sequence[Tensor]  # slots, weights or gradients, of one layer each; two a layer where rows are pairs
 
 
 def _sparse_scatter(values: Tensor, slots: Factors, weights: Factors, grads: Factors, opaque: bool = False) -> Tensor:
-    for hits in zip(slots, weights, grads, strict=True):
+    layers, factors = len(slots), len(weights) // max(1, len(slots))
+    if factors not in (1, 2) or not layers * factors == len(weights) == len(grads):
+        raise ValueError(
+            f"sparse_scatter: expected one or two weights and grads for each of {layers} slots, got {len(weights)} and "
+            f"{len(grads)}"
+        )
+    for hits in zip((s for s in slots for _ in range(factors)), weights, grads, strict=True):
         check_hits(*hits)
-    joined, *factors = (parts[0] if len(parts) == 1 else torch.cat([*parts]) for parts in (slots, weights, grads))
+    sums_of = [of[first::factors] for first in range(factors) for of in (weights, grads)]
+    joined, *parts = (parts[0] if layers == 1 else torch.cat([*parts]) for parts in (slots, *sums_of))
     # A slot of -1 is no hit: it becomes a row before the table, which is left out.
     before = int(joined.numel() > 0 and bool((joined < 0).any()))
-    rows, sums = operator("row_sums")(joined + before if before else joined, *factors, values.shape[0] + before)
+    joined = joined + before if before else joined
+    rows, sums = operator("row_sums")(joined, *parts[:2], values.shape[0] + before, *parts[2:])
     first = int(before > 0 and bool(rows[0] == 0))
     return coalesced(rows[first:] - before, sums[first:], values.shape[0])
 
@@ -169,19 +191,30 @@ def check_unchanged(values: Tensor, version: int) -> None:
         )
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+def refuse_second_derivative() -> None:
+    """Raises NotImplementedError where a derivative of this backward is asked for."""
     if torch.is_grad_enabled():
         raise NotImplementedError(
             "the gradient of memory values is sparse and has no derivative of its own: for create_graph=True plan the "
             "model with values_grad='dense'"
         )
+
+
+def is_dense(gradient: str, grad: Tensor) -> bool:
+    """Whether the table's gradient is dense: where it is to be, and in graphs of backends that have not
+    `merge_scatters`, since Inductor's own cannot add sparse tensors.
+    """
+    return gradient == "dense" or (is_traced(grad) and not is_keyed())
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+    refuse_second_derivative()
     values, (slots, weights) = ctx.values, ctx.saved_tensors
     check_unchanged(values, ctx.version)
     grad_values = grad_weights = None
     if ctx.needs_input_grad[2]:
         grad_weights = operator("table_dot")(values, slots, grad, ctx.row_state).to(weights.dtype)
-    if ctx.needs_input_grad[0] and (ctx.gradient == "dense" or (is_traced(grad) and not is_keyed())):
-        # A graph of a backend that has not `merge_scatters`: Inductor's own cannot add sparse tensors.
+    if ctx.needs_input_grad[0] and is_dense(ctx.gradient, grad):
         grad_values = operator("weighted_scatter")(slots, weights, grad, values.shape[0])
     elif ctx.needs_input_grad[0]:
         grad_values = operator("sparse_scatter")(values, [slots], [weights], [grad])

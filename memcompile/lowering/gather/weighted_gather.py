@@ -8,6 +8,7 @@ With rows V [num_slots, value_dim], slots s and weights w [tokens, hits], and u 
 
 `row_sums` (s, w, u) has the distinct slots, int64 [rows], ascending, and the rows of `weighted_scatter` that they hit,
 bit for bit: nothing in it is of the table's size. How many there are is known at run time only. It has no derivative.
+With `more_weights` [tokens, hits] and `more_grad` [tokens, more_dim] the sums of these are further columns.
 
 Rows come out in the dtype that rows came in, dots in fp32 for half dtypes. All three are derivatives of one
 trilinear form, so each one's gradients are the other two. No kernel builds [tokens, hits, value_dim], and
@@ -97,7 +98,7 @@ def _dot_backward(ctx: Any, grad_dots: Tensor) -> tuple[Tensor | None, None, Ten
 
 
 def _scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> Tensor:
-    rows, sums = sums_of_hits(slots, weights, grad)
+    rows, sums = sums_of_hits(slots, (weights, grad))
     return grad.new_zeros(num_slots, grad.shape[1]).index_copy_(0, rows, sums)
 
 
@@ -124,16 +125,23 @@ def _scatter_backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor | None, 
     return None, grad_weights, grad_grad, None
 
 
-def _sums(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
-    rows, sums = sums_of_hits(slots, weights, grad)
+def _sums(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int, *more: Tensor | None) -> tuple[Tensor, Tensor]:
+    more_weights, more_grad = more or (None, None)
+    factors = [(weights, grad)]
+    if more_weights is not None and more_grad is not None:
+        factors.append((more_weights, more_grad))
+    rows, sums = sums_of_hits(slots, *factors)
     if len(rows) and (rows[0] < 0 or rows[-1] >= num_slots):
         raise IndexError(f"slots: {int(rows[0])} to {int(rows[-1])} are out of range for a table of {num_slots} rows")
     return rows, sums
 
 
-def _sums_fake(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+def _sums_fake(
+    slots: Tensor, weights: Tensor, grad: Tensor, num_slots: int, *more: Tensor | None
+) -> tuple[Tensor, Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
-    return slots.new_empty(count, dtype=torch.int64), grad.new_empty(count, grad.shape[1])
+    columns = grad.shape[1] + (more[1].shape[1] if more and more[1] is not None else 0)
+    return slots.new_empty(count, dtype=torch.int64), grad.new_empty(count, columns)
 
 
 register_differentiable(

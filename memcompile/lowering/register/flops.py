@@ -14,9 +14,12 @@ from memcompile.lowering.search.product_key_topk import candidate_pairs
 Shape = Sequence[int]
 
 
-@register_flop_formula(
-    [operator(name).overloadpacket for name in ("weighted_gather", "gather_dot", "table_gather", "table_dot")]
-)
+_READERS = ["weighted_gather", "gather_dot", "table_gather", "table_dot"]
+# A number of a pair is multiplied once too, and a gelu for each hit counts as none, as PyTorch's own does.
+_READERS += ["pair_gather", "pair_grads", "table_pairs", "table_pair_grads"]
+
+
+@register_flop_formula([operator(name).overloadpacket for name in _READERS])
 def _rows_read(values: Shape, slots: Shape, other: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * slots[0] * slots[1] * values[1]
 
@@ -29,6 +32,11 @@ def _product(left: Shape, right: Shape, bias: Shape | None, *args: Any, **kwargs
 @register_flop_formula(operator("weighted_scatter").overloadpacket)
 def _rows_written(slots: Shape, weights: Shape, grad: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * slots[0] * slots[1] * grad[1]
+
+
+@register_flop_formula(operator("pair_scatter").overloadpacket)
+def _pairs_written(slots: Shape, into: Shape, x: Shape, out: Shape, grad: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * slots[0] * slots[1] * (x[1] + grad[1])
 
 
 @register_flop_formula(operator("sparse_scatter").overloadpacket)

@@ -69,8 +69,8 @@ def register_differentiable(
     check: Function,
     kernel: Function,
     fake: Function,
-    vmap: Function,
     backward: Function,
+    vmap: Function | None = None,
     setup_context: Function | None = None,
     under_autograd: Function | None = None,
 ) -> None:

@@ -19,7 +19,7 @@ SCHEMAS = {
         'str group="", int[] parts=[], int part=0, int shard_dim=1, bool same_tokens=False, '
         'SymInt? capacity=None, Tensor[]? row_state=None, str weighting="softmax", int first_slot=0, '
         "float balance_loss=0.0, Tensor? query_scale=None, Tensor? query_shift=None, Tensor? query_mean=None, "
-        "Tensor? query_var=None) -> Tensor"
+        "Tensor? query_var=None, bool pairs=False) -> Tensor"
     ),
     "prefetch_rows": "(Tensor values, Tensor slots) -> Tensor",
     "update_statistics": (
@@ -31,11 +31,30 @@ SCHEMAS = {
     "weighted_gather": "(Tensor values, Tensor slots, Tensor weights) -> Tensor",
     "gather_dot": "(Tensor values, Tensor slots, Tensor grad) -> Tensor",
     "weighted_scatter": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> Tensor",
-    "row_sums": "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots) -> (Tensor rows, Tensor sums)",
+    "row_sums": (
+        "(Tensor slots, Tensor weights, Tensor grad, SymInt num_slots, Tensor? more_weights=None, "
+        "Tensor? more_grad=None) -> (Tensor rows, Tensor sums)"
+    ),
+    # A table whose rows are pairs: pairs.py.
+    "pair_gather": "(Tensor values, Tensor slots, Tensor weights, Tensor x) -> (Tensor y, Tensor dots)",
+    "pair_grads": (
+        "(Tensor values, Tensor slots, Tensor weights, Tensor x, Tensor dots, Tensor grad) "
+        "-> (Tensor grad_weights, Tensor grad_x, Tensor into, Tensor out)"
+    ),
+    "pair_scatter": ("(Tensor slots, Tensor into, Tensor x, Tensor out, Tensor grad, SymInt num_slots) -> Tensor"),
     # A table whose gradient is of the rows that were hit: table_gather.py.
     "table_gather": "(Tensor values, Tensor slots, Tensor weights, Tensor[] row_state, str gradient) -> Tensor",
     "table_dot": "(Tensor values, Tensor slots, Tensor grad, Tensor[] row_state) -> Tensor",
     "sparse_scatter": "(Tensor values, Tensor[] slots, Tensor[] weights, Tensor[] grads, bool opaque=False) -> Tensor",
+    # The same of a table of pairs: table_pairs.py.
+    "table_pairs": (
+        "(Tensor values, Tensor slots, Tensor weights, Tensor x, Tensor[] row_state, str gradient) "
+        "-> (Tensor y, Tensor dots)"
+    ),
+    "table_pair_grads": (
+        "(Tensor values, Tensor slots, Tensor weights, Tensor x, Tensor dots, Tensor grad, Tensor[] row_state) "
+        "-> (Tensor grad_weights, Tensor grad_x, Tensor into, Tensor out)"
+    ),
     "skipped_steps": (
         "(Tensor rates, Tensor starts, int until, int terms, int moments) -> (Tensor decays, Tensor panels)"
     ),
@@ -75,7 +94,9 @@ SCHEMAS["memory_lookup.updating"] = (
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 # They ask how many rows were hit, and return as many; or whether a backward runs.
-_NOT_CAPTURED = {"table_gather", "table_dot", "sparse_scatter", "update_statistics"}
+_NOT_CAPTURED = {
+    "table_gather", "table_dot", "sparse_scatter", "table_pairs", "table_pair_grads", "update_statistics",
+}  # fmt: skip
 
 for _name, _signature in SCHEMAS.items():
     _unsafe = (torch.Tag.cudagraph_unsafe,) if _name in _NOT_CAPTURED else ()

@@ -92,6 +92,16 @@ def dot_config(value_dim: int) -> Config:
     return _rows(8, min(512, max(8, width)), num_warps=4 if width > 256 else 2)
 
 
+def pair_config(dotted: int, summed: int) -> Config:
+    """Of the kernels of pairs: dots with `dotted` columns of a row, BLOCK_COLUMNS a step, decide how SUMMED of the
+    `summed` ones are added up.
+    """
+    width = min(2048, max(8, next_power_of_2(summed)))
+    hits = max(4, min(16, 8192 // width))
+    columns = min(512, 4096 // hits, max(8, next_power_of_2(dotted)))
+    return _rows(hits, columns, num_warps=8 if width > 128 else 4) | {"SUMMED": width}
+
+
 def sum_config(value_dim: int, total: int) -> Config:
     """Of the kernels of `weighted_scatter`, CHUNK sorted hits a program; `total`, how many hits are summed, is a hint.
     Long chunks leave few partial sums, short ones give few hits to many programs.

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from memcompile.lowering._torch import is_traced, size_hint
 from memcompile.lowering.gather.hits import sum_dtype
+from memcompile.lowering.gather.pairs import Grads, new_gather, new_grads
 from memcompile.lowering.triton import configs, cost, support
-from memcompile.lowering.triton.kernels import row_updates, search, table
+from memcompile.lowering.triton.kernels import pairs, row_updates, search, table
 from memcompile.lowering.update.row_adam import RowAdam, moments_of
 from memcompile.lowering.update.row_tables import RowAdagrad, RowSgd, RowUpdate
 
@@ -134,17 +135,26 @@ def gather_dot(values: Tensor, slots: Tensor, grad: Tensor) -> Tensor:
 
 def weighted_scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: Size) -> Tensor:
     """See `memcompile.lowering.gather.weighted_gather`. Deterministic unless `MEMCOMPILE_ATOMICS` is set."""
+    return _scatter(slots, _ranked(slots), weights, grad, num_slots)
+
+
+def _ranked(slots: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The slots by number, and which hit each is of; None where sums are atomic."""
+    return None if support.uses_atomics() else slots.reshape(-1).sort(stable=True)
+
+
+def _scatter(slots: Tensor, sorted_hits: Any, weights: Tensor, grad: Tensor, num_slots: Size) -> Tensor:
     (tokens, hits), value_dim = slots.shape, grad.shape[1]
     total = tokens * hits
     config = configs.sum_config(value_dim, size_hint(total))
     columns = _blocks(value_dim, config["BLOCK_COLUMNS"])
-    if support.uses_atomics():
+    if sorted_hits is None:
         sums = grad.new_zeros((num_slots, value_dim), dtype=torch.float32)
         del config["CHUNK"]
         inputs = (slots.contiguous(), weights.contiguous(), grad)
         _launch(table.add_atomically, (tokens, columns), *inputs, sums, hits, value_dim, *grad.stride(), **config)
         return sums.to(grad.dtype)
-    ranked, order = slots.reshape(-1).sort(stable=True)
+    ranked, order = sorted_hits
     by_slot = (ranked, (order // hits).int(), weights.reshape(-1)[order])
     grid = (_blocks(total, config["CHUNK"]), columns)
     out = grad.new_zeros((num_slots, value_dim))
@@ -152,6 +162,46 @@ def weighted_scatter(slots: Tensor, weights: Tensor, grad: Tensor, num_slots: Si
     _launch(table.sum_chunks, grid, *by_slot, grad, out, *partial, total, value_dim, *grad.stride(), **config)
     _launch(table.join_chunks, grid, ranked, out, *partial, total, value_dim, **config)
     return out
+
+
+# --- a table of pairs -------------------------------------------------------------------------------
+
+
+def pair_gather(values: Tensor, slots: Tensor, weights: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """See `memcompile.lowering.gather.pairs`."""
+    (tokens, hits), d = slots.shape, x.shape[1]
+    value_dim = values.shape[1] - d
+    y, dots = new_gather(values, slots, weights, x)
+    config = configs.pair_config(d, value_dim)
+    inputs = (values, slots.contiguous(), weights.contiguous(), x)
+    sizes = (hits, d, value_dim, *values.stride(), *x.stride())
+    _launch(pairs.pair_gather_rows, (tokens, _programs(value_dim, config)), *inputs, y, dots, *sizes, **config)
+    return y, dots
+
+
+def pair_grads(values: Tensor, slots: Tensor, weights: Tensor, x: Tensor, dots: Tensor, grad: Tensor) -> Grads:
+    """See `memcompile.lowering.gather.pairs`."""
+    (tokens, hits), d = slots.shape, x.shape[1]
+    value_dim = values.shape[1] - d
+    grad_weights, grad_x, into, out = new_grads(values, slots, weights, x)
+    config = configs.pair_config(value_dim, d)
+    inputs = (values, slots.contiguous(), weights.contiguous(), dots.contiguous(), grad)
+    sizes = (hits, d, value_dim, *values.stride(), *grad.stride())
+    outputs = (grad_weights, grad_x, into, out)
+    _launch(pairs.pair_grads_rows, (tokens, _programs(d, config)), *inputs, *outputs, *sizes, **config)
+    return outputs
+
+
+def _programs(summed: int, config: configs.Config) -> Size:
+    """Of a token; one where nothing is summed, which writes the dots."""
+    return max(1, _blocks(summed, config["SUMMED"]))
+
+
+def pair_scatter(slots: Tensor, into: Tensor, x: Tensor, out: Tensor, grad: Tensor, num_slots: Size) -> Tensor:
+    """See `memcompile.lowering.gather.pairs`. Deterministic unless `MEMCOMPILE_ATOMICS` is set."""
+    ranked = _ranked(slots)
+    halves = [_scatter(slots, ranked, *factors, num_slots) for factors in ((into, x), (out, grad))]
+    return torch.cat(halves, 1)
 
 
 # --- rows updated in place ------------------------------------------------------------------------

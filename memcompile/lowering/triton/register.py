@@ -21,6 +21,9 @@ _IN_GRAPHS: dict[str, Callable[..., bool]] = {  # graphs hold these in the place
     "weighted_gather": support.supports_tensors,
     "gather_dot": support.supports_tensors,
     "weighted_scatter": support.supports_tensors,
+    "pair_gather": support.supports_tensors,
+    "pair_grads": support.supports_tensors,
+    "pair_scatter": support.supports_tensors,
 }
 SUPPORTS = _IN_GRAPHS | dict.fromkeys(("row_adam", "row_adagrad", "row_sgd"), support.supports_update)
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/by_slot.h"
+#include "kernels/pairs.h"
 #include "kernels/row_updates.h"
 #include "kernels/rows.h"
 #include "kernels/scores.h"
@@ -71,6 +72,23 @@ void dots() {
   measured([&] {
     for (int64_t t = 0; t < kTokens; ++t) {
       dots_with_rows(Table<float>{values.data(), kDim, kDim}, &slots[t * kHits], kHits, kHits, grad.data(), copy.data(), out.data());
+    }
+  });
+}
+
+// Rows of pairs, half of their numbers each; the weight of a forward.
+template <class Row>
+void pairs() {
+  const std::vector<Row> values = random_rows<Row>(kSlots * kDim), x = random_rows<Row>(kDim / 2);
+  const std::vector<float> weights = random_rows<float>(kTokens * kHits);
+  const std::vector<int32_t> slots = random_slots();
+  const Table<Row> u{values.data(), kDim, kDim / 2}, v{values.data() + kDim / 2, kDim, kDim / 2};
+  PairSums<Row> sums(u, v);
+  std::vector<Row> out(kDim / 2);
+  measured([&] {
+    for (int64_t t = 0; t < kTokens; ++t) {
+      const float* w = &weights[t * kHits];
+      sums.weighted_sum(&slots[t * kHits], kHits, kHits, x.data(), [&](int64_t i, float dot) { return w[i] * Gelu<float>(dot).value; }, out.data());
     }
   });
 }
@@ -160,6 +178,8 @@ int main(int, char** arguments) {
   if (!std::strcmp(kernel, "gather fp32")) gather<float>();
   else if (!std::strcmp(kernel, "gather bf16")) gather<BFloat16>();
   else if (!std::strcmp(kernel, "dots")) dots();
+  else if (!std::strcmp(kernel, "pairs fp32")) pairs<float>();
+  else if (!std::strcmp(kernel, "pairs bf16")) pairs<BFloat16>();
   else if (!std::strcmp(kernel, "search")) search();
   else if (!std::strcmp(kernel, "scores")) scores();
   else if (!std::strcmp(kernel, "sort")) sort();

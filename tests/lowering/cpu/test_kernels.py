@@ -15,6 +15,7 @@ from tests.tolerance import assert_as_accurate
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no C++ compiler: the operators run as PyTorch operators here")
 
 gather, dot, scatter = (operator(name) for name in ("weighted_gather", "gather_dot", "weighted_scatter"))
+pair_gather, pair_grads, pair_scatter = (operator(name) for name in ("pair_gather", "pair_grads", "pair_scatter"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -42,9 +43,14 @@ def test_bit_for_bit_over_repeats_and_threads(dtype, threads):
     values, slots, weights, grad = inputs(dtype)
     query, half_keys = torch.randn(300, 2, 44).to(dtype), torch.randn(2, 2, 150, 22).to(dtype)
     scores = torch.randn(2, 300, 2, 150, dtype=torch.promote_types(dtype, torch.float32))
+    x, out = grad[:, :40], grad[:, 40:]
 
     def run():
+        y, dots = pair_gather(values, slots, weights, x)
         return (
+            y,
+            *pair_grads(values, slots, weights, x, dots, out),
+            pair_scatter(slots, dots, x, weights, out, len(values)),
             gather(values, slots, weights),
             dot(values, slots, grad),
             scatter(slots, weights, grad, len(values)),
@@ -59,7 +65,7 @@ def test_bit_for_bit_over_repeats_and_threads(dtype, threads):
     for count in (1, 2, 2, 3):
         threads(count)
         assert all(map(torch.equal, run(), first))
-    assert torch.equal(first[2], first[3])
+    assert torch.equal(first[8], first[9])  # slots of both dtypes
 
 
 @pytest.mark.parametrize("num_slots", [5_000, 5_000_000])
@@ -170,6 +176,9 @@ def test_a_slot_out_of_range(slot):
         lambda: gather(values, slots, weights),
         lambda: dot(values, slots, grad),
         lambda: scatter(slots, weights, grad, 700),
+        lambda: pair_gather(values, slots, weights, grad[:, :40]),
+        lambda: pair_grads(values, slots, weights, grad[:, :40], weights, grad[:, 40:]),
+        lambda: pair_scatter(slots, weights, grad, weights, grad, 700),
     ):
         with pytest.raises(RuntimeError, match=f"slot {slot} is out of range for a table of 700 rows"):
             run()
@@ -189,6 +198,14 @@ def test_shapes_are_checked_where_python_is_not_asked():
             ),
             (lambda: dot(values, slots, grad[:, :3]), "grad \\[tokens, value_dim\\]"),
             (lambda: scatter(slots, weights, grad[:3], 700), "grad must be"),
+            (lambda: pair_gather(values, slots, weights[:, :3], grad), "slots and weights must be"),
+            (lambda: pair_gather(values, slots, weights, grad.double()), "x must have the dtype of values"),
+            (lambda: pair_gather(values[:, :9], slots, weights, grad), "x \\[tokens, d\\]"),
+            (lambda: pair_grads(values, slots, weights, grad, weights.double(), grad[:, :0]), "dots must be"),
+            (lambda: pair_grads(values, slots, weights, grad, weights, grad), "grad must be"),
+            (lambda: pair_scatter(slots, weights, grad, weights, grad[:3], 700), "grad must be"),
+            (lambda: pair_scatter(slots, weights, grad, weights, grad.double(), 700), "one dtype"),
+            (lambda: operator("row_sums")(slots, weights, grad, 700, weights), "or neither"),
             (lambda: operator("product_key_topk")(torch.zeros(2, 1, 1, 3), 4), "top_k <= n_keys <= 46340, got 4 and 3"),
             (lambda: operator("product_key_search")(torch.zeros(1, 1, 4), torch.zeros(2, 1, 3, 3), 1), "key_dim / 2"),
         ):
@@ -209,3 +226,8 @@ def test_more_than_2_to_the_31_elements(index_dtype):
     expected = 6.0 + 0.5 * torch.arange(dim)
     torch.testing.assert_close(gather(values, slots, weights)[0].float(), expected, rtol=2**-11, atol=0)
     assert dot(values, slots, torch.ones(1, dim).half()).tolist() == [[2.0 * dim, dim * (dim - 1) / 2, 0.0]]
+    y, dots = pair_gather(values, slots, weights, torch.ones(1, dim - 2).half())
+    sums = 2.0 * (dim - 2), (dim - 2) * (dim - 3) / 2
+    assert dots.tolist() == [[*sums, 0.0]]
+    last_two = 6.0 * sums[0] + 0.5 * sums[1] * torch.tensor([dim - 2, dim - 1])
+    assert y.tolist() == [[torch.inf, torch.inf]] and (last_two > 65504).all()  # of fp16

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 FILES = (
     "gather/test_weighted_gather search/test_product_key_topk search/test_product_key_search test_autocast "
     "update/test_row_updates gather/test_row_sums update/test_skipped_steps gather/test_stale_rows "
-    "gather/test_prefetch_rows cpu/test_kernels"
+    "gather/test_prefetch_rows gather/test_pairs cpu/test_kernels"
 ).split()
 WAYS = {"PyTorch operators": {"MEMCOMPILE_CPU_KERNELS": "0"}}
 if platform.machine() in ("x86_64", "AMD64") and cpu.load():

@@ -14,9 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memcompile.lowering import memory_lookup, operator
+from memcompile.lowering.distributed.sharded_pairs import sharded_pairs
 from memcompile.lowering.distributed.sharded_table import Shards, chunk_sizes, most_tokens, sharded_gather
 from tests.lowering.cases import TENSOR_NAMES, Case
 from tests.lowering.gather.stepped import MISSING, stepped
+from tests.lowering.gather.test_pairs import leaves_of
+from tests.lowering.gather.test_table_pairs import hits_of
 from tests.lowering.gather.test_weighted_gather import make
 from tests.runtime.distributed.processes import run_on_ranks
 from tests.tolerance import largest_error
@@ -25,11 +28,13 @@ RANKS = 4
 TOKENS = {"even": (6, 6, 6, 6), "uneven": (3, 9, 5, 7), "none on some": (0, 5, 0, 4)}
 VALUE_DIMS = {"even": 8, "uneven": 10, "empty": 2}
 VALUES = TENSOR_NAMES.index("values")
-SETTINGS = [*itertools.product((1, 0), ("dense", "sparse"), TOKENS, VALUE_DIMS)]
+SETTINGS = [*itertools.product((1, 0), ("dense", "sparse"), TOKENS, VALUE_DIMS, (False,))]
+# Pairs, of 9 slots: the last rank has none.
+SETTINGS += [*itertools.product((0,), ("dense", "sparse"), TOKENS, ("even",), (True,))]
 
 
-def layer(value_dim: int, dtype: torch.dtype, n_keys: int = 7) -> list[Tensor]:
-    tensors = Case(leading=(4,), value_dim=value_dim, n_keys=n_keys, dtype=dtype).tensors()
+def layer(value_dim: int, dtype: torch.dtype, n_keys: int = 7, pairs: bool = False) -> list[Tensor]:
+    tensors = Case(leading=(4,), value_dim=value_dim, n_keys=n_keys, dtype=dtype, pairs=pairs).tensors()
     return [t.detach().clone() if t is not None else None for t in tensors]
 
 
@@ -38,7 +43,8 @@ def results(
 ) -> dict[str, Tensor]:
     """The output and the gradients of the sum of output * weight; sparse ones as dense."""
     leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
-    out = memory_lookup(*leaves, heads=2, top_k=4, values_grad=gradient, shards=shards, **options)
+    top_k = min(4, tensors[TENSOR_NAMES.index("half_keys")].shape[2])
+    out = memory_lookup(*leaves, heads=2, top_k=top_k, values_grad=gradient, shards=shards, **options)
     (out * weight).sum().backward()
     found = {"out": out.detach()}
     for name, leaf in zip(TENSOR_NAMES, leaves, strict=True):
@@ -53,22 +59,24 @@ def part_of(table: Tensor, shards: Shards) -> Tensor:
     return table.narrow(shards.dim, shards.offset, shards.own)
 
 
-def against_whole(rank: int, ranks: int, dim: int, gradient: str, tokens: tuple[int, ...], value_dim: int) -> dict:
+def against_whole(
+    rank: int, ranks: int, dim: int, gradient: str, tokens: tuple[int, ...], value_dim: int, pairs: bool = False
+) -> dict:
     """The largest errors of this rank's results, in fp64 and in fp32, and those of the whole table in fp32."""
     errors: dict[str, dict[str, float]] = {}
     start, own = sum(tokens[:rank]), tokens[rank]
     for dtype in (torch.float64, torch.float32):
-        whole = layer(value_dim, dtype)
+        whole = layer(value_dim, dtype, n_keys=3 if pairs else 7, pairs=pairs)
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(sum(tokens), 12, generator=generator, dtype=torch.float64).to(dtype)
         weight = torch.randn(sum(tokens), 9, generator=generator, dtype=torch.float64).to(dtype)
-        expected = results([x, *whole[1:]], weight, gradient)
+        expected = results([x, *whole[1:]], weight, gradient, pairs=pairs)
         if dtype is torch.float64:
             exact = expected
         shards = Shards(dist.group.WORLD.group_name, chunk_sizes(whole[VALUES].shape[dim], ranks), rank, dim)
         mine = [x[start : start + own], *whole[1:]]
         mine[VALUES] = part_of(whole[VALUES], shards)
-        found = results(mine, weight[start : start + own], gradient, shards)
+        found = results(mine, weight[start : start + own], gradient, shards, pairs=pairs)
         for name in found:
             if name == "values":
                 found[name] = found[name] * ranks  # the mean over ranks
@@ -132,14 +140,17 @@ def too_many(rank: int) -> str:
 
 def on_four(rank: int) -> dict[Any, Any]:
     found: dict[Any, Any] = {
-        setting: against_whole(rank, RANKS, *setting[:2], TOKENS[setting[2]], VALUE_DIMS[setting[3]])
+        setting: against_whole(rank, RANKS, *setting[:2], TOKENS[setting[2]], VALUE_DIMS[setting[3]], setting[4])
         for setting in SETTINGS
     }
     return {**found, "parallel": tensor_parallel(rank), "agreed": agreed(rank), "too many": too_many(rank)}
 
 
 def on_one(rank: int) -> list[dict]:
-    return [against_whole(0, 1, dim, gradient, (5,), 10) for dim in (1, 0) for gradient in ("dense", "sparse")]
+    ways = (1, False), (0, False), (0, True)
+    return [
+        against_whole(0, 1, dim, gradient, (5,), 10, pairs) for dim, pairs in ways for gradient in ("dense", "sparse")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -202,20 +213,44 @@ def test_a_part_is_read_with_the_state_of_its_rows(rule, dim, gradient):
     assert largest_error(found[0][0], operator("weighted_gather")(table.values, slots, weights)) > 1e-6
 
 
-def test_torch_func_is_refused():
-    tensors = layer(8, torch.float32)
-    shards = Shards("nobody", (8,), 0, 1)
+@pytest.mark.parametrize("gradient", ["dense", "sparse"])
+@pytest.mark.parametrize("rule", MISSING)
+def test_a_part_of_pairs_is_read_with_the_state_of_its_rows(rule, gradient):
+    table = stepped(rule, torch.float64)
+    data, found = hits_of(table), []
+    for read in (
+        lambda *given: sharded_pairs(*given, Shards("", (11,), 0, 0), 5, gradient, table.row_state),
+        lambda *given: operator("table_pairs")(*given, table.row_state, gradient)[0],
+    ):
+        values, weights, x = leaves_of(data)
+        out = read(values, data.slots, weights, x)
+        grads = torch.autograd.grad(out, (values, weights, x), data.grad, retain_graph=True)
+        found.append((out.detach(), *(g.to_dense() for g in grads)))
+        with torch.no_grad():
+            values.mul_(2)  # as a step would
+        with pytest.raises(RuntimeError, match=r"call backward\(\) before step\(\)"):
+            out.sum().backward()
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
+    assert largest_error(found[0][0], operator("pair_gather")(*data[:4])[0]) > 1e-6
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_torch_func_is_refused(pairs):
+    tensors = layer(8, torch.float32, pairs=pairs)
+    shards = Shards("nobody", (49,), 0, 0)
 
     def loss(values: Tensor) -> Tensor:
         others = [*tensors[:VALUES], values, *tensors[VALUES + 1 :]]
-        return memory_lookup(*others, heads=2, top_k=4, shards=shards).sum()
+        return memory_lookup(*others, heads=2, top_k=4, shards=shards, pairs=pairs).sum()
 
     with pytest.raises(NotImplementedError, match="unsharded model"):
         torch.func.grad(loss)(tensors[VALUES])
 
 
-def test_second_derivatives_are_refused():
-    tensors = [None if t is None else t.requires_grad_() for t in layer(8, torch.float64)]
-    out = memory_lookup(*tensors, heads=2, top_k=4, shards=Shards("", (8,), 0, 1), capacity=4)
+@pytest.mark.parametrize("pairs", [False, True])
+def test_second_derivatives_are_refused(pairs):
+    tensors = [None if t is None else t.requires_grad_() for t in layer(8, torch.float64, pairs=pairs)]
+    out = memory_lookup(*tensors, heads=2, top_k=4, shards=Shards("", (49,), 0, 0), capacity=4, pairs=pairs)
     with pytest.raises(NotImplementedError, match="create_graph"):
         torch.autograd.grad(out.sum(), tensors[VALUES], create_graph=True)

@@ -38,6 +38,23 @@ def test_forward_and_backward():
     assert "memcompile.product_key_search" not in backward  # nothing dense over the keys
 
 
+def test_pairs_have_twice_the_dots():
+    """Forward of all columns of a pair once, and so in the backward; then the gradient of the table."""
+    case, counts = Case(leading=(5,), gate=False, pairs=True), []
+    columns = 2 * 5 * case.heads * case.top_k * (case.width + case.value_dim)
+    for gradient, gather, grads, scatter in (
+        ("dense", "pair_gather", "pair_grads", "pair_scatter"),
+        ("sparse", "table_pairs", "table_pair_grads", "sparse_scatter"),
+    ):
+        outputs, tensors = [], case.tensors()
+        forward = counted(lambda: outputs.append(memory_lookup(*tensors, **case.options, values_grad=gradient)))  # noqa: B023
+        assert forward[f"memcompile.{gather}"] == columns
+        backward = counted(lambda: outputs[0].sum().backward())  # noqa: B023
+        assert backward[f"memcompile.{grads}"] == backward[f"memcompile.{scatter}"] == columns
+        counts.append((sum(forward.values()), sum(backward.values())))
+    assert counts[0] == counts[1]
+
+
 def test_inference_mode_and_meta_tensors_count_the_same():
     case = Case(leading=(5,))
     tensors = case.tensors()

@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -193,6 +193,13 @@ class _Table:
                 lambda: launch.weighted_scatter(self._slots(), self._weights(), self.rows(self.tokens), 2**20),
             )
 
+    def pairs(self, d: int) -> list[Instance]:
+        """Forward and backward of rows of d + value_dim numbers."""
+        rows, x = replace(self, value_dim=d + self.value_dim).rows(2**20), replace(self, value_dim=d).rows(self.tokens)
+        given, grad = (rows, self._slots(), self._weights(), x), self.rows(self.tokens)
+        found = _launches(f"d={d} {self}", lambda: launch.pair_gather(*given))
+        return found + _launches(f"d={d} {self}", lambda: launch.pair_grads(*given, self._weights(), grad))
+
     def _slots(self) -> Tensor:
         return _tensor(self.tokens, self.hits, dtype=self.slots_dtype)
 
@@ -302,6 +309,16 @@ def _tables() -> Iterator[Instance]:
     yield from (instance for table in sizes for instance in table.scatter(atomics="1"))
 
 
+def _pairs() -> Iterator[Instance]:
+    for dtype in _HALF_AND_FULL:
+        for d, value_dim in ((1024, 1024), (1000, 1000), (4096, 1024), (256, 4096), (64, 64)):
+            yield from _Table(value_dim, dtype).pairs(d)
+    yield from _Table(1024, torch.float16).pairs(1024)
+    yield from _Table(1024, slots_dtype=torch.int64).pairs(1024)
+    yield from _Table(1000, strided=True).pairs(1000)
+    yield from _Table(1, torch.float32, tokens=1, hits=1).pairs(1)
+
+
 def _updates() -> Iterator[Instance]:
     single, half, double = torch.float32, torch.bfloat16, torch.float64
     forms = [(single, single, False), (double, double, False), (half, single, False), (half, single, True)]
@@ -327,6 +344,6 @@ def _updates() -> Iterator[Instance]:
 def instances() -> tuple[Instance, ...]:
     """All that differ, by kernel."""
     different: dict[tuple[Any, ...], Instance] = {}
-    for instance in (*_searches(), *_tables(), *_updates()):
+    for instance in (*_searches(), *_tables(), *_pairs(), *_updates()):
         different.setdefault(instance.specialisation, instance)
     return tuple(sorted(different.values(), key=lambda instance: instance.kernel))

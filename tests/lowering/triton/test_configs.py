@@ -85,6 +85,17 @@ def test_gather_dot(value_dim):
     assert 8 <= config["BLOCK_COLUMNS"] <= 512
 
 
+@given(value_dims, value_dims)
+def test_pairs(dotted, summed):
+    config = configs.pair_config(dotted, summed)
+    assert all(is_power_of_2(config[name]) for name in ("BLOCK_HITS", "BLOCK_COLUMNS", "SUMMED", "num_warps"))
+    # Of a program's sums and of a block of rows, so many a thread.
+    threads = 32 * config["num_warps"]
+    assert config["BLOCK_HITS"] * max(config["SUMMED"], config["BLOCK_COLUMNS"]) <= 32 * threads
+    assert config["SUMMED"] >= min(summed, 2048) or config["SUMMED"] == 8
+    assert -(-summed // config["SUMMED"]) <= 65_535
+
+
 @given(value_dims, st.integers(0, 2**30))
 def test_sums(value_dim, total):
     """A run repeats another bit for bit only if the blocks are the same: they come of shapes, and of nothing else."""

@@ -29,6 +29,7 @@ SLOTS = N_KEYS**2
 OURS = (
     *("select_stored", "select_computed", "rank_candidates", "weighted_gather_rows"),
     *("gather_dot_rows", "sum_chunks", "join_chunks", "add_atomically"),
+    *("pair_gather_rows", "pair_grads_rows"),
 )
 GEMMS = {f"extern_kernels.{name}" for name in ("mm", "bmm", "addmm", "bmm_dtype")}
 
@@ -260,6 +261,20 @@ def test_one_source_for_any_number_of_tokens():
     again = generate(503)
     for one, other in ((sources.forward, again.forward), (sources.backward, again.backward)):
         assert re.sub(r"\bs\d+\b", "tokens", code(one)) == re.sub(r"\bs\d+\b", "tokens", code(other))
+
+
+def test_pairs():
+    """One kernel forward; backward one for the rows, and the sums of both halves from one order of the hits."""
+    slots, weights = meta(TOKENS, 128, dtype=torch.int32), meta(TOKENS, 128, dtype=torch.float32, requires_grad=True)
+    values, x = meta(SLOTS, WIDTH + VALUE_DIM, requires_grad=True), meta(TOKENS, WIDTH, requires_grad=True)
+    spy = GraphSpy()
+    sources = gpu_sources(lambda *args: operator("pair_gather")(*args)[0], [values, slots, weights, x], spy=spy)
+    assert ours(sources.forward) == ["pair_gather_rows"] and extern_calls(sources.forward) == []
+    assert sorted(ours(sources.backward)) == [*["join_chunks"] * 2, "pair_grads_rows", *["sum_chunks"] * 2]
+    assert extern_calls(sources.backward) == ["torch.ops.aten.sort.stable"]
+    assert not [shape for shape, _ in allocations(sources.forward) if math.prod(shape) > TOKENS * (WIDTH + VALUE_DIM)]
+    assert spy.written["pair_gather_rows"] == {"out", "dots"} and spy.copied_to == []
+    assert spy.written["pair_grads_rows"] == {"grad_weights", "grad_x", "into", "out"}
 
 
 # --- A planned model ----------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ MOST = {
     "add_atomically": (40, 0),
     "gather_dot_rows": (88, 2_048),
     "join_chunks": (48, 0),
+    "pair_gather_rows": (128, 16_384),
+    "pair_grads_rows": (128, 16_384),
     "rank_candidates": (128, 2_048),
     "select_computed": (255, 32_784),
     "select_stored": (104, 2_048),
@@ -36,10 +38,13 @@ LARGEST = {
     "total": _TOKENS * _HITS,
     "hits": _HITS,
     "value_dim": _VALUE_DIM,
-    "value_row": 2 * _VALUE_DIM,
+    "d": _VALUE_DIM,
+    "value_row": 4 * _VALUE_DIM,
     "grad_row": 2 * _VALUE_DIM,
+    "x_row": 2 * _VALUE_DIM,
     "value_column": 2,
     "grad_column": 2,
+    "x_column": 2,
     "tokens": _TOKENS,
     "rows": _TOKENS * _HEADS,
     "heads": _HEADS,
@@ -66,6 +71,7 @@ PROGRAMS = {
 # Their addresses hold in each of their steps. Of the others a sum that a loop carries counts as unbounded, so only what
 # multiplies is held: there a row's length comes in.
 _EVERY_STEP = {"add_atomically", "gather_dot_rows", "join_chunks", "sum_chunks", "weighted_gather_rows"}
+_EVERY_STEP |= {"pair_gather_rows", "pair_grads_rows"}
 _EVERY_STEP |= {"update_adagrad", "update_adam", "update_sgd"}
 
 

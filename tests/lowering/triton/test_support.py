@@ -72,6 +72,7 @@ def test_a_gpu_runs_triton(dtype):
     assert is_supported("gather_dot", *gather_arguments(dtype)[:2], on(CUDA, 5, 8, dtype=dtype))
     slots, weights = gather_arguments()[1:]
     assert is_supported("weighted_scatter", slots, weights, on(CUDA, 5, 8, dtype=dtype), 9)
+    assert is_supported("pair_gather", *gather_arguments(dtype), on(CUDA, 5, 3, dtype=dtype))
 
 
 def test_it_is_registered_for_the_gpu_and_loaded_by_the_first_call_there():

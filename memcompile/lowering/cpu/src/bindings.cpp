@@ -1,6 +1,7 @@
 // The CPU kernels of memcompile's operators, over PyTorch's stable ABI. What each computes is in the Python file of its
 // operator; its arguments are checked in the headers beside this file; the loops, which know no PyTorch, are in kernels/.
 #include "gather_bindings.h"
+#include "pair_bindings.h"
 #include "row_bindings.h"
 #include "search_bindings.h"
 
@@ -14,6 +15,9 @@ STABLE_TORCH_LIBRARY_IMPL(memcompile, CPU, m) {
   m.impl("gather_dot", TORCH_BOX(&gather_dot));
   m.impl("weighted_scatter", TORCH_BOX(&weighted_scatter));
   m.impl("row_sums", TORCH_BOX(&row_sums));
+  m.impl("pair_gather", TORCH_BOX(&pair_gather));
+  m.impl("pair_grads", TORCH_BOX(&pair_grads));
+  m.impl("pair_scatter", TORCH_BOX(&pair_scatter));
   m.impl("skipped_steps", TORCH_BOX(&skipped_steps));
   m.impl("stale_gather", TORCH_BOX(&stale_gather));
   m.impl("stale_dot", TORCH_BOX(&stale_dot));

@@ -79,6 +79,8 @@ class HitSums {
     }
   }
 
+  int64_t dim() const { return grad_.dim; }
+
   void sum(int64_t begin, int64_t end, Row* out) {
     const int64_t at = begin - first_;
     sums_.weighted_sum(grad_, tokens_.data() + at, weights_.data() + at, end - begin, last_ - begin, out);

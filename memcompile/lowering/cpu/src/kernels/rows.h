@@ -25,17 +25,22 @@ struct Table {
 };
 
 // `size` of `count` rows from the first on, and as many that follow of the `known` ones; the last one again where there
-// are no more.
+// are no more. What follows is of the same table, or of one that is given.
 template <class Row, int64_t size = kSideBySide>
 struct RowGroup {
   const Row* row[size];
   const Row* next[size];
 
   template <class Number>
-  RowGroup(const Table<Row>& table, const Number* numbers, int64_t first, int64_t count, int64_t known) {
+  RowGroup(const Table<Row>& table, const Number* numbers, int64_t first, int64_t count, int64_t known)
+      : RowGroup(table, first, count, table, first + size, known, numbers) {}
+
+  template <class Number>
+  RowGroup(const Table<Row>& table, int64_t first, int64_t count, const Table<Row>& next_table, int64_t next_first,
+           int64_t known, const Number* numbers) {
     for (int64_t z = 0; z < size; ++z) {
       row[z] = table.row(int64_t(numbers[std::min(first + z, count - 1)]));
-      next[z] = table.row(int64_t(numbers[std::min(first + size + z, known - 1)]));
+      next[z] = next_table.row(int64_t(numbers[std::min(next_first + z, known - 1)]));
     }
   }
 
@@ -98,15 +103,25 @@ class RowSums {
   // out = sum over i < count of weights[i] * table.row(numbers[i]). Of the numbers, `known` are there: those after count
   // are of the rows that are wanted next, which are fetched ahead.
   template <class Number>
-  void weighted_sum(const Table<Row>& table, const Number* numbers, const S* weights, int64_t count, int64_t known, Row* out) {
+  void weighted_sum(Table<Row> table, const Number* numbers, const S* weights, int64_t count, int64_t known, Row* out) {
+    const auto add = [=, dim = dim_]<int64_t size>(std::integral_constant<int64_t, size>, int64_t first, int64_t last, const S* from, S* to) __attribute__((always_inline)) {
+      add_rows<size>(RowGroup<Row, size>(table, numbers, first, last, known), weights + first, dim, from, to);
+    };
+    sum_groups(count, out, add);
+  }
+
+  // out = what add(its size, first, last, from, to) adds up, of groups of up to kSideBySide of `count` rows: each adds that of the rows
+  // from `first` on to `from`, and stores it to `to`; rows past `last` are of another group.
+  template <class Add>
+  __attribute__((always_inline)) void sum_groups(int64_t count, Row* out, const Add& add) {
     const S* sum = count == 0 ? zeros_.data() : part_.data();
     if (count <= kPart) {
-      add_part(table, numbers, weights, 0, count, known);
+      add_part(0, count, add);
     } else {
       sum = total_.data();
       std::fill(total_.begin(), total_.end(), S(0));
       for (int64_t first = 0; first < count; first += kPart) {
-        add_part(table, numbers, weights, first, std::min(first + kPart, count), known);
+        add_part(first, std::min(first + kPart, count), add);
         for (int64_t c = 0; c < dim_; ++c) total_[c] += part_[c];
       }
     }
@@ -118,47 +133,61 @@ class RowSums {
  private:
   static constexpr int64_t kPart = 8 * kSideBySide;  // rows
 
-  template <class Number>
-  void add_part(const Table<Row>& table, const Number* numbers, const S* weights, int64_t first, int64_t last, int64_t known) {
+  template <class Add>
+  void add_part(int64_t first, int64_t last, Add add) {
     const S* from = zeros_.data();
-    const auto add = [&]<int64_t size>(std::integral_constant<int64_t, size>) {
-      add_rows<size>(RowGroup<Row, size>(table, numbers, first, last, known), weights + first, dim_, from, part_.data());
+    const auto group = [&]<int64_t size>(std::integral_constant<int64_t, size> constant) __attribute__((always_inline)) {
+      add(constant, first, last, from, part_.data());
       from = part_.data();
       first += size;
     };
-    while (first + kSideBySide <= last) add(std::integral_constant<int64_t, kSideBySide>{});
-    if (first + 4 <= last) add(std::integral_constant<int64_t, 4>{});
-    if (first + 2 <= last) add(std::integral_constant<int64_t, 2>{});
-    if (first < last) add(std::integral_constant<int64_t, 1>{});
+    while (first + kSideBySide <= last) group(std::integral_constant<int64_t, kSideBySide>{});
+    if (first + 4 <= last) group(std::integral_constant<int64_t, 4>{});
+    if (first + 2 <= last) group(std::integral_constant<int64_t, 2>{});
+    if (first < last) group(std::integral_constant<int64_t, 1>{});
   }
 
   int64_t dim_;
   std::vector<S> zeros_, part_, total_;
 };
 
+// copy [dim] = vector, in the order that pairs have.
+template <class Row>
+void copy_in_pairs(const Row* vector, int64_t dim, Sum<Row>* copy) {
+  int64_t c = 0;
+  for (; c + kPair<Row> <= dim; c += kPair<Row>) store_pair(copy + c, load_pair(vector + c));
+  for (; c < dim; ++c) copy[c] = vector[c];
+}
+
+// out[z] = row z . copy, for z < count; the copy as above.
+template <int64_t size, class Row>
+__attribute__((always_inline)) inline void dots_of_group(RowGroup<Row, size> group, const Sum<Row>* copy, int64_t dim, int64_t count, Sum<Row>* out) {
+  using S = Sum<Row>;
+  Pair<S> dot[size] = {};
+  group.for_each_pair(dim, [&](int64_t c) __attribute__((always_inline)) {
+    const Pair<S> y = load_pair(copy + c);
+    for (int64_t z = 0; z < size; ++z) {
+      const Pair<S> x = load_pair(group.row[z] + c);
+      dot[z].a += x.a * y.a;
+      dot[z].b += x.b * y.b;
+    }
+  });
+  for (int64_t z = 0; z < count; ++z) {
+    S sum = sum_of_lanes<S>(dot[z].a + dot[z].b);
+    for (int64_t c = dim / kPair<Row> * kPair<Row>; c < dim; ++c) sum += copy[c] * S(group.row[z][c]);
+    out[z] = sum;
+  }
+}
+
 // out[i] = table.row(numbers[i]) . vector, for i < count; `known` as in RowSums; copy [dim] is scratch.
 template <class Row, class Number>
 void dots_with_rows(const Table<Row>& table, const Number* numbers, int64_t count, int64_t known, const Row* vector,
                     Sum<Row>* copy, Sum<Row>* out) {
-  using S = Sum<Row>;
-  const int64_t dim = table.dim, whole = dim / kPair<Row> * kPair<Row>;
-  for (int64_t c = 0; c < whole; c += kPair<Row>) store_pair(copy + c, load_pair(vector + c));
+  const int64_t dim = table.dim;
+  copy_in_pairs(vector, dim, copy);
   for (int64_t first = 0; first < count; first += kSideBySide) {
     const RowGroup<Row> group(table, numbers, first, count, known);
-    Pair<S> dot[kSideBySide] = {};
-    group.for_each_pair(dim, [&](int64_t c) __attribute__((always_inline)) {
-      const Pair<S> y = load_pair(copy + c);
-      for (int64_t z = 0; z < kSideBySide; ++z) {
-        const Pair<S> x = load_pair(group.row[z] + c);
-        dot[z].a += x.a * y.a;
-        dot[z].b += x.b * y.b;
-      }
-    });
-    for (int64_t z = 0; z < std::min(kSideBySide, count - first); ++z) {
-      S sum = sum_of_lanes<S>(dot[z].a + dot[z].b);
-      for (int64_t c = whole; c < dim; ++c) sum += S(vector[c]) * S(group.row[z][c]);
-      out[first + z] = sum;
-    }
+    dots_of_group<kSideBySide>(group, copy, dim, std::min(kSideBySide, count - first), out + first);
   }
 }
 
