@@ -57,10 +57,10 @@ class Forward:
             def as_input(tensor: Tensor) -> Tensor:
                 if not isinstance(mode, FakeTensorMode):
                     return _copy(tensor)
-                fake = mode.from_tensor(
-                    tensor
-                )  # of weights that are offloaded, on the device where they are computed with
-                return fake.to(self.device).detach().requires_grad_(fake.requires_grad) if fake.is_meta else fake
+                fake = mode.from_tensor(tensor)
+                if fake.is_meta:  # of weights that are offloaded: on the device where they are computed with
+                    return fake.to(self.device).detach().requires_grad_(fake.requires_grad)
+                return fake
 
             parameters = {name: as_input(p) for name, p in module.named_parameters()}
             buffers = {name: as_input(b) for name, b in module.named_buffers()}
