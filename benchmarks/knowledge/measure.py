@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.knowledge.data import NOTHING, Corpus, Questions
-from benchmarks.knowledge.models.decoder import Decoder
+from benchmarks.knowledge.models.decoder import Decoder, evaluating
 
 BATCH = 256
 
 
-@torch.no_grad()
 def answers(model: Decoder, questions: Questions) -> tuple[Tensor, Tensor]:
     """Of each question, whether greedy decoding writes the whole answer and END, bool [facts], and the bits of the
     answer under the model, -log2 of its probability, fp64 [facts].
@@ -26,20 +25,18 @@ def answers(model: Decoder, questions: Questions) -> tuple[Tensor, Tensor]:
     teacher forcing reads, and the first wrong token fails the fact in both.
     """
     right, bits = [], []
-    training = model.training
-    model.eval()
-    for tokens, targets in zip(questions.tokens.split(BATCH), questions.targets.split(BATCH), strict=True):
-        longest = int((targets != NOTHING).any(0).nonzero().max()) + 1
-        tokens, targets = tokens[:, :longest], targets[:, :longest]
-        asked = targets != NOTHING  # [facts, longest]
-        logits = model(tokens, asked.flatten().nonzero().flatten())  # [answers' tokens, vocabulary]
-        wrong = torch.zeros_like(asked)
-        wrong[asked] = logits.argmax(-1) != targets[asked]
-        loss = torch.zeros(asked.shape, dtype=torch.float64)
-        loss[asked] = F.cross_entropy(logits, targets[asked], reduction="none").double()
-        right.append(~wrong.any(1))
-        bits.append(loss.sum(1) / math.log(2))
-    model.train(training)
+    with evaluating(model):
+        for tokens, targets in zip(questions.tokens.split(BATCH), questions.targets.split(BATCH), strict=True):
+            longest = int((targets != NOTHING).any(0).nonzero().max()) + 1
+            tokens, targets = tokens[:, :longest], targets[:, :longest]
+            asked = targets != NOTHING  # [facts, longest]
+            logits = model(tokens, asked.flatten().nonzero().flatten())  # [answers' tokens, vocabulary]
+            wrong = torch.zeros_like(asked)
+            wrong[asked] = logits.argmax(-1) != targets[asked]
+            loss = torch.zeros(asked.shape, dtype=torch.float64)
+            loss[asked] = F.cross_entropy(logits, targets[asked], reduction="none").double()
+            right.append(~wrong.any(1))
+            bits.append(loss.sum(1) / math.log(2))
     return torch.cat(right), torch.cat(bits)
 
 
@@ -67,19 +64,16 @@ def known_bits(relations: Sequence[str], code: Tensor, model: Tensor) -> float:
     return sum(max(0.0, bits) for bits in saved.values())
 
 
-@torch.no_grad()
 def text_loss(model: Decoder, corpus: Corpus) -> float:
     """Bits a byte of the source code that is not trained, in rows of `context` tokens, each without what is before."""
     context, text = corpus.sizes.context, corpus.other_text
-    training = model.training
-    model.eval()
     starts = torch.arange(0, len(text) - context, context)
     windows = text[starts[:, None] + torch.arange(context + 1)]
     total = 0.0
-    for rows in windows.split(BATCH // 4):
-        logits = model(rows[:, :-1]).flatten(0, 1)
-        total += F.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum").item()
-    model.train(training)
+    with evaluating(model):
+        for rows in windows.split(BATCH // 4):
+            logits = model(rows[:, :-1]).flatten(0, 1)
+            total += F.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum").item()
     bytes_per_token = corpus.other_text_bytes / len(text)
     return total / math.log(2) / (windows[:, 1:].numel() * bytes_per_token)
 

@@ -49,7 +49,10 @@ TUNED_BY = 100  # a seed of its own, so that no result has the luck of the choic
 _DATA = Sizes(2000, vocabulary=512, rows=30, text_rows=2)
 SHORT = Plan("short", _DATA, ("dense", "moe", "memory", "memory+"), ("small",), seeds=(0,), steps=700)
 FULL = Plan(
-    *("full", replace(_DATA, facts=6000), tuple(SYSTEMS), tuple(SIZES)),
+    "full",
+    replace(_DATA, facts=6000),
+    systems=tuple(SYSTEMS),
+    sizes=tuple(SIZES),
     seeds=(0, 1, 2),
     steps=2100,
     tuning_steps=700,

@@ -109,10 +109,11 @@ def relation_table(results: Sequence[Result], size: str) -> list[str]:
     if not systems:
         return []
     relations = next(iter(systems.values()))[0]["recall_by_relation"]
-    rows = [
-        [relation, *(f"{mean(runs, lambda r: r['recall_by_relation'][relation]):.1%}" for runs in systems.values())]  # noqa: B023
-        for relation in relations
-    ]
+
+    def recall_of(relation: str) -> list[str]:
+        return [f"{mean(runs, lambda run: run['recall_by_relation'][relation]):.1%}" for runs in systems.values()]
+
+    rows = [[relation, *recall_of(relation)] for relation in relations]
     return [f"{size}: recall by relation\n\n{table(['', *systems], rows)}"]
 
 

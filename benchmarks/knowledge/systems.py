@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import memcompile
 from benchmarks.harness.package import rows_per_token
-from benchmarks.knowledge.models.decoder import Decoder
+from benchmarks.knowledge.models.decoder import Decoder, evaluating
 from benchmarks.knowledge.models.experts import Experts
 from benchmarks.knowledge.models.ngrams import HASHES, ORDERS, NGrams
 
@@ -160,11 +160,9 @@ def _dense_width(size: str, factor: float, vocabulary: int) -> int:
 
 
 def flops_per_token(model: Decoder, context: int = 64) -> float:
-    training = model.training
     tokens = torch.zeros(1, context, dtype=torch.long, device=model.head.weight.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(tokens)
-    model.train(training)
+    with FlopCounterMode(display=False) as counter, evaluating(model):
+        model(tokens)
     return counter.get_total_flops() / context
 
 

@@ -68,8 +68,8 @@ class Trainer:
         self.run, self._corpus = run, corpus
         self.model = build(run.system, run.size, corpus.vocabulary.size, self._memory())
         self._call = self._compiled() if run.compiled else self.model
-        fused = {"betas": (0.9, 0.99), "weight_decay": 0.0}
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=run.rates.lr, **fused)
+        parameters = self.model.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, lr=run.rates.lr, betas=(0.9, 0.99), weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.batches = Batches(corpus, run.seed)
         self.history: list[dict[str, float]] = []
@@ -109,13 +109,10 @@ class Trainer:
         self.history.append({"step": self.batches.step, "recall": recall(self.model, questions)})
 
     def save(self, path: Path) -> None:
-        """Replaces the file in one piece: what an interrupt leaves is the state before or after."""
         state = {name: getattr(self, name) for name in ("history", "seconds", "cpu_seconds", "diverged")}
         state |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
         state |= {"batches": (self.batches.step, self.batches.shown)}
-        part = path.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, path)
+        replace(path, lambda part: torch.save(state, part))
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=False)
@@ -126,9 +123,20 @@ class Trainer:
             setattr(self, name, state[name])
 
 
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Replaces a file in one piece: what an interrupt leaves is what was there before, or what `write` writes."""
+    part = path.with_name(f"{path.name}.part")
+    write(part)
+    os.replace(part, path)
+
+
+def result_path(run: Run, folder: Path) -> Path:
+    return folder / f"{run.key}.json"
+
+
 def ended(run: Run, folder: Path) -> dict[str, Any] | None:
     """What it measured, where it has ended before."""
-    path = folder / f"{run.key}.json"
+    path = result_path(run, folder)
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -143,7 +151,7 @@ def train(run: Run, corpus: Corpus, folder: Path, advance: Callable[[int], None]
     """
     if content := ended(run, folder):
         return content
-    result, checkpoint = folder / f"{run.key}.json", folder / f"{run.key}.pt"
+    checkpoint = folder / f"{run.key}.pt"
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(run, corpus)
     questions = corpus.seen(ASKED)
@@ -159,22 +167,20 @@ def train(run: Run, corpus: Corpus, folder: Path, advance: Callable[[int], None]
             trainer.evaluate(questions)
             trainer.save(checkpoint)
     advance(run.steps - trainer.batches.step)
-    content = dataclasses.asdict(run) | dataclasses.asdict(costs(trainer.model, corpus.sizes.context))
-    content |= {"train_seconds": trainer.seconds, "train_cpu_seconds": trainer.cpu_seconds}
-    content |= {
+    content = {
+        **dataclasses.asdict(run),
+        **dataclasses.asdict(costs(trainer.model, corpus.sizes.context)),
+        "train_seconds": trainer.seconds,
+        "train_cpu_seconds": trainer.cpu_seconds,
         "times_shown": trainer.batches.shown / len(corpus.facts),
         "training_tokens": run.steps * corpus.sizes.tokens_per_step,
-    }
-    content |= {
         "diverged": trainer.diverged,
         "history": trainer.history,
         "slots": slots(trainer.model),
         "commit": commit(),
+        **({} if trainer.diverged else measures(trainer.model, corpus)),
     }
-    content |= {} if trainer.diverged else measures(trainer.model, corpus)
-    part = result.with_suffix(".json.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, result)
+    replace(result_path(run, folder), lambda part: part.write_text(json.dumps(content, indent=1) + "\n"))
     checkpoint.unlink(missing_ok=True)
     return content
 
@@ -186,12 +192,9 @@ def slots(model: nn.Module) -> int:
 
 def commit() -> str | None:
     """Of the source, with "+" where files were changed since; None outside of a repository or without git."""
-    here = Path(__file__).parent
+    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return done.stdout.strip()

@@ -5,7 +5,7 @@ Tried with torch 2.11, 2.13 and 2.15.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CellType, CodeType
+from types import CellType
 from typing import Any, TypeVar
 
 import torch
@@ -48,8 +48,8 @@ def never_compiled_alone(function: _Function) -> _Function:
     `__torch_function__` needs it: Dynamo compares functions by identity, and those that get an attribute of a tensor
     are new objects at each access, so what it compiled for `tensor.device` would run for `tensor.shape`.
     """
-    code: CodeType = getattr(function, "__code__")  # noqa: B009
-    set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    strategy = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    set_code_exec_strategy(function.__code__, strategy)  # type: ignore[attr-defined]
     return function
 
 

@@ -25,7 +25,7 @@ COUNTRIES = {"PE": "Peru", "TD": "Chad"}
 def test_facts_of_the_packages_records():
     airports = {
         "SPJC": {"country": "PE", "city": "Lima", "elevation": 112.6},
-        "XXXX": {"country": "??", "city": "", "elevation": -3.0},
+        "SPZZ": {"country": "??", "city": "", "elevation": -3.0},
     }
     known, unknown = airport_facts(airports, COUNTRIES)
     assert [(f.relation, f.subject, f.answer, f.given) for f in known] == [

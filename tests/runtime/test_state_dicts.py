@@ -25,27 +25,13 @@ from memcompile import MemoryConfig, OptionError, PlanError
 from memcompile.runtime.pool import pool_of
 from tests.models import tiny_gpt
 from tests.planned import MEMORY, assert_same, batch, planned_gpt
+from tests.runtime.saved import LAYER, by_torch_save, snapshot
 
 PLAN = "blocks.1.ffn.2.memory._extra_state"
-LAYER = [
-    f"blocks.1.ffn.2.memory.{name}"
-    for name in ("query_weight query_bias half_keys gate_weight gate_bias out_weight out_bias _extra_state".split())
-]
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def encoded(plan: object) -> Tensor:
     return torch.tensor(list(json.dumps(plan).encode()), dtype=torch.uint8)
-
-
-def by_torch_save(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def by_safetensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -332,50 +318,6 @@ def test_a_strangers_memory_is_not_ours():
     assert torch.equal(model.memory.loaded, model.long_memory.loaded)
 
 
-# --- where the memory is added ----------------------------------------------------------------------------------
-
-
-def added_gpt(seed: int = 0) -> nn.Module:
-    model = planned_gpt(seed=seed, placement="add")
-    nn.init.normal_(model.blocks[1].ffn[2].memory.out_weight)
-    return model
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_an_added_memory_and_its_ffn_round_trip(assign):
-    source, (tokens, _) = added_gpt(), batch()
-    assert set(source.state_dict()) == set(tiny_gpt(layers=2).state_dict()) | {"memory_values", *LAYER}
-    state = by_torch_save(source.state_dict())
-    model = tiny_gpt(layers=2)
-    memcompile.plan(model, memory=memcompile.config_from(state))
-    model.load_state_dict(state, assign=assign)
-    assert_same(snapshot(model), snapshot(source))
-    assert torch.equal(model(tokens), source(tokens))
-    nn.init.zeros_(model.blocks[1].ffn[2].memory.out_weight)
-    assert not torch.equal(model(tokens), source(tokens)), "assigning the weights took the memory away"
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_dense_checkpoint_loads_into_the_ffns_that_stay(assign, caplog):
-    torch.manual_seed(1)
-    dense, model = tiny_gpt(layers=2), added_gpt()
-    before = snapshot(model)
-    with caplog.at_level(logging.WARNING, "memcompile"):
-        model.load_state_dict(dense.state_dict(), assign=assign)
-    (record,) = [r for r in caplog.records if r.name.startswith("memcompile")]
-    assert "4 weights of memory-augmented FFNs (blocks.1.ffn) are loaded" in record.getMessage()
-    after, memory = snapshot(model), {"memory_values", *LAYER}
-    assert_same({n: after[n] for n in memory}, {n: before[n] for n in memory})
-    assert_same({n: after[n] for n in set(after) - memory}, snapshot(dense))
-    nn.init.zeros_(model.blocks[1].ffn[2].memory.out_weight)
-    assert torch.equal(model(batch()[0]), dense(batch()[0]))
-
-
-def test_the_other_placement_is_refused():
-    with pytest.raises(PlanError, match=r"placement='replace' \(here 'add'\)"):
-        added_gpt().load_state_dict(planned_gpt().state_dict())
-
-
 @pytest.mark.parametrize("variant", ["memory+", "memory"])
 def test_a_plan_from_before_placements_and_variants(variant):
     state = dict(planned_gpt(seed=1, variant=variant).state_dict())
@@ -389,21 +331,6 @@ def test_a_plan_from_before_placements_and_variants(variant):
         assert torch.equal(model.memory_values, state["memory_values"])
     config = memcompile.config_from(state)
     assert (config.placement, config.variant, config.gate) == ("replace", variant, variant == "memory+")
-
-
-def test_an_added_model_through_torch_save_and_distributed_state_dicts():
-    model, (tokens, _) = added_gpt(), batch()
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    assert torch.equal(loaded(tokens), model(tokens))
-    other = added_gpt(seed=1)
-    set_model_state_dict(other, get_model_state_dict(model))
-    assert torch.equal(other(tokens), model(tokens))
-    average = AveragedModel(model)
-    average.update_parameters(model)
-    assert torch.equal(average(tokens), model(tokens))
 
 
 def test_parameters_of_a_captured_graph_load_without_a_plan():

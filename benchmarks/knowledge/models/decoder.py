@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,16 @@ class Block(nn.Module):
         attended = F.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v, is_causal=True)
         x = x + self.attention_out(attended.transpose(1, 2).flatten(-2))
         return x + self.ffn(self.ffn_norm(x))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode without gradients; in the mode that it was in afterwards."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(training)
 
 
 class Decoder(nn.Module):

@@ -168,10 +168,14 @@ def _scatter_fake(values: Tensor, slots: Factors, weights: Factors, grads: Facto
 
 def coalesced(rows: Tensor, sums: Tensor, num_slots: int) -> Tensor:
     """The sparse COO tensor [num_slots, dim] of distinct ascending rows int64 [n] and their sums [n, dim]."""
-    shape = (num_slots, sums.shape[1])
-    known: Any = {"check_invariants": False, "is_coalesced": True}
-    # PyTorch's default device would win over that of the parts.
-    return torch.sparse_coo_tensor(rows.unsqueeze(0), sums, shape, device=sums.device, **known)
+    return torch.sparse_coo_tensor(
+        rows.unsqueeze(0),
+        sums,
+        (num_slots, sums.shape[1]),
+        device=sums.device,  # PyTorch's default device would win over that of the parts
+        check_invariants=False,
+        is_coalesced=True,
+    )
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -54,16 +54,16 @@ class Forward:
 
         with restored_afterwards(module, self.compute) as mode:
 
-            def as_input(tensor: Tensor) -> Tensor:
+            def as_input(name: str, tensor: Tensor) -> Tensor:
                 if not isinstance(mode, FakeTensorMode):
                     return _copy(tensor)
-                fake = mode.from_tensor(
-                    tensor
-                )  # of weights that are offloaded, on the device where they are computed with
-                return fake.to(self.device).detach().requires_grad_(fake.requires_grad) if fake.is_meta else fake
+                fake = mode.from_tensor(tensor)
+                if fake.is_meta and is_dispatched(module, name.rpartition(".")[0]):
+                    return fake.to(self.device).detach().requires_grad_(fake.requires_grad)
+                return fake
 
-            parameters = {name: as_input(p) for name, p in module.named_parameters()}
-            buffers = {name: as_input(b) for name, b in module.named_buffers()}
+            parameters = {name: as_input(name, p) for name, p in module.named_parameters()}
+            buffers = {name: as_input(name, b) for name, b in module.named_buffers()}
             if self.training is not None:
                 for inner in module.modules():  # not eval(), which may be the owner's own and change weights
                     inner.training = self.training
@@ -71,6 +71,15 @@ class Forward:
                 args, kwargs = pytree.tree_map(argument, (self.arguments.args, self.arguments.kwargs))
                 # What it sets in context variables, it sets in a copy of the context.
                 return contextvars.copy_context().run(through(call), parameters, buffers, args, kwargs)
+
+
+def is_dispatched(model: nn.Module, path: str) -> bool:
+    """Whether a hook of accelerate's fetches weights of this module to where they are computed with, when the module,
+    or one around it, runs.
+    """
+    parts = path.split(".") if path else []
+    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1))
+    return any("_hf_hook" in module.__dict__ for module in around)
 
 
 def can_compute(model: nn.Module) -> bool:

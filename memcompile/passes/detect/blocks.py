@@ -14,6 +14,7 @@ from memcompile.common.pipeline import Pipeline
 from memcompile.common.sites import FfnSite, common_path
 from memcompile.common.token_wise import CASTS, NORMS, RESHAPES
 from memcompile.passes._torch import ConvNd
+from memcompile.passes.capture.forward import is_dispatched
 from memcompile.passes.capture.normalize import normalize
 from memcompile.passes.capture.state import HOOKS
 from memcompile.passes.capture.trace import Capture
@@ -244,7 +245,7 @@ def _registration_refusals(model: nn.Module, replaced: Sequence[str], tied: Mapp
             yield f"{name} is tied to {min(tied[id(parameter)] - {name})}"
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
             yield f"{name} is a {type(parameter).__name__} of {parameter.dtype}: sharded or quantised weights stay"
-        if parameter.is_meta and not all(p.is_meta for p in model.parameters()):
+        if parameter.is_meta and is_dispatched(model, path):
             yield f"{name} is offloaded: plan the model where all of its weights are loaded, and dispatch it afterwards"
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             yield f"{name} has gradient hooks, which would be lost"

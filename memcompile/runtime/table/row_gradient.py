@@ -87,8 +87,14 @@ def as_tensor(grad: Tensor) -> Tensor:
         return grad  # type: ignore[no-any-return]
     with without_torch_function():
         indices, values = grad._indices(), grad._values()
-        known: Any = {"is_coalesced": grad.is_coalesced(), "check_invariants": False}
-        return torch.sparse_coo_tensor(indices, values, grad.shape, device=values.device, **known)
+        return torch.sparse_coo_tensor(
+            indices,
+            values,
+            grad.shape,
+            device=values.device,  # PyTorch's default device would win over that of the parts
+            check_invariants=False,
+            is_coalesced=grad.is_coalesced(),
+        )
 
 
 def now(tensor: Tensor) -> Any:

@@ -47,7 +47,7 @@ class ValueTable:
         replicas: the DDP that the model is in, where the gradient of the values is sparse.
         model: gives the model that was planned, whose names optimizers' states are saved with; None once it is gone.
         flushed: whether all rows were flushed since replicas of the model last agreed on it.
-        drawn: the version of the values that were drawn for the plan, while nothing has written them.
+        drawn: the version of the values as they were drawn for the plan; with another one they were written since.
         name: of no other table of the process.
     """
 

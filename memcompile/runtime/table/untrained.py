@@ -97,24 +97,23 @@ def tell_in_step(optimizer: Optimizer) -> None:
         model = {id(p) for p in (table.model() or table.owner).parameters()}
         if table in _told or not any(id(p) in model for p in parameters_of(optimizer)):
             continue
-        name, missing = type(optimizer).__name__, untrained(table)
+        missing = untrained(table)
         if missing:
-            _told.add(table)
-            log.warning(
-                "memcompile: %s.step() trains a model, and no optimizer holds parameters of its memory: %s. %s",
-                name,
-                in_words(missing),
-                _FIX,
+            told = f"no optimizer holds parameters of its memory: {in_words(missing)}. {_FIX}"
+        elif _is_frozen_as_drawn(table):
+            told = (
+                "its memory is frozen with the random numbers that it was drawn with. Make its parameters trainable, "
+                "which memory in their names tells, or load a checkpoint"
             )
-        elif table.drawn == table.part._version and not any(
-            p.requires_grad for p in parameters_of_memory(table).values()
-        ):
-            _told.add(table)
-            log.warning(
-                "memcompile: %s.step() trains a model, and its memory is frozen with the random numbers that it was "
-                "drawn with. Make its parameters trainable, which memory in their names tells, or load a checkpoint",
-                name,
-            )
+        else:
+            continue
+        _told.add(table)
+        log.warning("memcompile: %s.step() trains a model, and %s", type(optimizer).__name__, told)
+
+
+def _is_frozen_as_drawn(table: ValueTable) -> bool:
+    trainable = any(p.requires_grad for p in parameters_of_memory(table).values())
+    return not trainable and table.drawn == table.part._version
 
 
 _FIX = "They do not learn: give them to an optimizer, or freeze them by requires_grad_(False)"

@@ -29,7 +29,7 @@ def fakes() -> list[FakeTensor]:
 @pytest.mark.parametrize("kind", KEEPERS)
 def test_what_a_forward_keeps_is_as_it_was(kind, by_value):
     if kind == "draws" and torch.__version__ < "2.12":
-        pytest.skip("its graphs take no generators")
+        pytest.skip("graphs of torch 2.11 take no generators")
     model = Keeping([KEEPERS[kind]()], by_value)
     before = places(model)
     graphs = trace(model, (TOKENS,))

@@ -152,7 +152,10 @@ def test_a_weight_with_other_readers():
 def test_a_graph_with_its_backward():
     model = gpt(1)
     weights = dict(model.named_parameters())
-    loss = lambda parameters, x: functional(model)(parameters, x).square().sum()  # noqa: E731
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional(model)(parameters, x).square().sum()
+
     graph_module = make_fx(torch.func.grad(loss))(weights, tokens())
     with pytest.raises(PlanError, match=r"'blocks.0.ffn' .*also read by"):
         rewrite(graph_module, memcompile.find_ffns(model))
