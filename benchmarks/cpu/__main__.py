@@ -173,7 +173,7 @@ class CpuBenchmark(Benchmark):
         goals = f"goals at d = {main.width}, n = {main.n_keys}, {self.tokens} tokens: reached?"
         return "\n\n".join(parts + tables.goal_tables(results.goals, goals) + tables.remarks(results))
 
-    def draw(self, path: Path) -> bool:
+    def draw(self, path: Path) -> list[Path]:
         """The forward of the main layers, one panel for each dtype."""
         results, main = self.results, self.mains[0]
         panels = [
@@ -185,7 +185,7 @@ class CpuBenchmark(Benchmark):
             f"A layer's forward under the roofs of this machine: {self.tokens} tokens, d = {main.width}, "
             f"{main.num_slots:,} slots\n{results.machine['cpu']}, {results.machine['threads']} threads"
         )
-        return draw_roofline(panels, title, STYLES, path)
+        return [path] if draw_roofline(panels, title, STYLES, path) else []
 
 
 if __name__ == "__main__":

@@ -187,11 +187,11 @@ class GpuBenchmark(Benchmark):
         goals = tables.goal_tables(results.goals, f"goals at d = {layer.width}, n = {layer.n_keys}: reached?")
         return "\n\n".join(shown + goals + tables.remarks(results))
 
-    def draw(self, path: Path) -> bool:
+    def draw(self, path: Path) -> list[Path]:
         """The main layer's forward, one panel for each number of tokens."""
         results, layer, limits = self.results, self.main_layer, self.results.limits.get(dtype_name(self.plan.dtype))
         if limits is None:
-            return False
+            return []
         panels = [
             Panel(tables.of_tokens(n), limits, [*tables.forward_case(results, LAYER, layer, n).values()])
             for n in sorted(self.plan.main.tokens, reverse=True)[:MOST_PANELS]
@@ -200,7 +200,7 @@ class GpuBenchmark(Benchmark):
             f"A layer's forward under the roofs of this device: d = {layer.width}, {layer.num_slots:,} slots\n"
             f"{results.machine.get('device', '')}"
         )
-        return draw_roofline(panels, title, STYLES, path)
+        return [path] if draw_roofline(panels, title, STYLES, path) else []
 
     @classmethod
     def main(cls, arguments: Sequence[str] | None = None) -> int:

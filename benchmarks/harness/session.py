@@ -3,6 +3,7 @@
 import argparse
 import platform
 import signal
+import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -64,19 +65,23 @@ class Benchmark(ABC):
 
     Attributes:
         module: after `python -m`.
-        about, quick: what the command and its short form do.
-        name: of the JSON file.
-        figure: its file, where it draws one.
+        about, more: what the command does; what its help says below the options.
+        quick: what `--quick` does; "": there is no such option.
+        name: of the JSON file, and of figures without a name of their own.
+        figure: its file, where the benchmark draws one.
+        unit: what the measurement advances by.
         threads: the default of --threads, 0 for as many as PyTorch has; None: there is no such option.
         repeats: the defaults of --repeats, in full and in short; None: there is no such option.
-        cases: how many the measurement advances by.
+        cases: how many units there are.
     """
 
     module: ClassVar[str]
     about: ClassVar[str]
-    quick: ClassVar[str]
-    name: ClassVar[str]
+    more: ClassVar[str] = ""
+    quick: ClassVar[str] = ""
+    name: str
     figure: ClassVar[str] = ""
+    unit: ClassVar[str] = "case"
     threads: ClassVar[int | None] = None
     repeats: ClassVar[tuple[int, int] | None] = None
 
@@ -103,9 +108,15 @@ class Benchmark(ABC):
         """By what was measured until the end or Ctrl-C."""
         return []
 
-    def draw(self, path: Path) -> bool:
-        """Returns whether there was anything to draw."""
-        return False
+    def done(self) -> str:
+        """What was measured until Ctrl-C."""
+        return f"{len(self.results.medians)} medians"
+
+    def draw(self, path: Path) -> list[Path]:
+        """Returns the figures that were written: `path`, or several whose names begin as it does; none where there is
+        nothing to draw.
+        """
+        return []
 
     def run(self, output: Path) -> Results:
         """Measures, prints the report and writes the files.
@@ -118,31 +129,34 @@ class Benchmark(ABC):
         with (
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache,
             environment_variables({"TORCHINDUCTOR_CACHE_DIR": cache}),
-            Session(results, self.cases) as session,
+            Session(results, self.cases, self.unit) as session,
         ):
             self.measure(session)
             results.complete = True
         if not results.complete:
-            print(f"\ninterrupted after {len(results.medians)} medians: what follows is a part")
+            print(f"\ninterrupted after {self.done()}: what follows is a part")
         results.goals += self.judge()
         print(f"\n{self.report()}\n")
         written = [output / f"{self.name}.json"]
         results.write(written[0])
-        if self.figure and self.draw(output / self.figure):
-            written.append(output / self.figure)
-        print(f"{time.perf_counter() - begin:.0f} s; wrote {' and '.join(map(str, written))}")
+        written += self.draw(output / (self.figure or f"{self.name}.png"))
+        print(f"{time.perf_counter() - begin:.0f} s; wrote {', '.join(map(str, written))}")
         return results
 
     @classmethod
-    def main(cls, arguments: Sequence[str] | None = None) -> int:
-        """Returns the exit code."""
-        parser = argparse.ArgumentParser(prog=f"python -m {cls.module}", description=cls.about)
-        parser.add_argument("--quick", action="store_true", help=cls.quick)
+    def parse(cls, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        """A bad option is named, with exit code 2."""
+        parser = argparse.ArgumentParser(prog=f"python -m {cls.module}", description=cls.about, epilog=cls.more)
+        if cls.quick:
+            parser.add_argument("--quick", action="store_true", help=cls.quick)
+        else:
+            parser.set_defaults(quick=False)
         output = Path("benchmark-results")
         parser.add_argument("--output", metavar="DIR", type=Path, default=output, help="[%(default)s]")
         if cls.threads is not None:
             threads = cls.threads or torch.get_num_threads()
-            parser.add_argument("--threads", type=positive, help=f"[{threads}; 1 with --quick]")
+            shown = f"[{threads}; 1 with --quick]" if cls.quick else f"[{threads}]"
+            parser.add_argument("--threads", type=positive, help=shown)
         if cls.repeats is not None:
             shown = f"samples, of which the median is shown [{cls.repeats[0]}; {cls.repeats[1]} with --quick]"
             parser.add_argument("--repeats", type=positive, help=shown)
@@ -151,9 +165,17 @@ class Benchmark(ABC):
         if cls.threads is not None:
             # On a busy machine small layers wait for their second thread, and not for their work.
             args.threads = args.threads or (1 if args.quick else threads)
-            torch.set_num_threads(args.threads)
         if cls.repeats is not None:
             args.repeats = args.repeats or cls.repeats[args.quick]
+        args.command = " ".join(["python -m", cls.module, *(sys.argv[1:] if arguments is None else arguments)])
+        return args
+
+    @classmethod
+    def main(cls, arguments: Sequence[str] | None = None) -> int:
+        """Returns the exit code: 130 where Ctrl-C ended it."""
+        args = cls.parse(arguments)
+        if cls.threads is not None:
+            torch.set_num_threads(args.threads)
         return 0 if cls.of(args).run(args.output).complete else 130
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import platform
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -15,11 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.harness.machine import machine
-from benchmarks.harness.results import Results
-from benchmarks.harness.session import Session, positive
+from benchmarks.harness.results import Goal
+from benchmarks.harness.session import Benchmark, Session, positive
 from benchmarks.knowledge.data import Corpus, source_code
 from benchmarks.knowledge.facts import all_subjects, most_frequent_share, sample
 from benchmarks.knowledge.figures import draw
@@ -28,24 +25,53 @@ from benchmarks.knowledge.report import judge, report
 from benchmarks.knowledge.systems import SIZES, SYSTEMS
 from benchmarks.knowledge.training import Run, commit, ended, train
 
-EPILOG = """\
+MORE = """\
 Each training's result is kept in DIR/knowledge when it ends, and its state as it goes: the same command goes on where
 Ctrl-C ended it, and trains nothing twice. Results hold for the data and options that they were made with; others get
 files of their own.
 """
 
 
-class Knowledge:
-    """A plan on its data: what has been measured, and what goes into the results."""
+class Knowledge(Benchmark):
+    """Each training's result is kept when it ends: nothing is trained twice."""
 
-    def __init__(self, plan: Plan, corpus: Corpus, folder: Path, compiled: bool) -> None:
-        self.plan, self._corpus, self._folder = plan, corpus, folder
+    module, threads, unit = "benchmarks.knowledge", 1, "step"
+    about, more = "How many facts each system learns.", MORE
+
+    def __init__(self, plan: Plan, corpus: Corpus, folder: Path, compiled: bool, command: str) -> None:
+        self.plan, self._corpus, self._folder, self.name = plan, corpus, folder, f"knowledge-{plan.name}"
         self.runs = Runs(plan, corpus.digest(), compiled)
         self.tuning: list[dict[str, Any]] = []
-        self.results: list[dict[str, Any]] = []
-        self.sweeps: list[tuple[str, dict[str, Any]]] = []
+        self.sweeps: list[dict[str, Any]] = []
+        super().__init__(machine(), self._remaining())
+        self.results.more = about(corpus, command) | {"plan": dataclasses.asdict(plan), "tuning": self.tuning}
+        self.results.more["sweeps"] = self.sweeps
 
-    def remaining(self) -> int:
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        form = parser.add_mutually_exclusive_group()
+        form.add_argument("--short", action="store_true", help="one size, one seed: about ten minutes [default]")
+        form.add_argument("--full", action="store_true", help="all systems, two sizes, three seeds, tuned: many hours")
+        system, size, sweep = (
+            _one_of([*names], what) for names, what in ((SYSTEMS, "system"), (SIZES, "size"), (SWEEPS, "sweep"))
+        )
+        several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
+        parser.add_argument("--systems", type=system, help=f"of {', '.join(SYSTEMS)}", **several)
+        parser.add_argument("--sizes", type=size, help=f"of {', '.join(SIZES)}", **several)
+        parser.add_argument("--sweep", type=sweep, help=f"these sweeps too, of: {'; '.join(SWEEPS)}", **several)
+        parser.add_argument("--seeds", type=positive, metavar="N", help="trainings that differ in their seed alone")
+        parser.add_argument("--facts", type=positive, metavar="N", help="how many are drawn")
+        parser.add_argument("--steps", type=positive, metavar="N", help="of each training")
+        parser.add_argument("--tune", type=positive, metavar="N", help="choose learning rates by trainings of N steps")
+        parser.add_argument("--compile", action="store_true", help="train under torch.compile")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Knowledge:
+        plan, folder = plan_of(args), args.output / "knowledge"
+        corpus = Corpus(plan.data, sample(all_subjects(), plan.data.facts), *source_code(plan.data))
+        return cls(plan, corpus, folder, args.compile, args.command)
+
+    def _remaining(self) -> int:
         """In steps of the dense model of the first size. Which rates tuning will choose changes it a little."""
         tuning = [result for run in self.runs.tuning() if (result := ended(run, self._folder))]
         chosen = chosen_rates(tuning)
@@ -53,13 +79,14 @@ class Knowledge:
         return sum(work(run) for run in {run.key: run for run in runs}.values() if not ended(run, self._folder))
 
     def measure(self, session: Session) -> None:
-        for run in self.runs.tuning():
-            self.tuning.append(self._train(run, session))
-        chosen = chosen_rates(self.tuning)
-        for run in self.runs.comparison(chosen):
-            self.results.append(self._train(run, session))
-        for sweep, run in self.runs.sweeps(chosen):
-            self.sweeps.append((sweep, self._train(run, session)))
+        with self.results.others.watched():
+            for run in self.runs.tuning():
+                self.tuning.append(self._train(run, session))
+            chosen = chosen_rates(self.tuning)
+            for run in self.runs.comparison(chosen):
+                self.results.medians.append(self._train(run, session))
+            for sweep, run in self.runs.sweeps(chosen):
+                self.sweeps.append({"sweep": sweep, **self._train(run, session)})
 
     def _train(self, run: Run, session: Session) -> dict[str, Any]:
         session.say(run.title)
@@ -70,6 +97,20 @@ class Knowledge:
             session.advance(steps * share)
 
         return train(run, self._corpus, self._folder, advance)
+
+    def done(self) -> str:
+        count = len(self.tuning) + len(self.results.medians) + len(self.sweeps)
+        return f"{count} trainings (the same command goes on from here)"
+
+    def judge(self) -> list[Goal]:
+        return [goal for size in self.plan.sizes for goal in judge(self.results.medians, size)]
+
+    def report(self) -> str:
+        return report(self.results.medians, self.tuning, self.sweeps, self.results.goals)
+
+    def draw(self, path: Path) -> list[Path]:
+        stem = path.with_suffix("")
+        return draw(self.results.medians, self.sweeps, self.plan.sizes, len(self._corpus.facts), stem)
 
 
 def about(corpus: Corpus, command: str) -> dict[str, Any]:
@@ -94,33 +135,6 @@ def about(corpus: Corpus, command: str) -> dict[str, Any]:
     }
 
 
-def run(plan: Plan, corpus: Corpus, output: Path, compiled: bool, command: str) -> Results:
-    """Trains what is missing, prints the report and writes results and figures."""
-    begin, folder = time.perf_counter(), output / "knowledge"
-    folder.mkdir(parents=True, exist_ok=True)
-    results = Results(machine())
-    knowledge = Knowledge(plan, corpus, folder, compiled)
-    with Session(results, knowledge.remaining(), unit="step") as session:
-        with results.others.watched():
-            knowledge.measure(session)
-        results.complete = True
-    if not results.complete:
-        done = len(knowledge.tuning) + len(knowledge.results) + len(knowledge.sweeps)
-        print(f"\ninterrupted after {done} trainings: what follows is a part; the same command goes on from here")
-    results.medians += knowledge.results
-    for size in plan.sizes:
-        results.goals += judge(knowledge.results, size)
-    results.more = about(corpus, command) | {"plan": dataclasses.asdict(plan), "tuning": knowledge.tuning}
-    results.more["sweeps"] = [{"sweep": sweep, **result} for sweep, result in knowledge.sweeps]
-    print(f"\n{report(knowledge.results, knowledge.tuning, knowledge.sweeps, results.goals)}\n")
-    stem = output / f"knowledge-{plan.name}"
-    written = [stem.with_suffix(".json")]
-    results.write(written[0])
-    written += draw(knowledge.results, knowledge.sweeps, plan.sizes, len(corpus.facts), stem)
-    print(f"{time.perf_counter() - begin:.0f} s; wrote {', '.join(map(str, written))}")
-    return results
-
-
 def _one_of(names: Sequence[str], what: str) -> Callable[[str], str]:
     def checked(text: str) -> str:
         if text not in names:
@@ -130,27 +144,8 @@ def _one_of(names: Sequence[str], what: str) -> Callable[[str], str]:
     return checked
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
-    """The plan that the command line asks for; a bad option is named, with exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.knowledge", description=__doc__, epilog=EPILOG)
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--short", action="store_true", help="one size, one seed, few facts: about ten minutes [default]")
-    form.add_argument("--full", action="store_true", help="all systems, two sizes, three seeds, tuned: many hours")
-    system, size, sweep = (
-        _one_of([*names], what) for names, what in ((SYSTEMS, "system"), (SIZES, "size"), (SWEEPS, "sweep"))
-    )
-    several = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--systems", type=system, help=f"of {', '.join(SYSTEMS)}", **several)
-    parser.add_argument("--sizes", type=size, help=f"of {', '.join(SIZES)}", **several)
-    parser.add_argument("--sweep", type=sweep, help=f"these sweeps too, of: {'; '.join(SWEEPS)}", **several)
-    parser.add_argument("--seeds", type=positive, metavar="N", help="trainings that differ in their seed alone")
-    parser.add_argument("--facts", type=positive, metavar="N", help="how many are drawn")
-    parser.add_argument("--steps", type=positive, metavar="N", help="of each training")
-    parser.add_argument("--tune", type=positive, metavar="N", help="choose learning rates by trainings of N steps")
-    parser.add_argument("--compile", action="store_true", help="train under torch.compile")
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="[%(default)s]")
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("benchmark-results"), help="[%(default)s]")
-    args = parser.parse_args(arguments)
+def plan_of(args: argparse.Namespace) -> Plan:
+    """The plan that the command line asks for."""
     plan = FULL if args.full else SHORT
     given = {"systems": args.systems, "sizes": args.sizes, "sweeps": args.sweep, "steps": args.steps}
     given |= {"tuning_steps": args.tune, "seeds": [*range(args.seeds)] if args.seeds else None}
@@ -158,17 +153,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
     plan = dataclasses.replace(plan, **changed)
     if args.facts:
         plan = dataclasses.replace(plan, data=dataclasses.replace(plan.data, facts=args.facts))
-    return plan, args
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 130 where Ctrl-C ended it."""
-    plan, args = parse(arguments)
-    torch.set_num_threads(args.threads)
-    corpus = Corpus(plan.data, sample(all_subjects(), plan.data.facts), *source_code(plan.data))
-    command = " ".join(["python -m benchmarks.knowledge", *(sys.argv[1:] if arguments is None else arguments)])
-    return 0 if run(plan, corpus, args.output, args.compile, command).complete else 130
+    return plan
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Knowledge.main())

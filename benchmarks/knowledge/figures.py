@@ -28,7 +28,7 @@ COLOURS = {
 
 
 def draw(
-    results: Sequence[Result], sweeps: Sequence[tuple[str, Result]], sizes: Sequence[str], facts: int, stem: Path
+    results: Sequence[Result], sweeps: Sequence[Result], sizes: Sequence[str], facts: int, stem: Path
 ) -> list[Path]:
     """Writes those figures that have something to show; returns their paths."""
     systems = {size: by_system for size in sizes if (by_system := measured(results, size))}
@@ -48,7 +48,7 @@ def draw(
         save("steps", [*systems], lambda axes, size: _step_curves(axes, systems[size], size), "Recall of", True)
         save("flops", [*systems], lambda axes, size: _flops_curves(axes, systems[size], size), "Recall of", True)
         save("bits", both, lambda axes, panel: _bits(axes, results, panel), "Bits of knowledge of", False)
-    slots = [r for sweep, r in sweeps if sweep == "slots" and not r["diverged"]]
+    slots = [r for r in sweeps if r["sweep"] == "slots" and not r["diverged"]]
     if slots:
         size = slots[0]["size"]
         save("slots", [size], lambda axes, size: _slots(axes, slots, systems.get(size, {})), "Recall of", True)

@@ -133,17 +133,17 @@ def tuning_table(results: Sequence[Result]) -> list[str]:
     return [table(heads, rows)] if rows else []
 
 
-def sweep_table(results: Sequence[tuple[str, Result]]) -> list[str]:
+def sweep_table(results: Sequence[Result]) -> list[str]:
     rows = []
-    for sweep, r in results:
+    for r in results:
         options = ", ".join(f"{name} {value}" for name, value in r["options"].items())
         figures = [f"{r['parameters']:,}", f"{r['flops']:,.0f}"]
         if r["diverged"]:
-            rows.append([sweep, options, *figures, "diverged", "", "", "", ""])
+            rows.append([r["sweep"], options, *figures, "diverged", "", "", "", ""])
             continue
         reached = [f"{r['recall']:.1%}", f"{r['held_out']:.1%}", f"{r['answer_bits']:.2f}"]
         rows.append(
-            [sweep, options, *figures, *reached, f"{bits_per_parameter(r):.4f}", f"{r['text_bits_per_byte']:.4f}"]
+            [r["sweep"], options, *figures, *reached, f"{bits_per_parameter(r):.4f}", f"{r['text_bits_per_byte']:.4f}"]
         )
     names = ("options", "parameters", "FLOPs/token", "recall", "held-out template", "answer bits", "bits/parameter")
     return [table(["sweep", *names, "text, bits a byte"], rows)] if rows else []
@@ -182,9 +182,7 @@ def judge(results: Sequence[Result], size: str) -> list[Goal]:
     ]
 
 
-def report(
-    results: Sequence[Result], tuning: Sequence[Result], sweeps: Sequence[tuple[str, Result]], goals: Sequence[Goal]
-) -> str:
+def report(results: Sequence[Result], tuning: Sequence[Result], sweeps: Sequence[Result], goals: Sequence[Goal]) -> str:
     sizes = dict.fromkeys(r["size"] for r in results)
     parts = [part for size in sizes for part in (*comparison_tables(results, size), *relation_table(results, size))]
     parts += [*tuning_table(tuning), *sweep_table(sweeps), *goal_tables(goals, "goals")]

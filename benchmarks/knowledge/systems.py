@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +17,7 @@ from benchmarks.harness.package import rows_per_token
 from benchmarks.knowledge.models.decoder import Decoder, evaluating
 from benchmarks.knowledge.models.experts import Experts
 from benchmarks.knowledge.models.ngrams import HASHES, ORDERS, NGrams
+from memcompile.config import VARIANTS
 
 DENSE, EXPERTS, NGRAMS, MEMORY = "dense", "experts", "n-grams", "memory"  # kinds of systems
 
@@ -53,7 +55,7 @@ class System:
 
 
 SIZES = {
-    "small": Size(64, 2, {"memory_layers": 1, "n_keys": 128, "heads": 2, "top_k": 32, "key_dim": 32}),
+    "small": Size(48, 4, {"memory_layers": 2, "n_keys": 128, "heads": 2, "top_k": 32, "key_dim": 24}),
     "medium": Size(128, 4, {"memory_layers": 2, "n_keys": 192, "heads": 4, "top_k": 32, "key_dim": 32}),
 }
 _DENSE_RATES = tuple(map(Rates, (0.005, 0.0025, 0.01)))
@@ -65,8 +67,7 @@ SYSTEMS = {
     "dense4x": System(DENSE, _DENSE_RATES, flops=4),
     "moe": System(EXPERTS, _EXPERT_RATES),
     "ngram": System(NGRAMS, _DENSE_RATES),
-    "memory": System(MEMORY, _MEMORY_RATES, memory={"gate": False}),
-    "memory+": System(MEMORY, _MEMORY_RATES, memory={"gate": True}),
+    **{name: System(MEMORY, _MEMORY_RATES, memory={"variant": name}) for name in VARIANTS},
 }
 EQUAL_PARAMETERS = "memory+"  # whose number of parameters experts and n-gram tables get
 
@@ -103,8 +104,14 @@ def build(system: str, size: str, vocabulary: int, options: Mapping[str, Any] | 
     if what.kind == DENSE:
         return Decoder(vocabulary, _dense_width(size, what.flops, vocabulary), at.blocks)
     model = Decoder(vocabulary, at.width, at.blocks)
-    memcompile.plan(model, **{**at.memory, **what.memory, **(options or {})})
+    memcompile.plan(model, **{**_equal_tables({**at.memory, **what.memory}), **(options or {})})
     return model
+
+
+def _equal_tables(memory: dict[str, Any]) -> dict[str, Any]:
+    """With half the slots where each holds a pair of rows, so that all variants have about the same parameters."""
+    pairs = memory["variant"] == "peer"
+    return memory | ({"n_keys": math.isqrt(memory["n_keys"] ** 2 // 2)} if pairs else {})
 
 
 def _with_experts(at: Size, vocabulary: int, experts: int) -> Decoder:

@@ -50,8 +50,8 @@ class Sharding(Benchmark):
     def report(self) -> str:
         return report(self.sizes, self.rounds, self.prediction, self.results)
 
-    def draw(self, path: Path) -> bool:
-        return draw(self.sizes, self.prediction, self.results, path)
+    def draw(self, path: Path) -> list[Path]:
+        return [path] if draw(self.sizes, self.prediction, self.results, path) else []
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ class TrainingStep(Benchmark):
     def report(self) -> str:
         return report(self.results)
 
-    def draw(self, path: Path) -> bool:
-        return draw(self.curve.width, self.results, path)
+    def draw(self, path: Path) -> list[Path]:
+        return [path] if draw(self.curve.width, self.results, path) else []
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from benchmarks.knowledge.plan import SWEEPS, Runs, chosen_rates, work
 from benchmarks.knowledge.report import EQUAL, comparison_tables, judge
 from benchmarks.knowledge.systems import SIZES, SYSTEMS, Rates, build, costs
 from benchmarks.knowledge.training import Run, train
-from memcompile.config import OPTION_NAMES
+from memcompile.config import OPTION_NAMES, VARIANTS
 from tests.benchmarks.knowledge_data import corpus, plan, tiny
 
 __all__ = ["tiny"]  # a fixture
@@ -103,8 +103,8 @@ def test_costs():
     vocabulary = 300
     of = {system: costs(build(system, "small", vocabulary), 64) for system in SYSTEMS}
     asked = of["memory+"].parameters
-    assert all(abs(of[system].parameters / asked - 1) < EQUAL for system in ("moe", "ngram", "memory"))
-    assert of["memory+"].flops <= of["dense"].flops and of["memory"].flops <= of["dense"].flops
+    assert all(abs(of[system].parameters / asked - 1) < EQUAL for system in ("moe", "ngram", *VARIANTS))
+    assert all(of[variant].flops <= of["dense"].flops for variant in VARIANTS)
     assert 2 <= of["dense2x"].flops / of["dense"].flops < 2.6 and 4 <= of["dense4x"].flops / of["dense"].flops < 4.8
     router = of["moe"].flops - of["dense"].flops
     assert 0 < router < 0.02 * of["dense"].flops
@@ -112,7 +112,7 @@ def test_costs():
         assert cost.bytes == 4 * cost.active < 4 * cost.parameters
     size = SIZES["small"]
     table = size.memory["n_keys"] ** 2 * size.width
-    hits = size.memory["heads"] * size.memory["top_k"] * size.width
+    hits = size.memory["memory_layers"] * size.memory["heads"] * size.memory["top_k"] * size.width
     assert of["memory+"].parameters - of["memory+"].active == (vocabulary - 1) * size.width + table - hits
 
 
@@ -292,7 +292,8 @@ def test_a_whole_run_and_an_interrupted_one(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(command, "train", interrupting)
     for tuned, compared in ((3, 0), (6, 1), (6, 4)):
-        results = command.run(asked, data, tmp_path, False, "python -m this")
+        benchmark = command.Knowledge(asked, data, tmp_path / "knowledge", False, "python -m this")
+        results = benchmark.run(tmp_path)
         printed = capsys.readouterr().out
         assert (len(results.more["tuning"]), len(results.medians)) == (tuned, compared)
         assert results.complete == (compared == 4)
@@ -330,18 +331,19 @@ def test_a_whole_run_and_an_interrupted_one(tmp_path, monkeypatch, capsys):
 )
 def test_wrong_options(arguments, said, capsys):
     with pytest.raises(SystemExit) as ended:
-        command.parse(arguments)
+        command.Knowledge.parse(arguments)
     assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_options():
-    asked, _ = command.parse(
-        ["--systems", "moe", "dense", "--facts", "70", "--seeds", "2", "--tune", "5", "--sweep", "gate"]
-    )
+    def asked_by(*arguments):
+        return command.plan_of(command.Knowledge.parse(arguments))
+
+    asked = asked_by("--systems", "moe", "dense", "--facts", "70", "--seeds", "2", "--tune", "5", "--sweep", "gate")
     assert (asked.systems, asked.data.facts, asked.seeds, asked.tuning_steps) == (("moe", "dense"), 70, (0, 1), 5)
     assert asked.sweeps == ("gate",) and asked.name == "short"
-    assert command.parse([])[0].systems == ("dense", "moe", "memory", "memory+")
-    full, _ = command.parse(["--full"])
+    assert asked_by().systems == ("dense", "moe", "memory", "memory+")
+    full = asked_by("--full")
     assert len(full.sizes) == 2 and len(full.seeds) == 3 and full.tuning_steps and set(full.systems) == set(SYSTEMS)
 
 
