@@ -134,9 +134,9 @@ def new_values(config: MemoryConfig, width: int, dtype: torch.dtype, device: tor
 
 def new_buffers(config: MemoryConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | None]:
     """The buffers of a layer of these (resolved) options, [heads * key_dim] in at least float32, or None: the running
-    statistics of the variant "pkm".
+    statistics of BatchNorm of the query.
     """
-    if config.variant != "pkm":
+    if not config.has_batch_norm:
         return dict.fromkeys(LAYER_BUFFERS)
     assert config.key_dim is not None
     size, dtype = config.heads * config.key_dim, torch.promote_types(dtype, torch.float32)
@@ -170,7 +170,7 @@ def new_layer(
         shapes |= {"out_weight": (width, value_dim), "out_bias": (width,)}
     if config.qk_norm:
         shapes |= {"temperature": (heads,)}
-    if config.variant == "pkm":
+    if config.has_batch_norm:
         shapes |= {"query_scale": (heads * key_dim,), "query_shift": (heads * key_dim,)}
     parameters = {
         name: nn.Parameter(torch.empty(shapes[name], dtype=dtype, device=device)) if name in shapes else None

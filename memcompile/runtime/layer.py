@@ -11,6 +11,7 @@ from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.parameters import LAYER_BUFFERS, LAYER_PARAMETERS, lookup_options, new_buffers, new_layer
 from memcompile.runtime._torch import is_exporting, without_torch_function
 from memcompile.runtime.distributed.collective_errors import named_collectives
+from memcompile.runtime.distributed.sharding import CUT
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.stand_ins.operations import Operations
 from memcompile.runtime.state_dicts import encode_plan
@@ -19,7 +20,6 @@ from memcompile.runtime.table.current_values import is_alias
 from memcompile.runtime.table.table import flush_while_traced
 
 LayerTensors = dict[str, Tensor | None]
-_CUT = ("gate_weight", "gate_bias", "out_weight")  # by tensor parallelism
 
 
 class MemoryLayer(nn.Module):
@@ -39,7 +39,7 @@ class MemoryLayer(nn.Module):
             value_dim == width that replaces its FFN. Zero where the memory is added, so that the model starts as
             it was.
         temperature: [heads], 10; None without qk-norm.
-        query_scale, query_shift: [heads * key_dim], 1 and 0, of BatchNorm of the query; None but in the variant "pkm".
+        query_scale, query_shift: [heads * key_dim], 1 and 0, of BatchNorm of the query; None without it.
         query_mean, query_var: its running statistics, buffers [heads * key_dim] of at least float32, 0 and 1.
     """
 
@@ -83,7 +83,7 @@ class MemoryLayer(nn.Module):
     def own_tensors(self, values: Tensor) -> LayerTensors:
         """What this rank has of them."""
         tensors = self.tensors(values)
-        return tensors | {name: _own_part(tensors[name]) for name in _CUT}
+        return tensors | {name: _own_part(tensors[name]) for name in CUT}
 
     def forward(self, x: Tensor) -> Tensor:
         table = self.pool.table
@@ -132,7 +132,8 @@ class MemoryLayer(nn.Module):
         config: Any = self.pool.config
         return (
             f"width={self.width}, slots={config.n_keys**2}, heads={self.heads}, top_k={self.top_k}, "
-            f"key_dim={config.key_dim}, value_dim={config.value_dim}, variant={config.variant}, gate={config.gate}"
+            f"key_dim={config.key_dim}, value_dim={config.value_dim}, variant={config.variant}, gate={config.gate}, "
+            f"query_norm={config.query_norm}"
         )
 
 

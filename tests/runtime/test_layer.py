@@ -113,5 +113,5 @@ def test_the_values_are_read_anew_at_each_call():
 def test_a_layer_says_what_it_is():
     layer = layer_of(planned_gpt())
     sizes = "width=32, slots=64, heads=2, top_k=4, key_dim=8, value_dim=32"
-    assert repr(layer) == f"MemoryLayer({sizes}, variant=memory+, gate=True)"
+    assert repr(layer) == f"MemoryLayer({sizes}, variant=memory+, gate=True, query_norm=none)"
     assert layer.name == "blocks.1.ffn"

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 DIMS = {"columns": 1, "rows": 0}
 TOKENS = ("uneven", "even", "shared")
+CUT = {"gate_weight": 0, "gate_bias": 0, "out_weight": 1}  # under tensor parallelism: the dim of value_dim
 _ORDER = "The order is: plan, shard, then DDP or fully_shard, then the optimizer"
-_CUT = {"gate_weight": 0, "gate_bias": 0, "out_weight": 1}  # under tensor parallelism: the dim of value_dim
 # Its size is what graphs have for the most tokens of a rank, until that is agreed upon. Not an attribute of what a
 # module holds: Dynamo takes the sizes of those for constants.
 _ROOM = sized_at_run_time(torch.empty(1, device="cpu").expand(1_000_003))
@@ -247,7 +247,7 @@ def cut_layers(pool: MemoryPool) -> None:
         return
     to_cut = _to_cut(pool)
     for (layer, name), parameter in to_cut.items():
-        part = distribute_tensor(parameter.detach(), sharded.memory_mesh, [Shard(_CUT[name])])
+        part = distribute_tensor(parameter.detach(), sharded.memory_mesh, [Shard(CUT[name])])
         layer._parameters[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
     for layer in pool.layers.values():
         for tensor in (*layer.parameters(), *layer.buffers()):
@@ -267,13 +267,13 @@ def redraw_layer(layer: MemoryLayer, pool: MemoryPool) -> None:
         whole = drawn.detach()
         _broadcast(whole, sharded)
         cut = isinstance(parameter, DTensor)
-        part = whole.narrow(_CUT[name], sharded.shards.offset, sharded.shards.own) if cut else whole
+        part = whole.narrow(CUT[name], sharded.shards.offset, sharded.shards.own) if cut else whole
         local_part(parameter).detach().copy_(part)
 
 
 def _to_cut(pool: MemoryPool) -> dict[tuple[MemoryLayer, str], nn.Parameter]:
     layers = pool.layers.values()
-    found = {(layer, name): layer._parameters[name] for layer in layers for name in _CUT}
+    found = {(layer, name): layer._parameters[name] for layer in layers for name in CUT}
     return {place: parameter for place, parameter in found.items() if parameter is not None}
 
 
