@@ -239,8 +239,11 @@ def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
     if pool is None:
         return False
     differing = {}
+    form = {name: value for name, value in given.items() if name in pool.config.form}
+    if not _is_form_of(form, pool):
+        differing = {name: value for name, value in form.items() if value != getattr(pool.requested, name)}
     for name, value in given.items():
-        as_planned = value in (getattr(pool.requested, name), getattr(pool.config, name))
+        as_planned = name in form or value in (getattr(pool.requested, name), getattr(pool.config, name))
         if not as_planned and (name != "memory_layers" or place(pool.sites, value) != pool.chosen):
             differing[name] = value
     if differing:
@@ -250,3 +253,9 @@ def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
             f"build the model anew to plan it otherwise, or leave the options out"
         )
     return True
+
+
+def _is_form_of(form: Mapping[str, Any], pool: MemoryPool) -> bool:
+    """Whether options of `MemoryConfig.form` are those that the pool was planned with, or has now, or mean the same."""
+    as_planned = (all(getattr(config, n) == v for n, v in form.items()) for config in (pool.requested, pool.config))
+    return any(as_planned) or MemoryConfig(**form).form == pool.config.form
