@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memcompile.config import MAX_SLOTS
 from memcompile.lowering._torch import functorch_is_active, schema_defaults
 from memcompile.lowering.distributed.collectives import sum_gradients, sum_over_ranks
 from memcompile.lowering.distributed.sharded_pairs import sharded_pairs
@@ -23,7 +24,7 @@ from memcompile.lowering.gather.table_pairs import gather_pairs
 from memcompile.lowering.register.schema import LIBRARY, operator
 from memcompile.lowering.search.batch_norm import normalized
 from memcompile.lowering.search.hit_scores import balance_of, hit_scores
-from memcompile.lowering.search.product_key_topk import MAX_SLOTS, check_top_k
+from memcompile.lowering.search.product_key_topk import check_top_k
 
 _CHOICES = {
     "values_grad": ("dense", "sparse"),
