@@ -92,7 +92,7 @@ class MemoryLayer(nn.Module):
         return module
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._slot_offset is not None:  # which `torch.load(map_location="meta")` leaves without its number
             self._slot_offset = self._new_slot_offset()
 
@@ -127,13 +127,14 @@ class MemoryLayer(nn.Module):
     def _look_up(self, x: Tensor, values: Tensor) -> Tensor:
         table = self.pool.table
         sharded = table.sharded
-        in_graph = self._slot_offset is not None and torch.compiler.is_compiling() and not is_exporting()
+        offset = self._slot_offset
+        by_number = offset is None or not torch.compiler.is_compiling() or is_exporting()  # which graphs never see
         with without_torch_function():  # the operator is given the state of rows
             return memory_lookup(
                 x,
                 **self.own_tensors(values),  # type: ignore[arg-type]
                 **self.options,
-                first_slot=self._slot_offset if in_graph else self.first_slot,
+                first_slot=self.first_slot if offset is None or by_number else offset,
                 training=self.training,
                 balance_loss=self.pool.config.balance_loss if self.training else 0.0,
                 values_grad=table.gradient,
