@@ -36,6 +36,7 @@ def lookup_options(config: MemoryConfig, layer: int) -> dict[str, Any]:
         "top_k": config.top_k,
         "weighting": config.weighting,
         "first_slot": layer * config.n_keys**2 if config.tables == "separate" else 0,
+        "num_tables": config.slots // config.n_keys**2,
         "pairs": config.variant == "peer",
     }
 

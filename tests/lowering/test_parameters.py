@@ -80,5 +80,6 @@ def test_batch_norm_is_the_identity_at_first(options):
 
 def test_each_layer_has_slots_of_its_own_or_all_of_them():
     separate = MemoryConfig(**SIZES, tables="separate", weighting="sigmoid")
-    assert lookup_options(separate, 2) == {"heads": 2, "top_k": 4, "weighting": "sigmoid", "first_slot": 2 * 64}
+    expected = {"heads": 2, "top_k": 4, "weighting": "sigmoid", "first_slot": 128, "num_tables": 3, "pairs": False}
+    assert lookup_options(separate, 2) == expected
     assert lookup_options(MemoryConfig(**SIZES), 2)["first_slot"] == 0

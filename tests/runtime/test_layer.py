@@ -61,7 +61,9 @@ def test_parameters_and_forward_of_each_variant(name):
 
     def reference(dtype: torch.dtype) -> torch.Tensor:
         tensors = {n: None if t is None else t.to(dtype) for n, t in layer.tensors(model.memory_values).items()}
-        return memory_lookup_reference(x.to(dtype), **tensors, **layer.options, training=True)
+        return memory_lookup_reference(
+            x.to(dtype), **tensors, **layer.options, first_slot=layer.first_slot, training=True
+        )
 
     expected = reference(torch.float32), reference(torch.float64)
     assert_as_accurate(layer(x), *expected)
