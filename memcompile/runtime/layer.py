@@ -66,6 +66,8 @@ class MemoryLayer(nn.Module):
         config = pool.config
         self.options = lookup_options(config, number)
         self.first_slot: int = self.options.pop("first_slot")
+        # As text: with dynamic=True Dynamo makes a float an input of the graph, which checkpointed blocks cannot have.
+        self._balance_loss = repr(config.balance_loss)
         self.name, self.operations, self.width = name, Operations(), width
         self.pool: MemoryPool
         object.__setattr__(self, "pool", pool)  # not a submodule: the values belong to the root
@@ -136,7 +138,7 @@ class MemoryLayer(nn.Module):
                 **self.options,
                 first_slot=self.first_slot if offset is None or by_number else offset,
                 training=self.training,
-                balance_loss=self.pool.config.balance_loss if self.training else 0.0,
+                balance_loss=float(self._balance_loss) if self.training else 0.0,
                 values_grad=table.gradient,
                 values_storage=self.pool.config.values_storage,
                 shards=None if sharded is None else sharded.shards,

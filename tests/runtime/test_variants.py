@@ -241,3 +241,16 @@ def test_a_checkpoint_with_a_balance_loss_serves_in_float16():
     assert torch.equal(model(tokens), twin(tokens))
     with pytest.raises(NotImplementedError, match="balance_loss"):
         model.train()(tokens)
+
+
+@pytest.mark.parametrize("balance_loss", [0.0, 0.1])
+def test_checkpointed_blocks_in_a_graph_of_symbolic_sizes(balance_loss):
+    model = tiny_gpt(layers=2)
+    memcompile.plan(model, memory_layers=2, balance_loss=balance_loss, **SIZES)
+    eager, (tokens, _) = copy.deepcopy(model), batch()
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    compiled = torch.compile(model, backend="memcompile", fullgraph=True, dynamic=True)
+    for run in (eager, compiled):
+        run(tokens).sum().backward()
+    assert_close(dict(gradients(model)), dict(gradients(eager)))
