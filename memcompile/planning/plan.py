@@ -46,7 +46,7 @@ def plan(
     memory: MemoryConfig | None = None,
     example_inputs: Any = None,
     memory_mesh: DeviceMesh | None = None,
-    shard_by: str = "columns",
+    shard_by: str | None = None,
     shard_tokens: str = "uneven",
     **options: Any,
 ) -> Explanation:
@@ -79,7 +79,7 @@ def plan(
     start = time.perf_counter()
     register()
     requested = _config(memory, options)
-    if memory_mesh is None and (shard_by, shard_tokens) != ("columns", "uneven"):
+    if memory_mesh is None and (shard_by or "columns", shard_tokens) != ("columns", "uneven"):
         raise OptionError("shard_by and shard_tokens say how values lie on a memory_mesh: give it, too")
     root, parallel = unwrap(model)
     if is_captured(root):
@@ -119,7 +119,7 @@ def _run_steps(
     root: nn.Module,
     requested: MemoryConfig,
     example_inputs: Any,
-    mesh: tuple[DeviceMesh, str, str] | None,
+    mesh: tuple[DeviceMesh, str | None, str] | None,
     wrappers: Sequence[DistributedDataParallel],
 ) -> None:
     pipeline = Pipeline("plan")

@@ -128,7 +128,7 @@ class MemoryLayer(nn.Module):
 
     def _look_up(self, x: Tensor, values: Tensor) -> Tensor:
         table = self.pool.table
-        sharded = table.sharded
+        sharded, in_statistics = table.sharded, self.training and self.query_mean is not None
         offset = self._slot_offset
         by_number = offset is None or not torch.compiler.is_compiling() or is_exporting()  # which graphs never see
         with without_torch_function():  # the operator is given the state of rows
@@ -142,7 +142,7 @@ class MemoryLayer(nn.Module):
                 values_grad=table.gradient,
                 values_storage=self.pool.config.values_storage,
                 shards=None if sharded is None else sharded.shards,
-                capacity=None if sharded is None else sharded.capacity(x),
+                capacity=None if sharded is None else sharded.capacity(x, in_statistics),
                 row_state=table.row_state(values),
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import memcompile
 from memcompile import OptionError
@@ -244,13 +246,16 @@ def test_a_checkpoint_with_a_balance_loss_serves_in_float16():
 
 
 @pytest.mark.parametrize("balance_loss", [0.0, 0.1])
-def test_checkpointed_blocks_in_a_graph_of_symbolic_sizes(balance_loss):
-    model = tiny_gpt(layers=2)
-    memcompile.plan(model, memory_layers=2, balance_loss=balance_loss, **SIZES)
-    eager, (tokens, _) = copy.deepcopy(model), batch()
+def test_checkpointed_blocks_in_a_graph_of_symbolic_sizes(balance_loss, monkeypatch):
+    """Dynamo makes floats inputs of such a graph, and blocks that are checkpointed cannot have them."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    stop_before_inductor(monkeypatch, aot_eager)
+    model, (tokens, _) = planned_gpt(layers=2, memory_layers=2, balance_loss=balance_loss), batch()
+    eager = copy.deepcopy(model)
     for block in model.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     compiled = torch.compile(model, backend="memcompile", fullgraph=True, dynamic=True)
     for run in (eager, compiled):
         run(tokens).sum().backward()
-    assert_close(dict(gradients(model)), dict(gradients(eager)))
+    torch.testing.assert_close(gradients(model), gradients(eager))
