@@ -36,7 +36,7 @@ _OPTIONS = {
         "variant": "of the layers; rows of peer have 2 * --value-dim elements",
         "tables": "shared by all layers, or one of --slots for each",
         "dtype": "of values, gradient and activations",
-        "by": "what a rank of a group holds of the table; columns are balanced, whichever slots are hit most",
+        "by": "what a rank of a group holds of the table (columns; of peer rows); columns balance any hits",
     },
     "the layers and their tokens": {
         "tokens": "of each rank a step",

@@ -19,6 +19,7 @@ TABLES = ("shared", "separate")
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "placement": ("replace", "add"),
     "variant": VARIANTS,
+    "query_norm": (None, "none", "batch"),
     "weighting": ("softmax", "sigmoid"),
     "tables": TABLES,
     "values_grad": ("auto", "dense", "sparse"),
@@ -59,20 +60,23 @@ class MemoryConfig:
         top_k: slots retrieved by each head; at most ``n_keys``.
         key_dim: width of one head's query, even; each half-key has ``key_dim / 2`` entries. None is half of
             the model's width.
-        value_dim: width of a value row. None is the model's width.
+        value_dim: numbers of a value v. None is the model's width.
         variant: what a layer computes of a token x, of its hits' weights w and their rows:
 
             - "memory+" (arXiv 2412.09764): ``W_out (y * silu(W_gate x))`` of ``y = sum of w * v``.
             - "memory" (the same): ``y`` without a gate, projected only where ``value_dim`` differs from the width, or
               where the memory is added.
-            - "pkm" (Lample et al. 2019, arXiv 1907.05242): as "memory", with BatchNorm of the query. Its running
-              statistics are buffers of each layer; they move in train mode alone.
-            - "peer" (He 2024, arXiv 2407.04153): as "memory", of ``y = sum of w * gelu(u . x) * v``. A row is a pair
-              [u | v], of width + ``value_dim`` numbers. The chosen blocks have one width.
+            - "pkm" (Lample et al. 2019, arXiv 1907.05242): as "memory", with BatchNorm of the query.
+            - "peer" (He 2024, arXiv 2407.04153): as "pkm", of ``y = sum of w * gelu(u . x) * v``. A row is a pair
+              [u | v], of width + ``value_dim`` numbers. The chosen blocks have one width. Each head has half-keys of
+              its own, as in all variants; in the paper the heads share them.
         weighting: the weights of a head's hits: "softmax" over their scores, or the "sigmoid" of each.
         tables: "shared" is one table, which all layers read. "separate" is a table of ``n_keys ** 2`` slots for each
             layer; they lie in one parameter, one after the other.
         gate: whether a layer has the gate of "memory+". None follows the variant; a bool is for ablations.
+        query_norm: "batch" is BatchNorm of the query, before the unit norm of ``qk_norm``. Its running statistics are
+            buffers of each layer; they move in train mode alone. "none" is for none. None follows the variant: "batch"
+            in "pkm" and "peer", else "none".
         qk_norm: scale both halves of the query and every half-key to unit norm, with a learned temperature a
             head. For large memories on small base models, which train unstably without it.
         balance_loss: factor of a loss that spreads the hits over the half-keys (of "Switch Transformers", arXiv
@@ -114,6 +118,7 @@ class MemoryConfig:
     weighting: str = "softmax"
     tables: str = "shared"
     gate: bool | None = None
+    query_norm: str | None = None
     qk_norm: bool = False
     balance_loss: float = 0.0
     values_lr: float | None = 1e-3
@@ -186,6 +191,23 @@ class MemoryConfig:
     def has_gate(self) -> bool:
         """What ``gate`` means for the variant."""
         return self.variant == "memory+" if self.gate is None else self.gate
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """What ``query_norm`` means for the variant."""
+        return self.variant in ("pkm", "peer") if self.query_norm is None else self.query_norm == "batch"
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """``variant``, ``gate`` and ``query_norm``, the same for all configs that mean the same layer: the last two are
+        not None, and the variants without pairs follow from them.
+        """
+        without_pairs = "pkm" if self.has_batch_norm else "memory+" if self.has_gate else "memory"
+        return {
+            "variant": self.variant if self.variant == "peer" else without_pairs,
+            "gate": self.has_gate,
+            "query_norm": "batch" if self.has_batch_norm else "none",
+        }
 
     @property
     def slots(self) -> int:

@@ -23,6 +23,7 @@ from memcompile.lowering.distributed.sharded_table import most_tokens
 from memcompile.passes.checks.captured_memory import (
     POSITIONS,
     is_lookup,
+    is_updating,
     names_by_identity,
     operators_in,
     placeholders_of,
@@ -84,6 +85,7 @@ class Agreement:
         position: of the capacity among the graph's inputs.
         sized: positions of inputs without numbers that have it for a size (torch 2.11).
         tokens: how many tokens the lookups of the graph have, in symbols; 0 where there are none, whatever the inputs.
+        in_statistics: those of them of which layers take statistics, in training.
         symbols: where these are: the position of an input, and the dimension of a tensor or None for a size.
     """
 
@@ -91,14 +93,19 @@ class Agreement:
     position: int
     sized: tuple[int, ...]
     tokens: tuple[sympy.Expr, ...]
+    in_statistics: frozenset[sympy.Expr]
     symbols: dict[sympy.Symbol, tuple[int, int | None]]
 
     def fill_in(self, given: list[Any], device: torch.device) -> None:
-        """Puts the capacity on which the ranks agree for these inputs among them. A collective."""
+        """Puts the capacity on which the ranks agree for these inputs among them. A collective, which raises as
+        `most_tokens` does.
+        """
         read = {
             symbol: given[at] if dim is None else given[at].shape[dim] for symbol, (at, dim) in self.symbols.items()
         }
-        capacity = most_tokens(max(int(expression.subs(read)) for expression in self.tokens), self.group, device)
+        numbers = {expression: int(expression.subs(read)) for expression in self.tokens}
+        too_few = any(numbers[expression] == 1 for expression in self.in_statistics)
+        capacity = most_tokens(max(numbers.values()), self.group, device, too_few)
         given[self.position] = capacity
         for position in self.sized:
             given[position] = given[position].new_empty(1).expand(capacity)
@@ -115,6 +122,7 @@ def agreement_of(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Agre
     at = POSITIONS["capacity"]
     found: set[tuple[str, int]] = set()
     tokens: list[sympy.Expr] = []
+    in_statistics: set[sympy.Expr] = set()
     for node, binding in operators_in(graph_module, inputs):
         capacity = node.args[at] if is_lookup(node) and len(node.args) > at else None
         if isinstance(capacity, fx.Node):
@@ -124,6 +132,7 @@ def agreement_of(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Agre
             found.add((str(node.args[POSITIONS["group"]]), positions[agreed]))
             shape = node.all_input_nodes[0].meta["example_value"].shape
             tokens.append(sympy.sympify(math.prod(map(_expression, shape[:-1]))))
+            in_statistics.update(tokens[-1:] if is_updating(node) else ())
     if not found:
         return None
     if len(found) > 1:
@@ -141,7 +150,7 @@ def agreement_of(graph_module: fx.GraphModule, inputs: Sequence[object]) -> Agre
     capacity = [_expression(inputs[position])]
     sizes = [[*map(_expression, v.shape)] if isinstance(v, torch.Tensor) else None for v in values]
     sized = [at for at, size in enumerate(sizes) if size == capacity]
-    return Agreement(group, position, tuple(sized), tuple(dict.fromkeys(tokens)), symbols)
+    return Agreement(group, position, tuple(sized), tuple(dict.fromkeys(tokens)), frozenset(in_statistics), symbols)
 
 
 def run_sharded(lowered: Callable[..., Any], tables: list[Table], agreement: Agreement | None) -> Callable[..., Any]:

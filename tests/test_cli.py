@@ -136,6 +136,12 @@ def test_every_assumption_is_an_option(capsys):
     assert options | {"master_weights"} == {f.name for kind in (Job, Hardware) for f in fields(kind)}
 
 
+def test_pairs_are_sharded_by_rows(capsys):
+    code, printed = run([*SMALL, "--variant", "peer"], capsys)
+    assert code == 0 and "gradient, by rows;" in printed.out
+    assert "shard by rows (--by rows)" in refused([*SMALL, "--variant", "peer", "--by", "columns"], capsys)
+
+
 def test_what_does_not_fit_exits_with_1(capsys):
     code, printed = run([*LARGE, "--gpus", "8"], capsys)
     assert code == 1 and not printed.err

@@ -29,6 +29,7 @@ def test_defaults_are_those_of_the_paper():
         "weighting": "softmax",
         "tables": "shared",
         "gate": None,
+        "query_norm": None,
         "qk_norm": False,
         "balance_loss": 0.0,
         "values_lr": 1e-3,
@@ -88,6 +89,7 @@ WRONG = [
     ("variant", "memory++", "variant must be 'memory\\+', 'memory', 'pkm' or 'peer', got 'memory\\+\\+'"),
     ("weighting", "linear", "weighting must be 'softmax' or 'sigmoid', got 'linear'"),
     ("tables", 2, "tables must be 'shared' or 'separate', got 2"),
+    ("query_norm", True, "query_norm must be None, 'none' or 'batch', got True"),
     ("gate", 1, "gate must be True, False or None, got 1"),
     ("balance_loss", -0.1, "balance_loss must be a factor >= 0, got -0.1"),
     ("balance_loss", math.inf, "balance_loss must be a factor >= 0"),
@@ -202,6 +204,7 @@ configs = st.builds(
     weighting=st.sampled_from(["softmax", "sigmoid"]),
     tables=st.sampled_from(["shared", "separate"]),
     gate=st.none() | st.booleans(),
+    query_norm=st.sampled_from([None, "none", "batch"]),
     balance_loss=st.floats(0, 1),
     qk_norm=st.booleans(),
     values_lr=st.none() | st.floats(0, 1),
@@ -211,6 +214,14 @@ configs = st.builds(
 @given(configs)
 def test_json_round_trip(config):
     assert MemoryConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@given(configs)
+def test_the_form_of_a_config_means_what_the_config_means(config):
+    resolved = MemoryConfig(**config.form)
+    assert config.form == resolved.form == {name: getattr(resolved, name) for name in config.form}
+    assert (resolved.has_gate, resolved.has_batch_norm) == (config.has_gate, config.has_batch_norm)
+    assert (resolved.variant == "peer") is (config.variant == "peer")
 
 
 def test_a_filter_stays_out_of_json():
@@ -232,6 +243,7 @@ def test_the_config_travels_in_the_state_dict():
         key_dim=16,
         value_dim=32,
         gate=True,
+        query_norm="none",
         qk_norm=True,
     )
     again = tiny_gpt()

@@ -157,7 +157,8 @@ def test_one_graph_serves_any_number_of_tokens_and_any_agreement(fake_ranks, mon
     """The room that ranks agree on is filled in before each run: no graph is compiled for it."""
     agreed: list[int] = []
 
-    def most_tokens(tokens: int, group: str, device: torch.device) -> int:
+    def most_tokens(tokens: int, group: str, device: torch.device, too_few: bool) -> int:
+        assert not too_few
         agreed.append(tokens)
         return tokens + len(agreed)
 

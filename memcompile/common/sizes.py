@@ -14,7 +14,7 @@ from memcompile.errors import OptionError
 
 def resolve(requested: MemoryConfig, chosen: Sequence[FfnSite], parameters: int) -> MemoryConfig:
     """Fills in the sizes that were not given, for a model of so many ``parameters``, and names the chosen layers. One
-    memory has one form of options: "memory+" without its gate is "memory".
+    memory has one form of options (:attr:`MemoryConfig.form`): "memory+" without its gate is "memory".
 
     Raises:
         OptionError: an option that does not fit to the sizes that follow.
@@ -31,12 +31,10 @@ def resolve(requested: MemoryConfig, chosen: Sequence[FfnSite], parameters: int)
     affordable = math.isqrt(max(1, 4 * parameters // (row * tables)))  # with values of four times the model
     n_keys = requested.n_keys or min(1024, max(64, 2 ** (affordable.bit_length() - 1)))
     key_dim = requested.key_dim or max(2, width // 4 * 2)
-    gate, variant = requested.has_gate, requested.variant
-    if variant in ("memory+", "memory"):  # which differ in their gate alone
-        variant = "memory+" if gate else "memory"
     sizes: dict[str, Any] = {"n_keys": n_keys, "key_dim": key_dim, "value_dim": value_dim}
     try:
-        layers = [site.down for site in chosen]
-        return dataclasses.replace(requested, memory_layers=layers, variant=variant, gate=gate, **sizes)
+        return dataclasses.replace(requested, memory_layers=[site.down for site in chosen], **requested.form, **sizes)
     except OptionError as error:
+        if requested.n_keys is not None:
+            raise
         raise OptionError(f"{error} (n_keys={n_keys} was chosen for a model of this size)") from error

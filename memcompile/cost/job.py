@@ -42,11 +42,12 @@ class Job:
     state_dtype: str = "fp32"  # of Adam's moments; the one number a row of row_wise_adagrad is always fp32
     master_weights: bool = False  # whether bf16 values have fp32 masters; else they are rounded stochastically
     values_grad: str = "sparse"  # of the rows that are hit, or "dense"
-    by: str = "columns"  # how a group shards the table
+    by: str | None = None  # how a group shards the table; None becomes "columns", and for "peer" "rows"
     unique: float = 1.0  # distinct slots that a step hits, over those of as many uniform hits: real hits repeat some
     skew: float = 1.0  # by rows, hits of the busiest rank over the mean
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "by", self.by or ("rows" if self.variant == "peer" else "columns"))
         for name in ("slots", "value_dim", "gpus", "tokens", "layers", "heads", "top_k", "key_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -71,7 +72,9 @@ class Job:
                 f"tables='separate' has {self.rows:,} slots in {self.layers} layers: lower slots or layers"
             )
         if self.variant == "peer" and self.by == "columns":
-            raise OptionError("variant='peer' has rows of two vectors, which columns would cut: shard by rows")
+            raise OptionError(
+                "variant='peer' has rows of two vectors, which columns would cut: shard by rows (--by rows)"
+            )
         if self.top_k > self.n_keys:
             raise OptionError(f"top_k={self.top_k} exceeds n_keys={self.n_keys}: lower top_k or raise slots")
 

@@ -18,7 +18,7 @@ class Memory:
     masters: int  # fp32 masters of bf16 values
     gradient: int  # of the shard, or of its rows that are hit
     states: int  # the optimizer's
-    # The larger of what layers need (lists of hits until the backward; outputs of all tokens of the group) and of what
+    # The larger of what layers need (what is saved for the backward; outputs of all tokens of the group) and of what
     # replicas gather of each other.
     buffers: int
 
@@ -33,8 +33,9 @@ def memory_of(job: Job, ranks: int, rank: int = 0) -> Memory:
     slots, columns = job.shard(ranks, rank)
     row, replicas, tokens = columns * job.element_bytes, job.gpus // ranks, ranks * job.tokens
     sums = tokens * job.output_columns(columns) * job.element_bytes
-    read = tokens * job.value_dim * job.element_bytes if job.variant == "peer" else 0  # the tokens themselves
-    during_layers = job.layers * tokens * job.hits * HIT + sums + read
+    tokens_sent = tokens * job.value_dim * job.element_bytes if job.variant == "peer" and ranks > 1 else 0
+    saved = tokens * job.hits * (HIT + (FP32 if job.variant == "peer" else 0)) + tokens_sent  # with the dots u . x
+    during_layers = job.layers * saved + sums + tokens_sent  # of which one layer's backward has the gradients
     if job.values_grad == "dense":
         gradient, between_replicas = slots * row, 0  # an all-reduce is in place
     else:

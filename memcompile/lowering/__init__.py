@@ -16,8 +16,7 @@ __all__ = ["cpu", "memory_lookup", "operator"]
 
 _REGISTERED_BY_IMPORT = (
     pairs, prefetch_rows, stale_rows, table_gather, table_pairs, weighted_gather, flops, batch_norm, hit_scores,
-    product_key_search,
-    product_key_topk, row_adam, row_tables, skipped_steps,
+    product_key_search, product_key_topk, row_adam, row_tables, skipped_steps,
 )  # fmt: skip
 
 if is_interpreted():

@@ -7,7 +7,6 @@ which Inductor fuses, and the operators `product_key_topk`, `weighted_gather` an
 import functools
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,16 +19,10 @@ from memcompile.lowering.distributed.sharded_pairs import sharded_pairs
 from memcompile.lowering.distributed.sharded_table import Shards, sharded_gather
 from memcompile.lowering.gather.table_gather import gather
 from memcompile.lowering.gather.table_pairs import gather_pairs
+from memcompile.lowering.lookup_arguments import LookupArguments
 from memcompile.lowering.register.schema import LIBRARY, operator
 from memcompile.lowering.search.batch_norm import normalized
 from memcompile.lowering.search.hit_scores import balance_of, hit_scores
-from memcompile.lowering.search.product_key_topk import MAX_SLOTS, check_top_k
-
-_CHOICES = {
-    "values_grad": ("dense", "sparse"),
-    "values_storage": ("device", "host", "mmap"),
-    "weighting": ("softmax", "sigmoid"),
-}
 
 
 def memory_lookup(
@@ -56,7 +49,8 @@ def memory_lookup(
     capacity: int | None = None,
     row_state: Sequence[Tensor] = (),
     weighting: str = "softmax",
-    first_slot: int = 0,
+    first_slot: int | Tensor = 0,
+    num_tables: int = 1,
     balance_loss: float = 0.0,
     training: bool = False,
     pairs: bool = False,
@@ -81,7 +75,7 @@ def memory_lookup(
         query_weight: [heads * key_dim, d], and query_bias: [heads * key_dim] or None.
         half_keys: [2, heads, n, key_dim / 2].
         values: [n * n, value_dim], or [n * n, d + value_dim] with `pairs`, of any floating dtype; it may differ from
-            the rest. Or several such tables, one after the other, of which `first_slot` begins the layer's own.
+            the rest. Or `num_tables` of them, one after the other, of which `first_slot` begins the layer's own.
         gate_weight: [value_dim, d] or None for no gate, and gate_bias: [value_dim] or None.
         out_weight: [d_out, value_dim] or None for no projection, and out_bias: [d_out] or None.
         temperature: [heads] or None. With it, each half of a query and each half-key is scaled to unit norm,
@@ -104,7 +98,9 @@ def memory_lookup(
         row_state: what rows of `values` have missed of their optimizer's steps, as `table_gather` takes it; empty where
             the rows are as they stand.
         weighting: a head's weights are the "softmax" over its hits' scores, or the "sigmoid" of each.
-        first_slot: the row of `values` that is the layer's slot 0, a multiple of n * n.
+        first_slot: the row of `values` that is the layer's slot 0, a multiple of n * n. A tensor [] int32 of it is data
+            for graphs, so that layers which differ in it alone share one; its number is not checked.
+        num_tables: how many tables of n * n rows `values` has.
         balance_loss: factor of a loss (`search.hit_scores.balance_of`) whose gradient, times this and nothing else, is
             added in each backward through the output.
         training: whether BatchNorm takes the batch's statistics, and moves `query_mean` and `query_var` towards them,
@@ -123,97 +119,21 @@ def memory_lookup(
     placed: tuple[Any, ...] = ("", (), 0, 1, False)
     if shards is not None:
         placed = (shards.group, shards.sizes, shards.rank, shards.dim, shards.same_tokens)
+    of_number, of_tensor = (0, first_slot) if isinstance(first_slot, Tensor) else (first_slot, None)
     updates = training and query_mean is not None
     return operator("memory_lookup.updating" if updates else "memory_lookup")(
         x, query_weight, query_bias, half_keys, values,
         gate_weight, gate_bias, out_weight, out_bias, temperature, heads, top_k, values_grad, values_storage,
-        *placed, capacity, [*row_state] or None, weighting, first_slot, balance_loss,
-        query_scale, query_shift, query_mean, query_var, pairs,
+        *placed, capacity, [*row_state] or None, weighting, of_number, balance_loss,
+        query_scale, query_shift, query_mean, query_var, pairs, num_tables, of_tensor,
     )  # fmt: skip
 
 
 DEFAULTS = schema_defaults(operator("memory_lookup"))
 
 
-class _Lookup(SimpleNamespace):
-    """The operator's arguments, by their names in its schema; and `updating`, whether its statistics move."""
-
-    @property
-    def shards(self) -> Shards | None:
-        """How the values lie on ranks; None where they are whole."""
-        if not self.parts:
-            return None
-        return Shards(self.group, tuple(self.parts), self.part, self.shard_dim, self.same_tokens)
-
-    @property
-    def in_parallel(self) -> bool:
-        """Whether this is one rank's part of a layer that is computed in parallel, of the same tokens."""
-        return self.same_tokens and len(self.parts) > 1
-
-    def check(self) -> None:
-        """Raises ValueError for arguments that do not fit each other."""
-        for name, choices in _CHOICES.items():
-            if (given := getattr(self, name)) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {given!r}")
-        if self.values_storage != "device" and self.values.requires_grad:
-            raise ValueError(
-                f"values: those of values_storage={self.values_storage!r} do not learn: values.requires_grad_(False), "
-                f"or values_storage='device' to train them"
-            )
-
-        x, query_weight, half_keys, heads = self.x, self.query_weight, self.half_keys, self.heads
-        if x.dim() < 1:
-            raise ValueError("x: expected [..., d], got a scalar")
-        if heads < 1:
-            raise ValueError(f"heads: expected at least 1, got {heads}")
-        if query_weight.dim() != 2 or query_weight.shape[1] != x.shape[-1]:
-            raise ValueError(
-                f"query_weight: expected [heads * key_dim, d = {x.shape[-1]}], got {list(query_weight.shape)}"
-            )
-        rows = query_weight.shape[0]
-        if rows == 0 or rows % heads != 0:
-            raise ValueError(f"query_weight: {rows} rows do not divide into heads = {heads} queries")
-        key_dim = rows // heads
-        if key_dim % 2 != 0:
-            raise ValueError(f"query_weight: key_dim must be even, got {rows} rows / {heads} heads = {key_dim}")
-        _expect_shape("query_bias", self.query_bias, (rows,), "[heads * key_dim]")
-        if half_keys.dim() != 4:
-            raise ValueError(f"half_keys: expected [2, heads, n_keys, key_dim / 2], got {list(half_keys.shape)}")
-        n_keys = half_keys.shape[2]
-        _expect_shape("half_keys", half_keys, (2, heads, n_keys, key_dim // 2), "[2, heads, n_keys, key_dim / 2]")
-        _expect_shape("temperature", self.temperature, (heads,), "[heads]")
-        for name in ("query_scale", "query_shift", "query_mean", "query_var"):
-            _expect_shape(name, getattr(self, name), (rows,), "[heads * key_dim]")
-            if self.query_scale is None and getattr(self, name) is not None:
-                raise ValueError(f"{name}: given without query_scale")
-        if (self.query_mean is None) != (self.query_var is None):
-            raise ValueError("query_mean and query_var: give both, or neither")
-        check_top_k(self.top_k, n_keys)
-        shards, values, out_weight = self.shards, self.values, self.out_weight
-        shape = list(values.shape)
-        if shards is not None and values.dim() == 2:
-            shape[shards.dim] = sum(shards.sizes)
-        own, first = n_keys * n_keys, self.first_slot
-        if len(shape) != 2 or shape[0] % own or not shape[0]:
-            raise ValueError(f"values: expected [n_keys**2 = {own}, value_dim], got {shape}")
-        if first % own or not 0 <= first < shape[0] or first + own > MAX_SLOTS:
-            raise ValueError(f"first_slot: expected a multiple of n_keys**2 = {own} below {shape[0]}, got {first}")
-        if self.pairs and shape[1] <= x.shape[-1]:
-            raise ValueError(f"values: expected pairs [{shape[0]}, d + value_dim] with d = {x.shape[-1]}, got {shape}")
-        if self.pairs and shards is not None and shards.by_columns:
-            raise ValueError("shards: a table of pairs is sharded by rows, since a pair is read whole: shard_by='rows'")
-        value_dim = shards.own if shards is not None and shards.same_tokens else shape[1]
-        value_dim -= x.shape[-1] if self.pairs else 0
-        for part in ("gate", "out"):
-            if getattr(self, f"{part}_weight") is None and getattr(self, f"{part}_bias") is not None:
-                raise ValueError(f"{part}_bias: given without {part}_weight")
-        _expect_shape("gate_weight", self.gate_weight, (value_dim, self.x.shape[-1]), "[value_dim, d]")
-        _expect_shape("gate_bias", self.gate_bias, (value_dim,), "[value_dim]")
-        if out_weight is None:
-            return
-        if out_weight.dim() != 2 or out_weight.shape[1] != value_dim:
-            raise ValueError(f"out_weight: expected [d_out, value_dim = {value_dim}], got {list(out_weight.shape)}")
-        _expect_shape("out_bias", self.out_bias, (out_weight.shape[0],), "[d_out]")
+class _Lookup(LookupArguments):
+    """One call; `updating` is whether its statistics move."""
 
     def run(self) -> Tensor:
         x, values = self.x, self.values
@@ -266,7 +186,11 @@ class _Lookup(SimpleNamespace):
         if self.balance_loss and torch.is_grad_enabled():
             loss = self.balance_loss * balance_of(halves, half_keys, slots)
         slots = slots.flatten(1)
-        return weights.flatten(1), slots + self.first_slot if self.first_slot else slots, loss
+        if self.slot_offset is not None:
+            slots = slots + self.slot_offset.to(slots.device)
+        elif self.first_slot:
+            slots = slots + self.first_slot
+        return weights.flatten(1), slots, loss
 
     def _read(self, slots: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
         """The weighted sums of the rows that each token hits."""
@@ -296,11 +220,6 @@ class _Lookup(SimpleNamespace):
             y = F.pad(y, (shards.offset, sum(shards.sizes) - shards.offset - shards.own))
         y = sum_over_ranks(self._project(y, None), self.group)
         return y if self.out_bias is None else y + self.out_bias
-
-
-def _expect_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
-    if tensor is not None and tensor.shape != shape:
-        raise ValueError(f"{name}: expected {meaning} = {list(shape)}, got {list(tensor.shape)}")
 
 
 def _run(updating: bool, *args: Any) -> Tensor:

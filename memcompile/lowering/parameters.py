@@ -36,6 +36,7 @@ def lookup_options(config: MemoryConfig, layer: int) -> dict[str, Any]:
         "top_k": config.top_k,
         "weighting": config.weighting,
         "first_slot": layer * config.n_keys**2 if config.tables == "separate" else 0,
+        "num_tables": config.slots // config.n_keys**2,
         "pairs": config.variant == "peer",
     }
 
@@ -134,9 +135,9 @@ def new_values(config: MemoryConfig, width: int, dtype: torch.dtype, device: tor
 
 def new_buffers(config: MemoryConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | None]:
     """The buffers of a layer of these (resolved) options, [heads * key_dim] in at least float32, or None: the running
-    statistics of the variant "pkm".
+    statistics of BatchNorm of the query.
     """
-    if config.variant != "pkm":
+    if not config.has_batch_norm:
         return dict.fromkeys(LAYER_BUFFERS)
     assert config.key_dim is not None
     size, dtype = config.heads * config.key_dim, torch.promote_types(dtype, torch.float32)
@@ -170,7 +171,7 @@ def new_layer(
         shapes |= {"out_weight": (width, value_dim), "out_bias": (width,)}
     if config.qk_norm:
         shapes |= {"temperature": (heads,)}
-    if config.variant == "pkm":
+    if config.has_batch_norm:
         shapes |= {"query_scale": (heads * key_dim,), "query_shift": (heads * key_dim,)}
     parameters = {
         name: nn.Parameter(torch.empty(shapes[name], dtype=dtype, device=device)) if name in shapes else None

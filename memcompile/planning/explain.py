@@ -216,9 +216,9 @@ def _memory(pool: MemoryPool) -> str:
 
 
 def _form(config: MemoryConfig) -> str:
-    """What a layer computes, where an option of that has not its default."""
+    """What a layer computes, where an option of that has not its default; of resolved options."""
     parts = {
-        "BatchNorm of the query": config.variant == "pkm",
+        "BatchNorm of the query": config.has_batch_norm,
         "pairs [u | v]": config.variant == "peer",
         f"{'a' if config.gate else 'no'} gate": True,
         "unit norm of query and keys": config.qk_norm,
@@ -226,8 +226,8 @@ def _form(config: MemoryConfig) -> str:
         "a table for each layer": config.tables == "separate",
         f"balance loss {config.balance_loss:g}": config.balance_loss > 0,
     }
-    default = dataclasses.replace(config, variant="memory+", gate=True, weighting="softmax", tables="shared")
-    if config == dataclasses.replace(default, balance_loss=0.0):
+    plain = {name: getattr(MemoryConfig(), name) for name in ("weighting", "tables", "qk_norm", "balance_loss")}
+    if config == dataclasses.replace(config, **plain, **MemoryConfig().form):
         return ""
     return f"\nvariant {config.variant}: {', '.join(part for part, has in parts.items() if has)}"
 

@@ -46,7 +46,7 @@ def plan(
     memory: MemoryConfig | None = None,
     example_inputs: Any = None,
     memory_mesh: DeviceMesh | None = None,
-    shard_by: str = "columns",
+    shard_by: str | None = None,
     shard_tokens: str = "uneven",
     **options: Any,
 ) -> Explanation:
@@ -79,7 +79,7 @@ def plan(
     start = time.perf_counter()
     register()
     requested = _config(memory, options)
-    if memory_mesh is None and (shard_by, shard_tokens) != ("columns", "uneven"):
+    if memory_mesh is None and (shard_by or "columns", shard_tokens) != ("columns", "uneven"):
         raise OptionError("shard_by and shard_tokens say how values lie on a memory_mesh: give it, too")
     root, parallel = unwrap(model)
     if is_captured(root):
@@ -119,7 +119,7 @@ def _run_steps(
     root: nn.Module,
     requested: MemoryConfig,
     example_inputs: Any,
-    mesh: tuple[DeviceMesh, str, str] | None,
+    mesh: tuple[DeviceMesh, str | None, str] | None,
     wrappers: Sequence[DistributedDataParallel],
 ) -> None:
     pipeline = Pipeline("plan")
@@ -239,8 +239,11 @@ def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
     if pool is None:
         return False
     differing = {}
+    form = {name: value for name, value in given.items() if name in pool.config.form}
+    if not _is_form_of(form, pool):
+        differing = {name: value for name, value in form.items() if value != getattr(pool.requested, name)}
     for name, value in given.items():
-        as_planned = value in (getattr(pool.requested, name), getattr(pool.config, name))
+        as_planned = name in form or value in (getattr(pool.requested, name), getattr(pool.config, name))
         if not as_planned and (name != "memory_layers" or place(pool.sites, value) != pool.chosen):
             differing[name] = value
     if differing:
@@ -250,3 +253,9 @@ def _is_planned(root: nn.Module, given: Mapping[str, Any]) -> bool:
             f"build the model anew to plan it otherwise, or leave the options out"
         )
     return True
+
+
+def _is_form_of(form: Mapping[str, Any], pool: MemoryPool) -> bool:
+    """Whether options of `MemoryConfig.form` are those that the pool was planned with, or has now, or mean the same."""
+    as_planned = (all(getattr(config, n) == v for n, v in form.items()) for config in (pool.requested, pool.config))
+    return any(as_planned) or MemoryConfig(**form).form == pool.config.form

@@ -3,6 +3,7 @@ layers, by which it is known before whether the model's own code runs with stand
 """
 
 import contextlib
+import dataclasses
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -166,11 +167,10 @@ class RehearsedLayer:
         operations: Operations,
     ) -> None:
         self.name, self.width, self._device = site.name or site.down, site.width, device
-        self._config = MemoryConfig(
-            memory_layers=1, placement=config.placement, variant=config.variant, gate=config.gate,
-            qk_norm=config.qk_norm, weighting=config.weighting, tables=config.tables,
-            balance_loss=config.balance_loss, n_keys=2, heads=1, top_k=1, key_dim=2, value_dim=site.width,
-        )  # fmt: skip
+        small = {"memory_layers": 1, "n_keys": 2, "heads": 1, "top_k": 1, "key_dim": 2, "value_dim": site.width}
+        here = {"values_storage": "device", "values_path": None}
+        # Without the loss, which is not served in every dtype: a model may be planned for inference alone.
+        self._config = dataclasses.replace(config, balance_loss=0.0, **small, **here)  # type: ignore[arg-type]
         self._options = lookup_options(self._config, 0)
         self.operations = operations
         self.query_weight = types.SimpleNamespace(dtype=dtype, device=device)
@@ -184,7 +184,7 @@ class RehearsedLayer:
                 **new_layer(config, self.width, dtype, self._device),
                 **new_buffers(config, dtype, self._device),
             }
-        output = memory_lookup(x, **tensors, **self._options, balance_loss=config.balance_loss, training=True)
+        output = memory_lookup(x, **tensors, **self._options, training=True)
         self.outputs.append((output, tensors["query_weight"]))
         return output
 

@@ -1,5 +1,6 @@
 """MemoryLayer: the parameters that the memory of one FFN owns, and the call of the op with them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch.distributed.tensor import DTensor
 from memcompile.lowering import memory_lookup
 from memcompile.lowering._torch import functorch_is_active
 from memcompile.lowering.parameters import LAYER_BUFFERS, LAYER_PARAMETERS, lookup_options, new_buffers, new_layer
-from memcompile.runtime._torch import is_exporting, without_torch_function
+from memcompile.runtime._torch import is_exporting, local_part, without_torch_function
 from memcompile.runtime.distributed.collective_errors import named_collectives
+from memcompile.runtime.distributed.sharding import CUT
 from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.stand_ins.operations import Operations
 from memcompile.runtime.state_dicts import encode_plan
@@ -19,7 +21,6 @@ from memcompile.runtime.table.current_values import is_alias
 from memcompile.runtime.table.table import flush_while_traced
 
 LayerTensors = dict[str, Tensor | None]
-_CUT = ("gate_weight", "gate_bias", "out_weight")  # by tensor parallelism
 
 
 class MemoryLayer(nn.Module):
@@ -39,7 +40,7 @@ class MemoryLayer(nn.Module):
             value_dim == width that replaces its FFN. Zero where the memory is added, so that the model starts as
             it was.
         temperature: [heads], 10; None without qk-norm.
-        query_scale, query_shift: [heads * key_dim], 1 and 0, of BatchNorm of the query; None but in the variant "pkm".
+        query_scale, query_shift: [heads * key_dim], 1 and 0, of BatchNorm of the query; None without it.
         query_mean, query_var: its running statistics, buffers [heads * key_dim] of at least float32, 0 and 1.
     """
 
@@ -55,6 +56,7 @@ class MemoryLayer(nn.Module):
     query_shift: nn.Parameter | None
     query_mean: Tensor | None
     query_var: Tensor | None
+    _slot_offset: Tensor | None  # [] int32
 
     def __init__(
         self, pool: MemoryPool, number: int, name: str, width: int, dtype: torch.dtype, device: torch.device
@@ -63,14 +65,38 @@ class MemoryLayer(nn.Module):
         super().__init__()
         config = pool.config
         self.options = lookup_options(config, number)
-        self.name, self.operations = name, Operations()
-        self.width, self.heads, self.top_k = width, config.heads, config.top_k
+        self.first_slot: int = self.options.pop("first_slot")
+        # As text: with dynamic=True Dynamo makes a float an input of the graph, which checkpointed blocks cannot have.
+        self._balance_loss = repr(config.balance_loss)
+        self.name, self.operations, self.width = name, Operations(), width
         self.pool: MemoryPool
         object.__setattr__(self, "pool", pool)  # not a submodule: the values belong to the root
         for own, parameter in new_layer(config, width, dtype, device).items():
             self.register_parameter(own, parameter)
         for own, buffer in new_buffers(config, dtype, device).items():
             self.register_buffer(own, buffer)
+        self._slot_offset = self._new_slot_offset() if config.tables == "separate" else None
+
+    def _new_slot_offset(self) -> Tensor:
+        """`first_slot` for graphs, on the layer's device: Dynamo takes a module's numbers for constants, and would
+        compile equal blocks one by one. No buffer: what empties, averages or loads buffers would change it.
+        """
+        like: Any = local_part(self._parameters.get("half_keys"))  # type: ignore[arg-type]
+        if like is None or like.is_meta:  # a parameter with numbers may be put in its place
+            like = torch.empty(0, device="cpu")
+        with torch.inference_mode(False):
+            return like.new_full((), self.first_slot, dtype=torch.int32)  # type: ignore[no-any-return]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        module: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._slot_offset is not None:
+            self._slot_offset = self._new_slot_offset()
+        return module
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._slot_offset is not None:  # which `torch.load(map_location="meta")` leaves without its number
+            self._slot_offset = self._new_slot_offset()
 
     def reset_parameters(self) -> None:
         """Draws the layer's own parameters anew; the pool's values stay. A collective where they are DTensors."""
@@ -83,7 +109,7 @@ class MemoryLayer(nn.Module):
     def own_tensors(self, values: Tensor) -> LayerTensors:
         """What this rank has of them."""
         tensors = self.tensors(values)
-        return tensors | {name: _own_part(tensors[name]) for name in _CUT}
+        return tensors | {name: _own_part(tensors[name]) for name in CUT}
 
     def forward(self, x: Tensor) -> Tensor:
         table = self.pool.table
@@ -102,18 +128,21 @@ class MemoryLayer(nn.Module):
 
     def _look_up(self, x: Tensor, values: Tensor) -> Tensor:
         table = self.pool.table
-        sharded = table.sharded
+        sharded, in_statistics = table.sharded, self.training and self.query_mean is not None
+        offset = self._slot_offset
+        by_number = offset is None or not torch.compiler.is_compiling() or is_exporting()  # which graphs never see
         with without_torch_function():  # the operator is given the state of rows
             return memory_lookup(
                 x,
                 **self.own_tensors(values),  # type: ignore[arg-type]
                 **self.options,
+                first_slot=self.first_slot if offset is None or by_number else offset,
                 training=self.training,
-                balance_loss=self.pool.config.balance_loss if self.training else 0.0,
+                balance_loss=float(self._balance_loss) if self.training else 0.0,
                 values_grad=table.gradient,
                 values_storage=self.pool.config.values_storage,
                 shards=None if sharded is None else sharded.shards,
-                capacity=None if sharded is None else sharded.capacity(x),
+                capacity=None if sharded is None else sharded.capacity(x, in_statistics),
                 row_state=table.row_state(values),
             )
 
@@ -131,8 +160,9 @@ class MemoryLayer(nn.Module):
     def extra_repr(self) -> str:
         config: Any = self.pool.config
         return (
-            f"width={self.width}, slots={config.n_keys**2}, heads={self.heads}, top_k={self.top_k}, "
-            f"key_dim={config.key_dim}, value_dim={config.value_dim}, variant={config.variant}, gate={config.gate}"
+            f"width={self.width}, slots={config.n_keys**2}, heads={config.heads}, top_k={config.top_k}, "
+            f"key_dim={config.key_dim}, value_dim={config.value_dim}, variant={config.variant}, gate={config.gate}, "
+            f"query_norm={config.query_norm}"
         )
 
 

@@ -18,7 +18,7 @@ from memcompile.runtime.storage.frozen_values import MappedValues, keep_mapped
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # the latest; `_format_of` says which a plan has
 # Options that saved plans do not have, and what they stand for there: plans were saved before there were these, or the
 # option is of the machine.
 _LATER_OPTIONS = {
@@ -228,11 +228,17 @@ def _same_layers(saved: list[str], own: list[str]) -> bool:
     return longer == [prefix + name for name in shorter] and (not prefix or prefix.endswith("."))
 
 
+def _format_of(config: MemoryConfig) -> int:
+    """2 where readers of format 1, which do not know all options of a layer, would compute something else."""
+    known = config.variant in ("memory+", "memory") and not config.has_batch_norm  # as whether there is a gate
+    return 1 if known and (config.weighting, config.tables) == ("softmax", "shared") else 2
+
+
 def plan_of(pool: MemoryPool) -> dict[str, Any]:
     """The plan in plain JSON types."""
     config = pool.config.to_dict()
     plan = {
-        "memcompile": FORMAT,
+        "memcompile": _format_of(pool.config),
         "config": {name: option for name, option in config.items() if name not in STORAGE_OPTIONS},
         "layers": list(pool.layers),
     }
@@ -269,4 +275,6 @@ def checked_plan(plan: Any, where: object = PLAN_KEY) -> dict[str, Any]:
         raise PlanError(f"the checkpoint's plan has format {saved_format}, this memcompile reads {FORMAT}: upgrade it")
     own = {name: option for name, option in config.items() if name not in STORAGE_OPTIONS}  # a path is of the machine
     variant = "memory" if own.get("gate") is False else "memory+"  # before plans named it
-    return {**plan, "config": {**_LATER_OPTIONS, "variant": variant, **own}}
+    own = {**_LATER_OPTIONS, "variant": variant, **own}
+    query_norm = "batch" if own["variant"] == "pkm" else "none"  # likewise
+    return {**plan, "config": {"query_norm": query_norm, **own}}

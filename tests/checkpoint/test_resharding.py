@@ -90,6 +90,22 @@ def pieces_of(folder: Path) -> None:
     files.PIECE = whole
 
 
+def pairs_of(folder: Path, world: int) -> bool:
+    """Whether a table of pairs that four ranks saved is loaded bit for bit; the first job has none yet."""
+    kind = "plain" if world == 1 else "rows"
+    model, optimizer = trained(kind, seed=world, variant="peer")
+    if world == 4:
+        save(folder, model, optimizer, step=1)
+        whole = everything(model, optimizer)
+        if dist.get_rank() == 0:
+            torch.save(whole, folder / "expected")
+    elif (folder / "expected").exists():
+        load(folder, model, optimizer)
+        assert_same(everything(model, optimizer), torch.load(folder / "expected"))
+        return True
+    return False
+
+
 def failures(folder: Path) -> dict[str, str]:
     """What each rank is told where one of them fails; the checkpoint before is loaded after each."""
     rank = dist.get_rank()
@@ -197,6 +213,7 @@ def run_all(rank: int, folder: Path) -> dict[str, Any]:
         if begin_job(rank, world, folder / f"store-{number}"):
             save_all(folder / "jobs", world)
             results[f"job {number}"] = load_all(folder / "jobs", world)
+            results[f"pairs {number}"] = pairs_of(folder / "pairs", world)
             if number in (0, 1):
                 safetensors_of(folder / "safetensors", world)
                 results[f"safetensors {number}"] = True
@@ -221,6 +238,11 @@ def test_what_any_job_saved_is_loaded_bit_for_bit(ranks, job):
     assert all(loaded.values())
     saved_by = set(WORLDS[: job + 1])
     assert len(loaded) == sum(len(SAVED[w]) for w in saved_by) * len(LOADED[WORLDS[job]])
+
+
+def test_pairs_are_loaded_by_any_number_of_ranks(ranks):
+    assert [ranks[0][f"pairs {number}"] for number in range(len(WORLDS))] == [False, False, True, True, True]
+    assert ranks[1]["pairs 3"] and ranks[2]["pairs 2"]
 
 
 def test_safetensors_of_sharded_models(ranks):

@@ -44,22 +44,33 @@ def test_top_k_larger_than_the_default_keys():
         memcompile.plan(tiny_gpt(), memory_layers=1, top_k=65)
 
 
+def test_keys_that_were_given_were_not_chosen():
+    options = {"tables": "separate", "memory_layers": "all", "n_keys": 32768}
+    with pytest.raises(OptionError, match=r"lower n_keys, or choose fewer memory_layers$"):
+        memcompile.plan(tiny_gpt(layers=3), **options)
+
+
 @pytest.mark.parametrize(
-    ("options", "variant", "gate"),
+    ("options", "variant", "gate", "query_norm"),
     [
-        ({}, "memory+", True),
-        ({"variant": "memory"}, "memory", False),
-        ({"gate": False}, "memory", False),
-        ({"variant": "memory", "gate": True}, "memory+", True),
-        ({"variant": "pkm"}, "pkm", False),
-        ({"variant": "pkm", "gate": True}, "pkm", True),
-        ({"variant": "peer"}, "peer", False),
+        ({}, "memory+", True, "none"),
+        ({"variant": "memory"}, "memory", False, "none"),
+        ({"gate": False}, "memory", False, "none"),
+        ({"variant": "memory", "gate": True}, "memory+", True, "none"),
+        ({"variant": "pkm"}, "pkm", False, "batch"),
+        ({"variant": "pkm", "gate": True}, "pkm", True, "batch"),
+        ({"query_norm": "batch"}, "pkm", True, "batch"),
+        ({"variant": "memory", "query_norm": "batch"}, "pkm", False, "batch"),
+        ({"variant": "pkm", "query_norm": "none"}, "memory", False, "none"),
+        ({"variant": "peer"}, "peer", False, "batch"),
+        ({"variant": "peer", "query_norm": "none"}, "peer", False, "none"),
+        ({"variant": "peer", "gate": True}, "peer", True, "batch"),
     ],
 )
-def test_one_memory_has_one_form_of_options(options, variant, gate):
+def test_one_memory_has_one_form_of_options(options, variant, gate, query_norm):
     site = memcompile.find_ffns(tiny_gpt(layers=1))[0]
     resolved = resolve(MemoryConfig(**options), [site], 1000)
-    assert (resolved.variant, resolved.gate) == (variant, gate)
+    assert (resolved.variant, resolved.gate, resolved.query_norm) == (variant, gate, query_norm)
 
 
 def test_pairs_are_as_wide_as_every_block():

@@ -28,7 +28,10 @@ WRONG = [
     ({"by": "blocks"}, "by must be one of columns, rows, got 'blocks'"),
     ({"variant": "moe"}, r"variant must be one of memory\+, memory, pkm, peer, got 'moe'"),
     ({"tables": "none"}, "tables must be one of shared, separate, got 'none'"),
-    ({"variant": "peer"}, "variant='peer' has rows of two vectors, which columns would cut: shard by rows"),
+    (
+        {"variant": "peer", "by": "columns"},
+        r"variant='peer' has rows of two vectors, which columns would cut: shard by rows \(--by rows\)",
+    ),
     ({"slots": 2**30, "tables": "separate"}, "has 3,221,225,472 slots in 3 layers: lower slots or layers"),
     ({"unique": 0.0}, "unique must be a share above 0 and at most 1, got 0"),
     ({"unique": 1.5}, "unique must be a share above 0 and at most 1, got 1.5"),
@@ -60,7 +63,8 @@ def test_separate_tables_and_pairs():
     assert job(tables="separate", by="rows").shard(4) == (3 * 2**18, 64)
     one = job(layers=1)
     assert job(tables="separate").touched_rows(4) == pytest.approx(3 * one.touched_rows(4), abs=2)
-    pairs = job(variant="peer", by="rows")
+    pairs = job(variant="peer")
+    assert (pairs.by, job().by) == ("rows", "columns")
     assert pairs.shard(4) == (2**18, 128) and pairs.output_columns(128) == 64
 
 

@@ -4,11 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from memcompile.cost.job import Job
 from memcompile.cost.memory import gather_bytes, memory_of, moved, search_bytes, state_bytes, update_bytes
+from memcompile.lowering.distributed.sharded_pairs import sharded_pairs
+from memcompile.lowering.distributed.sharded_table import Shards
 from memcompile.runtime.optim import LazyAdam, RowAdamW, RowSGD, RowwiseAdagrad
 
 GIB = 2**30
@@ -49,12 +53,31 @@ def test_a_small_job_by_hand():
 
 
 def test_pairs_by_hand():
-    """Rows are twice as wide, and sums are not; the tokens are there too."""
+    """Rows are twice as wide, and sums are not. Each layer keeps the dots of its hits, and the tokens of all ranks."""
     asked = {"slots": 2**20, "value_dim": 64, "gpus": 4, "tokens": 64, "by": "rows"}
     plain, pairs = Job(**asked), Job(**asked, variant="peer")
     assert memory_of(pairs, 4).values == 2 * memory_of(plain, 4).values
-    assert memory_of(pairs, 4).buffers == memory_of(plain, 4).buffers + 4 * 64 * 64 * 2
+    dots, tokens = 4 * 64 * 128 * 4, 4 * 64 * 64 * 2
+    assert memory_of(pairs, 4).buffers == memory_of(plain, 4).buffers + 3 * (dots + tokens) + tokens
+    alone = memory_of(replace(pairs, gpus=1), 1).buffers - memory_of(replace(plain, gpus=1), 1).buffers
+    assert alone == 3 * dots / 4  # of its own tokens, which the rest of the model keeps anyway
     assert gather_bytes(pairs, 4, 1) == gather_bytes(plain, 4, 1) + (64 * 128 + 4 * 64) * 64 * 2
+
+
+def test_what_a_layer_of_pairs_keeps_is_what_the_code_saves():
+    """On one rank of a group of which no other exists."""
+    asked = Job(slots=64, value_dim=10, gpus=4, tokens=6, heads=2, top_k=2, variant="peer")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        shards = Shards(dist.group.WORLD.group_name, (16,) * 4, 0, 0)
+        table, x = (torch.zeros(n, asked.row_dim, dtype=torch.bfloat16, requires_grad=True) for n in (16, 6))
+        hits, weights = torch.zeros(6, asked.hits, dtype=torch.int32), torch.zeros(6, asked.hits)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes), lambda t: t):
+            sharded_pairs(table, hits, weights, x[:, :10], shards, 6, "sparse")
+    finally:
+        dist.destroy_process_group()
+    assert sum(saved) == memory_of(replace(asked, layers=2), 4).buffers - memory_of(replace(asked, layers=1), 4).buffers
 
 
 def test_replicas_gather_the_rows_of_all():

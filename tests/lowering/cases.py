@@ -53,6 +53,7 @@ class Case:
             options["weighting"] = self.weighting
         if self.tables > 1:
             options["first_slot"] = (self.tables - 1) * self.n_keys**2
+            options["num_tables"] = self.tables
         if self.pairs:
             options["pairs"] = True
         return options

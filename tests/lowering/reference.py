@@ -104,6 +104,7 @@ def memory_lookup_reference(
     slots: Tensor | None = None,
     weighting: str = "softmax",
     first_slot: int = 0,
+    num_tables: int = 1,
     training: bool = False,
     pairs: bool = False,
 ) -> Tensor:
@@ -117,6 +118,7 @@ def memory_lookup_reference(
     batch_norm = query_scale, query_shift, query_mean, query_var
     scores = scores_reference(x, query_weight, query_bias, half_keys, temperature, heads, batch_norm, training)
     n_keys = scores.shape[-1]
+    assert len(values) == num_tables * n_keys**2
     if slots is None:
         _, slots = product_key_topk_reference(scores, top_k)
     slots = slots.long()

@@ -62,8 +62,9 @@ def test_a_table_without_pairs_is_drawn_as_before_there_were_any():
     assert pair_at(MemoryConfig(**SIZES), 40) == 0
 
 
-def test_batch_norm_is_the_identity_at_first():
-    config = MemoryConfig(**SIZES, variant="pkm")
+@pytest.mark.parametrize("options", [{"variant": "pkm"}, {"variant": "peer"}, {"query_norm": "batch"}], ids=str)
+def test_batch_norm_is_the_identity_at_first(options):
+    config = MemoryConfig(**SIZES, **options)
     layer = new_layer(config, 40, torch.bfloat16, torch.device("cpu"))
     buffers = new_buffers(config, torch.bfloat16, torch.device("cpu"))
     assert (layer["query_scale"] == 1).all() and not layer["query_shift"].any()
@@ -72,10 +73,13 @@ def test_batch_norm_is_the_identity_at_first():
         "query_var": ((12,), torch.float32),
     }
     assert not buffers["query_mean"].any() and (buffers["query_var"] == 1).all()
-    assert not any(new_buffers(MemoryConfig(**SIZES), torch.float32, torch.device("cpu")).values())
+    for other in (MemoryConfig(**SIZES), MemoryConfig(**SIZES, variant="peer", query_norm="none")):
+        assert not any(new_buffers(other, torch.float32, torch.device("cpu")).values())
+        assert new_layer(other, 40, torch.float32, torch.device("cpu"))["query_scale"] is None
 
 
 def test_each_layer_has_slots_of_its_own_or_all_of_them():
     separate = MemoryConfig(**SIZES, tables="separate", weighting="sigmoid")
-    assert lookup_options(separate, 2) == {"heads": 2, "top_k": 4, "weighting": "sigmoid", "first_slot": 2 * 64}
+    expected = {"heads": 2, "top_k": 4, "weighting": "sigmoid", "first_slot": 128, "num_tables": 3, "pairs": False}
+    assert lookup_options(separate, 2) == expected
     assert lookup_options(MemoryConfig(**SIZES), 2)["first_slot"] == 0

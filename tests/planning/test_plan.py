@@ -131,6 +131,48 @@ def test_planning_twice_changes_nothing():
 
 
 @pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"gate": True}, {"gate": None}),
+        ({"variant": "memory"}, {"gate": False}),
+        ({"gate": False}, {"variant": "memory"}),
+        ({"variant": "memory"}, {"memory": MemoryConfig(memory_layers=2, gate=False, **SIZES)}),
+        ({"gate": False}, {"memory": MemoryConfig(memory_layers=2, variant="memory", **SIZES)}),
+        ({"variant": "pkm", "query_norm": "none"}, {"variant": "memory"}),
+        ({"query_norm": "batch"}, {"variant": "pkm", "gate": True}),
+        ({"variant": "peer", "gate": True}, {"gate": True}),
+        ({"variant": "peer", "gate": True}, {"query_norm": "batch"}),
+        ({"variant": "peer"}, {"variant": "peer", "query_norm": "batch", "gate": False}),
+    ],
+)
+def test_planning_twice_in_other_words_changes_nothing(first, second):
+    model = tiny_gpt()
+    explained = memcompile.plan(model, memory_layers=2, **SIZES, **first)
+    assert repr(memcompile.plan(model, **second)) == repr(explained)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"gate": True}, {"variant": "memory"}),
+        ({"gate": False}, {"gate": None}),
+        ({"gate": False}, {"memory": MemoryConfig(memory_layers=2, **SIZES)}),
+        ({"variant": "memory", "gate": True}, {"memory": MemoryConfig(memory_layers=2, variant="memory", **SIZES)}),
+        ({"query_norm": "batch"}, {"variant": "pkm", "query_norm": "batch", "gate": None}),
+        ({"variant": "pkm", "query_norm": "none"}, {"variant": "pkm", "query_norm": None}),
+        ({"variant": "peer"}, {"variant": "peer", "query_norm": "none"}),
+        ({"variant": "peer"}, {"variant": "pkm"}),
+    ],
+)
+def test_another_layer_in_the_same_words_is_an_error(first, second):
+    """Also where each option by itself is that of the plan, given or resolved."""
+    model = tiny_gpt()
+    memcompile.plan(model, memory_layers=2, **SIZES, **first)
+    with pytest.raises(PlanError, match=r"already has a memory planned with .*build the model anew"):
+        memcompile.plan(model, **second)
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"memory_layers": 1},

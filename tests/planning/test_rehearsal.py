@@ -94,6 +94,19 @@ def test_stand_ins_of_a_rehearsal_leave_no_trace(placement):
     assert [(type(m), list(m.__dict__), list(m._parameters.items())) for m in model.modules()] == state
 
 
+def test_a_layer_of_a_rehearsal_has_all_options_of_the_layer_but_its_sizes():
+    model, inputs = ZOO["inner_norm"]()
+    sites = memcompile.find_ffns(model, inputs)
+    config = MemoryConfig(
+        placement="add", variant="peer", gate=True, query_norm="none", qk_norm=True, weighting="sigmoid",
+        tables="separate", n_keys=64, values_lr=None, values_grad="sparse",
+    )  # fmt: skip
+    with rehearsed_stand_ins(model, sites, config, {site.down: Operations() for site in sites}) as layers:
+        rehearsed = [layer._config for layer in layers]
+    sizes = {"memory_layers", "n_keys", "heads", "top_k", "key_dim", "value_dim"}
+    assert {n for small in rehearsed for n, v in small.as_options().items() if v != getattr(config, n)} == sizes
+
+
 class InOneMode(nn.Module):
     """An FFN that does something else in one of the modes."""
 

@@ -61,7 +61,9 @@ def test_parameters_and_forward_of_each_variant(name):
 
     def reference(dtype: torch.dtype) -> torch.Tensor:
         tensors = {n: None if t is None else t.to(dtype) for n, t in layer.tensors(model.memory_values).items()}
-        return memory_lookup_reference(x.to(dtype), **tensors, **layer.options, training=True)
+        return memory_lookup_reference(
+            x.to(dtype), **tensors, **layer.options, first_slot=layer.first_slot, training=True
+        )
 
     expected = reference(torch.float32), reference(torch.float64)
     assert_as_accurate(layer(x), *expected)
@@ -113,5 +115,5 @@ def test_the_values_are_read_anew_at_each_call():
 def test_a_layer_says_what_it_is():
     layer = layer_of(planned_gpt())
     sizes = "width=32, slots=64, heads=2, top_k=4, key_dim=8, value_dim=32"
-    assert repr(layer) == f"MemoryLayer({sizes}, variant=memory+, gate=True)"
+    assert repr(layer) == f"MemoryLayer({sizes}, variant=memory+, gate=True, query_norm=none)"
     assert layer.name == "blocks.1.ffn"

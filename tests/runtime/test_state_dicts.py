@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import memcompile
 from memcompile import MemoryConfig, OptionError, PlanError
+from memcompile.runtime import state_dicts
 from memcompile.runtime.pool import pool_of
 from tests.models import tiny_gpt
 from tests.planned import MEMORY, assert_same, batch, planned_gpt
@@ -68,7 +69,9 @@ def test_round_trip_into_a_model_planned_from_the_checkpoint(through, assign):
 def test_a_config_survives_its_own_round_trip():
     config = memcompile.config_from(planned_gpt().state_dict())
     assert config == memcompile.config_from(planned_gpt(memory_layers=["blocks.1.ffn"]).state_dict())
-    assert config == MemoryConfig(memory_layers=["blocks.1.ffn.2.weight"], value_dim=32, gate=True, **MEMORY)
+    assert config == MemoryConfig(
+        memory_layers=["blocks.1.ffn.2.weight"], value_dim=32, **MemoryConfig().form, **MEMORY
+    )
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -109,6 +112,7 @@ OTHER_PLANS = {
     "top_k": ({"top_k": 2}, "top_k=2 (here 4)"),
     "gate": ({"gate": False}, "gate=False (here True)"),
     "variant": ({"variant": "pkm"}, "variant='pkm' (here 'memory+')"),
+    "query_norm": ({"query_norm": "batch"}, "query_norm='batch' (here 'none')"),
     "weighting": ({"weighting": "sigmoid"}, "weighting='sigmoid' (here 'softmax')"),
     "tables": ({"tables": "separate"}, "tables='separate' (here 'shared')"),
     "qk_norm": ({"qk_norm": True}, "qk_norm=True (here False)"),
@@ -181,9 +185,32 @@ def test_a_checkpoint_that_was_cast_as_a_whole_loads(dtype):
 
 def test_a_plan_of_a_later_version_asks_for_an_upgrade():
     state = dict(planned_gpt().state_dict())
-    state[PLAN] = encoded(GOOD_PLAN | {"memcompile": 2})
-    with pytest.raises(PlanError, match="format 2, this memcompile reads 1: upgrade it"):
+    state[PLAN] = encoded(GOOD_PLAN | {"memcompile": 3})
+    with pytest.raises(PlanError, match="format 3, this memcompile reads 2: upgrade it"):
         planned_gpt().load_state_dict(state)
+
+
+OF_FORMAT_2 = [{"variant": "pkm"}, {"variant": "peer"}, {"query_norm": "batch"}, {"weighting": "sigmoid"}]
+OF_FORMAT_2 += [{"variant": "peer", "query_norm": "none"}, {"tables": "separate"}]
+
+
+@pytest.mark.parametrize("options", OF_FORMAT_2, ids=str)
+def test_a_reader_of_format_1_refuses_what_it_does_not_know(options, monkeypatch):
+    model, state = planned_gpt(), planned_gpt(seed=1, **options).state_dict()
+    assert memcompile.config_from(state).form == MemoryConfig(**options).form
+    planned_gpt(**options).load_state_dict(state)
+    monkeypatch.setattr(state_dicts, "FORMAT", 1)
+    for read in (memcompile.config_from, model.load_state_dict):
+        with pytest.raises(PlanError, match="format 2, this memcompile reads 1: upgrade it"):
+            read(state)
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "memory"}, {"gate": False}, {"balance_loss": 0.1}], ids=str)
+def test_what_format_1_means_is_written_in_it(options, monkeypatch):
+    model, state = planned_gpt(**options), planned_gpt(seed=1, **options).state_dict()
+    monkeypatch.setattr(state_dicts, "FORMAT", 1)
+    model.load_state_dict(state)
+    assert torch.equal(model.memory_values, state["memory_values"])
 
 
 def test_a_dense_state_dict_has_no_config():
@@ -322,7 +349,7 @@ def test_a_strangers_memory_is_not_ours():
 def test_a_plan_from_before_placements_and_variants(variant):
     state = dict(planned_gpt(seed=1, variant=variant).state_dict())
     plan = json.loads(bytes(state[PLAN].tolist()))
-    for later in ("placement", "variant", "weighting", "tables", "balance_loss"):
+    for later in ("placement", "variant", "query_norm", "weighting", "tables", "balance_loss"):
         del plan["config"][later]
     state[PLAN] = encoded(plan)
     for options in ({"variant": variant}, {"gate": variant == "memory+"}):
@@ -330,7 +357,7 @@ def test_a_plan_from_before_placements_and_variants(variant):
         model.load_state_dict(state)
         assert torch.equal(model.memory_values, state["memory_values"])
     config = memcompile.config_from(state)
-    assert (config.placement, config.variant, config.gate) == ("replace", variant, variant == "memory+")
+    assert (config.placement, config.form) == ("replace", MemoryConfig(variant=variant).form)
 
 
 def test_parameters_of_a_captured_graph_load_without_a_plan():

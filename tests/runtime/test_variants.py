@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import memcompile
 from memcompile import OptionError
@@ -29,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "memory": {"variant": "memory"},
     "pkm": {"variant": "pkm"},
     "peer": {"variant": "peer"},
+    "peer without BatchNorm": {"variant": "peer", "query_norm": "none"},
     "peer with all options": PAIRS,
     "pkm with a gate": {"variant": "pkm", "gate": True},
     "sigmoid": {"weighting": "sigmoid"},
@@ -189,18 +192,23 @@ def test_explained():
 memory: 128 slots (8 half-keys a side) x 32 in 2 layer(s), 2 heads x top 4, key_dim 8; values float32
 variant pkm: BatchNorm of the query, no gate, unit norm of query and keys, sigmoid weights, a table for each layer, balance loss 0.1""",  # noqa: E501
     )
-    assert "\nvariant peer: pairs [u | v], no gate\n" in memcompile.explain(planned_gpt(variant="peer")).memory
-    plain = memcompile.explain(planned_gpt(variant="memory")).memory
-    assert "\nvariant memory: no gate\n" in plain
-    assert "variant" not in memcompile.explain(planned_gpt(qk_norm=True)).memory
+    for form, options in {
+        "memory: no gate": {"variant": "memory"},
+        "memory+: a gate, unit norm of query and keys": {"qk_norm": True},
+        "pkm: BatchNorm of the query, a gate": {"query_norm": "batch"},
+        "peer: BatchNorm of the query, pairs [u | v], no gate": {"variant": "peer"},
+        "peer: pairs [u | v], no gate": {"variant": "peer", "query_norm": "none"},
+    }.items():
+        assert f"\nvariant {form}\n" in memcompile.explain(planned_gpt(**options)).memory
+    assert "variant" not in memcompile.explain(planned_gpt()).memory
 
 
-@pytest.mark.parametrize("variant", ["memory", "peer"])
+@pytest.mark.parametrize("variant", [{"variant": "memory"}, {"variant": "peer", "query_norm": "none"}], ids=str)
 def test_a_rewritten_graph_is_the_planned_model(variant):
     model, tokens = tiny_gpt(layers=3), batch()[0]
     graph = torch.export.export(model, (tokens,)).module()
     sites = memcompile.find_ffns(graph)
-    options = {**MEMORY, "tables": "separate", "weighting": "sigmoid", "variant": variant}
+    options = {**MEMORY, "tables": "separate", "weighting": "sigmoid", **variant}
     torch.manual_seed(1)
     rewritten = rewrite(graph, sites, memory=memcompile.MemoryConfig(**options))
     torch.manual_seed(1)
@@ -209,8 +217,45 @@ def test_a_rewritten_graph_is_the_planned_model(variant):
     assert_same(dict(rewritten.named_parameters()), dict(model.named_parameters()))
 
 
-@pytest.mark.parametrize("options", [{"variant": "pkm"}, {"balance_loss": 0.1}], ids=str)
-def test_what_a_captured_graph_cannot_have(options):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "pkm"}, "query_norm='batch', which variant='pkm' has here, differs in train and eval mode"),
+        ({"variant": "peer"}, "query_norm='batch', which variant='peer' has here, differs in train and eval mode"),
+        ({"query_norm": "batch"}, "query_norm='batch', which variant='memory\\+' has here, differs in train and eval"),
+        ({"balance_loss": 0.1}, r"for inference give memory=dataclasses.replace\(config, balance_loss=0\); to train"),
+    ],
+)
+def test_what_a_captured_graph_cannot_have(options, message):
     graph = torch.export.export(tiny_gpt(layers=1), (batch()[0],)).module()
-    with pytest.raises(OptionError, match="differs in train and eval mode, and a captured graph has one mode"):
+    with pytest.raises(OptionError, match=message):
         rewrite(graph, memcompile.find_ffns(graph), memory=memcompile.MemoryConfig(**MEMORY, **options))
+
+
+def test_a_checkpoint_with_a_balance_loss_serves_in_float16():
+    """Where the loss itself is not served: its training is refused, at the first forward of it."""
+    state, tokens = planned_gpt(balance_loss=0.1).state_dict(), batch()[0]
+    model = tiny_gpt(layers=2).half().eval()
+    memcompile.plan(model, memory=memcompile.config_from(state))
+    model.load_state_dict(state)
+    twin = planned_gpt().half().eval()
+    twin.load_state_dict(state)
+    assert torch.equal(model(tokens), twin(tokens))
+    with pytest.raises(NotImplementedError, match="balance_loss"):
+        model.train()(tokens)
+
+
+@pytest.mark.parametrize("balance_loss", [0.0, 0.1])
+def test_checkpointed_blocks_in_a_graph_of_symbolic_sizes(balance_loss, monkeypatch):
+    """Dynamo makes floats inputs of such a graph, and blocks that are checkpointed cannot have them."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    stop_before_inductor(monkeypatch, aot_eager)
+    model, (tokens, _) = planned_gpt(layers=2, memory_layers=2, balance_loss=balance_loss), batch()
+    eager = copy.deepcopy(model)
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    compiled = torch.compile(model, backend="memcompile", fullgraph=True, dynamic=True)
+    for run in (eager, compiled):
+        run(tokens).sum().backward()
+    torch.testing.assert_close(gradients(model), gradients(eager))

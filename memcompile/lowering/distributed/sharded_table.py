@@ -143,9 +143,22 @@ def agreed_capacity(slots: Tensor, shards: Shards, capacity: int | None) -> int 
     return capacity
 
 
-def most_tokens(tokens: int, group: str, device: torch.device) -> int:
-    """The most tokens that a rank of the group has now. A collective, and it waits for the device."""
-    return int(collectives.all_reduce(torch.tensor([tokens], device=device), group, "max"))
+def most_tokens(tokens: int, group: str, device: torch.device, too_few: bool = False) -> int:
+    """The most tokens that a rank of the group has now. A collective, and it waits for the device.
+
+    Args:
+        too_few: whether a layer of this rank takes the statistics of one token, in training.
+
+    Raises:
+        ValueError: on every rank, where a rank has too few; else the others would wait for it in their lookups.
+    """
+    most, any_too_few = collectives.all_reduce(torch.tensor([tokens, too_few], device=device), group, "max").tolist()
+    if any_too_few:
+        raise ValueError(
+            "x: BatchNorm of the query needs more than one token in training, as nn.BatchNorm1d does: a rank of the "
+            "memory group has 1. Give each rank larger batches, or none, or put the layer in eval mode"
+        )
+    return int(most)
 
 
 def _forward(

@@ -19,7 +19,7 @@ SCHEMAS = {
         'str group="", int[] parts=[], int part=0, int shard_dim=1, bool same_tokens=False, '
         'SymInt? capacity=None, Tensor[]? row_state=None, str weighting="softmax", int first_slot=0, '
         "float balance_loss=0.0, Tensor? query_scale=None, Tensor? query_shift=None, Tensor? query_mean=None, "
-        "Tensor? query_var=None, bool pairs=False) -> Tensor"
+        "Tensor? query_var=None, bool pairs=False, int num_tables=1, Tensor? slot_offset=None) -> Tensor"
     ),
     "prefetch_rows": "(Tensor values, Tensor slots) -> Tensor",
     "update_statistics": (

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memcompile.config import MAX_SLOTS
 from memcompile.lowering.register.operators import register_differentiable
 from memcompile.lowering.register.schema import expect, operator
 from memcompile.lowering.register.vmap import batch_first, unfold_tokens
-
-MAX_SLOTS = 2**31  # slots are int32
 
 
 def _check(scores: Tensor, top_k: int) -> None:

@@ -14,7 +14,8 @@ from memcompile.passes._torch import FakeTensor, pytree
 from memcompile.passes.fx import calls_a_body
 
 OP_NAME = "memcompile.memory_lookup"
-_OVERLOADS = {OP_NAME, f"{OP_NAME}.default", f"{OP_NAME}.updating"}
+_UPDATING = f"{OP_NAME}.updating"
+_OVERLOADS = {OP_NAME, f"{OP_NAME}.default", _UPDATING}
 POSITIONS = {name: position for position, name in enumerate(DEFAULTS)}
 
 
@@ -89,6 +90,11 @@ def names_by_identity(layers: Mapping[str, Sequence[torch.Tensor]], inputs: Sequ
 def is_lookup(node: fx.Node) -> bool:
     """Whether the node is one call of the op."""
     return node.op == "call_function" and str(node.target) in _OVERLOADS
+
+
+def is_updating(node: fx.Node) -> bool:
+    """Whether a lookup takes the statistics of its tokens, in training."""
+    return str(node.target) == _UPDATING
 
 
 def operators_in(

@@ -24,9 +24,8 @@ from memcompile.passes.detect.detect import find_in_scopes
 from memcompile.passes.fx import calls_a_body, operator_name
 from memcompile.passes.rewrite.splice import Splice
 
-_POSITIONAL = tuple(
-    itertools.takewhile(lambda name: name != "heads", DEFAULTS)
-)  # the operator's tensors before its sizes
+# The operator's tensors before its sizes.
+_POSITIONAL = tuple(itertools.takewhile(lambda name: name != "heads", DEFAULTS))
 
 
 def rewrite(
@@ -88,12 +87,16 @@ def _check(graph_module: object, sites: Sequence[FfnSite], config: MemoryConfig)
     if planned:
         name = f"{planned[0]}.{VALUES_NAME}".lstrip(".")
         raise PlanError(f"the graph has an attribute {name!r} already: its model was planned before the capture")
-    for name, value in (("variant", "pkm"), ("balance_loss", config.balance_loss or None)):
-        if getattr(config, name) == value:
-            raise OptionError(
-                f"{name}={value!r} differs in train and eval mode, and a captured graph has one mode: plan the live "
-                f"model so, and export it"
-            )
+    if config.has_batch_norm:
+        raise OptionError(
+            f"query_norm='batch', which variant={config.variant!r} has here, differs in train and eval mode, and a "
+            f"captured graph has one mode: plan the live model so, and export it"
+        )
+    if config.balance_loss:
+        raise OptionError(
+            f"balance_loss={config.balance_loss:g} is of train mode, and a captured graph has one mode: for inference "
+            f"give memory=dataclasses.replace(config, balance_loss=0); to train, plan the live model so, and export it"
+        )
     if config.frozen:
         raise OptionError(
             f"values_storage={config.values_storage!r} is of live models: plan the model so, and export it"

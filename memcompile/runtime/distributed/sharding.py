@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from memcompile.common.sites import VALUES_NAME
 from memcompile.errors import OptionError, PlanError
-from memcompile.lowering.distributed.sharded_table import Shards, chunk_sizes
+from memcompile.lowering._torch import functorch_is_active, is_traced
+from memcompile.lowering.distributed.sharded_table import Shards, chunk_sizes, most_tokens
 from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, pair_at
 from memcompile.runtime import patches
 from memcompile.runtime._torch import local_part, sized_at_run_time
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 DIMS = {"columns": 1, "rows": 0}
 TOKENS = ("uneven", "even", "shared")
+CUT = {"gate_weight": 0, "gate_bias": 0, "out_weight": 1}  # under tensor parallelism: the dim of value_dim
 _ORDER = "The order is: plan, shard, then DDP or fully_shard, then the optimizer"
-_CUT = {"gate_weight": 0, "gate_bias": 0, "out_weight": 1}  # under tensor parallelism: the dim of value_dim
 # Its size is what graphs have for the most tokens of a rank, until that is agreed upon. Not an attribute of what a
 # module holds: Dynamo takes the sizes of those for constants.
 _ROOM = sized_at_run_time(torch.empty(1, device="cpu").expand(1_000_003))
@@ -81,15 +82,26 @@ class ShardedValues:
             self.own.data = local.detach()
         return self.own.requires_grad_(values.requires_grad)  # type: ignore[return-value]
 
-    def capacity(self, x: Tensor) -> int | None:
-        """The `capacity` of a lookup of the tokens x [..., width]."""
+    def capacity(self, x: Tensor, in_statistics: bool) -> int | None:
+        """The `capacity` of a lookup of the tokens x [..., width].
+
+        Args:
+            in_statistics: whether the layer takes their statistics, in training. The ranks agree here then: one token
+                is an error that all of them raise, before any takes part in the lookup.
+        """
+        tokens = x.shape[:-1].numel()
         if self.tokens == "even":
-            return x.shape[:-1].numel()
-        is_agreed = self.tokens == "uneven" and torch.compiler.is_compiling()  # before the graph runs
-        return _ROOM.shape[0] if is_agreed else None
+            return tokens
+        if self.tokens == "shared":
+            return None
+        if torch.compiler.is_compiling():
+            return _ROOM.shape[0]  # agreed upon before the graph runs
+        if not in_statistics or functorch_is_active() or is_traced(x):
+            return None
+        return most_tokens(tokens, self.shards.group, x.device, tokens == 1)
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: str = "uneven") -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, *, by: str | None = None, tokens: str = "uneven") -> None:
     """Shards the values of a planned model over a mesh, in place: `model.memory_values` becomes a DTensor.
 
     A collective: every rank of the mesh calls it.
@@ -104,6 +116,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: st
         mesh: of one dimension, the ranks that share one table (``mesh["memory"]``); or of two, replicas of such groups
             before it, as for ``fully_shard``: ``mesh["replicate", "memory"]``.
         by: "columns" (balanced whatever slots are hot), or "rows" for tables with fewer than 32 bytes a rank and row.
+            None is "columns", and "rows" for the variant "peer", whose pairs are read whole.
         tokens: "uneven": ranks may have any number of tokens, and tell each other how many in each forward (a host
             synchronisation on a GPU). "even": they promise to have equally many. "shared": tensor parallelism, all
             ranks of the group have the same tokens; gate and output projection are cut too, and no slots travel.
@@ -139,8 +152,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, by: str = "columns", tokens: st
     cut_layers(pool)
 
 
-def cut(pool: MemoryPool, mesh: DeviceMesh, by: str, tokens: str) -> ShardedValues:
-    """How the values of a pool lie on a mesh.
+def cut(pool: MemoryPool, mesh: DeviceMesh, by: str | None, tokens: str) -> ShardedValues:
+    """How the values of a pool lie on a mesh. `by` and `tokens` are those of `shard`.
 
     Raises:
         OptionError: a mesh of other dimensions, an unknown option, or values that sharding does not serve.
@@ -155,14 +168,19 @@ def cut(pool: MemoryPool, mesh: DeviceMesh, by: str, tokens: str) -> ShardedValu
         raise OptionError("mesh: its two dimensions need names, mesh_dim_names=('replicate', 'memory')")
     if mesh.get_coordinate() is None:
         raise OptionError(f"mesh: this rank is not in {mesh}: each rank shards over the mesh that it is in")
+    if by is None:
+        by = "rows" if config.variant == "peer" else "columns"
     if by not in DIMS:
         raise OptionError(f"by must be 'columns' or 'rows', got {by!r}")
     if tokens not in TOKENS:
         raise OptionError(f"tokens must be 'uneven', 'even' or 'shared', got {tokens!r}")
+    if config.variant == "peer" and (by == "columns" or tokens == "shared"):
+        raise OptionError(
+            "variant='peer' has rows of two vectors, which columns and tensor parallelism would cut: shard by rows "
+            "(by='rows' of shard, shard_by='rows' of plan, or neither), with tokens='even' or 'uneven'"
+        )
     if tokens == "shared" and by == "rows":
         raise OptionError("tokens='shared' is tensor parallelism, which needs by='columns'")
-    if config.variant == "peer" and by == "columns":
-        raise OptionError("variant='peer' has rows of two vectors, which columns would cut: shard by rows (by='rows')")
     if config.values_storage != "device":
         raise OptionError(
             f"values_storage={config.values_storage!r} keeps all values in one place, and for inference: shard values "
@@ -247,7 +265,7 @@ def cut_layers(pool: MemoryPool) -> None:
         return
     to_cut = _to_cut(pool)
     for (layer, name), parameter in to_cut.items():
-        part = distribute_tensor(parameter.detach(), sharded.memory_mesh, [Shard(_CUT[name])])
+        part = distribute_tensor(parameter.detach(), sharded.memory_mesh, [Shard(CUT[name])])
         layer._parameters[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
     for layer in pool.layers.values():
         for tensor in (*layer.parameters(), *layer.buffers()):
@@ -267,13 +285,13 @@ def redraw_layer(layer: MemoryLayer, pool: MemoryPool) -> None:
         whole = drawn.detach()
         _broadcast(whole, sharded)
         cut = isinstance(parameter, DTensor)
-        part = whole.narrow(_CUT[name], sharded.shards.offset, sharded.shards.own) if cut else whole
+        part = whole.narrow(CUT[name], sharded.shards.offset, sharded.shards.own) if cut else whole
         local_part(parameter).detach().copy_(part)
 
 
 def _to_cut(pool: MemoryPool) -> dict[tuple[MemoryLayer, str], nn.Parameter]:
     layers = pool.layers.values()
-    found = {(layer, name): layer._parameters[name] for layer in layers for name in _CUT}
+    found = {(layer, name): layer._parameters[name] for layer in layers for name in CUT}
     return {place: parameter for place, parameter in found.items() if parameter is not None}
 
 

@@ -28,7 +28,7 @@ def needed_by(pool: MemoryPool) -> dict[str, bool]:
         "emptied": True,
         "pipelining": dist.is_initialized(),
         "sparse_clipping": pool.config.gradient != "dense",
-        "clipping": is_sharded,
+        "clipping": is_sharded or pool.config.balance_loss > 0,
         "fully_shard": is_sharded,
         "backward": is_sharded,
     }

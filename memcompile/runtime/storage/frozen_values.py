@@ -5,9 +5,8 @@ memory, or in a file and are read as they are needed; the system keeps pages tha
 from __future__ import annotations
 
 import functools
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from memcompile.common.sites import VALUES_NAME
 from memcompile.config import MemoryConfig
 from memcompile.errors import PlanError
-from memcompile.lowering.parameters import new_values, values_shape
+from memcompile.lowering.parameters import new_values, pair_at, values_shape
 from memcompile.runtime.storage.values_file import read_values
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # what DistributedDataParallel reads
@@ -30,12 +29,20 @@ def create_values(config: MemoryConfig, width: int, dtype: torch.dtype, device: 
     """
     if config.values_storage == "mmap":
         assert config.values_path is not None
-        return open_values(config.values_path, values_shape(config, width), dtype)
+        return open_values(config.values_path, values_shape(config, width), dtype, form=form_of(config, width))
     if config.values_storage == "host":
         values = new_values(config, width, dtype, torch.device("cpu"))
         values.requires_grad_(False)
         return values
     return new_values(config, width, dtype, device)
+
+
+def form_of(config: MemoryConfig, width: int) -> dict[str, str]:
+    """What rows of a table are for these (resolved) options, besides their shape: how many tables there are, and the
+    numbers of u in a row.
+    """
+    assert config.n_keys is not None
+    return {"tables": str(config.slots // config.n_keys**2), "pair_at": str(pair_at(config, width))}
 
 
 def keep_in_place(root: nn.Module) -> None:
@@ -108,21 +115,27 @@ def open_values(
     shape: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     checksum: str | None = None,
+    form: Mapping[str, str] | None = None,
 ) -> MappedValues:
     """Maps the values of a file; no row is read.
 
     Args:
         shape, dtype, checksum: what the file must hold; None is anything.
+        form: what its rows must be (`form_of`), as far as the file says it; those of earlier versions do not.
 
     Raises:
         PlanError: there is no such file, it is not whole, or it holds another table.
     """
     path = os.path.abspath(path)
-    values, found = read_values(path, any_order=True)
-    if shape is not None and values.shape != tuple(shape):
+    values, metadata = read_values(path, any_order=True)
+    found = metadata["sha256"]
+    form = form or {}
+    same = all(metadata.get(name, wanted) == wanted for name, wanted in form.items())
+    if shape is not None and (values.shape != tuple(shape) or not same):
         raise PlanError(
-            f"the file of values {path!r} has {_table(values.shape)}, and the model's memory {_table(shape)}: plan "
-            f"with the n_keys and value_dim that it was stored with, or give the path of the model's own"
+            f"the file of values {path!r} has {_described(values.shape, metadata)}, and the model's memory "
+            f"{_described(shape, form)}: plan with the n_keys, value_dim, variant and tables that it was stored with, "
+            f"or give the path of the model's own"
         )
     if dtype is not None and values.dtype is not dtype:
         raise PlanError(
@@ -154,9 +167,10 @@ def keep_mapped(values: MappedValues, state_dict: dict[str, Any], name: str) -> 
     state_dict[name] = values  # copied onto itself: nothing is read or written
 
 
-def _table(shape: tuple[int, ...]) -> str:
-    n_keys = f"n_keys={math.isqrt(shape[0])}, " if math.isqrt(shape[0]) ** 2 == shape[0] else ""
-    return f"{shape[0]:,} slots of {shape[1]} ({n_keys}value_dim={shape[1]})"
+def _described(shape: tuple[int, ...], form: Mapping[str, str]) -> str:
+    of_u = form.get("pair_at", "0")
+    words = f"{shape[0]:,} rows of {shape[1]} numbers" + (f" ({of_u} of u, the rest of v)" if of_u != "0" else "")
+    return words + (f" in {form['tables']} table(s)" if "tables" in form else "")
 
 
 def _refuse_to_learn(path: str) -> None:

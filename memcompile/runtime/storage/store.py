@@ -15,7 +15,7 @@ from memcompile.errors import PlanError
 from memcompile.runtime.adoption import leave_optimizers
 from memcompile.runtime.interrupts import uninterrupted
 from memcompile.runtime.pool import pool_of
-from memcompile.runtime.storage.frozen_values import keep_in_place, open_values
+from memcompile.runtime.storage.frozen_values import form_of, keep_in_place, open_values
 from memcompile.runtime.storage.values_file import write
 from memcompile.runtime.wrappers import is_sharded, unwrap
 
@@ -52,7 +52,7 @@ def store_values(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
         )
     path = os.fspath(path)
     pool.table.flush()
-    write(path, pool.values.detach(), progress)
+    write(path, pool.values.detach(), progress, form_of(pool.config, pool.width))
     values = open_values(path)
     frozen: dict[str, Any] = {**LEARNING_DEFAULTS, "values_storage": "mmap", "values_path": path}
     with uninterrupted():

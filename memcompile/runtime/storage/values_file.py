@@ -1,6 +1,6 @@
 """The file that a table of values lies in: a safetensors file of one tensor, whose rows begin on a page.
 
-`__metadata__` has the SHA-256 of the rows, and spaces fill the header up to the page.
+`__metadata__` has the SHA-256 of the rows, and what these are; spaces fill the header up to the page.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -35,15 +35,15 @@ _MARK = "memcompile"  # in the metadata: the version of what it holds
 _WRITES_ONE = "memcompile.store_values(model, path) writes one"
 
 
-def header_of(values: Tensor, checksum: str) -> bytes:
+def header_of(values: Tensor, checksum: str, form: Mapping[str, str] | None = None) -> bytes:
     """All of a file before its rows."""
     entry = Entry(VALUES_NAME, tuple(values.shape), values.dtype)
-    return encoded_header([entry], {_MARK: "1", "sha256": checksum}, _PAGE)
+    return encoded_header([entry], {_MARK: "1", "sha256": checksum, **(form or {})}, _PAGE)
 
 
-def read_values(path: str, any_order: bool = False) -> tuple[Tensor, str]:
-    """The values [slots, value_dim] of a file, which lie in it (see `mapped_file`), and the SHA-256 that it has of
-    them; no row is read.
+def read_values(path: str, any_order: bool = False) -> tuple[Tensor, dict[str, str]]:
+    """The values [slots, numbers of a row] of a file, which lie in it (see `mapped_file`), and what its header says of
+    them: "sha256" of the rows, and the ``form`` that `write` was given. No row is read.
 
     Raises:
         PlanError: there is no such file, `write` has not written it, or it was cut off.
@@ -59,7 +59,7 @@ def read_values(path: str, any_order: bool = False) -> tuple[Tensor, str]:
         raise PlanError(f"{path!r} is no file of values (this memcompile has not written it): {_WRITES_ONE}")
     if values.dim() != 2 or values.dtype not in _DTYPES or checksum is None:
         raise PlanError(f"{path!r} is no file of values (its header is damaged): {_WRITES_ONE}")
-    return values, checksum
+    return values, metadata
 
 
 def sha256_of(values: Tensor, read: Callable[[int, int], Tensor], doing: str, bar: Progress) -> str:
@@ -77,12 +77,13 @@ def sha256_of(values: Tensor, read: Callable[[int, int], Tensor], doing: str, ba
     return digest.hexdigest()
 
 
-def write(path: str, values: Tensor, progress: bool | None = None) -> None:
-    """Writes ``values [slots, value_dim]``, of any device, a chunk at a time. The file appears when it is whole; one
-    of the same name is replaced then, and stays as it is for processes that have it mapped.
+def write(path: str, values: Tensor, progress: bool | None = None, form: Mapping[str, str] | None = None) -> None:
+    """Writes ``values [slots, numbers of a row]``, of any device, a chunk at a time. The file appears when it is whole;
+    one of the same name is replaced then, and stays as it is for processes that have it mapped.
 
     Args:
         progress: whether a bar is shown; None shows one from a GiB on.
+        form: what the rows are, besides their shape.
 
     Raises:
         OSError: there is no such directory, it cannot be written, or is full.
@@ -104,7 +105,7 @@ def write(path: str, values: Tensor, progress: bool | None = None) -> None:
 
             checksum = sha256_of(values, copied, f"writing {name}", Progress(progress))
             file.seek(0)
-            file.write(header_of(values, checksum))
+            file.write(header_of(values, checksum, form))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -123,7 +124,8 @@ def verify_values(path: str | os.PathLike, *, progress: bool | None = None) -> N
         PlanError: it is no file of values, it was cut off, or a row is not what was written.
     """
     path = os.fspath(path)
-    values, expected = read_values(path)
+    values, metadata = read_values(path)
+    expected = metadata["sha256"]
     with open(path, "rb") as file:
         file.seek(-values.nbytes, os.SEEK_END)
 

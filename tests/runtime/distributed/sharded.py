@@ -97,7 +97,7 @@ def train(
     }
 
 
-def sharded_gpt(mesh: DeviceMesh, by: str = "columns", tokens: str = "uneven", **options: Any) -> nn.Module:
+def sharded_gpt(mesh: DeviceMesh, by: str | None = None, tokens: str = "uneven", **options: Any) -> nn.Module:
     """`planned_gpt`, sharded."""
     model = planned_gpt(**options).double()
     memcompile.shard(model, mesh, by=by, tokens=tokens)

@@ -1,4 +1,4 @@
-"""`memcompile.shard`: training on ranks that share one table is training on one process, and wrong orders are told."""
+"""`memcompile.shard`: what it makes of a model and its table, and what it says of wrong orders and options."""
 
 from __future__ import annotations
 
@@ -8,68 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import memcompile
 from memcompile import MemcompileError
-from memcompile.runtime._torch import local_part
 from memcompile.runtime.distributed.sharding import cut
 from tests.models import tiny_gpt
-from tests.planned import MEMORY, plain_attention, planned_gpt
+from tests.planned import MEMORY, planned_gpt
 from tests.runtime.distributed.processes import run_on_ranks
-from tests.runtime.distributed.sharded import largest_difference, memory_mesh, sharded_gpt, train, whole
+from tests.runtime.distributed.sharded import memory_mesh, sharded_gpt, train, whole
 
-PLAN = {"layers": 4, "memory_layers": 3}
 ONE_LAYER = {"layers": 2, "memory_layers": 1}
-TABLES = {"layers": 2, "memory_layers": 2, "variant": "memory", "weighting": "sigmoid", "tables": "separate"}
-FP32 = (("SGD", torch.optim.SGD, 3), ("AdamW", torch.optim.AdamW, 3), ("first step of AdamW", torch.optim.AdamW, 1))
-
-# name -> ranks, how the values lie, sequences of each rank, plan, whether compiled
-TRAININGS: dict[str, tuple[int, dict[str, Any], tuple[int, ...], dict[str, Any], bool]] = {
-    "columns, sparse": (2, {"by": "columns"}, (2, 2), {**PLAN, "values_grad": "sparse"}, False),
-    "columns, dense": (2, {"by": "columns"}, (3, 1), {**PLAN, "values_grad": "dense"}, False),
-    "rows, sparse": (2, {"by": "rows"}, (1, 3), {**PLAN, "values_grad": "sparse"}, False),
-    "rows, dense": (2, {"by": "rows"}, (2, 2), {**ONE_LAYER, "values_grad": "dense"}, False),
-    "even": (2, {"tokens": "even"}, (2, 2), {**PLAN, "values_grad": "sparse"}, False),
-    "no tokens on a rank": (2, {}, (0, 3), {**PLAN, "values_grad": "sparse"}, False),
-    "plain, sigmoid, a table each": (2, {}, (2, 1), {**TABLES, "values_grad": "sparse"}, False),
-    "pkm in eval mode": (2, {"by": "rows"}, (1, 2), {**ONE_LAYER, "variant": "pkm", "values_grad": "sparse"}, False),
-    "compiled columns": (2, {"by": "columns"}, (3, 1), {**PLAN, "values_grad": "sparse"}, True),
-    "compiled rows": (2, {"by": "rows"}, (1, 2), {**ONE_LAYER, "values_grad": "dense"}, True),
-    "compiled, even": (2, {"tokens": "even"}, (2, 2), {**ONE_LAYER, "values_grad": "sparse"}, True),
-    "one rank": (1, {}, (3,), {**PLAN, "values_grad": "sparse"}, False),
-    "four ranks, uneven columns": (4, {}, (1, 0, 3, 2), {**PLAN, "values_grad": "sparse", "value_dim": 10}, False),
-    "four ranks, empty columns": (4, {}, (1, 2, 3, 2), {**PLAN, "values_grad": "dense", "value_dim": 2}, False),
-    "four ranks, rows": (4, {"by": "rows"}, (1, 0, 3, 2), {**PLAN, "values_grad": "sparse"}, False),
-    "four ranks, compiled": (4, {}, (1, 0, 3, 2), {**ONE_LAYER, "values_grad": "sparse", "value_dim": 10}, True),
-}
-
-
-def run_training(rank: int, name: str) -> dict[str, Any]:
-    ranks, how, sizes, plan, compiled = TRAININGS[name]
-    model = sharded_gpt(memory_mesh(ranks), **how, **plan).train("eval mode" not in name)
-    torch._dynamo.reset()
-    run = torch.compile(model, backend="memcompile", fullgraph=True, dynamic=True) if compiled else model
-    with plain_attention():
-        found = train(model, run, sizes, rank)
-    table = model.memory_values
-    assert isinstance(table, DTensor) and local_part(table.grad).is_sparse == (plan["values_grad"] == "sparse")
-    return found
-
-
-def expected_training(name: str) -> dict[str, Any]:
-    _, _, sizes, plan, _ = TRAININGS[name]
-    model = planned_gpt(**plan).double().train("eval mode" not in name)
-    return train(model, model, sizes)
-
-
-def parallel_pkm(rank: int | None) -> dict[str, Any]:
-    """Tensor parallelism, or one process: all ranks have all tokens, so statistics and balance loss are the same."""
-    plan = {**ONE_LAYER, "variant": "pkm", "balance_loss": 0.1, "gate": True}
-    model = planned_gpt(**plan).double() if rank is None else sharded_gpt(memory_mesh(2), tokens="shared", **plan)
-    return train(model, model, (3,), foreach=False)
 
 
 def raised(call: Any, *args: Any, **kwargs: Any) -> str:
@@ -78,18 +30,6 @@ def raised(call: Any, *args: Any, **kwargs: Any) -> str:
     except MemcompileError as error:
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-def in_fp32(rank: int) -> dict[str, Any]:
-    """SGD, and compiled AdamW, by their names; and AdamW's first step."""
-    found = {}
-    for name, optimizer, steps in FP32:
-        model = sharded_gpt(memory_mesh(2), tokens="even", **PLAN).float()
-        torch._dynamo.reset()
-        compiled = optimizer is torch.optim.AdamW
-        run = torch.compile(model, backend="memcompile", fullgraph=True) if compiled else model
-        found[name] = train(model, run, (2, 2), rank, steps, optimizer)["parameters"]
-    return found
 
 
 def wrong_orders(rank: int) -> dict[str, str]:
@@ -116,9 +56,9 @@ def wrong_orders(rank: int) -> dict[str, str]:
     told["tokens"] = raised(memcompile.shard, planned_gpt(), mesh, tokens="odd")
     told["mesh"] = raised(memcompile.shard, planned_gpt(), "cuda")
     told["parallel rows"] = raised(memcompile.shard, planned_gpt(), mesh, by="rows", tokens="shared")
-    told["pairs"] = raised(
-        cut, SimpleNamespace(config=memcompile.MemoryConfig(variant="peer")), mesh, "columns", "even"
-    )
+    pairs = SimpleNamespace(config=memcompile.MemoryConfig(variant="peer"))
+    told["pairs"] = raised(cut, pairs, mesh, "columns", "even")
+    told["parallel pairs"] = raised(cut, pairs, mesh, None, "shared")
     told["no mesh"] = raised(memcompile.plan, tiny_gpt(), shard_by="rows")
     told["planned, unsharded"] = raised(memcompile.plan, planned_gpt(), memory_mesh=mesh)
     told["row optimizer"] = raised(memcompile.optim.RowAdamW, [sharded.memory_values])
@@ -160,7 +100,7 @@ def hooks(rank: int) -> list[str]:
     return sorted(set(dict(model.named_parameters())) - set(seen))
 
 
-def drawn(rank: int, ranks: int, by: str, seed_of_rank: bool = False) -> dict[str, Any]:
+def drawn(rank: int, mesh: DeviceMesh, by: str, seed_of_rank: bool = False) -> dict[str, Any]:
     """Values that were never whole, and what `shard` makes of those of a model that has them all."""
     torch.manual_seed(rank if seed_of_rank else 0)
     model, sizes = tiny_gpt(), []
@@ -173,7 +113,7 @@ def drawn(rank: int, ranks: int, by: str, seed_of_rank: bool = False) -> dict[st
 
     torch.empty = watched
     try:
-        memcompile.plan(model, **MEMORY | {"n_keys": 128}, memory_mesh=memory_mesh(ranks), shard_by=by)
+        memcompile.plan(model, **MEMORY | {"n_keys": 128}, memory_mesh=mesh, shard_by=by)
     finally:
         torch.empty = original
     return {
@@ -216,88 +156,39 @@ def copies(rank: int) -> dict[str, Any]:
 
 
 def on_two(rank: int) -> dict[str, Any]:
-    found: dict[str, Any] = {name: run_training(rank, name) for name, (ranks, *_) in TRAININGS.items() if ranks == 2}
-    found["fp32"] = in_fp32(rank)
-    found["wrong orders"] = wrong_orders(rank)
-    found["other plans"] = other_plans(rank)
-    found["copies"] = copies(rank)
-    found["hooks"] = hooks(rank)
-    found["parallel pkm"] = parallel_pkm(rank)
-    found["without common seeds"] = without_common_seeds(rank)
-    found["drawn"] = {by: drawn(rank, 2, by) for by in ("columns", "rows")}
-    found["drawn apart"] = drawn(rank, 2, "columns", seed_of_rank=True)
-    return found
+    mesh, alone = memory_mesh(2), memory_mesh(2, replicas=2)
+    return {
+        "wrong orders": wrong_orders(rank),
+        "other plans": other_plans(rank),
+        "copies": copies(rank),
+        "hooks": hooks(rank),
+        "without common seeds": without_common_seeds(rank),
+        "drawn": {by: drawn(rank, mesh, by) for by in ("columns", "rows")},
+        "drawn alone": {by: drawn(rank, alone, by) for by in ("columns", "rows")},
+        "drawn apart": drawn(rank, mesh, "columns", seed_of_rank=True),
+    }
 
 
 def on_four(rank: int) -> dict[str, Any]:
-    found: dict[str, Any] = {name: run_training(rank, name) for name, (ranks, *_) in TRAININGS.items() if ranks == 4}
-    found["drawn"] = {by: drawn(rank, 4, by) for by in ("columns", "rows")}
-    found["other plans"] = other_plans_of_replicas(rank)
-    return found
-
-
-def on_one(rank: int) -> dict[str, Any]:
-    found: dict[str, Any] = {name: run_training(rank, name) for name, (ranks, *_) in TRAININGS.items() if ranks == 1}
-    found["drawn"] = {by: drawn(rank, 1, by) for by in ("columns", "rows")}
-    return found
+    return {
+        "drawn": {by: drawn(rank, memory_mesh(4), by) for by in ("columns", "rows")},
+        "other plans": other_plans_of_replicas(rank),
+    }
 
 
 @pytest.fixture(scope="module")
 def ranks() -> dict[int, list[dict[str, Any]]]:
-    return {1: run_on_ranks(on_one, 1), 2: run_on_ranks(on_two, 2), 4: run_on_ranks(on_four, 4)}
-
-
-@pytest.mark.parametrize("name", TRAININGS)
-def test_training_is_that_of_one_process(ranks, name):
-    """Outputs, all gradients, three steps of AdamW, in fp64: to rounding."""
-    expected = expected_training(name)
-    everyone = [found[name] for found in ranks[TRAININGS[name][0]]]
-    losses = torch.tensor([found["losses"] for found in everyone], dtype=torch.float64).mean(0)
-    torch.testing.assert_close(losses, torch.tensor(expected["losses"], dtype=torch.float64), rtol=1e-12, atol=1e-13)
-    for rank, found in enumerate(everyone):
-        for what, allowed in (("gradients", 1e-13), ("parameters", 1e-9), ("state", 1e-12)):
-            difference, where = largest_difference(found[what], expected[what])
-            assert difference <= allowed, f"rank {rank}: {what} of {where} differ by {difference}"
-
-
-def test_tensor_parallel_batch_norm_and_balance_loss(ranks):
-    expected = parallel_pkm(None)
-    for found in ranks[2]:
-        for what in ("gradients", "parameters"):
-            difference, where = largest_difference(found["parallel pkm"][what], expected[what])
-            assert difference <= 1e-9, f"{what} of {where} differ by {difference}"
-
-
-def test_the_drift_in_fp32_is_of_gradients_that_are_zero(ranks):
-    """Sums over ranks are rounded otherwise. AdamW divides gradients by their own size: where one is zero but for
-    rounding (the bias of attention's keys, half-keys that are hardly hit) it makes steps of rounding errors, in one
-    process as on ranks, as large as the learning rate. SGD does not. The first step shows which those are: in the next
-    ones the gradients of all others are of parameters that have drifted.
-    """
-    drifts = {}
-    for way, optimizer, steps in FP32:
-        model = planned_gpt(**PLAN)
-        expected = train(model, model, (2, 2), steps=steps, optimizer=optimizer)["parameters"]
-        found = ranks[2][0]["fp32"][way]
-        drifts[way] = {name: (found[name] - expected[name]).abs() for name in expected}
-    assert max(float(drift.max()) for drift in drifts["SGD"].values()) < 1e-6
-    exact = planned_gpt(**PLAN).double()
-    gradients = train(exact, exact, (2, 2), steps=1)["gradients"]
-    assert max(float(drift.max()) for drift in drifts["AdamW"].values()) > 1e-4  # or there would be nothing to explain
-    for name, drift in drifts["first step of AdamW"].items():
-        worst = drift[gradients[name].abs() > 1e-5]
-        assert not len(worst) or float(worst.max()) < 1e-6, name
+    return {2: run_on_ranks(on_two, 2), 4: run_on_ranks(on_four, 4)}
 
 
 @pytest.mark.parametrize("by", ["columns", "rows"])
 def test_the_table_is_the_same_for_any_number_of_ranks(ranks, by):
-    one = ranks[1][0]["drawn"][by]["values"]
     torch.manual_seed(0)
     model = tiny_gpt()
     memcompile.plan(model, **MEMORY | {"n_keys": 128})
-    assert torch.equal(model.memory_values, one)
     for found in (*ranks[2], *ranks[4]):
-        assert torch.equal(found["drawn"][by]["values"], one)
+        assert torch.equal(found["drawn"][by]["values"], model.memory_values)
+    assert all(torch.equal(found["drawn alone"][by]["values"], model.memory_values) for found in ranks[2])
 
 
 def test_no_rank_ever_has_the_whole_table(ranks):
@@ -330,7 +221,8 @@ def test_wrong_options_are_told(ranks):
         "tokens": "'uneven', 'even' or 'shared'",
         "mesh": "DeviceMesh",
         "parallel rows": "by='columns'",
-        "pairs": "shard by rows (by='rows')",
+        "pairs": "(by='rows' of shard, shard_by='rows' of plan, or neither)",
+        "parallel pairs": "tokens='even' or 'uneven'",
         "row optimizer": "values_optimizer",
         "no mesh": "memory_mesh",
     }.items():

@@ -188,6 +188,8 @@ SHARDED = {
     "torch.nn.utils.get_total_norm",
     "torch.nn.utils.clip_grads_with_norm_",
     "torch.nn.utils.clip_grad_value_",
+    "torch.amp.grad_scaler.GradScaler.unscale_",
+    "torch.amp.grad_scaler.GradScaler.step",
     "torch.distributed.fsdp._fully_shard._fsdp_init._get_managed_states",
 }
 DISTRIBUTED = {"torch.distributed.pipelining.stage._PipelineStageBase.__init__"}

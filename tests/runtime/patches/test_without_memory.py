@@ -226,6 +226,9 @@ def clipping() -> Any:
     scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=4.0), AdamW(model.parameters())
     scaler.scale(torch.ones(()))
     scaler.unscale_(optimizer)
+    steps = scaler.step(optimizer), told(lambda: scaler.step(optimizer)), told(lambda: scaler.unscale_(optimizer))
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    steps += off.step(optimizer, lambda: 3.0), off.unscale_(optimizer)
     sharded = nn.Parameter(distribute_tensor(X, mesh(), [Shard(0)]))
     sharded.grad = distribute_tensor(2 * X, mesh(), [Shard(0)])
     norm = nn.utils.clip_grad_norm_([sharded], 0.1)
@@ -233,7 +236,8 @@ def clipping() -> Any:
     bad.grad = X / 0
     return (
         norms,
-        [p.grad for p in model.parameters()],
+        steps,
+        [*model.parameters(), *(p.grad for p in model.parameters())],
         norm.full_tensor(),
         sharded.grad.full_tensor(),
         nn.utils.clip_grad_norm_([], 1.0),

@@ -194,8 +194,35 @@ def test_no_file(path):
 @pytest.mark.parametrize("options", [{"n_keys": 8}, {"value_dim": 24}], ids=str)
 def test_a_table_of_another_size(path, options):
     stored(path)
-    with pytest.raises(PlanError, match=r"has 256 slots of 32 \(n_keys=16, value_dim=32\), and the model's memory "):
+    with pytest.raises(PlanError, match=r"has 256 rows of 32 numbers in 1 table\(s\), and the model's memory "):
         mapped_gpt(path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"variant": "peer", "value_dim": 16, "n_keys": 16},
+            r"has 256 rows of 48 numbers \(32 of u, the rest of v\) in 1 table\(s\), and the model's memory 256 rows "
+            r"of 48 numbers in 1 table\(s\): plan with the n_keys, value_dim, variant and tables that",
+        ),
+        (
+            {"tables": "separate", "value_dim": 48, "memory_layers": 4},
+            r"has 256 rows of 48 numbers in 4 table\(s\), and the model's memory 256 rows of 48 numbers in 1 table",
+        ),
+    ],
+    ids=["pairs", "tables"],
+)
+def test_a_table_of_another_form_and_the_same_shape(path, options, message, monkeypatch):
+    plain = {"n_keys": 16, "value_dim": 48, "values_storage": "mmap", "values_path": path}
+    memcompile.store_values(planned_gpt(layers=4, **options), path)
+    with pytest.raises(PlanError, match=message):
+        planned_gpt(layers=4, **plain)
+    own = planned_gpt(layers=4, **options | {"values_storage": "mmap", "values_path": path})
+    assert own.memory_values.shape == (256, 48)
+    monkeypatch.setattr("memcompile.runtime.storage.store.form_of", lambda config, width: {})
+    memcompile.store_values(own, path)  # as earlier versions wrote it, without its form
+    assert planned_gpt(layers=4, **plain).memory_values.shape == (256, 48)
 
 
 def test_a_table_of_another_dtype(path):

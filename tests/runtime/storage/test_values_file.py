@@ -25,11 +25,12 @@ def path(tmp_path):
 def test_round_trip(path, dtype, chunk, monkeypatch):
     monkeypatch.setattr(values_file, "_CHUNK", chunk)
     values = torch.randn(49, 10).to(dtype)
-    write(path, values)
-    found, checksum = read_values(path)
+    write(path, values, form={"tables": "3"})
+    found, metadata = read_values(path)
+    assert metadata["tables"] == "3"
     assert torch.equal(found, values) and found.dtype is dtype
     assert found.data_ptr() % 4096 == 0 and os.path.getsize(path) == 4096 + values.nbytes
-    assert Path(path).read_bytes()[:4096] == header_of(values, checksum)
+    assert Path(path).read_bytes()[:4096] == header_of(values, metadata["sha256"], {"tables": "3"})
     assert torch.equal(load_file(path)["memory_values"], values)
     verify_values(path)
 
