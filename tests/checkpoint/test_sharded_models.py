@@ -27,7 +27,7 @@ KINDS: dict[str | None, tuple[str, ...]] = {
 
 
 def plan(kind: str | None) -> dict[str, Any]:
-    options = {"variant": "peer"} if kind == "of pairs" else {"values_optimizer": kind}
+    options = {"variant": "peer", "query_norm": "none"} if kind == "of pairs" else {"values_optimizer": kind}
     return {"layers": 3, "memory_layers": 2, "values_grad": "sparse", **options}
 
 
