@@ -198,13 +198,22 @@ class MemoryConfig:
         return self.variant in ("pkm", "peer") if self.query_norm is None else self.query_norm == "batch"
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether a row of the table is a pair [u | v]."""
+        return self.variant == "peer"
+
+    def pair_at(self, width: int) -> int:
+        """The column of a row at which v begins, for layers of this width."""
+        return width if self.has_pairs else 0
+
+    @property
     def form(self) -> dict[str, Any]:
         """``variant``, ``gate`` and ``query_norm``, the same for all configs that mean the same layer: the last two are
         not None, and the variants without pairs follow from them.
         """
         without_pairs = "pkm" if self.has_batch_norm else "memory+" if self.has_gate else "memory"
         return {
-            "variant": self.variant if self.variant == "peer" else without_pairs,
+            "variant": self.variant if self.has_pairs else without_pairs,
             "gate": self.has_gate,
             "query_norm": "batch" if self.has_batch_norm else "none",
         }

@@ -20,13 +20,13 @@ def resolve(requested: MemoryConfig, chosen: Sequence[FfnSite], parameters: int)
         OptionError: an option that does not fit to the sizes that follow.
     """
     width = max(site.width for site in chosen)
-    if requested.variant == "peer" and any(site.width != width for site in chosen):
+    if requested.has_pairs and any(site.width != width for site in chosen):
         raise OptionError(
             f"variant='peer' has rows as wide as the blocks, and those chosen have the widths "
             f"{sorted({site.width for site in chosen})}: choose blocks of one width by memory_layers"
         )
     value_dim = requested.value_dim or width
-    row = value_dim + (width if requested.variant == "peer" else 0)
+    row = value_dim + requested.pair_at(width)
     tables = len(chosen) if requested.tables == "separate" else 1
     affordable = math.isqrt(max(1, 4 * parameters // (row * tables)))  # with values of four times the model
     n_keys = requested.n_keys or min(1024, max(64, 2 ** (affordable.bit_length() - 1)))

@@ -114,6 +114,6 @@ def remedies(job: Job, hardware: Hardware) -> list[str]:
 def _changes(job: Job, choices: Sequence[tuple[str, str]]) -> list[tuple[str, dict[str, Any]]]:
     """Those of the choices that the job does not have, each as it is written and as the option of a `Job`."""
     others = [(name, value) for name, value in choices if getattr(job, name) != value]
-    if job.variant == "peer":
+    if job.has_pairs:
         others = [change for change in others if change != ("by", "columns")]
     return [(f"--{name.replace('_', '-')} {value}", {name: value}) for name, value in others]

@@ -47,7 +47,7 @@ class Job:
     skew: float = 1.0  # by rows, hits of the busiest rank over the mean
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "by", self.by or ("rows" if self.variant == "peer" else "columns"))
+        object.__setattr__(self, "by", self.by or ("rows" if self.has_pairs else "columns"))
         for name in ("slots", "value_dim", "gpus", "tokens", "layers", "heads", "top_k", "key_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -71,7 +71,7 @@ class Job:
             raise OptionError(
                 f"tables='separate' has {self.rows:,} slots in {self.layers} layers: lower slots or layers"
             )
-        if self.variant == "peer" and self.by == "columns":
+        if self.has_pairs and self.by == "columns":
             raise OptionError(
                 "variant='peer' has rows of two vectors, which columns would cut: shard by rows (--by rows)"
             )
@@ -89,9 +89,14 @@ class Job:
         return self.slots * (self.layers if self.tables == "separate" else 1)
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether a row is a pair [u | v]."""
+        return self.variant == "peer"
+
+    @property
     def row_dim(self) -> int:
         """Elements of a row."""
-        return self.value_dim * (2 if self.variant == "peer" else 1)
+        return self.value_dim * (2 if self.has_pairs else 1)
 
     @property
     def hits(self) -> int:
@@ -119,7 +124,7 @@ class Job:
 
     def output_columns(self, columns: int) -> int:
         """The columns of a token's sum, of so many of its rows."""
-        return self.value_dim if self.variant == "peer" else columns
+        return self.value_dim if self.has_pairs else columns
 
     def touched_rows(self, ranks: int) -> int:
         """Distinct rows that the tokens of so many ranks hit in a step, in all layers: an expectation.

@@ -33,8 +33,8 @@ def memory_of(job: Job, ranks: int, rank: int = 0) -> Memory:
     slots, columns = job.shard(ranks, rank)
     row, replicas, tokens = columns * job.element_bytes, job.gpus // ranks, ranks * job.tokens
     sums = tokens * job.output_columns(columns) * job.element_bytes
-    tokens_sent = tokens * job.value_dim * job.element_bytes if job.variant == "peer" and ranks > 1 else 0
-    saved = tokens * job.hits * (HIT + (FP32 if job.variant == "peer" else 0)) + tokens_sent  # with the dots u . x
+    tokens_sent = tokens * job.value_dim * job.element_bytes if job.has_pairs and ranks > 1 else 0
+    saved = tokens * job.hits * (HIT + (FP32 if job.has_pairs else 0)) + tokens_sent  # with the dots u . x
     during_layers = job.layers * saved + sums + tokens_sent  # of which one layer's backward has the gradients
     if job.values_grad == "dense":
         gradient, between_replicas = slots * row, 0  # an all-reduce is in place
@@ -78,7 +78,7 @@ def gather_bytes(job: Job, ranks: int, granule: int) -> int:
     _, columns = job.shard(ranks)
     tokens, row = ranks * job.tokens, columns * job.element_bytes
     sums = tokens * job.output_columns(columns) * job.element_bytes
-    read = tokens * job.value_dim * job.element_bytes if job.variant == "peer" else 0
+    read = tokens * job.value_dim * job.element_bytes if job.has_pairs else 0
     rows_read = tokens * job.hits
     if job.by == "rows":
         rows_read = min(rows_read, round(job.tokens * job.hits * job.skew))

@@ -91,7 +91,7 @@ def assumptions(job: Job, hardware: Hardware) -> list[str]:
         f"{_gib(hardware.model_memory)} GiB of {_gib(hardware.gpu_memory)} are the rest of the model (--model-memory)",
         "nothing overlaps; matrix products, launches and reads of moments for rows that are behind are not counted",
     ]
-    if job.variant == "peer":
+    if job.has_pairs:
         lines.append(f"a row is u and v, each of {job.value_dim:,} elements (--variant peer)")
     if job.tables == "separate":
         lines.append(f"each layer has {job.slots:,} of the slots (--tables separate)")

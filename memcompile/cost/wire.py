@@ -36,14 +36,13 @@ def layer_collectives(job: Job, ranks: int, rank: int = 0) -> tuple[Collective, 
     else:
         outputs, forward, backward, lacking = "outputs", "all_to_all", "all_to_all", job.value_dim - own
     width = (ranks - 1) * job.value_dim * column
-    is_peer = job.variant == "peer"
     return (
         Collective("hits", "all_gather", MEMORY, hits * HIT),
-        *([Collective("tokens", "all_gather", MEMORY, width)] if is_peer else []),
+        *([Collective("tokens", "all_gather", MEMORY, width)] if job.has_pairs else []),
         Collective(outputs, forward, MEMORY, lacking * column),
         Collective("output gradients", backward, MEMORY, (ranks - 1) * own * column),
         Collective("weight gradients", "reduce_scatter", MEMORY, hits * FP32),
-        *([Collective("token gradients", "reduce_scatter", MEMORY, width)] if is_peer else []),
+        *([Collective("token gradients", "reduce_scatter", MEMORY, width)] if job.has_pairs else []),
     )
 
 

@@ -37,7 +37,7 @@ def lookup_options(config: MemoryConfig, layer: int) -> dict[str, Any]:
         "weighting": config.weighting,
         "first_slot": layer * config.n_keys**2 if config.tables == "separate" else 0,
         "num_tables": config.slots // config.n_keys**2,
-        "pairs": config.variant == "peer",
+        "pairs": config.has_pairs,
     }
 
 
@@ -46,7 +46,7 @@ def values_shape(config: MemoryConfig, width: int) -> tuple[int, int]:
     [u | v] with u [width] in the variant "peer".
     """
     assert config.value_dim is not None
-    return config.slots, config.value_dim + (width if config.variant == "peer" else 0)
+    return config.slots, config.value_dim + config.pair_at(width)
 
 
 def draw_layer(parameters: Mapping[str, Tensor | None], config: MemoryConfig) -> None:
@@ -97,10 +97,10 @@ def draw_values(
     """
     _, value_dim = shape or values.shape
     of_u, of_v = max(1, pair_at) ** -0.5, (value_dim - pair_at) ** -0.5
-    deviations = torch.tensor([of_u] * pair_at + [of_v] * (value_dim - pair_at + _BLOCK[1]), device="cpu")
     seed = draw_seed() if seed is None else seed
     if values.is_meta:
         return
+    deviations = torch.tensor([of_u] * pair_at + [of_v] * (value_dim - pair_at + _BLOCK[1]), device=values.device)
     (first_row, first_column), (rows, columns) = start, values.shape
     blocks_a_row = -(-value_dim // _BLOCK[1])
     generator = torch.Generator(values.device)
@@ -108,7 +108,7 @@ def draw_values(
         for column in range(first_column - first_column % _BLOCK[1], first_column + columns, _BLOCK[1]):
             generator.manual_seed(seed + row // _BLOCK[0] * blocks_a_row + column // _BLOCK[1])
             block = torch.randn(_BLOCK, generator=generator, device=values.device)
-            block *= deviations[column : column + _BLOCK[1]].to(block)
+            block *= deviations[column : column + _BLOCK[1]]
             top, left = max(row, first_row), max(column, first_column)
             bottom, right = row + _BLOCK[0] - first_row, column + _BLOCK[1] - first_column  # or where the part ends
             part = values.detach()[top - first_row : bottom, left - first_column : right]
@@ -120,16 +120,11 @@ def draw_seed() -> int:
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_(2**62))
 
 
-def pair_at(config: MemoryConfig, width: int) -> int:
-    """The `pair_at` of `draw_values` for these options and this width."""
-    return width if config.variant == "peer" else 0
-
-
 def new_values(config: MemoryConfig, width: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """A drawn table of the `values_shape`."""
     values = nn.Parameter(torch.empty(values_shape(config, width), dtype=dtype, device=device))
     cpu.advise_huge_pages(values)
-    draw_values(values, pair_at=pair_at(config, width))
+    draw_values(values, pair_at=config.pair_at(width))
     return values
 
 

@@ -219,7 +219,7 @@ def _form(config: MemoryConfig) -> str:
     """What a layer computes, where an option of that has not its default; of resolved options."""
     parts = {
         "BatchNorm of the query": config.has_batch_norm,
-        "pairs [u | v]": config.variant == "peer",
+        "pairs [u | v]": config.has_pairs,
         f"{'a' if config.gate else 'no'} gate": True,
         "unit norm of query and keys": config.qk_norm,
         "sigmoid weights": config.weighting == "sigmoid",

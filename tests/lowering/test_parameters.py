@@ -14,7 +14,6 @@ from memcompile.lowering.parameters import (
     new_buffers,
     new_layer,
     new_values,
-    pair_at,
     values_shape,
 )
 
@@ -59,7 +58,7 @@ def test_a_table_without_pairs_is_drawn_as_before_there_were_any():
     draw_values(values, seed=3)
     drawn = torch.randn(4096, 16, generator=torch.Generator().manual_seed(3))
     assert torch.equal(values, drawn[:5, :8].mul(8**-0.5))
-    assert pair_at(MemoryConfig(**SIZES), 40) == 0
+    assert MemoryConfig(**SIZES).pair_at(40) == 0
 
 
 @pytest.mark.parametrize("options", [{"variant": "pkm"}, {"variant": "peer"}, {"query_norm": "batch"}], ids=str)

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from memcompile.lowering._torch import autograd_kernel, below_autograd
-from memcompile.lowering.distributed import collectives
 from memcompile.lowering.distributed.sharded_table import (
     Shards,
     agreed_capacity,
     check_backward,
     gather_hits,
+    gather_tokens,
     is_own,
+    keep_table,
     own_hits,
     own_slots,
-    padded,
+    tokens_sum,
 )
 from memcompile.lowering.gather.pairs import new_gather, new_grads
 from memcompile.lowering.gather.table_gather import RowState, check_unchanged
@@ -74,17 +75,16 @@ def _forward(
     with below_autograd():
         if shards.own_tokens:
             slots, weights = gather_hits(slots, weights, capacity, shards)
-            x = collectives.all_gather(padded(x, capacity), shards.ranks, shards.group)  # [P * C, d]
+            x = gather_tokens(x, capacity, shards)  # [P * C, d]
         hits, shares = own_hits(slots, weights, shards)
         if table.numel():
             y, dots = operator("table_pairs")(table, hits, shares, x, row_state, gradient)
         else:
             y, dots = (torch.zeros_like(t) for t in new_gather(table, slots, weights, x))
         if shards.own_tokens:
-            y = collectives.reduce_scatter(y, shards.ranks, shards.group)[:tokens]
+            y = tokens_sum(y, tokens, shards)
     ctx.save_for_backward(slots, weights, x, dots)  # of all tokens
-    ctx.table, ctx.row_state, ctx.version = table, row_state, table._version  # as `table_gather` keeps them
-    ctx.shards, ctx.capacity, ctx.gradient = shards, capacity, gradient
+    keep_table(ctx, table, row_state, shards, capacity, gradient)
     return y
 
 
@@ -94,7 +94,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     check_unchanged(table, ctx.version)
     tokens = grad.shape[0]
     if shards.own_tokens:
-        grad = collectives.all_gather(padded(grad, ctx.capacity), shards.ranks, shards.group)  # [P * C, value_dim]
+        grad = gather_tokens(grad, ctx.capacity, shards)  # [P * C, value_dim]
     hits, shares = own_hits(slots, weights, shards)
     if table.numel():
         given = (table, hits, shares, x, dots, grad, ctx.row_state)
@@ -114,9 +114,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         else:
             grad_table = torch.zeros_like(table)
     if shards.own_tokens:
-        grad_weights, grad_x = (
-            collectives.reduce_scatter(t, shards.ranks, shards.group)[:tokens] for t in (grad_weights, grad_x)
-        )
+        grad_weights, grad_x = (tokens_sum(t, tokens, shards) for t in (grad_weights, grad_x))
     of_weights, of_x = ctx.needs_input_grad[2:4]
     grads = grad_table, None, grad_weights.to(weights.dtype) if of_weights else None, grad_x if of_x else None
     return (*grads, None, None, None, None)

@@ -183,11 +183,16 @@ def _forward(
         if shards.own_tokens and shards.by_columns:
             sums = _columns_to_tokens(sums, capacity, shards)[:tokens]
         elif shards.own_tokens:
-            sums = collectives.reduce_scatter(sums, shards.ranks, shards.group)[:tokens]
+            sums = tokens_sum(sums, tokens, shards)
     ctx.save_for_backward(slots, weights)  # of all tokens
-    ctx.table, ctx.row_state, ctx.version = table, row_state, table._version  # as `table_gather` keeps them
-    ctx.shards, ctx.capacity, ctx.gradient = shards, capacity, gradient
+    keep_table(ctx, table, row_state, shards, capacity, gradient)
     return sums
+
+
+def keep_table(ctx: Any, table: Tensor, row_state: RowState, shards: Shards, capacity: int, gradient: str) -> None:
+    """Keeps for the backward what is no activation, as `table_gather` does."""
+    ctx.table, ctx.row_state, ctx.version = table, row_state, table._version
+    ctx.shards, ctx.capacity, ctx.gradient = shards, capacity, gradient
 
 
 def gather_hits(slots: Tensor, weights: Tensor, capacity: int, shards: Shards) -> tuple[Tensor, Tensor]:
@@ -195,12 +200,21 @@ def gather_hits(slots: Tensor, weights: Tensor, capacity: int, shards: Shards) -
     word, hits = _WORDS[weights.dtype], slots.shape[1]
     packed = torch.cat([slots.to(word) + 1, weights.view(word)], 1)
     # A hit of padding is a slot of 0 - 1, so that zeros are enough for it.
-    packed = padded(packed, capacity)
-    everyones = collectives.all_gather(packed, shards.ranks, shards.group)  # [P * C, 2 * hits]
+    everyones = gather_tokens(packed, capacity, shards)  # [P * C, 2 * hits]
     return everyones[:, :hits] - 1, everyones[:, hits:].contiguous().view(weights.dtype)
 
 
-def padded(tokens: Tensor, capacity: int) -> Tensor:
+def gather_tokens(own: Tensor, capacity: int, shards: Shards) -> Tensor:
+    """[n, ...] of the own tokens -> [P * C, ...] of those of all ranks. One all-gather."""
+    return collectives.all_gather(_padded(own, capacity), shards.ranks, shards.group)
+
+
+def tokens_sum(of_all: Tensor, tokens: int, shards: Shards) -> Tensor:
+    """[P * C, ...] of all ranks' tokens -> the sum over ranks for the own `tokens`. One reduce-scatter."""
+    return collectives.reduce_scatter(of_all, shards.ranks, shards.group)[:tokens]
+
+
+def _padded(tokens: Tensor, capacity: int) -> Tensor:
     """[n, ...] with zeros up to [C, ...]."""
     return F.pad(tokens, (0, 0, 0, capacity - tokens.shape[0]))
 
@@ -244,16 +258,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | Non
     shards = ctx.shards
     tokens, capacity = grad.shape[0], ctx.capacity
     if shards.own_tokens:
-        own = padded(grad, capacity)
         if shards.by_columns:
-            grad = _tokens_to_columns(own, capacity, shards)
+            grad = _tokens_to_columns(_padded(grad, capacity), capacity, shards)
         else:
-            grad = collectives.all_gather(own, shards.ranks, shards.group)  # [P * C, value_dim]
+            grad = gather_tokens(grad, capacity, shards)  # [P * C, value_dim]
     grad_table = grad_weights = None
     if ctx.needs_input_grad[2]:
         grad_weights = _dots(table, slots, grad, ctx.row_state, shards)
         if shards.own_tokens:
-            grad_weights = collectives.reduce_scatter(grad_weights, shards.ranks, shards.group)[:tokens]
+            grad_weights = tokens_sum(grad_weights, tokens, shards)
         grad_weights = grad_weights.to(weights.dtype)
     if ctx.needs_input_grad[0]:
         mean = weights / shards.ranks if shards.own_tokens else weights

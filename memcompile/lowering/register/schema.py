@@ -41,7 +41,7 @@ SCHEMAS = {
         "(Tensor values, Tensor slots, Tensor weights, Tensor x, Tensor dots, Tensor grad) "
         "-> (Tensor grad_weights, Tensor grad_x, Tensor into, Tensor out)"
     ),
-    "pair_scatter": ("(Tensor slots, Tensor into, Tensor x, Tensor out, Tensor grad, SymInt num_slots) -> Tensor"),
+    "pair_scatter": "(Tensor slots, Tensor into, Tensor x, Tensor out, Tensor grad, SymInt num_slots) -> Tensor",
     # A table whose gradient is of the rows that were hit: table_gather.py.
     "table_gather": "(Tensor values, Tensor slots, Tensor weights, Tensor[] row_state, str gradient) -> Tensor",
     "table_dot": "(Tensor values, Tensor slots, Tensor grad, Tensor[] row_state) -> Tensor",

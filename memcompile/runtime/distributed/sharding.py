@@ -17,7 +17,7 @@ from memcompile.common.sites import VALUES_NAME
 from memcompile.errors import OptionError, PlanError
 from memcompile.lowering._torch import functorch_is_active, is_traced
 from memcompile.lowering.distributed.sharded_table import Shards, chunk_sizes, most_tokens
-from memcompile.lowering.parameters import draw_seed, draw_values, new_layer, pair_at
+from memcompile.lowering.parameters import draw_seed, draw_values, new_layer
 from memcompile.runtime import patches
 from memcompile.runtime._torch import local_part, sized_at_run_time
 from memcompile.runtime.optimizer_state import parameters_of
@@ -169,12 +169,12 @@ def cut(pool: MemoryPool, mesh: DeviceMesh, by: str | None, tokens: str) -> Shar
     if mesh.get_coordinate() is None:
         raise OptionError(f"mesh: this rank is not in {mesh}: each rank shards over the mesh that it is in")
     if by is None:
-        by = "rows" if config.variant == "peer" else "columns"
+        by = "rows" if config.has_pairs else "columns"
     if by not in DIMS:
         raise OptionError(f"by must be 'columns' or 'rows', got {by!r}")
     if tokens not in TOKENS:
         raise OptionError(f"tokens must be 'uneven', 'even' or 'shared', got {tokens!r}")
-    if config.variant == "peer" and (by == "columns" or tokens == "shared"):
+    if config.has_pairs and (by == "columns" or tokens == "shared"):
         raise OptionError(
             "variant='peer' has rows of two vectors, which columns and tensor parallelism would cut: shard by rows "
             "(by='rows' of shard, shard_by='rows' of plan, or neither), with tokens='even' or 'uneven'"
@@ -252,7 +252,7 @@ def draw_part(part: Tensor, sharded: ShardedValues, pool: MemoryPool) -> None:
     _broadcast(common, sharded)
     offset = sharded.shards.offset
     start = (0, offset) if sharded.shards.by_columns else (offset, 0)
-    draw_values(part, int(common), pool.values_shape, start, pair_at(pool.config, pool.width))
+    draw_values(part, int(common), pool.values_shape, start, pool.config.pair_at(pool.width))
 
 
 def cut_layers(pool: MemoryPool) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from memcompile.lowering.parameters import draw_buffers, draw_layer, draw_seed, draw_values, new_layer, pair_at
+from memcompile.lowering.parameters import draw_buffers, draw_layer, draw_seed, draw_values, new_layer
 from memcompile.runtime._torch import local_offset, local_part
 from memcompile.runtime.distributed.sharding import draw_part, redraw_layer
 from memcompile.runtime.pool import MemoryPool, live_pools
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def draw_table(pool: MemoryPool) -> None:
     """Draws the values anew, in place. A collective where they are a DTensor: it is the same table however it lies."""
     pool.table.flush()  # what rows have missed is of the values as they are now
-    values, sharded, start_of_v = pool.values, pool.table.sharded, pair_at(pool.config, pool.width)
+    values, sharded, start_of_v = pool.values, pool.table.sharded, pool.config.pair_at(pool.width)
     if sharded is not None:
         draw_part(pool.table.part, sharded, pool)
     elif isinstance(values, DTensor):  # by fully_shard

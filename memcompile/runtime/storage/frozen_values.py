@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from memcompile.common.sites import VALUES_NAME
 from memcompile.config import MemoryConfig
 from memcompile.errors import PlanError
-from memcompile.lowering.parameters import new_values, pair_at, values_shape
+from memcompile.lowering.parameters import new_values, values_shape
 from memcompile.runtime.storage.values_file import read_values
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # what DistributedDataParallel reads
@@ -42,7 +42,7 @@ def form_of(config: MemoryConfig, width: int) -> dict[str, str]:
     numbers of u in a row.
     """
     assert config.n_keys is not None
-    return {"tables": str(config.slots // config.n_keys**2), "pair_at": str(pair_at(config, width))}
+    return {"tables": str(config.slots // config.n_keys**2), "pair_at": str(config.pair_at(width))}
 
 
 def keep_in_place(root: nn.Module) -> None:

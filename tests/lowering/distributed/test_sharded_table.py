@@ -190,6 +190,13 @@ def test_parts_are_those_of_chunk(total, number):
     assert chunk_sizes(total, number) == (*chunks, *([0] * (number - len(chunks))))
 
 
+def assert_no_backward_after_a_step(values: Tensor, out: Tensor) -> None:
+    with torch.no_grad():
+        values.mul_(2)  # as a step would
+    with pytest.raises(RuntimeError, match=r"call backward\(\) before step\(\)"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("gradient", ["dense", "sparse"])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("rule", MISSING)
@@ -204,10 +211,7 @@ def test_a_part_is_read_with_the_state_of_its_rows(rule, dim, gradient):
         x, w = table.values.clone().requires_grad_(), weights.clone().requires_grad_()
         out = read(x, w)
         found.append((out.detach(), *(g.to_dense() for g in torch.autograd.grad(out, (x, w), grad, retain_graph=True))))
-        with torch.no_grad():
-            x.mul_(2)  # as a step would
-        with pytest.raises(RuntimeError, match=r"call backward\(\) before step\(\)"):
-            out.sum().backward()
+        assert_no_backward_after_a_step(x, out)
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
     assert largest_error(found[0][0], operator("weighted_gather")(table.values, slots, weights)) > 1e-6
@@ -226,10 +230,7 @@ def test_a_part_of_pairs_is_read_with_the_state_of_its_rows(rule, gradient):
         out = read(values, data.slots, weights, x)
         grads = torch.autograd.grad(out, (values, weights, x), data.grad, retain_graph=True)
         found.append((out.detach(), *(g.to_dense() for g in grads)))
-        with torch.no_grad():
-            values.mul_(2)  # as a step would
-        with pytest.raises(RuntimeError, match=r"call backward\(\) before step\(\)"):
-            out.sum().backward()
+        assert_no_backward_after_a_step(values, out)
     for actual, expected in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
     assert largest_error(found[0][0], operator("pair_gather")(*data[:4])[0]) > 1e-6

@@ -15,7 +15,7 @@ from memcompile.lowering import cpu, operator
 from memcompile.lowering.gather import pairs as module
 from memcompile.lowering.register.kernels import IN_PYTORCH
 from tests.lowering.gather.test_row_state import assert_reads
-from tests.lowering.gather.test_weighted_gather import DTYPES, largest_allocation
+from tests.lowering.gather.test_weighted_gather import DTYPES, drawn_rows, drawn_slots, largest_allocation
 from tests.lowering.reference import pair_gather_reference
 
 NAMES = ("pair_gather", "pair_grads", "pair_scatter")
@@ -49,16 +49,10 @@ def make(
     seed: int = 0,
 ) -> Pairs:
     generator = torch.Generator().manual_seed(seed)
-
-    def rand(rows: int, columns: int, to: torch.dtype) -> Tensor:
-        if strided:
-            return torch.randn(columns, 2 * rows, generator=generator).to(to)[:, ::2].T
-        return torch.randn(rows, columns, generator=generator).to(to)
-
-    slots = torch.randint(0, num_slots, (hits, tokens), generator=generator).to(index_dtype).T
+    slots, rand = drawn_slots(generator, tokens, hits, num_slots, index_dtype, strided), drawn_rows(generator, strided)
     return Pairs(
         rand(num_slots, d + value_dim, dtype),
-        slots if strided else slots.contiguous(),
+        slots,
         rand(tokens, hits, weights_dtype or dtype),
         rand(tokens, d, dtype),
         rand(tokens, value_dim, dtype),

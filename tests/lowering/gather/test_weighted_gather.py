@@ -1,5 +1,6 @@
 """weighted_gather, gather_dot and weighted_scatter against einsum in float64, and as each other's gradients."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -25,6 +26,25 @@ class Inputs(NamedTuple):
     grad: Tensor  # [tokens, value_dim]
 
 
+def drawn_slots(
+    generator: torch.Generator, tokens: int, hits: int, num_slots: int, dtype: torch.dtype, strided: bool
+) -> Tensor:
+    """[tokens, hits]."""
+    slots = torch.randint(0, num_slots, (hits, tokens), generator=generator).to(dtype).T
+    return slots if strided else slots.contiguous()
+
+
+def drawn_rows(generator: torch.Generator, strided: bool) -> Callable[[int, int, torch.dtype], Tensor]:
+    """What draws a matrix of so many rows and columns."""
+
+    def rand(rows: int, columns: int, to: torch.dtype) -> Tensor:
+        if strided:
+            return torch.randn(columns, 2 * rows, generator=generator).to(to)[:, ::2].T
+        return torch.randn(rows, columns, generator=generator).to(to)
+
+    return rand
+
+
 def make(
     tokens=5,
     hits=4,
@@ -37,16 +57,10 @@ def make(
     seed=0,
 ) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
-
-    def rand(rows: int, columns: int, to: torch.dtype) -> Tensor:
-        if strided:
-            return torch.randn(columns, 2 * rows, generator=generator).to(to)[:, ::2].T
-        return torch.randn(rows, columns, generator=generator).to(to)
-
-    slots = torch.randint(0, num_slots, (hits, tokens), generator=generator).to(index_dtype).T
+    slots, rand = drawn_slots(generator, tokens, hits, num_slots, index_dtype, strided), drawn_rows(generator, strided)
     return Inputs(
         rand(num_slots, value_dim, dtype),
-        slots if strided else slots.contiguous(),
+        slots,
         rand(tokens, hits, weights_dtype or dtype),
         rand(tokens, value_dim, dtype),
     )
