@@ -17,7 +17,6 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import memcompile
 from tests.models import tiny_gpt
@@ -86,7 +85,7 @@ def test_variants_share_a_graph(variant, monkeypatch):
 @pytest.mark.parametrize("how", [{"by": "columns"}, {"by": "rows"}, {"tokens": "even"}, {"tokens": "shared"}], ids=str)
 @pytest.mark.parametrize("values_grad", ["dense", "sparse"])
 def test_equal_blocks_share_a_graph_on_shards(values_grad, how, captured):
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = planned_gpt(**ALL, values_grad=values_grad)
         twin = copy.deepcopy(model)
