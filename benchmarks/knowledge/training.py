@@ -67,6 +67,7 @@ class Trainer:
         torch.manual_seed(run.seed)
         self.run, self._corpus = run, corpus
         self.model = build(run.system, run.size, corpus.vocabulary.size, self._memory())
+        self._first_tables = [table.detach().clone() for table in tables(self.model)]
         self._call = self._compiled() if run.compiled else self.model
         parameters = self.model.parameters()
         self.optimizer = torch.optim.AdamW(parameters, lr=run.rates.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -107,6 +108,14 @@ class Trainer:
 
     def evaluate(self, questions: Questions) -> None:
         self.history.append({"step": self.batches.step, "recall": recall(self.model, questions)})
+
+    def slots_used(self) -> float | None:
+        """The share of the table's slots whose row is not the first one: they were hit. None without a memory."""
+        now = tables(self.model)
+        if not now:
+            return None
+        changed = [(table != first).any(1) for table, first in zip(now, self._first_tables, strict=True)]
+        return torch.cat(changed).double().mean().item()
 
     def save(self, path: Path) -> None:
         state = {name: getattr(self, name) for name in ("history", "seconds", "cpu_seconds", "diverged")}
@@ -176,7 +185,8 @@ def train(run: Run, corpus: Corpus, folder: Path, advance: Callable[[int], None]
         "training_tokens": run.steps * corpus.sizes.tokens_per_step,
         "diverged": trainer.diverged,
         "history": trainer.history,
-        "slots": slots(trainer.model),
+        "slots": sum(map(len, tables(trainer.model))),
+        "slots_used": trainer.slots_used(),
         "commit": commit(),
         **({} if trainer.diverged else measures(trainer.model, corpus)),
     }
@@ -185,9 +195,9 @@ def train(run: Run, corpus: Corpus, folder: Path, advance: Callable[[int], None]
     return content
 
 
-def slots(model: nn.Module) -> int:
-    """Rows of the memory's table; 0 without one."""
-    return sum(len(p) for p in model.parameters() if memcompile.is_table(p))
+def tables(model: nn.Module) -> list[nn.Parameter]:
+    """Of the memory; none without one."""
+    return [parameter for parameter in model.parameters() if memcompile.is_table(parameter)]
 
 
 def commit() -> str | None:

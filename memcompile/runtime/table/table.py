@@ -24,6 +24,7 @@ from memcompile.runtime.table.row_gradient import as_tensor, row_gradient
 from memcompile.runtime.table.row_state import HeldRowState, row_state_arguments
 from memcompile.runtime.table.rules import RULES, AdamW, Options, Rule, State
 from memcompile.runtime.table.shown_state import ShownState
+from memcompile.runtime.table.unread import tell_unread
 
 if TYPE_CHECKING:
     from memcompile.runtime.distributed.sharding import ShardedValues
@@ -195,6 +196,7 @@ class ValueTable:
                         self._publish(optimizer, rows.state)
                 finally:  # again, where an interrupt came between the lines of the first
                     self._publish(optimizer, rows.state)
+                tell_unread(self, rows.state)
 
     def _publish(self, optimizer: Optimizer, state: State) -> None:
         """Shows the state to who reads rows, and to who looks at the optimizer. Idempotent."""
