@@ -14,19 +14,22 @@ SWEPT = "memory+"  # the system of the sweeps
 # Options of memcompile over those of the system, by the name of what is asked. A sweep is compared with itself alone:
 # the options that stay the same in it may be others than those of the comparison.
 SWEEPS: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    "slots": [{"n_keys": n, "top_k": 16, "key_dim": 16} for n in (16, 32, 64, 128, 256, 512)],
+    "slots": [{"n_keys": n, "top_k": 16} for n in (16, 32, 64, 128, 256, 512)],
     "layers": [{"memory_layers": number} for number in (1, 2, 3, 4)],
     "placement": [{"memory_layers": layers} for layers in ([0], [1], [2], [3], [0, 1], [1, 2], [2, 3])],
-    "tables": [{"tables": "shared"}, {"tables": "separate"}, {"tables": "separate", "n_keys": 90}],
+    "tables": [{"tables": "shared"}, {"tables": "separate"}, {"tables": "separate", "n_keys": 148}],
     "gate": [{"gate": gate} for gate in (True, False)],
     "weighting": [{"weighting": weighting} for weighting in ("softmax", "sigmoid")],
     "balance_loss": [{"balance_loss": factor} for factor in (0.0, 0.01, 0.1)],
+    "query_norm": [{"query_norm": norm} for norm in ("none", "batch")],
     "qk_norm": [{"qk_norm": norm} for norm in (False, True)],
     "key_dim": [{"key_dim": dim} for dim in (8, 16, 32, 64)],
-    "value_dim": [{"value_dim": dim} for dim in (16, 32, 64, 128)],
-    "slots against value_dim": [{"n_keys": n, "value_dim": 2**20 // n**2} for n in (64, 128, 256)],
+    "value_dim": [{"value_dim": dim} for dim in (12, 24, 48, 96)],
+    "slots against value_dim": [
+        {"n_keys": n, "value_dim": dim} for n, dim in ((128, 192), (181, 96), (256, 48), (362, 24))
+    ],
     "heads against top_k": [{"heads": heads, "top_k": 64 // heads} for heads in (1, 2, 4, 8)],
-    "values_lr": [{"values_lr": lr} for lr in (0.003, 0.01, 0.03, 0.1)],
+    "values_lr": [{"values_lr": lr} for lr in (0.001, 0.003, 0.01, 0.03, 0.1)],
 }
 
 
@@ -50,14 +53,14 @@ class Plan:
 
 TUNED_BY = 100  # a seed of its own, so that no result has the luck of the choice
 _DATA = Sizes(2000, vocabulary=512, rows=30, text_rows=2)
-SHORT = Plan("short", _DATA, ("dense", "moe", "memory", "memory+"), ("small",), seeds=(0,), steps=700)
+SHORT = Plan("short", _DATA, ("dense", "moe", "memory+"), ("small",), seeds=(0,), steps=700)
 FULL = Plan(
     "full",
-    replace(_DATA, facts=6000),
+    replace(_DATA, facts=4000),
     systems=tuple(SYSTEMS),
     sizes=tuple(SIZES),
     seeds=(0, 1, 2),
-    steps=2100,
+    steps=1050,
     tuning_steps=700,
     sweeps=tuple(SWEEPS),
 )

@@ -55,17 +55,16 @@ class System:
 
 
 SIZES = {
-    "small": Size(48, 4, {"memory_layers": 2, "n_keys": 128, "heads": 2, "top_k": 32, "key_dim": 24}),
-    "medium": Size(128, 4, {"memory_layers": 2, "n_keys": 192, "heads": 4, "top_k": 32, "key_dim": 32}),
+    "small": Size(48, 4, {"memory_layers": 3, "n_keys": 256, "heads": 2, "top_k": 32, "key_dim": 16}),
+    "medium": Size(128, 4, {"memory_layers": 3, "n_keys": 256, "heads": 4, "top_k": 32, "key_dim": 32}),
 }
-_DENSE_RATES = tuple(map(Rates, (0.005, 0.0025, 0.01)))
-_EXPERT_RATES = tuple(map(Rates, (0.0025, 0.005, 0.01)))
-_MEMORY_RATES = (Rates(0.005, 0.1), Rates(0.0025, 0.1), Rates(0.01, 0.1))
+_DENSE_RATES = tuple(map(Rates, (0.01, 0.005, 0.014)))
+_MEMORY_RATES = (Rates(0.01, 0.03), Rates(0.005, 0.03), Rates(0.01, 0.1))
 SYSTEMS = {
     "dense": System(DENSE, _DENSE_RATES),
     "dense2x": System(DENSE, _DENSE_RATES, flops=2),
     "dense4x": System(DENSE, _DENSE_RATES, flops=4),
-    "moe": System(EXPERTS, _EXPERT_RATES),
+    "moe": System(EXPERTS, _DENSE_RATES),
     "ngram": System(NGRAMS, _DENSE_RATES),
     **{name: System(MEMORY, _MEMORY_RATES, memory={"variant": name}) for name in VARIANTS},
 }
