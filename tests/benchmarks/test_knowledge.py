@@ -107,7 +107,7 @@ def test_costs():
     assert all(of[variant].flops <= of["dense"].flops for variant in VARIANTS)
     assert 2 <= of["dense2x"].flops / of["dense"].flops < 2.6 and 4 <= of["dense4x"].flops / of["dense"].flops < 4.8
     router = of["moe"].flops - of["dense"].flops
-    assert 0 < router < 0.02 * of["dense"].flops
+    assert 0 < router < 0.07 * of["dense"].flops
     for cost in of.values():
         assert cost.bytes == 4 * cost.active < 4 * cost.parameters
     size = SIZES["small"]
@@ -239,8 +239,8 @@ def test_a_training_that_diverges_is_told_and_has_no_measures(tmp_path):
 def test_a_model_that_is_trained_for_long_knows_the_facts(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "EVALUATIONS", 1)
     data = corpus(3)
-    result = train(one_run("dense", steps=150), data, tmp_path, lambda _: None)
-    assert result["recall"] == 1 and result["history"] == [{"step": 150, "recall": 1.0}]
+    result = train(one_run("dense", steps=300), data, tmp_path, lambda _: None)
+    assert result["recall"] == 1 and result["history"] == [{"step": 300, "recall": 1.0}]
     assert 0.7 * data.bits.sum() < result["known_bits"] <= data.bits.sum()
 
 
@@ -346,7 +346,7 @@ def test_options():
     asked = asked_by("--systems", "moe", "dense", "--facts", "70", "--seeds", "2", "--tune", "5", "--sweep", "gate")
     assert (asked.systems, asked.data.facts, asked.seeds, asked.tuning_steps) == (("moe", "dense"), 70, (0, 1), 5)
     assert asked.sweeps == ("gate",) and asked.name == "short"
-    assert asked_by().systems == ("dense", "moe", "memory", "memory+")
+    assert asked_by().systems == ("dense", "moe", "memory+")
     full = asked_by("--full")
     assert len(full.sizes) == 2 and len(full.seeds) == 3 and full.tuning_steps and set(full.systems) == set(SYSTEMS)
 
