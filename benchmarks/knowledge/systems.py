@@ -60,13 +60,14 @@ SIZES = {
 }
 _DENSE_RATES = tuple(map(Rates, (0.01, 0.005, 0.014)))
 _MEMORY_RATES = (Rates(0.01, 0.03), Rates(0.005, 0.03), Rates(0.01, 0.1))
+_NORMS = {"memory+": {"query_norm": "batch"}}  # the sweep of query_norm shows what it does
 SYSTEMS = {
     "dense": System(DENSE, _DENSE_RATES),
     "dense2x": System(DENSE, _DENSE_RATES, flops=2),
     "dense4x": System(DENSE, _DENSE_RATES, flops=4),
     "moe": System(EXPERTS, _DENSE_RATES),
     "ngram": System(NGRAMS, _DENSE_RATES),
-    **{name: System(MEMORY, _MEMORY_RATES, memory={"variant": name}) for name in VARIANTS},
+    **{name: System(MEMORY, _MEMORY_RATES, memory={"variant": name} | _NORMS.get(name, {})) for name in VARIANTS},
 }
 EQUAL_PARAMETERS = "memory+"  # whose number of parameters experts and n-gram tables get
 
