@@ -23,6 +23,7 @@ ROOMS = {
     "passes": {"lowering", *BASE},
     "runtime": {"lowering", *BASE},
     "checkpoint": {"runtime", *BASE},
+    "slots": {"runtime", "lowering", *BASE},
     "cost": BASE,
     "config": BASE,
     "errors": set(),
