@@ -17,7 +17,7 @@ from memcompile.lowering import memory_lookup
 from memcompile.passes.detect.detect import find_ffns
 from memcompile.runtime.layer import MemoryLayer
 from memcompile.runtime.pool import MemoryPool, pool_of
-from memcompile.runtime.table.untrained import in_words, parameters_of_memory
+from memcompile.runtime.table.warnings.untrained import in_words, parameters_of_memory
 from memcompile.runtime.which_group import groups_of
 from memcompile.runtime.wrappers import live_optimizers, unwrap
 

@@ -18,7 +18,7 @@ from memcompile.runtime.pool import MemoryPool
 from memcompile.runtime.table.hooks import meet
 from memcompile.runtime.table.named_states import save_names
 from memcompile.runtime.table.table import tables_in
-from memcompile.runtime.table.untrained import tell_at_plan
+from memcompile.runtime.table.warnings.untrained import tell_at_plan
 from memcompile.runtime.which_group import Group, Neighbours, groups_of
 from memcompile.runtime.wrappers import live_objects, live_optimizers
 

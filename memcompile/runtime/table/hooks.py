@@ -29,7 +29,7 @@ from memcompile.runtime.table.named_states import save_names
 from memcompile.runtime.table.row_gradient import now
 from memcompile.runtime.table.rules import Options, Rule
 from memcompile.runtime.table.table import ValueTable, live_tables, tables_in
-from memcompile.runtime.table.untrained import tell_in_step
+from memcompile.runtime.table.warnings.untrained import tell_in_step
 from memcompile.runtime.table.which_rule import rule_in
 
 _met: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those with tables

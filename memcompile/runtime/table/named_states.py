@@ -18,7 +18,7 @@ from memcompile.errors import PlanError
 from memcompile.runtime._torch import has_state_dict_hooks
 from memcompile.runtime.optimizer_state import numbers_in, parameters_of
 from memcompile.runtime.table.table import ValueTable, live_tables
-from memcompile.runtime.table.untrained import parameters_of_memory
+from memcompile.runtime.table.warnings.untrained import parameters_of_memory
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from memcompile.runtime.table.row_gradient import as_tensor, row_gradient
 from memcompile.runtime.table.row_state import HeldRowState, row_state_arguments
 from memcompile.runtime.table.rules import RULES, AdamW, Options, Rule, State
 from memcompile.runtime.table.shown_state import ShownState
-from memcompile.runtime.table.unread import tell_unread
+from memcompile.runtime.table.warnings.unread import tell_unread
 
 if TYPE_CHECKING:
     from memcompile.runtime.distributed.sharding import ShardedValues

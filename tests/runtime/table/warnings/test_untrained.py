@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import memcompile
-from memcompile.runtime.table import untrained
+from memcompile.runtime.table.warnings import untrained
 from tests.models import tiny_gpt
 from tests.planned import MEMORY, batch, planned_gpt
 from tests.runtime.table.stepping import model_of, train

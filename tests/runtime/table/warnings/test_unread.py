@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from memcompile.runtime.table import unread
+from memcompile.runtime.table.warnings import unread
 from tests.planned import batch, planned_gpt
 
 STEPS = 5

@@ -1,0 +1,1 @@
+"""What the log says of a training whose memory learns little or not at all."""
