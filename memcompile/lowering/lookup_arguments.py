@@ -82,6 +82,11 @@ class LookupArguments(SimpleNamespace):
         if (self.query_mean is None) != (self.query_var is None):
             raise ValueError("query_mean and query_var: give both, or neither")
         check_top_k(self.top_k, half_keys.shape[2])
+        if (self.slot_hits is None) != (self.key_hits is None):
+            raise ValueError("slot_hits and key_hits: give both, or neither")
+        if self.slot_hits is not None:
+            expect("slot_hits", self.slot_hits, (self.num_tables * half_keys.shape[2] ** 2,), torch.int64)
+            expect("key_hits", self.key_hits, (2, heads, half_keys.shape[2]), torch.int64)
 
     def _check_values(self) -> int:
         """Returns how many columns of v this call has."""

@@ -4,7 +4,6 @@ It is composite: one node in Dynamo's graph, taken apart by AOTAutograd into GEM
 which Inductor fuses, and the operators `product_key_topk`, `weighted_gather` and their derivatives.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +53,8 @@ def memory_lookup(
     balance_loss: float = 0.0,
     training: bool = False,
     pairs: bool = False,
+    slot_hits: Tensor | None = None,
+    key_hits: Tensor | None = None,
 ) -> Tensor:
     """A product-key memory layer (Lample et al. 2019; Memory Layers at Scale, arXiv 2412.09764, section 3).
 
@@ -107,6 +108,8 @@ def memory_lookup(
             in place.
         pairs: whether rows are pairs. x is rounded to the values' dtype for the dots with u. Such a table is sharded by
             rows.
+        slot_hits, key_hits: int64 [num_tables * n * n] and [2, heads, n], or None for both. With them the call counts
+            how often each slot, and each half-key, is hit, in place: see `search.count_hits`.
 
     Returns:
         [..., d_out], or [..., value_dim] with no projection, in the dtype of `F.linear(x, query_weight)`.
@@ -121,11 +124,13 @@ def memory_lookup(
         placed = (shards.group, shards.sizes, shards.rank, shards.dim, shards.same_tokens)
     of_number, of_tensor = (0, first_slot) if isinstance(first_slot, Tensor) else (first_slot, None)
     updates = training and query_mean is not None
-    return operator("memory_lookup.updating" if updates else "memory_lookup")(
+    counts = slot_hits is not None or key_hits is not None
+    overload = ".counting" if counts else ".updating" if updates else ""
+    return operator(f"memory_lookup{overload}")(
         x, query_weight, query_bias, half_keys, values,
         gate_weight, gate_bias, out_weight, out_bias, temperature, heads, top_k, values_grad, values_storage,
         *placed, capacity, [*row_state] or None, weighting, of_number, balance_loss,
-        query_scale, query_shift, query_mean, query_var, pairs, num_tables, of_tensor,
+        query_scale, query_shift, query_mean, query_var, pairs, num_tables, of_tensor, updates, slot_hits, key_hits,
     )  # fmt: skip
 
 
@@ -133,7 +138,7 @@ DEFAULTS = schema_defaults(operator("memory_lookup"))
 
 
 class _Lookup(LookupArguments):
-    """One call; `updating` is whether its statistics move."""
+    """One call."""
 
     def run(self) -> Tensor:
         x, values = self.x, self.values
@@ -170,7 +175,7 @@ class _Lookup(LookupArguments):
         query = query.to(dtype)
         if self.query_scale is not None:
             batch_norm = self.query_scale, self.query_shift, self.query_mean, self.query_var
-            query = normalized(query, *batch_norm, self.updating)
+            query = normalized(query, *batch_norm, self.training)
         halves = query.reshape(-1, self.heads, 2, half_keys.shape[3])
         if self.temperature is not None:
             # A score is linear in the query, so its half-queries carry the temperature.
@@ -185,6 +190,8 @@ class _Lookup(LookupArguments):
         loss = None
         if self.balance_loss and torch.is_grad_enabled():
             loss = self.balance_loss * balance_of(halves, half_keys, slots)
+        if self.slot_hits is not None:
+            operator("count_hits")(slots, self.first_slot, self.slot_hits, self.key_hits, self.slot_offset)
         slots = slots.flatten(1)
         if self.slot_offset is not None:
             slots = slots + self.slot_offset.to(slots.device)
@@ -222,14 +229,14 @@ class _Lookup(LookupArguments):
         return y if self.out_bias is None else y + self.out_bias
 
 
-def _run(updating: bool, *args: Any) -> Tensor:
+def _run(*args: Any) -> Tensor:
     # PyTorch leaves out those that are defaults.
-    lookup = _Lookup(**DEFAULTS | dict(zip(DEFAULTS, args, strict=False)), updating=updating)
+    lookup = _Lookup(**DEFAULTS | dict(zip(DEFAULTS, args, strict=False)))
     lookup.check()
     return lookup.run()
 
 
 # vmap takes the operator apart as autograd does; without the second line it would loop over the batch.
 for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
-    LIBRARY.impl("memory_lookup", functools.partial(_run, False), _key)  # type: ignore[no-untyped-call]
-    LIBRARY.impl("memory_lookup.updating", functools.partial(_run, True), _key)  # type: ignore[no-untyped-call]
+    for _overload in ("", ".updating", ".counting"):
+        LIBRARY.impl(f"memory_lookup{_overload}", _run, _key)  # type: ignore[no-untyped-call]

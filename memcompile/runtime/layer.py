@@ -91,6 +91,8 @@ class MemoryLayer(nn.Module):
         module: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._slot_offset is not None:
             self._slot_offset = self._new_slot_offset()
+        if self.pool.counts is not None:
+            self.pool.counts.move(local_part(self.query_weight).device)
         return module
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -131,6 +133,7 @@ class MemoryLayer(nn.Module):
         sharded, in_statistics = table.sharded, self.training and self.query_mean is not None
         offset = self._slot_offset
         by_number = offset is None or not torch.compiler.is_compiling() or is_exporting()  # which graphs never see
+        counts = None if functorch_is_active() or is_exporting() else self.pool.counts
         with without_torch_function():  # the operator is given the state of rows
             return memory_lookup(
                 x,
@@ -144,6 +147,8 @@ class MemoryLayer(nn.Module):
                 shards=None if sharded is None else sharded.shards,
                 capacity=None if sharded is None else sharded.capacity(x, in_statistics),
                 row_state=table.row_state(values),
+                slot_hits=None if counts is None else counts.slot_hits,
+                key_hits=None if counts is None else counts.key_hits[self.name],
             )
 
     @torch.compiler.disable  # graphs read memory as it is stored: see `refuse_alias`

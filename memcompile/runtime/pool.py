@@ -15,6 +15,7 @@ from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite
 from memcompile.config import MemoryConfig
 from memcompile.lowering.parameters import values_shape
 from memcompile.runtime import patches
+from memcompile.runtime.table.hit_counts import HitCounts
 from memcompile.runtime.table.hooks import watch_optimizers
 from memcompile.runtime.table.table import ValueTable
 
@@ -41,6 +42,7 @@ class MemoryPool:
         table: the values, and the state of their rows.
         layers: the memory layer of each chosen FFN, by the name that its down-projection's weight has from the owner.
         removed_parameters: how many numbers the replaced FFNs held; none left where the memory is added.
+        counts: of the hits of its layers, while they are counted.
     """
 
     owner: nn.Module
@@ -51,6 +53,7 @@ class MemoryPool:
     sites: tuple[FfnSite, ...]
     layers: dict[str, MemoryLayer] = dataclasses.field(default_factory=dict)
     removed_parameters: int = 0
+    counts: HitCounts | None = None
     table: ValueTable = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:

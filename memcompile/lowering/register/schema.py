@@ -19,11 +19,15 @@ SCHEMAS = {
         'str group="", int[] parts=[], int part=0, int shard_dim=1, bool same_tokens=False, '
         'SymInt? capacity=None, Tensor[]? row_state=None, str weighting="softmax", int first_slot=0, '
         "float balance_loss=0.0, Tensor? query_scale=None, Tensor? query_shift=None, Tensor? query_mean=None, "
-        "Tensor? query_var=None, bool pairs=False, int num_tables=1, Tensor? slot_offset=None) -> Tensor"
+        "Tensor? query_var=None, bool pairs=False, int num_tables=1, Tensor? slot_offset=None, bool training=False, "
+        "Tensor? slot_hits=None, Tensor? key_hits=None) -> Tensor"
     ),
     "prefetch_rows": "(Tensor values, Tensor slots) -> Tensor",
     "update_statistics": (
         "(Tensor(a!) mean, Tensor(b!) var, Tensor batch_mean, Tensor batch_var, SymInt tokens) -> ()"
+    ),
+    "count_hits": (
+        "(Tensor slots, int first_slot, Tensor(a!) slot_hits, Tensor(b!) key_hits, Tensor? slot_offset) -> ()"
     ),
     "with_loss": "(Tensor output, Tensor loss) -> Tensor",
     "product_key_search": "(Tensor query, Tensor half_keys, int top_k) -> (Tensor weights, Tensor slots)",
@@ -83,11 +87,17 @@ SCHEMAS = {
     "onednn_mm": "(Tensor left, Tensor right, Tensor? bias) -> Tensor",  # a product in Inductor's graphs: cpu/gemm.py
 }
 
-# In training BatchNorm's running statistics move: an overload of its own, so that the other one mutates nothing.
+# In training BatchNorm's running statistics move, and hits may be counted: overloads of their own, so that the first
+# one mutates nothing.
 SCHEMAS["memory_lookup.updating"] = (
     SCHEMAS["memory_lookup"]
     .replace("Tensor? query_mean", "Tensor(a!)? query_mean")
     .replace("Tensor? query_var", "Tensor(b!)? query_var")
+)
+SCHEMAS["memory_lookup.counting"] = (
+    SCHEMAS["memory_lookup.updating"]
+    .replace("Tensor? slot_hits", "Tensor(c!)? slot_hits")
+    .replace("Tensor? key_hits", "Tensor(d!)? key_hits")
 )
 
 # Every operator takes its inputs at any strides, so Inductor need not copy them into a layout of eager's.
@@ -96,6 +106,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 # They ask how many rows were hit, and return as many; or whether a backward runs.
 _NOT_CAPTURED = {
     "table_gather", "table_dot", "sparse_scatter", "table_pairs", "table_pair_grads", "update_statistics",
+    "count_hits",
 }  # fmt: skip
 
 for _name, _signature in SCHEMAS.items():

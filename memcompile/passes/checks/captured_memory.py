@@ -15,7 +15,8 @@ from memcompile.passes.fx import calls_a_body
 
 OP_NAME = "memcompile.memory_lookup"
 _UPDATING = f"{OP_NAME}.updating"
-_OVERLOADS = {OP_NAME, f"{OP_NAME}.default", _UPDATING}
+_COUNTING = f"{OP_NAME}.counting"
+_OVERLOADS = {OP_NAME, f"{OP_NAME}.default", _UPDATING, _COUNTING}
 POSITIONS = {name: position for position, name in enumerate(DEFAULTS)}
 
 
@@ -94,7 +95,8 @@ def is_lookup(node: fx.Node) -> bool:
 
 def is_updating(node: fx.Node) -> bool:
     """Whether a lookup takes the statistics of its tokens, in training."""
-    return str(node.target) == _UPDATING
+    counting = str(node.target) == _COUNTING
+    return str(node.target) == _UPDATING or (counting and bool(node.args[POSITIONS["training"]]))
 
 
 def operators_in(

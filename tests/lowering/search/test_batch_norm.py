@@ -93,7 +93,7 @@ def test_gradcheck_and_opcheck(training):
     torch.autograd.gradgradcheck(run, there, fast_mode=True)
     overload = torch.ops.memcompile.memory_lookup
     overload = overload.updating if training else overload.default
-    torch.library.opcheck(overload, tuple(tensors), {**case.options, **batch_norm, **running})
+    torch.library.opcheck(overload, tuple(tensors), {**case.options, **batch_norm, **running, "training": training})
 
 
 @pytest.mark.parametrize(
