@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from memcompile.runtime.storage.store import store_values
     from memcompile.runtime.storage.values_file import verify_values
     from memcompile.runtime.table.table import is_table
+    from memcompile.slots.counting import count_usage
+    from memcompile.slots.finetuning import finetune_slots
+    from memcompile.slots.usage import usage
 
 __all__ = [
     "CaptureError",
@@ -45,8 +48,10 @@ __all__ = [
     "catch_up",
     "checkpoint",
     "config_from",
+    "count_usage",
     "explain",
     "find_ffns",
+    "finetune_slots",
     "flush",
     "is_table",
     "lowering",
@@ -57,6 +62,7 @@ __all__ = [
     "reset_parameters",
     "shard",
     "store_values",
+    "usage",
     "verify_values",
 ]
 
@@ -70,6 +76,9 @@ _LATER = {
     "runtime.table.table": ("is_table",),
     "runtime.storage.store": ("store_values",),
     "runtime.storage.values_file": ("verify_values",),
+    "slots.counting": ("count_usage",),
+    "slots.finetuning": ("finetune_slots",),
+    "slots.usage": ("usage",),
 }
 
 

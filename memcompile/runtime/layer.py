@@ -134,6 +134,8 @@ class MemoryLayer(nn.Module):
         offset = self._slot_offset
         by_number = offset is None or not torch.compiler.is_compiling() or is_exporting()  # which graphs never see
         counts = None if functorch_is_active() or is_exporting() else self.pool.counts
+        if counts is not None and counts.for_gradients and not torch.is_grad_enabled():
+            counts = None
         with without_torch_function():  # the operator is given the state of rows
             return memory_lookup(
                 x,

@@ -33,6 +33,8 @@ _LATER_OPTIONS = {
     "values_path": None,
 }
 PLAN_KEY = f"{LAYER_NAME}._extra_state"
+# Buffers of the module that has the table, where there are any: see `slots.background`.
+BACKGROUND = ("memory_background_hits", "memory_background_batches")
 _CHECKSUM = "values_sha256"  # in the plan of a model whose values lie in a file
 _MAGIC = b'{"memcompile"'  # how every encoded plan starts
 
@@ -153,6 +155,7 @@ def _check_state_dict(owner: nn.Module, state_dict: dict[str, Any], prefix: str,
     else:  # of a captured graph, which has parameters and no extra state
         plans = [name for name in owner.state_dict() if is_plan_name(name)]
         state_dict.update({prefix + name: encode_plan(pool) for name in plans})
+    _take_background(owner, state_dict, prefix)
     given = state_dict.get(prefix + VALUES_NAME)
     if pool.table.sharded is not None and isinstance(given, Tensor) and not isinstance(given, DTensor):
         raise PlanError(
@@ -161,6 +164,16 @@ def _check_state_dict(owner: nn.Module, state_dict: dict[str, Any], prefix: str,
         )
     if isinstance(pool.values, MappedValues):
         keep_mapped(pool.values, state_dict, prefix + VALUES_NAME)
+
+
+def _take_background(owner: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Counts of background data are loaded where the checkpoint has them, and stay where it has none."""
+    for name in BACKGROUND:
+        given, own = state_dict.get(prefix + name), owner._buffers.get(name)
+        if given is not None and own is None:
+            owner.register_buffer(name, torch.empty_like(given, device=next(owner.parameters()).device))
+        elif given is None and own is not None:
+            state_dict[prefix + name] = own
 
 
 def _fill_from_dense(pool: MemoryPool, state_dict: dict[str, Any], prefix: str) -> None:

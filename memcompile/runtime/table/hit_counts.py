@@ -14,7 +14,10 @@ class HitCounts:
     Attributes:
         slot_hits: int64 [slots], of all layers that read the table.
         key_hits: int64 [2, heads, n_keys] of each layer, by its name.
+        for_gradients: whether forwards without gradients do not count.
     """
+
+    for_gradients = False
 
     def __init__(self, slots: int, heads: int, n_keys: int, layers: Iterable[str], device: torch.device) -> None:
         self.slot_hits = torch.zeros(slots, dtype=torch.int64, device=device)

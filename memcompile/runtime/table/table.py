@@ -50,6 +50,7 @@ class ValueTable:
         flushed: whether all rows were flushed since replicas of the model last agreed on it.
         drawn: the version of the values as they were drawn for the plan; with another one they were written since.
         name: of no other table of the process.
+        row_filter: what a step makes of the gradient first, if anything; the table has no weight decay then.
     """
 
     def __init__(self, owner: nn.Module, config: MemoryConfig) -> None:
@@ -58,6 +59,7 @@ class ValueTable:
         self.sharded: ShardedValues | None = None
         self.replicas: Replicas | None = None
         self.flushed = False
+        self.row_filter: Callable[[Tensor], Tensor] | None = None
         self.drawn: int | None = None
         self._state: State | None = None
         self._rule: type[Rule] = AdamW
@@ -187,6 +189,8 @@ class ValueTable:
         """
         grad = self.grad
         if grad is not None and _unscaled(optimizer, grad):
+            if self.row_filter is not None:
+                grad, options = self.row_filter(as_tensor(grad)), options | {"weight_decay": 0.0}
             with TABLE_LOCK:
                 rows = self._go_on(optimizer, rule, options)
                 try:
@@ -276,6 +280,11 @@ class ValueTable:
         misses = self.config.gradient == "sparse" and "last_step" in (self._state or ())  # a dense one touches all rows
         if before or misses:
             self._row_state.put(row_state_arguments(self._state or {}, self.part.shape[1], before=before))
+
+    @property
+    def state(self) -> State | None:
+        """Of the rows; None before the first step."""
+        return self._state
 
     @property
     def shards(self) -> Shards | None:
