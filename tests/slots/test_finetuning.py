@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,3 +157,23 @@ def test_errors():
     with pytest.raises(PlanError, match="open already: leave it first"):
         enter(top_t=1)
     block.__exit__(None, None, None)
+
+
+def test_the_recipes_of_the_documentation_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text()
+    model = model_of(values_optimizer="row_sgd")
+
+    def step(part):
+        names["optimizer"].zero_grad()
+        model(*part).backward()
+        names["optimizer"].step()
+
+    names = {"torch": torch, "memcompile": memcompile, "model": model, "old_batches": OLD, "step": step}
+    names |= {"batches": [batch(seed) for seed in range(3)], "optimizer": torch.optim.AdamW(model.parameters())}
+    usage_recipe, finetuning_recipe = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(usage_recipe, names)
+    assert names["usage"].hits == 3 * batch()[0].numel() * 2 * 2 * 2 and Path("usage.png").exists()
+    before = snapshot(model)
+    exec(finetuning_recipe, names)
+    assert 0 < len(moved(model, before)) <= 3 * 100
