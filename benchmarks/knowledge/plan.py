@@ -60,8 +60,8 @@ FULL = Plan(
     systems=tuple(SYSTEMS),
     sizes=tuple(SIZES),
     seeds=(0, 1, 2),
-    steps=1050,
-    tuning_steps=700,
+    steps=1200,
+    tuning_steps=1200,
     sweeps=tuple(SWEEPS),
 )
 Chosen = Mapping[tuple[str, str], Rates]  # by system and size

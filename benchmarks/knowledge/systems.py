@@ -56,17 +56,18 @@ class System:
 
 SIZES = {
     "small": Size(48, 4, {"memory_layers": 3, "n_keys": 256, "heads": 2, "top_k": 32, "key_dim": 16}),
-    "medium": Size(128, 4, {"memory_layers": 3, "n_keys": 256, "heads": 4, "top_k": 32, "key_dim": 32}),
+    "medium": Size(96, 4, {"memory_layers": 3, "n_keys": 256, "heads": 4, "top_k": 32, "key_dim": 24}),
 }
-_DENSE_RATES = tuple(map(Rates, (0.01, 0.005, 0.014)))
-_MEMORY_RATES = (Rates(0.01, 0.03), Rates(0.005, 0.03), Rates(0.01, 0.1))
+_DENSE_RATES = tuple(map(Rates, (0.006, 0.0035, 0.01)))
+_NGRAM_RATES = tuple(map(Rates, (0.014, 0.01, 0.02)))
+_MEMORY_RATES = (Rates(0.01, 0.03), Rates(0.006, 0.03), Rates(0.01, 0.1))
 _NORMS = {"memory+": {"query_norm": "batch"}}  # the sweep of query_norm shows what it does
 SYSTEMS = {
     "dense": System(DENSE, _DENSE_RATES),
     "dense2x": System(DENSE, _DENSE_RATES, flops=2),
     "dense4x": System(DENSE, _DENSE_RATES, flops=4),
     "moe": System(EXPERTS, _DENSE_RATES),
-    "ngram": System(NGRAMS, _DENSE_RATES),
+    "ngram": System(NGRAMS, _NGRAM_RATES),
     **{name: System(MEMORY, _MEMORY_RATES, memory={"variant": name} | _NORMS.get(name, {})) for name in VARIANTS},
 }
 EQUAL_PARAMETERS = "memory+"  # whose number of parameters experts and n-gram tables get
