@@ -19,7 +19,8 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer
 import memcompile
 from memcompile.runtime.patches import optimizer_step
 from memcompile.runtime.pool import pool_of
-from memcompile.runtime.table import hooks, untrained
+from memcompile.runtime.table import hooks
+from memcompile.runtime.table.warnings import untrained
 from tests.planned import planned_gpt
 from tests.runtime.table.optimizer_kinds import Clipped, SharpnessAware
 
