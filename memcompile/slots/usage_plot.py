@@ -21,8 +21,9 @@ def draw(usage: Usage, path: Path) -> None:
     FigureCanvasAgg(figure)
     slots, heads = figure.subplots(1, 2)
     ordered = usage.counts.sort(descending=True).values.cpu()
-    at = (ordered.new_tensor(range(_POINTS)) * (len(ordered) - 1) // (_POINTS - 1)).unique()
-    slots.plot((at.double() / len(ordered)).numpy(), ordered[at].numpy(), color="#c1272d", linewidth=2)
+    last = len(ordered) - 1
+    at = sorted({i * last // (_POINTS - 1) for i in range(_POINTS)})
+    slots.plot([i / len(ordered) for i in at], ordered[at].numpy(), color="#c1272d", linewidth=2)
     slots.axhline(usage.hits / usage.slots, color="0.6", linestyle=":", label="even use")
     slots.set(yscale="symlog", xlim=(0, 1), ylim=(0, None), xlabel="share of the slots, most hit first", ylabel="hits")
     slots.set_title(f"{usage.table.used:.0%} of {usage.slots:,} slots were hit")
