@@ -7,7 +7,7 @@ the same optimizer, schedule and number of steps, and no memory may spend more F
 Prints a table; writes facts.png and facts.json.
 
 The claim is about equal data and FLOPs, not about time: these matrices are so small that on a CPU a step with
-memory takes one and a half times as long, and the dense model, given 3,400 steps instead of 1,000, learns every fact
+memory takes nearly twice as long, and the dense model, given 3,400 steps instead of 1,000, learns every fact
 too.
 """
 
