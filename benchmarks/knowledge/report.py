@@ -35,19 +35,15 @@ def bits_per_byte(run: Result) -> float:
     return run["known_bits"] / run["bytes"]
 
 
-def slots_used(runs: Seeds) -> str:
-    """Empty for systems without a memory."""
-    shares = [run["slots_used"] for run in runs if run["slots_used"] is not None]
-    return format(statistics.fmean(shares), ".0%") if shares else ""
-
-
 def _getter(measure: str | Callable[[Result], float]) -> Callable[[Result], float]:
     return measure if callable(measure) else lambda run: run[measure]
 
 
 def _spread(runs: Seeds, measure: str | Callable[[Result], float], form: str) -> str:
-    """The mean, and with several seeds the standard deviation."""
+    """The mean, and with several seeds the standard deviation; empty for what a system does not have."""
     values = [*map(_getter(measure), runs)]
+    if None in values:
+        return ""
     shown = format(statistics.fmean(values), form)
     return f"{shown} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else shown
 
@@ -63,8 +59,8 @@ COLUMNS: dict[str, tuple[str | Callable[[Result], float], str]] = {
     "bits/parameter": (bits_per_parameter, ".4f"),
     "bits/active byte": (bits_per_byte, ".4f"),
     "training s": ("train_seconds", ".0f"),
+    "slots used": ("slots_used", ".0%"),  # the share of them whose row training changed
 }
-SLOTS_USED = "slots used"  # the share of them whose row training changed
 
 
 def _row(name: str, runs: Seeds) -> list[str]:
@@ -72,7 +68,6 @@ def _row(name: str, runs: Seeds) -> list[str]:
     return [
         name,
         *(format(mean(runs, m), f) if c in constant else _spread(runs, m, f) for c, (m, f) in COLUMNS.items()),
-        slots_used(runs),
     ]
 
 
@@ -86,12 +81,12 @@ def comparison_tables(results: Sequence[Result], size: str) -> list[str]:
         asked = mean(systems[of], cost)
         equal = {name: runs for name, runs in systems.items() if abs(mean(runs, cost) / asked - 1) < EQUAL}
         rows = [_row(name, runs) for name, runs in equal.items()]
-        shown.append(f"{size}: about the {title} of {of}\n\n{table(['', *COLUMNS, SLOTS_USED], rows)}")
+        shown.append(f"{size}: about the {title} of {of}\n\n{table(['', *COLUMNS], rows)}")
     others = [
         _row(name, runs) for name, runs in systems.items() if mean(runs, "flops") >= (1 + EQUAL) * _flops(systems)
     ]
     if others:
-        shown.append(f"{size}: more FLOPs a token\n\n{table(['', *COLUMNS, SLOTS_USED], others)}")
+        shown.append(f"{size}: more FLOPs a token\n\n{table(['', *COLUMNS], others)}")
     dense = mean(systems["dense"], "text_bits_per_byte") if "dense" in systems else None
     rows = [
         [
@@ -153,11 +148,11 @@ def sweep_table(results: Sequence[Result]) -> list[str]:
         rows.append(
             [
                 *(r["sweep"], options, *figures, *reached, f"{bits_per_parameter(r):.4f}"),
-                *(f"{r['text_bits_per_byte']:.4f}", slots_used([r])),
+                *(f"{r['text_bits_per_byte']:.4f}", _spread([r], "slots_used", ".0%")),
             ]
         )
     names = ("options", "parameters", "FLOPs/token", "recall", "held-out template", "answer bits", "bits/parameter")
-    return [table(["sweep", *names, "text, bits a byte", SLOTS_USED], rows)] if rows else []
+    return [table(["sweep", *names, "text, bits a byte", "slots used"], rows)] if rows else []
 
 
 def judge(results: Sequence[Result], size: str) -> list[Goal]:

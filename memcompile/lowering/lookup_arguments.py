@@ -19,7 +19,7 @@ _CHOICES = {
 
 
 class LookupArguments(SimpleNamespace):
-    """The operator's arguments, by their names in its schema."""
+    """The operator's arguments, by their names in its schema; and which `overload` was called, "" or ".counting"."""
 
     @property
     def shards(self) -> Shards | None:
@@ -84,7 +84,11 @@ class LookupArguments(SimpleNamespace):
         check_top_k(self.top_k, half_keys.shape[2])
         if (self.slot_hits is None) != (self.key_hits is None):
             raise ValueError("slot_hits and key_hits: give both, or neither")
+        if self.training and not self.overload:
+            raise ValueError("training: memory_lookup.default moves no statistics, memory_lookup.updating does")
         if self.slot_hits is not None:
+            if self.overload != ".counting":
+                raise ValueError("slot_hits: hits are counted by memory_lookup.counting alone")
             expect("slot_hits", self.slot_hits, (self.num_tables * half_keys.shape[2] ** 2,), torch.int64)
             expect("key_hits", self.key_hits, (2, heads, half_keys.shape[2]), torch.int64)
 

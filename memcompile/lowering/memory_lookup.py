@@ -4,6 +4,7 @@ It is composite: one node in Dynamo's graph, taken apart by AOTAutograd into GEM
 which Inductor fuses, and the operators `product_key_topk`, `weighted_gather` and their derivatives.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -229,9 +230,9 @@ class _Lookup(LookupArguments):
         return y if self.out_bias is None else y + self.out_bias
 
 
-def _run(*args: Any) -> Tensor:
+def _run(overload: str, *args: Any) -> Tensor:
     # PyTorch leaves out those that are defaults.
-    lookup = _Lookup(**DEFAULTS | dict(zip(DEFAULTS, args, strict=False)))
+    lookup = _Lookup(**DEFAULTS | dict(zip(DEFAULTS, args, strict=False)), overload=overload)
     lookup.check()
     return lookup.run()
 
@@ -239,4 +240,4 @@ def _run(*args: Any) -> Tensor:
 # vmap takes the operator apart as autograd does; without the second line it would loop over the batch.
 for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
     for _overload in ("", ".updating", ".counting"):
-        LIBRARY.impl(f"memory_lookup{_overload}", _run, _key)  # type: ignore[no-untyped-call]
+        LIBRARY.impl(f"memory_lookup{_overload}", functools.partial(_run, _overload), _key)  # type: ignore[no-untyped-call]

@@ -31,7 +31,7 @@ from memcompile.runtime.distributed.ddp import check_rebuildable, rebuild
 from memcompile.runtime.distributed.sharding import check_plans_agree, check_same, cut
 from memcompile.runtime.install import install, owner_of
 from memcompile.runtime.interrupts import uninterrupted
-from memcompile.runtime.pool import MemoryPool, pool_of, pools_inside
+from memcompile.runtime.pool import MemoryPool, memory_of, pool_of, pools_inside
 from memcompile.runtime.state_dicts import config_of, plan_in
 from memcompile.runtime.storage.drawing import draw_table
 from memcompile.runtime.storage.frozen_values import MappedValues
@@ -91,7 +91,7 @@ def plan(
     if memory is None:
         given = {name: given[name] for name in options}
     if _is_planned(root, given):
-        planned = _pool(root)
+        planned = memory_of(root)
         if memory_mesh is not None:
             check_same(planned, cut(planned, memory_mesh, shard_by, shard_tokens))
         patches.hold(planned)  # the process may be one of several now
@@ -167,7 +167,7 @@ def reset_parameters(model: nn.Module) -> None:
     Raises:
         PlanError: the model has no memory, or its values lie in a file.
     """
-    pool = _pool(model)
+    pool = memory_of(model)
     if isinstance(pool.values, MappedValues):
         raise PlanError(f"the values lie in {pool.values.path!r}, for inference: plan with values_storage='device'")
     draw_table(pool)
@@ -182,7 +182,7 @@ def flush(model: nn.Module) -> None:
     Raises:
         PlanError: the model has no memory.
     """
-    _pool(model).table.flush()
+    memory_of(model).table.flush()
 
 
 def catch_up(model: nn.Module) -> None:
@@ -203,13 +203,6 @@ def config_from(state_dict: Mapping[str, Any]) -> MemoryConfig:
         hint = f"pass what it has under {inner[0]!r}" if inner else "it was saved from a model that was not planned"
         raise PlanError(f"the state dict holds no memory: {hint}")
     return config_of(saved)
-
-
-def _pool(model: nn.Module) -> MemoryPool:
-    pool = pool_of(unwrap(model)[0])
-    if pool is None:
-        raise PlanError(f"{type(model).__name__} has no memory: plan it first")
-    return pool
 
 
 def _config(memory: MemoryConfig | None, options: Mapping[str, Any]) -> MemoryConfig:

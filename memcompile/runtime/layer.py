@@ -18,6 +18,7 @@ from memcompile.runtime.stand_ins.operations import Operations
 from memcompile.runtime.state_dicts import encode_plan
 from memcompile.runtime.storage.drawing import draw_parameters
 from memcompile.runtime.table.current_values import is_alias
+from memcompile.runtime.table.hit_counts import HitCounts
 from memcompile.runtime.table.table import flush_while_traced
 
 LayerTensors = dict[str, Tensor | None]
@@ -128,14 +129,19 @@ class MemoryLayer(nn.Module):
         with named_collectives("forward"):
             return self._look_up(x, table.part)
 
+    def _counts(self) -> HitCounts | None:
+        """What this call counts its hits in."""
+        counts = self.pool.counts
+        if counts is None or functorch_is_active() or is_exporting():
+            return None
+        return counts if torch.is_grad_enabled() or not counts.for_gradients else None
+
     def _look_up(self, x: Tensor, values: Tensor) -> Tensor:
         table = self.pool.table
         sharded, in_statistics = table.sharded, self.training and self.query_mean is not None
         offset = self._slot_offset
         by_number = offset is None or not torch.compiler.is_compiling() or is_exporting()  # which graphs never see
-        counts = None if functorch_is_active() or is_exporting() else self.pool.counts
-        if counts is not None and counts.for_gradients and not torch.is_grad_enabled():
-            counts = None
+        counts = self._counts()
         with without_torch_function():  # the operator is given the state of rows
             return memory_lookup(
                 x,

@@ -13,11 +13,13 @@ from torch import nn
 
 from memcompile.common.sites import LAYER_NAME, VALUES_NAME, FfnSite
 from memcompile.config import MemoryConfig
+from memcompile.errors import OptionError, PlanError
 from memcompile.lowering.parameters import values_shape
 from memcompile.runtime import patches
 from memcompile.runtime.table.hit_counts import HitCounts
 from memcompile.runtime.table.hooks import watch_optimizers
 from memcompile.runtime.table.table import ValueTable
+from memcompile.runtime.wrappers import unwrap
 
 if TYPE_CHECKING:
     from memcompile.runtime.layer import MemoryLayer
@@ -152,6 +154,21 @@ def pool_of(module: nn.Module) -> MemoryPool | None:
     if inside:
         return inside[0] if len(inside) == 1 else None
     return next((pool for pool in live_pools() if any(m is module for m in pool.owner.modules())), None)
+
+
+def memory_of(model: nn.Module) -> MemoryPool:
+    """The pool of a planned model, of a part of one, or of what wraps one, `torch.compile` and DDP included.
+
+    Raises:
+        OptionError: it is no module.
+        PlanError: it has no memory.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"expected an nn.Module, got {model!r}")
+    pool = pool_of(unwrap(model)[0])
+    if pool is None:
+        raise PlanError(f"{type(model).__name__} has no memory: plan it first")
+    return pool
 
 
 def pools_inside(module: nn.Module) -> list[MemoryPool]:

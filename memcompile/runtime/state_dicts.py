@@ -155,7 +155,6 @@ def _check_state_dict(owner: nn.Module, state_dict: dict[str, Any], prefix: str,
     else:  # of a captured graph, which has parameters and no extra state
         plans = [name for name in owner.state_dict() if is_plan_name(name)]
         state_dict.update({prefix + name: encode_plan(pool) for name in plans})
-    _take_background(owner, state_dict, prefix)
     given = state_dict.get(prefix + VALUES_NAME)
     if pool.table.sharded is not None and isinstance(given, Tensor) and not isinstance(given, DTensor):
         raise PlanError(
@@ -164,6 +163,7 @@ def _check_state_dict(owner: nn.Module, state_dict: dict[str, Any], prefix: str,
         )
     if isinstance(pool.values, MappedValues):
         keep_mapped(pool.values, state_dict, prefix + VALUES_NAME)
+    _take_background(owner, state_dict, prefix)
 
 
 def _take_background(owner: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

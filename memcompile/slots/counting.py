@@ -9,26 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from memcompile.errors import OptionError, PlanError
 from memcompile.runtime._torch import local_part
-from memcompile.runtime.pool import MemoryPool, pool_of
+from memcompile.runtime.pool import MemoryPool, memory_of
 from memcompile.runtime.table.hit_counts import HitCounts
-from memcompile.runtime.wrappers import unwrap
-
-
-def memory_of(model: nn.Module) -> MemoryPool:
-    """The memory of a planned model, of a part of one, or of what wraps one.
-
-    Raises:
-        OptionError: it is no module.
-        PlanError: it has no memory.
-    """
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"expected an nn.Module, got {model!r}")
-    pool = pool_of(unwrap(model)[0])
-    if pool is None:
-        raise PlanError(f"{type(model).__name__} has no memory: plan it first")
-    return pool
 
 
 def count_usage(model: nn.Module, counting: bool = True) -> None:

@@ -5,7 +5,6 @@ unusually often.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,13 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from memcompile.errors import OptionError, PlanError
 from memcompile.lowering.gather.table_gather import coalesced
 from memcompile.runtime.distributed.ddp import check_rebuildable, rebuild
-from memcompile.runtime.pool import MemoryPool
+from memcompile.runtime.pool import MemoryPool, memory_of
 from memcompile.runtime.table.table import ValueTable
+from memcompile.runtime.table.touched_rows import touched_rows
 from memcompile.runtime.wrappers import unwrap
 from memcompile.slots.background import Background, background_of, put_background
-from memcompile.slots.counting import Run, counted, each_with_progress, evaluating, memory_of, run_batch
-
-log = logging.getLogger(__name__)
+from memcompile.slots.counting import Run, counted, each_with_progress, evaluating, run_batch
 
 
 @contextlib.contextmanager
@@ -71,14 +69,6 @@ def finetune_slots(
         raise PlanError("the values lie in a file or on the host, for inference: plan with values_storage='device'")
     if table.row_filter is not None:
         raise PlanError(f"a block of finetune_slots for {type(model).__name__} is open already: leave it first")
-    groups = _groups_of(pool, model)
-    if background is not None:
-        put_background(pool, _count_background(pool, model, background, run, groups))
-    found = background_of(pool)
-    if found is None:
-        raise OptionError(
-            "background: expected batches of what the model is to keep: this model has no counts of such batches yet"
-        )
     parallel = unwrap(model)[1]
     if parallel and table.gradient == "sparse":
         raise PlanError(
@@ -87,6 +77,14 @@ def finetune_slots(
         )
     for ddp in parallel:
         check_rebuildable(ddp, sharded=False)
+    groups = _groups_of(pool, parallel)
+    if background is not None:
+        put_background(pool, _count_background(pool, model, background, run, groups))
+    found = background_of(pool)
+    if found is None:
+        raise OptionError(
+            "background: expected batches of what the model is to keep: this model has no counts of such batches yet"
+        )
     with _only_the_table(model, table, parallel), counted(pool, for_gradients=True):
         table.row_filter = _Chooser(pool, found, top_t, groups)
         try:
@@ -95,13 +93,13 @@ def finetune_slots(
             table.row_filter = None
 
 
-def _groups_of(pool: MemoryPool, model: nn.Module) -> list[dist.ProcessGroup]:
+def _groups_of(pool: MemoryPool, parallel: Sequence[DistributedDataParallel]) -> list[dist.ProcessGroup]:
     """The groups of ranks over which hits are summed, one after the other."""
     sharded = pool.table.sharded
     if sharded is not None:
         memory = [] if sharded.shards.same_tokens else [sharded.memory_mesh.get_group()]
         return memory + ([sharded.replicas] if sharded.replicas is not None else [])
-    return [ddp.process_group for ddp in unwrap(model)[1]]
+    return [ddp.process_group for ddp in parallel]
 
 
 def _count_background(
@@ -174,9 +172,9 @@ class _Chooser:
 def _kept(grad: Tensor, chosen: Tensor) -> Tensor:
     if grad.layout is torch.strided:
         return torch.where(chosen[:, None], grad, 0)
-    grad = grad.coalesce()
-    kept = chosen[grad.indices()[0]]
-    return coalesced(grad.indices()[0, kept], grad.values()[kept], grad.shape[0])
+    rows, sums = touched_rows(grad, grad.dtype)
+    kept = chosen[rows]
+    return coalesced(rows[kept], sums[kept], grad.shape[0])
 
 
 def _summed(hits: Tensor, groups: list[dist.ProcessGroup]) -> Tensor:

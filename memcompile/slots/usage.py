@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from memcompile.config import MemoryConfig
 from memcompile.errors import OptionError, PlanError
-from memcompile.runtime.table.warnings.unread import share_read
-from memcompile.slots.counting import memory_of
+from memcompile.runtime.pool import memory_of
+from memcompile.runtime.table.warnings.unread import LEAST, n_keys_of_share, share_read, what_spreads
 
 COLLAPSED = 0.05  # of the half-keys: a head whose perplexity is below reads few
-FEW = 0.25  # of the slots
 ENOUGH = 10  # hits a slot, on average, after which few used slots are told
 
 
@@ -76,6 +77,7 @@ class Usage:
             rule of the table has no moments, or there was no step.
         counts: int64 [slots], hits of each slot.
         n_keys: half-keys a side.
+        warnings: what is wrong, and what to do about it.
     """
 
     slots: int
@@ -85,31 +87,13 @@ class Usage:
     trained: float | None
     counts: Tensor
     n_keys: int
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What is wrong, and what to do about it."""
-        found = []
-        if self.table.used < FEW and self.hits >= ENOUGH * self.slots:
-            fewer = math.ceil(self.n_keys * self.table.used**0.5)
-            found.append(
-                f"{self.table.used:.1%} of the slots were hit: plan with fewer slots (n_keys={fewer} has as many as "
-                f"were hit), or spread the hits: {_SPREAD}"
-            )
-        for head in self.heads:
-            perplexity = min(side.perplexity for side in head.sides)
-            if perplexity < COLLAPSED * self.n_keys:
-                found.append(
-                    f"head {head.head} of {head.layer} reads few half-keys: their perplexity is {perplexity:.1f} of "
-                    f"{self.n_keys:,}. {_SPREAD} spreads them"
-                )
-        return tuple(found)
+    warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without the counts."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "counts"}
-        fields |= {"table": dataclasses.asdict(self.table), "heads": [dataclasses.asdict(head) for head in self.heads]}
-        return fields | {"warnings": list(self.warnings)}
+        heads = [dataclasses.asdict(head) for head in self.heads]
+        return fields | {"table": dataclasses.asdict(self.table), "heads": heads, "warnings": list(self.warnings)}
 
     def plot(self, path: str | Path) -> None:
         """Writes a figure: the hits of the slots, sorted, and the perplexity of each head's half-keys.
@@ -142,7 +126,21 @@ class Usage:
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
-_SPREAD = "query_norm='batch' or balance_loss=0.01"
+def _warnings(config: MemoryConfig, hits: int, table: Evenness, heads: Sequence[HeadUsage]) -> Iterator[str]:
+    assert config.n_keys is not None, "sizes of a plan are resolved"
+    if table.used < LEAST and hits >= ENOUGH * config.slots:
+        fewer = n_keys_of_share(config, table.used)
+        yield (
+            f"{table.used:.1%} of the slots were hit: plan with fewer slots (n_keys={fewer} has as many as were hit), "
+            f"or spread the hits: {what_spreads(config)}"
+        )
+    for head in heads:
+        perplexity = min(side.perplexity for side in head.sides)
+        if perplexity < COLLAPSED * config.n_keys:
+            yield (
+                f"head {head.head} of {head.layer} reads few half-keys: their perplexity is {perplexity:.1f} of "
+                f"{config.n_keys:,}. {what_spreads(config)} spreads them"
+            )
 
 
 def usage(model: nn.Module, *, all_ranks: bool = False, restart: bool = False) -> Usage:
@@ -169,20 +167,22 @@ def usage(model: nn.Module, *, all_ranks: bool = False, restart: bool = False) -
     if not slot_hits.any():
         raise PlanError(f"no hits of {type(model).__name__} were counted: run it first")
     config: Any = pool.config
-    heads = [
+    heads = tuple(
         HeadUsage(name, head, int(hits[0, head].sum()), (Evenness.of(hits[0, head]), Evenness.of(hits[1, head])))
         for name, hits in zip(counts.key_hits, key_hits, strict=True)
         if hits.any()
         for head in range(config.heads)
-    ]
+    )
+    total, table = int(slot_hits.sum()), Evenness.of(slot_hits)
     result = Usage(
         slots=len(slot_hits),
-        hits=int(slot_hits.sum()),
-        table=Evenness.of(slot_hits),
-        heads=tuple(heads),
+        hits=total,
+        table=table,
+        heads=heads,
         trained=share_read(pool.table.state or {}),
         counts=slot_hits,
         n_keys=config.n_keys,
+        warnings=tuple(_warnings(config, total, table, heads)),
     )
     if restart:
         counts.zero()

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import memcompile
 from memcompile.errors import PlanError
 from memcompile.runtime.pool import pool_of
+from tests.lowering.reference import product_key_topk_reference, scores_reference
 from tests.models import tiny_gpt
 from tests.planned import batch, planned_gpt
 
@@ -34,17 +35,10 @@ def found_by_hand(model: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor
     for hook in hooks:
         hook.remove()
     for layer in pool.layers.values():
-        x = inputs_of[layer.name].flatten(0, -2)
-        query = x @ layer.query_weight.T + layer.query_bias
-        if layer.query_scale is not None:
-            mean, var = layer.query_mean, layer.query_var
-            if model.training:
-                mean, var = query.mean(0), query.var(0, unbiased=False)
-            query = (query - mean) * (var + 1e-5).rsqrt() * layer.query_scale + layer.query_shift
-        halves = query.unflatten(-1, (config.heads, 2, -1))
-        left, right = (torch.einsum("thc,hnc->thn", halves[:, :, side], layer.half_keys[side]) for side in (0, 1))
-        n = config.n_keys
-        best = (left[..., :, None] + right[..., None, :]).flatten(-2).topk(config.top_k).indices  # [tokens, heads, k]
+        batch_norm = layer.query_scale, layer.query_shift, layer.query_mean, layer.query_var
+        projected = layer.query_weight, layer.query_bias, layer.half_keys, layer.temperature
+        scores = scores_reference(inputs_of[layer.name], *projected, config.heads, batch_norm, model.training)
+        best, n = product_key_topk_reference(scores, config.top_k)[1], config.n_keys
         slot_hits += torch.bincount((best + layer.first_slot).flatten(), minlength=config.slots)
         counts = torch.zeros(2, config.heads, n, dtype=torch.int64)
         for head in range(config.heads):

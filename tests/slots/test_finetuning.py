@@ -16,6 +16,7 @@ from memcompile.errors import OptionError, PlanError
 from memcompile.runtime.pool import pool_of
 from tests.models import tiny_gpt
 from tests.planned import batch, planned_gpt
+from tests.runtime.table.stepping import snapshot
 from tests.slots.test_counting import found_by_hand
 
 OLD = [batch(seed)[0] for seed in (10, 11, 12, 13)]
@@ -44,10 +45,6 @@ def moved(model: nn.Module, before: dict[str, torch.Tensor]) -> set[int]:
     now = model.state_dict()
     assert all(torch.equal(now[name], before[name]) for name in before if name != "memory_values")
     return set((now["memory_values"] != before["memory_values"]).any(1).nonzero()[:, 0].tolist())
-
-
-def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
 
 
 @pytest.mark.parametrize("values_grad", ["dense", "sparse"])

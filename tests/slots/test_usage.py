@@ -24,9 +24,8 @@ def test_evenness_by_hand():
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     assert mixed.perplexity == pytest.approx(math.exp(entropy)) and mixed.kl == pytest.approx(math.log(4) - entropy)
     differences = [abs(a - b) for a in (1, 0, 3, 0) for b in (1, 0, 3, 0)]
-    assert mixed.gini == pytest.approx(
-        sum(differences) / (2 * 4 * 4)
-    )  # half the relative mean difference; the sum is 4
+    half_the_mean_difference, mean = sum(differences) / len(differences) / 2, 4 / 4
+    assert mixed.gini == pytest.approx(half_the_mean_difference / mean)
 
 
 def test_usage_of_a_model(tmp_path):

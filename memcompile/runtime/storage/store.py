@@ -14,7 +14,7 @@ from memcompile.config import LEARNING_DEFAULTS
 from memcompile.errors import PlanError
 from memcompile.runtime.adoption import leave_optimizers
 from memcompile.runtime.interrupts import uninterrupted
-from memcompile.runtime.pool import pool_of
+from memcompile.runtime.pool import memory_of
 from memcompile.runtime.storage.frozen_values import form_of, keep_in_place, open_values
 from memcompile.runtime.storage.values_file import write
 from memcompile.runtime.wrappers import is_sharded, unwrap
@@ -39,10 +39,8 @@ def store_values(model: nn.Module, path: str | os.PathLike[str], *, progress: bo
         PlanError: the model has no memory, is wrapped by DDP, sharded or on the meta device.
         OSError: the file cannot be written; the model stays as it is.
     """
+    pool = memory_of(model)
     root, parallel = unwrap(model)
-    pool = pool_of(root)
-    if pool is None:
-        raise PlanError(f"{type(model).__name__} has no memory: plan it first")
     if parallel:
         raise PlanError("store_values() takes the model inside DDP, whose reducer waits for the values' gradient")
     if is_sharded(root) or pool.values.is_meta:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memcompile.common.sites import VALUES_NAME
+from memcompile.config import MemoryConfig
 
 if TYPE_CHECKING:
     from memcompile.runtime.table.rules import State
@@ -43,20 +44,29 @@ def tell_unread(table: ValueTable, state: State) -> None:
     share, config = share_read(state), table.config
     if share is None or share >= LEAST:
         return
-    fewer = max(config.top_k, math.ceil(config.n_keys * share**0.5))  # type: ignore[operator]
-    spread = "" if config.has_batch_norm else "query_norm='batch' or "
     log.warning(
         "memcompile: in %s steps %.1f%% of the %s slots of %s.%s have been read. The others have learned nothing, and "
         "cost memory. Plan with fewer slots (n_keys=%d has as many as have been read), or spread the reads over more "
-        "of them (%sbalance_loss=0.01)",
+        "of them (%s)",
         f"{STEPS:,}",
         100 * share,
         f"{config.slots:,}",
         type(table.owner).__name__,
         VALUES_NAME,
-        fewer,
-        spread,
+        n_keys_of_share(config, share),
+        what_spreads(config),
     )
+
+
+def n_keys_of_share(config: MemoryConfig, share: float) -> int:
+    """Half-keys a side that have as many slots as this share of the slots of `config`."""
+    assert config.n_keys is not None, "sizes of a plan are resolved"
+    return max(config.top_k, math.ceil(config.n_keys * share**0.5))
+
+
+def what_spreads(config: MemoryConfig) -> str:
+    """The options that spread hits over more slots, of those that are not in use."""
+    return "balance_loss=0.01" if config.has_batch_norm else "query_norm='batch' or balance_loss=0.01"
 
 
 def _generator() -> torch.Generator:
