@@ -71,6 +71,15 @@ ERRORS = {
     "query_scale: expected [heads * key_dim] = [12], got [11]": {"query_scale": torch.zeros(11)},
     "query_var: given without query_scale": {"query_var": torch.zeros(12)},
     "query_mean and query_var: give both, or neither": {"query_scale": torch.zeros(12), "query_mean": torch.zeros(12)},
+    "slot_hits and key_hits: give both, or neither": {"slot_hits": torch.zeros(49, dtype=torch.int64)},
+    "slot_hits: expected int64 [49], got torch.int64 [48]": {
+        "slot_hits": torch.zeros(48, dtype=torch.int64),
+        "key_hits": torch.zeros(2, 2, 7, dtype=torch.int64),
+    },
+    "key_hits: expected int64 [2, 2, 7], got torch.float32 [2, 2, 7]": {
+        "slot_hits": torch.zeros(49, dtype=torch.int64),
+        "key_hits": torch.zeros(2, 2, 7),
+    },
     "weighting: expected one of softmax, sigmoid, got 'linear'": {"weighting": "linear"},
     "top_k: expected 1 <= top_k <= n_keys = 7, got 8": {"top_k": 8},
     "top_k: expected 1 <= top_k <= n_keys = 7, got 0": {"top_k": 0},
@@ -92,3 +101,14 @@ def test_a_first_slot_is_given_once():
         torch.ops.memcompile.memory_lookup(
             *case.tensors(), **case.options, slot_offset=torch.zeros((), dtype=torch.int32)
         )
+
+
+def test_an_overload_refuses_what_it_does_not_declare_to_mutate():
+    case, lookup = Case(), torch.ops.memcompile.memory_lookup
+    hits = {"slot_hits": torch.zeros(49, dtype=torch.int64), "key_hits": torch.zeros(2, 2, 7, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=r"training: memory_lookup\.default moves no statistics"):
+        lookup.default(*case.tensors(), **case.options, training=True)
+    for overload in (lookup.default, lookup.updating):
+        with pytest.raises(ValueError, match=r"slot_hits: hits are counted by memory_lookup\.counting alone"):
+            overload(*case.tensors(), **case.options, **hits)
+    assert not hits["slot_hits"].any()

@@ -71,3 +71,14 @@ def test_a_head_that_has_collapsed_and_a_table_of_which_few_slots_are_used():
     few, _ = memcompile.usage(model).warnings
     assert "of the slots were hit: plan with fewer slots (n_keys=" in few
     assert "warning: head 0" in repr(memcompile.usage(model))
+
+
+def test_advice_names_what_is_not_in_use():
+    model = planned_gpt(n_keys=64, heads=1, top_k=1, variant="pkm").eval()
+    (layer,) = pool_of(model).layers.values()
+    with torch.no_grad():
+        layer.query_scale.zero_()  # the head asks the same for every token
+    memcompile.count_usage(model)
+    model(batch()[0])
+    (told,) = memcompile.usage(model).warnings
+    assert told.endswith("balance_loss=0.01 spreads them") and "query_norm" not in told
